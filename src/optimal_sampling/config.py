@@ -1,0 +1,183 @@
+"""Every knob, once. Frozen dataclasses that check themselves; the command line is derived from them.
+
+Knows nothing of models, files or torch. The docstring under a field is its help text on the command line.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from optimal_sampling.errors import ConfigError
+from optimal_sampling.types import ALPHA_METHODS, AlphaMethod
+
+__all__ = ["DataConfig", "EngineConfig", "MixtureConfig", "ModelConfig", "PromptConfig", "RunConfig"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """The distribution every token is drawn from: q proportional to p_student^(1-alpha) * p_teacher^alpha."""
+
+    alpha_method: AlphaMethod = "kl_symmetry"
+    """How alpha, the weight of the teacher, is chosen at each token."""
+    fixed_alpha: float = 0.5
+    """alpha of the method `fixed`."""
+    alpha_min: float = 0.5
+    """Smallest alpha; what a method chooses below it is clamped."""
+    alpha_max: float = 1.0
+    """Largest alpha; what a method chooses above it is clamped."""
+    trust_region: float = 0.05
+    """Method `trust_region`: alpha is the largest with KL(q || p_student) at most this, in nats."""
+    schedule_start: float = 1.0
+    """Method `schedule`: alpha at the first token."""
+    schedule_end: float = 0.5
+    """Method `schedule`: alpha from token `schedule_tokens` on."""
+    schedule_tokens: int = 256
+    """Method `schedule`: number of tokens over which alpha goes linearly from start to end."""
+    teacher_support_top_k: int = -1
+    """Restrict both models to the teacher's k likeliest tokens before alpha is solved; -1: no restriction."""
+    teacher_support_top_p: float = 1.0
+    """Restrict both models to the teacher's nucleus of this mass before alpha is solved; 1: no restriction."""
+    force_first_token: bool = False
+    """Draw the first token from the teacher alone (alpha = 1)."""
+    temperature: float = 1.0
+    """Divides the logits of both models before anything else."""
+    top_p: float = 1.0
+    """Nucleus of q to draw from, after mixing; 1: all of q."""
+    top_k: int = -1
+    """Draw from the k likeliest tokens of q, after mixing; -1: all of q."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.alpha_method in ALPHA_METHODS,
+            f"unknown alpha method {self.alpha_method!r}; the methods are: {', '.join(ALPHA_METHODS)}",
+        )
+        for name in ("fixed_alpha", "alpha_min", "alpha_max", "schedule_start", "schedule_end"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")
+        _require(
+            self.alpha_min <= self.alpha_max,
+            f"alpha_min ({self.alpha_min}) is larger than alpha_max ({self.alpha_max})",
+        )
+        _require(
+            math.isfinite(self.temperature) and self.temperature > 0,
+            f"temperature must be larger than 0, got {self.temperature}",
+        )
+        for name in ("top_p", "teacher_support_top_p"):
+            value = getattr(self, name)
+            _require(0 < value <= 1, f"{name} must lie in (0, 1], got {value}")
+        for name in ("top_k", "teacher_support_top_k"):
+            value = getattr(self, name)
+            _require(value == -1 or value >= 1, f"{name} must be -1 (off) or at least 1, got {value}")
+        _require(self.trust_region >= 0, f"trust_region must be at least 0 nats, got {self.trust_region}")
+        _require(self.schedule_tokens >= 1, f"schedule_tokens must be at least 1, got {self.schedule_tokens}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which two models, and how they are loaded."""
+
+    teacher: str = "toy-teacher"
+    """The model that helps: a folder, a hub id, or the built-in `toy-teacher`."""
+    student: str = "toy-student"
+    """The model to be trained: a folder, a hub id, or the built-in `toy-student`. The same as the teacher: loaded once."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1` ...; auto: the first GPU if there is one."""
+    load_in_4bit: bool = False
+    """Load the weights in 4 bits (needs the extra `4bit`)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model. Off unless you have read that code."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the local engine uses the machine. Changes speed and memory, never which tokens are drawn."""
+
+    batch_size: int = 32
+    """Most requests in flight at once. Fewer run where the memory budget does not hold so many."""
+    kv_memory_gib: float | None = None
+    """Budget for both models' KV caches in GiB; unset: a share of the memory that is free after loading."""
+    prefill_chunk: int = 2048
+    """Most prompt tokens that one forward pass takes beside the tokens being decoded."""
+    batch_invariant: bool = True
+    """Shapes under which a row's float32 logits on a CPU have the same bits whatever shares its batch."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        _require(self.prefill_chunk >= 1, f"prefill_chunk must be at least 1, got {self.prefill_chunk}")
+        _require(
+            self.kv_memory_gib is None or self.kv_memory_gib > 0,
+            f"kv_memory_gib must be larger than 0, got {self.kv_memory_gib}",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows become prompts."""
+
+    dataset: str = "synthetic"
+    """A JSONL or Parquet file, a folder of such files, a hub dataset id, or `synthetic` (arithmetic, by seed)."""
+    prompt_column: str | None = None
+    """Column with the prompt; unset: the first of problem, question, prompt, messages that the dataset has."""
+    answer_column: str | None = None
+    """Column with the reference answer; unset: `answer` where there is one."""
+    num_examples: int | None = None
+    """Take the first n rows of the dataset (100 of `synthetic` where unset)."""
+    data_slice: str | None = None
+    """Take rows START:STOP:STEP, as in Python, after --num-examples; `0::8` is the first of eight shards."""
+    samples_per_prompt: int = 1
+    """Completions per prompt."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_examples is None or self.num_examples >= 1,
+            f"num_examples must be at least 1, got {self.num_examples}",
+        )
+        _require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, got {self.samples_per_prompt}")
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How a row is shown to each of the two models."""
+
+    chat_template: bool = True
+    """Render prompts with each model's own chat template."""
+    thinking: Literal["on", "off", "default"] = "default"
+    """Passed to chat templates that know a thinking mode; the same for both models."""
+    student_system_prompt: str | None = None
+    """System prompt of the student."""
+    teacher_system_prompt: str | None = None
+    """System prompt of the teacher."""
+    student_template: str = "{problem}"
+    """The student's user turn, with {problem}, {answer}, {solution} or any column of the dataset."""
+    teacher_template: str = "{problem}"
+    """The teacher's user turn; with {answer} or {solution} the teacher sees what the student does not."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself: where it is kept, and what is kept."""
+
+    output_dir: str = "outputs/run"
+    """Run folder. A second call on the same folder goes on where the first one ended."""
+    seed: int = 0
+    """Every token is a function of this seed, its prompt, sample and position, and the two models."""
+    max_new_tokens: int = 256
+    """Most tokens per completion."""
+    token_lists: bool = True
+    """Keep alpha and both KLs of every token in the records."""
+    max_attempts: int = 3
+    """A prompt that failed is tried again by later calls until it has failed this often."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        _require(self.max_attempts >= 1, f"max_attempts must be at least 1, got {self.max_attempts}")
+        _require(bool(self.output_dir), "output_dir must not be empty")

@@ -1,0 +1,56 @@
+"""The contract of every engine, and how one is chosen by name.
+
+Knows nothing of where logits come from. `tests/engines/conformance.py` holds the suite that every engine passes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Self
+
+from optimal_sampling.types import Completion, Request
+
+__all__ = ["Engine"]
+
+
+class Engine(ABC):
+    """Two models and a mixture; requests in, completions out as they finish.
+
+    What every engine promises:
+
+    - One completion per request, in the order of finishing, never two and never none.
+    - The tokens of a completion are a function of its request, the mixture and the two models: not of the other
+      requests, their order, or the batch size.
+    - Requests are pulled from the iterable only as there is room, so an endless iterable is fine.
+    - A request that cannot be served (a prompt longer than the context, NaN logits) gives a completion with
+      `finish_reason="error"` that says why; the others go on.
+    - Closing the iterator gives up what is in flight. The engine can then be used again.
+    - A completion ends with the first id of `stop_ids` ("stop") or after `max_new_tokens` tokens, or where the
+      context of one of the models is full ("length").
+
+    One `generate` at a time. `EngineError` is raised where no request can go on.
+    """
+
+    vocab_size: int
+    """Number of token ids that both models share; all ids in and out are below it."""
+    stop_ids: frozenset[int]
+    """Ids that end a completion: the union over both models."""
+
+    @abstractmethod
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Serve the requests; yields completions as they finish."""
+
+    def notes(self) -> dict[str, str]:
+        """What a user should know of how this engine runs here (device, attention, fallbacks), by name."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027 - having nothing to free is a valid answer
+        """Free models and memory. Closing twice is safe."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,74 @@
+"""Everything this package raises on purpose.
+
+    OptimalSamplingError          exit code 1
+    ├── UserError                 exit code 2: something in the call has to change
+    │   ├── ConfigError           an option's value, or two options that contradict each other
+    │   ├── ModelError            a model folder that is missing, broken or of an unsupported kind
+    │   ├── TokenizerMismatchError  two models whose token ids do not mean the same
+    │   ├── DatasetError          a dataset that is missing, empty, torn, or lacks a column
+    │   ├── RunFolderError        a run folder made with another config, in use, or not writable
+    │   └── MissingDependencyError  an optional package that the chosen feature needs
+    ├── StorageError              the disk refused a write (full, removed, read-only)
+    └── EngineError               an engine could not go on with any request
+
+A single request that fails is no exception: its `Completion` has `finish_reason="error"` and says why.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "DatasetError",
+    "EngineError",
+    "MissingDependencyError",
+    "ModelError",
+    "OptimalSamplingError",
+    "RunFolderError",
+    "StorageError",
+    "TokenizerMismatchError",
+    "UserError",
+]
+
+
+class OptimalSamplingError(Exception):
+    """Base class. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UserError(OptimalSamplingError):
+    """Something the caller gave has to change; trying again as it is cannot help."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError, ValueError):
+    """An option has a value it cannot have. Also a ValueError, as Python callers expect."""
+
+
+class ModelError(UserError):
+    """A model could not be loaded, or is of a kind that would be sampled wrongly."""
+
+
+class TokenizerMismatchError(UserError):
+    """The two models' token ids do not mean the same."""
+
+
+class DatasetError(UserError):
+    """The dataset cannot be read as asked."""
+
+
+class RunFolderError(UserError):
+    """The output folder cannot take this run."""
+
+
+class MissingDependencyError(UserError, ImportError):
+    """An optional package is needed. The message holds the pip command."""
+
+
+class StorageError(OptimalSamplingError):
+    """A record could not be written. Everything acknowledged before is safe on disk."""
+
+
+class EngineError(OptimalSamplingError):
+    """The engine cannot go on."""

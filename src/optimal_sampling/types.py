@@ -1,0 +1,127 @@
+"""What travels between the folders: requests in, completions out. Plain Python, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+__all__ = [
+    "ALPHA_METHODS",
+    "TRACE_FIELDS",
+    "AlphaMethod",
+    "Completion",
+    "FinishReason",
+    "Request",
+    "TokenTrace",
+    "noise_key",
+    "prompt_id",
+]
+
+AlphaMethod = Literal[
+    "kl_symmetry",
+    "reverse_kl_symmetry",
+    "ess_balance",
+    "entropy",
+    "fixed",
+    "trust_region",
+    "schedule",
+    "mirror",
+]
+"""How alpha, the weight of the teacher, is chosen at each token. `distribution/methods.py` has one function each."""
+
+ALPHA_METHODS: tuple[str, ...] = get_args(AlphaMethod)
+
+FinishReason = Literal["stop", "length", "error"]
+
+TRACE_FIELDS: tuple[str, ...] = (
+    "alpha",  # weight of the teacher, 0..1
+    "clamped",  # 1.0 where alpha_min or alpha_max moved alpha, else 0.0
+    "kl_student",  # KL(q || p_student), nats
+    "kl_teacher",  # KL(q || p_teacher), nats
+    "ess_student",  # 1 / sum q^2 / p_student, a share in (0, 1]
+    "ess_teacher",  # 1 / sum q^2 / p_teacher, a share in (0, 1]
+    "entropy",  # H(q), nats
+    "log_p_student",  # of the drawn token, at the run's temperature
+    "log_p_teacher",
+    "log_q",  # log-probability the token was drawn with, after top-k and top-p
+    "fallback",  # 1.0 where the supports do not meet and q is the teacher, else 0.0
+)
+"""The diagnostics of one token, in the order in which engines and `distribution.step` keep them."""
+
+
+def prompt_id(student_prompt: str, teacher_prompt: str) -> str:
+    """Content hash (32 hex digits) of the two rendered prompts: the identity of a prompt in a run."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in (student_prompt, teacher_prompt):
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def noise_key(seed: int, request_id: str, sample_index: int) -> int:
+    """The 64-bit key of a request's noise: a function of the seed, the prompt and the sample, and of nothing else."""
+    text = f"{seed}\x00{request_id}\x00{sample_index}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to generate. The two prompts may differ; the completion's ids are common to both models."""
+
+    id: str
+    sample_index: int
+    seed: int
+    student_prompt_ids: tuple[int, ...]
+    teacher_prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+
+    @property
+    def noise_key(self) -> int:
+        """64-bit key from which every draw of this request follows."""
+        return noise_key(self.seed, self.id, self.sample_index)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTrace:
+    """Diagnostics of every token of a completion: one tuple of floats per name in TRACE_FIELDS."""
+
+    columns: Mapping[str, tuple[float, ...]]
+
+    def __getitem__(self, name: str) -> tuple[float, ...]:
+        return self.columns[name]
+
+    def __len__(self) -> int:
+        return len(self.columns["alpha"])
+
+    @classmethod
+    def from_rows(cls, rows: list[tuple[float, ...]]) -> TokenTrace:
+        """`rows`: one tuple of len(TRACE_FIELDS) floats per token."""
+        columns = zip(*rows, strict=True) if rows else [()] * len(TRACE_FIELDS)
+        return cls(dict(zip(TRACE_FIELDS, map(tuple, columns), strict=True)))
+
+    @property
+    def ess_ratio(self) -> tuple[float, ...]:
+        """ESS to the teacher over ESS to the student, per token; above 1 where q is closer to the teacher."""
+        pairs = zip(self["ess_teacher"], self["ess_student"], strict=True)
+        return tuple(teacher / student if student else float("nan") for teacher, student in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine gives back for one request.
+
+    `token_ids` holds the stop token too where there is one. With `finish_reason="error"`, `error` says why and
+    `token_ids` holds what was drawn until then. `captured` holds per-token rows that the engine was asked to keep
+    (see `LocalEngine`), by name.
+    """
+
+    request: Request
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    trace: TokenTrace
+    error: str = ""
+    seconds: float = 0.0
+    captured: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""The seeds' name of `optimal_sampling`."""
