@@ -6,13 +6,13 @@ Knows nothing of where logits come from. `tests/engines/conformance.py` holds th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
 from optimal_sampling.types import Completion, Request
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "bad_logits_message", "prompt_problem"]
 
 
 class Engine(ABC):
@@ -54,3 +54,23 @@ class Engine(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def prompt_problem(
+    roles: Sequence[str], prompts: Sequence[Sequence[int]], contexts: Sequence[int | None], vocab_size: int
+) -> str:
+    """Why a request's prompts cannot be served: empty, longer than a context, ids beyond the vocabulary. "" if none."""
+    for role, prompt, limit in zip(roles, prompts, contexts, strict=True):
+        if not prompt:
+            return f"the {role}'s prompt has no tokens"
+        if limit is not None and len(prompt) >= limit:
+            return f"the {role}'s prompt has {len(prompt)} tokens, and its context holds {limit}"
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            return f"the {role}'s prompt has token ids outside the shared vocabulary of {vocab_size}"
+    return ""
+
+
+def bad_logits_message(position: int, bad_student: object, bad_teacher: object) -> str:
+    """Error of a request whose models gave logits from which nothing can be drawn."""
+    names = [name for name, bad in (("student", bad_student), ("teacher", bad_teacher)) if bad]
+    return f"the {' and the '.join(names)} gave logits with NaN, +inf or nothing but -inf at token {position}"

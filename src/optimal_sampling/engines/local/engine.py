@@ -1,0 +1,188 @@
+"""`LocalEngine`: two Transformers models in this process, behind the contract of engines/base.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.engines.base import Engine
+from optimal_sampling.engines.local.forward import ModelRunner
+from optimal_sampling.engines.local.loading import load_model, prepare
+from optimal_sampling.engines.local.run import Lane, Run, RunSetting
+from optimal_sampling.errors import ConfigError, EngineError
+from optimal_sampling.types import Completion, Request
+from optimal_sampling.vocabulary import Vocabulary, resolve_model
+
+__all__ = ["LocalEngine", "Mode"]
+
+Mode = Literal["mixture", "student", "teacher"]
+"""Draw from q*, or from one of the two models alone."""
+
+GIB = 2**30
+CAPTURES = frozenset({"student_logits", "teacher_logits", "log_q"})
+MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}
+"""Share of the memory free after loading that the caches may take; the rest is for logits and activations."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedPair:
+    """Both models in memory. `shared`: they are the same weights, loaded once."""
+
+    runners: dict[str, ModelRunner]
+    shared: bool
+
+
+class LocalEngine(Engine):
+    """Student and teacher from Transformers, each with its own prompts and KV cache, in one continuous batch.
+
+    `captured` of a completion holds what `capture` names, per token, as CPU float32 [n_tokens, vocab]:
+    `student_logits` and `teacher_logits` before temperature, `log_q` as drawn from.
+    """
+
+    def __init__(
+        self,
+        pair: LoadedPair,
+        mixture: MixtureConfig,
+        options: EngineConfig,
+        vocabulary: Vocabulary,
+        mode: Mode = "mixture",
+        capture: frozenset[str] = frozenset(),
+    ) -> None:
+        unknown = capture - CAPTURES
+        if unknown:
+            raise ConfigError(f"cannot capture {', '.join(sorted(unknown))}; there is {', '.join(sorted(CAPTURES))}")
+        self.pair = pair
+        self.mixture = mixture
+        self.options = options
+        self.vocabulary = vocabulary
+        self.mode: Mode = mode
+        self.capture = capture
+        self.vocab_size = vocabulary.size
+        self.stop_ids = vocabulary.stop_ids
+        self.last_run: Run | None = None
+        """The state of the latest `generate` call, for benchmarks and tests."""
+
+    @classmethod
+    def load(
+        cls,
+        models: ModelConfig,
+        mixture: MixtureConfig,
+        options: EngineConfig,
+        vocabulary: Vocabulary,
+        mode: Mode = "mixture",
+        load_kwargs: dict[str, Any] | None = None,
+    ) -> LocalEngine:
+        """Load the models. Raises ModelError, ConfigError, MissingDependencyError."""
+        paths = {"student": resolve_model(models.student), "teacher": resolve_model(models.teacher)}
+        shared = paths["student"] == paths["teacher"]
+        runners: dict[str, ModelRunner] = {}
+        for role in ("teacher", "student"):
+            if role == "student" and shared:
+                runners[role] = runners["teacher"]
+            elif mode in ("mixture", role):
+                model = load_model(paths[role], models, role, load_kwargs)
+                runners[role] = prepare(model, vocabulary.size, role, options.batch_invariant)
+        return cls(LoadedPair(runners, shared), mixture, options, vocabulary, mode)
+
+    def with_mixture(
+        self,
+        mixture: MixtureConfig | None = None,
+        batch_size: int | None = None,
+        capture: frozenset[str] = frozenset(),
+        mode: Mode | None = None,
+    ) -> LocalEngine:
+        """The same loaded models with other settings; costs nothing."""
+        options = self.options if batch_size is None else replace(self.options, batch_size=batch_size)
+        return LocalEngine(self.pair, mixture or self.mixture, options, self.vocabulary, mode or self.mode, capture)
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Serve the requests; see `Engine`."""
+        self.last_run = Run(self._lanes(), self._setting())
+        try:
+            yield from self.last_run.completions(requests)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"out of memory on {self.device}: use a smaller --batch-size or --kv-memory-gib ({error})"
+            ) from error
+        finally:
+            for lane in self.last_run.lanes:
+                lane.cache.reshape(0, 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(iter(self.pair.runners.values())).device
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The models that take part, in the order of their contexts."""
+        return ("student", "teacher") if self.mode == "mixture" else (self.mode,)
+
+    def _lanes(self) -> list[Lane]:
+        runners = [self.pair.runners[role] for role in self.roles]
+        if len(runners) == 2 and self.pair.shared:
+            return [Lane(runners[0], (0, 1), runners[0].bytes_per_token)]
+        return [Lane(runner, (i,), runner.bytes_per_token) for i, runner in enumerate(runners)]
+
+    def _setting(self) -> RunSetting:
+        contexts = {"student": self.vocabulary.student_context, "teacher": self.vocabulary.teacher_context}
+        memory = self.memory_budget()
+        rows = max(1, memory // (4 * self._row_bytes()))
+        return RunSetting(
+            roles=self.roles,
+            mixture=self.mixture,
+            options=replace(self.options, batch_size=min(self.options.batch_size, rows)),
+            stop_ids=self.stop_ids,
+            vocab_size=self.vocab_size,
+            context_lengths=tuple(contexts[role] for role in self.roles),
+            memory=memory,
+            capture=self.capture,
+        )
+
+    def _row_bytes(self) -> int:
+        """Logits, noise and temporaries of one row of a round, generously."""
+        return 12 * 4 * self.vocab_size
+
+    def memory_budget(self) -> int:
+        """Bytes for the KV caches: as asked, or a share of what is free now."""
+        if self.options.kv_memory_gib is not None:
+            return int(self.options.kv_memory_gib * GIB)
+        if self.device.type == "cuda":
+            return int(MEMORY_SHARE["cuda"] * torch.cuda.mem_get_info(self.device)[0])
+        return int(MEMORY_SHARE["cpu"] * _free_memory())
+
+    def notes(self) -> dict[str, str]:
+        """Device, precision, attention, memory and shapes in use."""
+        runner = self.pair.runners[self.roles[-1]]
+        notes = {
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "threads": str(torch.get_num_threads()),
+            "dtype": str(runner.model.dtype).removeprefix("torch."),
+            "kv_memory": f"{self.memory_budget() / GIB:.2f} GiB",
+        }
+        if self.pair.shared:
+            notes["weights"] = "the same for student and teacher, loaded once, both contexts in one forward pass"
+        return notes
+
+    def close(self) -> None:
+        """Drop the models."""
+        self.pair.runners.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _free_memory() -> int:
+    """Free memory in bytes: the system's, or the control group's where that is less."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))

@@ -1,0 +1,142 @@
+"""A folder or hub id -> a model that our forward pass can run, or a refusal that says why.
+
+Transformers accepts an attention function for every architecture, but some never call it, or call it in some layers
+only, and then generate plausible nonsense. So each model is tried once against its own stock forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from optimal_sampling.config import ModelConfig
+from optimal_sampling.engines.local import attention
+from optimal_sampling.engines.local.forward import ModelRunner
+from optimal_sampling.engines.local.kv_cache import KVCache
+from optimal_sampling.engines.local.scheduler import Chunk
+from optimal_sampling.engines.local.shapes import PLAIN, ShapeRules, measured_rules, pack_linears
+from optimal_sampling.errors import ConfigError, MissingDependencyError, ModelError
+
+__all__ = ["check_architecture", "load_model", "prepare", "resolve_device", "resolve_dtype"]
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest accepted difference to the stock forward pass, relative to the largest logit."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1` ... Raises ConfigError where it is absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"{name!r} is no device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for, but PyTorch finds no CUDA GPU here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs here")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_model(path: str, config: ModelConfig, role: str, load_kwargs: dict[str, Any] | None = None) -> Any:
+    """Load one model for inference, from safetensors only. `role` is named in errors.
+
+    Raises ModelError, MissingDependencyError.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = resolve_device(config.device)
+    kwargs: dict[str, Any] = {
+        "dtype": resolve_dtype(config.dtype, device),
+        "trust_remote_code": config.trust_remote_code,
+        "use_safetensors": True,
+        **(load_kwargs or {}),
+    }
+    if config.load_in_4bit:
+        kwargs["quantization_config"] = _four_bit(kwargs)
+        kwargs["device_map"] = {"": device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"the {role} model {path!r} could not be loaded: {first}") from error
+    if not config.load_in_4bit:
+        model = model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _four_bit(kwargs: dict[str, Any]) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401 - Transformers asks for it late and less clearly
+    except ImportError as error:
+        message = "load_in_4bit needs bitsandbytes: pip install 'optimal-sampling[4bit]'"
+        raise MissingDependencyError(message) from error
+    from transformers import BitsAndBytesConfig
+
+    options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("bnb_4bit_")}
+    return BitsAndBytesConfig(load_in_4bit=True, **options)
+
+
+def prepare(model: Any, vocab_size: int, role: str, batch_invariant: bool) -> ModelRunner:
+    """Plug in our attention, check it against the stock forward pass, and choose the shapes. Raises ModelError."""
+    cache = check_architecture(model, role)
+    rules = PLAIN
+    if batch_invariant and model.device.type == "cpu" and model.dtype == torch.float32:
+        pack_linears(model)
+        rules = measured_rules(model, cache.head_dims)
+    return ModelRunner(model, vocab_size, rules, cache.bytes_per_token)
+
+
+def check_architecture(model: Any, role: str) -> KVCache:
+    """Raise ModelError unless our forward pass gives the stock logits. Returns a cache in the model's shape.
+
+    The model is left with our attention function plugged in.
+    """
+    attention.register()
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    ids = torch.arange(5, 24) % config.vocab_size
+    with torch.inference_mode():
+        model.set_attn_implementation("eager")
+        stock = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, -8:].float()
+    cache = KVCache()
+    try:
+        model.set_attn_implementation(attention.NAME)
+        ours, called = _two_chunks(model, ids, stock.shape[-1], cache)
+    except (AssertionError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(f"the {role} model is a {name}, which the local engine cannot run: {error}") from error
+    layers = config.num_hidden_layers
+    if sorted(called) != list(range(layers)):
+        kinds = sorted(set(getattr(config, "layer_types", None) or [config.model_type]))
+        message = f"calls a plugged-in attention function in {len(set(called))} of its {layers} layers"
+        raise ModelError(f"the {role} model is a {name}, which {message} (layers of kind {', '.join(kinds)}); refused")
+    difference = (ours - stock).abs().max().item()
+    allowed = TOLERANCE.get(model.dtype, 0.1) * max(1.0, stock.abs().max().item())
+    if not difference <= allowed and stock.isfinite().all():
+        message = f"logits differ by {difference:.3g} from its own forward pass (allowed: {allowed:.3g})"
+        raise ModelError(f"the {role} model is a {name}, whose {message}; it would be sampled wrongly, so it is refused")
+    return cache
+
+
+def _two_chunks(model: Any, ids: torch.Tensor, vocab: int, cache: KVCache) -> tuple[torch.Tensor, list[int]]:
+    """The probe text in three forwards and in slot 1, beside another text in slot 0; logits of its last 8 tokens."""
+    runner = ModelRunner(model, vocab, ShapeRules())
+    cache.reshape(2, 64)
+    text, other = ids.tolist(), ids.flip(0).tolist()
+    runner.forward(cache, torch.tensor([[0], [0]]).to(model.device), np.array([0, 0]), (0, 1), [Chunk(1, 0, text[:5])])
+    chunks = [Chunk(0, 0, other[:3]), Chunk(1, 5, text[5:11])]
+    last = torch.tensor([other[3:11], text[11:19]]).to(model.device)
+    logits, plan = runner.forward_with_plan(cache, last, np.array([3, 11]), (), chunks)
+    return logits[1].float(), plan.layers_called

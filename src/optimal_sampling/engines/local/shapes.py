@@ -1,0 +1,165 @@
+"""Shapes under which a row's float32 results on a CPU have the same bits whatever shares its batch.
+
+The matrix kernels of a CPU choose another order of summation for few rows, and for long inner dimensions, so that a
+logit's last bits depend on the batch. Padding to shapes of one class avoids it. The classes are facts about one
+library on one processor, so they are measured here, not assumed:
+
+1. a forward pass has at least `tokens` tokens, and so has what is given to the output layer; and a multiple of
+   `token_multiple`, so that elementwise functions, computed 32 numbers at a time, have no remainder;
+2. attention has a multiple of `queries` query rows per key/value head;
+3. key/value lengths are multiples of 16 up to `kv_boundary`, beyond it multiples of 512 (PyTorch's block of keys);
+   a query attends over the short or the long class according to its own position alone.
+
+Linear layers for which no number of tokens makes rule 1 hold, and large ones, for which it is also the faster
+choice, run in oneDNN's packed form (`PackedLinear`), whose rows do not depend on their number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["PLAIN", "PackedLinear", "ShapeRules", "measured_rules", "pack_linears"]
+
+ELEMENTS = 32
+"""Numbers per step of PyTorch's elementwise loops; a remainder is computed by another function."""
+KV_BLOCK = 512
+"""Keys per block of PyTorch's CPU attention."""
+MOST_PADDING = 16
+"""More padding than this would cost more than the packed form."""
+PACK_FROM = 2**18
+"""Weights of this many elements and more are packed in any case: memory traffic outweighs the call."""
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple of `multiple`."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ShapeRules:
+    """Padding for one model. `PLAIN` pads nothing beyond what alignment is worth."""
+
+    tokens: int = 1
+    token_multiple: int = 1
+    queries: int = 1
+    kv_boundary: int | None = None
+
+    def padded_tokens(self, count: int) -> int:
+        """Number of tokens of a forward pass that has `count`."""
+        return round_up(max(count, self.tokens), self.token_multiple)
+
+    def kv_length(self, length: int) -> int:
+        """Number of keys that attention sees where the longest row has `length`."""
+        if self.kv_boundary is None or length <= self.kv_boundary:
+            return round_up(length, 16)
+        return round_up(length, KV_BLOCK)
+
+    def slot_length(self, length: int) -> int:
+        """Memory per slot for rows of up to `length` tokens."""
+        return self.kv_length(round_up(length, 64))
+
+
+PLAIN = ShapeRules()
+
+
+def _first_rows_equal(weight: Tensor, inputs: Tensor, counts: list[int]) -> bool:
+    full = F.linear(inputs, weight)
+    return all(torch.equal(F.linear(inputs[:n].clone(), weight), full[:n]) for n in counts)
+
+
+@cache
+def _rows_needed(inputs: int, outputs: int, threads: int) -> int | None:
+    """Fewest rows (a power of two) from which a float32 linear layer of this shape is row-invariant, if any is."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    sample = torch.randn(320, inputs, generator=generator)
+    counts = [*range(MOST_PADDING, 50), 63, 64, 65, 96, 128, 160, 255]
+    if not _first_rows_equal(weight, sample, counts):
+        return None
+    least = MOST_PADDING
+    while least > 1 and _first_rows_equal(weight, sample, list(range(least // 2, least))):
+        least //= 2
+    return least
+
+
+@cache
+def _attention_rules(dim: int, threads: int) -> tuple[int, int | None]:
+    """(multiple of query rows, key/value boundary) for heads of this dimension."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, dim, generator=generator) for n in (64, KV_BLOCK, KV_BLOCK))
+
+    def attend(rows: int, known: int, length: int) -> Tensor:
+        mask = torch.zeros(rows, length)
+        mask[:, known:] = float("-inf")
+        return F.scaled_dot_product_attention(q[:, :, :rows].clone(), k[:, :, :length], v[:, :, :length], mask)
+
+    reference = attend(64, 48, 48)
+
+    def holds(multiple: int) -> bool:
+        return all(torch.equal(attend(n, 48, 48), reference[:, :, :n]) for n in range(multiple, 64, multiple))
+
+    queries = next((m for m in (1, 2, 4, 8, 16) if holds(m)), 32)
+    for length in range(64, KV_BLOCK + 1, 16):
+        known = {16, length // 32 * 16, length - 16}
+        if not all(torch.equal(attend(32, n, length), attend(32, n, n)) for n in known):
+            return queries, length - 16
+    return queries, None
+
+
+class PackedLinear(nn.Module):
+    """A float32 linear layer on a CPU in oneDNN's packed form: rows do not depend on how many there are."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
+        """The same as the layer it replaces."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _packable(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module) is nn.Linear and weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
+def pack_linears(model: nn.Module) -> int:
+    """Replace the linear layers that need or deserve it. Returns how many."""
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not _packable(child):
+                continue
+            linear: Any = child
+            large = linear.weight.numel() >= PACK_FROM
+            if large or _rows_needed(linear.in_features, linear.out_features, torch.get_num_threads()) is None:
+                setattr(parent, name, PackedLinear(linear))
+                count += 1
+    return count
+
+
+def measured_rules(model: Any, head_dims: set[int]) -> ShapeRules:
+    """The padding that this model needs on this machine with this number of threads. Call after `pack_linears`."""
+    threads = torch.get_num_threads()
+    linears: list[Any] = [m for m in model.modules() if _packable(m)]
+    tokens = [_rows_needed(m.in_features, m.out_features, threads) or MOST_PADDING for m in linears]
+    attention = [_attention_rules(dim, threads) for dim in sorted(head_dims)]
+    boundaries = [boundary for _, boundary in attention if boundary is not None]
+    output = model.get_output_embeddings()
+    widths = [m.out_features for m in model.modules() if hasattr(m, "out_features") and m is not output]
+    return ShapeRules(
+        token_multiple=ELEMENTS // math.gcd(ELEMENTS, *widths),
+        tokens=max(tokens, default=1),
+        queries=max((queries for queries, _ in attention), default=1),
+        kv_boundary=min(boundaries, default=None),
+    )

@@ -1,0 +1,226 @@
+"""The suite that every engine passes. Subclass `EngineConformance` in a file pytest collects and give it a harness."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from optimal_sampling.config import MixtureConfig
+from optimal_sampling.engines.base import Engine
+from optimal_sampling.types import TRACE_FIELDS, Request
+
+
+@dataclass
+class Harness:
+    """An engine under test, and the two models behind it written out."""
+
+    open: Callable[..., Engine]
+    """(mixture, batch_size) -> engine."""
+    logits: Callable[[str, list[int]], np.ndarray]
+    """(role, token ids) -> logits of the next token over the shared vocabulary."""
+    prompts: list[tuple[list[int], list[int]]]
+    """(student's, teacher's) prompt ids, of different lengths and contents."""
+    context_length: int
+
+
+def log_softmax(x):
+    x = np.asarray(x, dtype=np.float64)
+    return x - x.max() - np.log(np.exp(x - x.max()).sum())
+
+
+def exact_q(student_logits, teacher_logits, mixture, position):
+    """(q, alpha) of kl_symmetry with bounds, by bisection in float64; independent of the package's own reference."""
+    s, t = (log_softmax(x / mixture.temperature) for x in (student_logits, teacher_logits))
+
+    def q_at(alpha):
+        return np.exp(log_softmax((1 - alpha) * s + alpha * t))
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (q_at(middle) * (t - s)).sum() < 0 else (low, middle)
+    alpha = min(max(low, mixture.alpha_min), mixture.alpha_max)
+    if mixture.force_first_token and position == 0:
+        alpha = 1.0
+    return q_at(alpha), alpha
+
+
+def requests_of(harness, count=12, new=12, seed=0, samples=1):
+    return [
+        Request(f"prompt {i}", j, seed, *map(tuple, harness.prompts[i % len(harness.prompts)]), new)
+        for i in range(count)
+        for j in range(samples)
+    ]
+
+
+def by_key(completions):
+    return {(c.request.id, c.request.sample_index): c for c in completions}
+
+
+class EngineConformance:
+    """Give a fixture `harness`."""
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 64])
+    def test_every_request_is_answered_once(self, harness, batch_size):
+        """Guards: a row lost or served twice when slots are reused."""
+        requests = requests_of(harness, 20)
+        engine = harness.open(MixtureConfig(), batch_size)
+        completions = list(engine.generate(iter(requests)))
+        assert sorted(c.request.id for c in completions) == sorted(r.id for r in requests)
+        for c in completions:
+            assert c.finish_reason in ("stop", "length")
+            assert 1 <= len(c.token_ids) <= 12
+            assert len(c.trace) == len(c.token_ids)
+            assert set(c.trace.columns) == set(TRACE_FIELDS)
+            assert (c.token_ids[-1] in engine.stop_ids) == (c.finish_reason == "stop")
+            assert not engine.stop_ids & set(c.token_ids[:-1])
+
+    def test_tokens_do_not_depend_on_the_batch(self, harness):
+        """Guards: needs.md 16: a slot that keeps its last tenant's state, a prompt used for the whole batch."""
+        requests = requests_of(harness, 20)
+        alone = by_key(c for r in requests for c in harness.open(MixtureConfig(), 1).generate([r]))
+        for batch_size, order in ((1, 1), (3, -1), (64, 1), (7, -1)):
+            together = by_key(harness.open(MixtureConfig(), batch_size).generate(requests[::order]))
+            assert {k: c.token_ids for k, c in together.items()} == {k: c.token_ids for k, c in alone.items()}
+
+    def test_each_model_sees_its_own_prompt(self, harness):
+        """Guards: needs.md 16: the first request's student prompt, or the teacher's, used for all."""
+        mixture = MixtureConfig(alpha_min=0.0)
+        for completion in harness.open(mixture, 8).generate(requests_of(harness, 6, new=6)):
+            contexts = {"student": completion.request.student_prompt_ids, "teacher": completion.request.teacher_prompt_ids}
+            for i, token in enumerate(completion.token_ids):
+                for role, prompt in contexts.items():
+                    expected = log_softmax(harness.logits(role, [*prompt, *completion.token_ids[:i]]))[token]
+                    assert completion.trace[f"log_p_{role}"][i] == pytest.approx(expected, abs=2e-4)
+
+    def test_alpha_and_divergences_are_those_of_the_enumeration(self, harness):
+        """Guards: diagnostics of another position, row or temperature."""
+        mixture = MixtureConfig(alpha_min=0.2, alpha_max=0.9, temperature=0.7, force_first_token=True)
+        for completion in harness.open(mixture, 4).generate(requests_of(harness, 4, new=5)):
+            text = []
+            for i, token in enumerate(completion.token_ids):
+                r = completion.request
+                s = harness.logits("student", [*r.student_prompt_ids, *text])
+                t = harness.logits("teacher", [*r.teacher_prompt_ids, *text])
+                q, alpha = exact_q(s, t, mixture, i)
+                kl = (q * (np.log(q) - log_softmax(s / 0.7))).sum()
+                assert completion.trace["alpha"][i] == pytest.approx(alpha, abs=2e-3)
+                assert completion.trace["kl_student"][i] == pytest.approx(kl, abs=2e-3)
+                assert completion.trace["log_q"][i] == pytest.approx(np.log(q[token]), abs=2e-3)
+                text.append(token)
+
+    def test_draws_follow_q(self, harness):
+        """Guards: a wrong distribution. The power check: the same test rejects the teacher alone."""
+        mixture = MixtureConfig()
+        p_q, p_teacher = self.chi_square(harness, mixture)
+        assert p_q > 1e-3
+        assert p_teacher < 1e-6
+
+    def chi_square(self, harness, mixture, samples=3000):
+        """p-values of the first two tokens of many samples, against q* and against the teacher alone."""
+        student, teacher = harness.prompts[0]
+        requests = [Request("chi", j, 1, tuple(student), tuple(teacher), 2) for j in range(samples)]
+        engine = harness.open(mixture, 256)
+        seen = {}
+        for c in engine.generate(requests):
+            seen[c.token_ids] = seen.get(c.token_ids, 0) + 1
+        p_values = []
+        for only_teacher in (False, True):
+            expected = self.enumerate(harness, mixture, engine.stop_ids, only_teacher)
+            keys = sorted(expected, key=expected.get)
+            assert set(seen) <= set(expected)
+            observed, wanted, rest = [], [], [0.0, 0.0]
+            for key in keys:  # outcomes expected less than 5 times are counted together
+                rest = [rest[0] + seen.get(key, 0), rest[1] + expected[key] * samples]
+                if rest[1] >= 5:
+                    observed.append(rest[0])
+                    wanted.append(rest[1])
+                    rest = [0.0, 0.0]
+            observed[-1] += rest[0]
+            wanted[-1] += rest[1]
+            p_values.append(stats.chisquare(observed, np.array(wanted) * sum(observed) / sum(wanted)).pvalue)
+        return p_values
+
+    def enumerate(self, harness, mixture, stop_ids, only_teacher):
+        """Probability of every completion of at most two tokens."""
+        student, teacher = harness.prompts[0]
+
+        def q_after(text):
+            s, t = harness.logits("student", [*student, *text]), harness.logits("teacher", [*teacher, *text])
+            if only_teacher:
+                return np.exp(log_softmax(t / mixture.temperature))
+            return exact_q(s, t, mixture, len(text))[0]
+
+        result = {}
+        for first, p in enumerate(q_after([])):
+            if first in stop_ids:
+                result[(first,)] = p
+                continue
+            for second, p2 in enumerate(q_after([first])):
+                result[(first, second)] = p * p2
+        return result
+
+    def test_samples_and_seeds_differ(self, harness):
+        """Guards: noise that ignores the sample index or the seed."""
+        engine = harness.open(MixtureConfig(), 64)
+        first = by_key(engine.generate(requests_of(harness, 4, samples=8)))
+        again = by_key(engine.generate(requests_of(harness, 4, samples=8)))
+        other = by_key(engine.generate(requests_of(harness, 4, samples=8, seed=1)))
+        assert {k: c.token_ids for k, c in first.items()} == {k: c.token_ids for k, c in again.items()}
+        assert sum(first[k].token_ids != other[k].token_ids for k in first) > 16
+        assert len({first["prompt 0", j].token_ids for j in range(8)}) > 3
+
+    def test_bad_requests_fail_alone(self, harness):
+        """Guards: a prompt that is cut silently, and one bad request that ends the run."""
+        good = requests_of(harness, 3)
+        long = Request("long", 0, 0, tuple([1] * harness.context_length), (1, 2), 5)
+        alien = Request("alien", 0, 0, (1, 2), (1, 10**6), 5)
+        empty = Request("empty", 0, 0, (), (1, 2), 5)
+        done = by_key(harness.open(MixtureConfig(), 2).generate([long, good[0], alien, good[1], empty, good[2]]))
+        assert len(done) == 6
+        assert str(harness.context_length) in done["long", 0].error
+        assert "student" in done["long", 0].error
+        assert "teacher" in done["alien", 0].error
+        assert "no tokens" in done["empty", 0].error
+        for name in ("long", "alien", "empty"):
+            assert done[name, 0].finish_reason == "error"
+            assert done[name, 0].token_ids == ()
+        assert all(done[r.id, 0].finish_reason != "error" for r in good)
+
+    def test_requests_are_pulled_as_there_is_room_and_closing_gives_up(self, harness):
+        """Guards: an endless stream read into memory, and an engine that cannot be used after Ctrl-C."""
+        pulled = []
+
+        def endless():
+            while True:
+                pulled.append(1)
+                yield requests_of(harness, 1)[0]
+
+        engine = harness.open(MixtureConfig(), 4)
+        stream = engine.generate(endless())
+        next(stream)
+        assert len(pulled) < 40
+        stream.close()
+        assert len(list(engine.generate(requests_of(harness, 3)))) == 3
+
+    def test_no_requests(self, harness):
+        """Guards: an empty dataset slice."""
+        assert list(harness.open(MixtureConfig(), 4).generate([])) == []
+
+    def test_the_context_is_never_exceeded(self, harness):
+        """Guards: positions beyond the model's last one; the end of the context is `length`, not an error."""
+        prompt = tuple([1] * (harness.context_length - 3))
+        request = Request("full", 0, 0, prompt, (1, 2), 50)
+        [completion] = harness.open(MixtureConfig(), 2).generate([request])
+        assert completion.finish_reason in ("length", "stop")
+        assert len(completion.token_ids) <= 3
+
+    @pytest.mark.parametrize("method", ["kl_symmetry", "reverse_kl_symmetry", "ess_balance", "entropy", "fixed"])
+    def test_every_method_of_the_seeds_draws(self, harness, method):
+        """Guards: a method that the engine's rows break."""
+        engine = harness.open(MixtureConfig(alpha_method=method, alpha_min=0.0), 8)
+        completions = list(engine.generate(requests_of(harness, 5)))
+        assert all(0 <= a <= 1 for c in completions for a in c.trace["alpha"])
+        assert all(c.finish_reason != "error" for c in completions)
