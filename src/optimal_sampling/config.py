@@ -6,18 +6,38 @@ Knows nothing of models, files or torch. The docstring under a field is its help
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import ALPHA_METHODS, AlphaMethod
 
-__all__ = ["DataConfig", "EngineConfig", "MixtureConfig", "ModelConfig", "PromptConfig", "RunConfig"]
+__all__ = [
+    "DataConfig",
+    "EngineConfig",
+    "GenerateConfig",
+    "MixtureConfig",
+    "ModelConfig",
+    "PromptConfig",
+    "RunConfig",
+    "parse_slice",
+]
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def parse_slice(text: str) -> slice:
+    """`START:STOP:STEP` with any part left out. Negative parts are refused: a shard must not depend on the length."""
+    match = re.fullmatch(r"(\d*):(\d*)(?::(\d*))?", text.strip(), re.ASCII)
+    if match is None:
+        raise ConfigError(f"data_slice must be START:STOP:STEP, each 0 or more, such as 0::8 or 100:200; got {text!r}")
+    start, stop, step = (int(part) if part else None for part in match.groups())
+    _require(step != 0, f"data_slice has a step of 0: {text!r}")
+    return slice(start or 0, stop, step or 1)
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,7 @@ class ModelConfig:
     teacher: str = "toy-teacher"
     """The model that helps: a folder, a hub id, or the built-in `toy-teacher`."""
     student: str = "toy-student"
-    """The model to be trained: a folder, a hub id, or the built-in `toy-student`. The same as the teacher: loaded once."""
+    """The model to be trained: a folder, a hub id, or the built-in `toy-student`. Same as the teacher: loaded once."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
@@ -132,7 +152,8 @@ class DataConfig:
     num_examples: int | None = None
     """Take the first n rows of the dataset (100 of `synthetic` where unset)."""
     data_slice: str | None = None
-    """Take rows START:STOP:STEP, as in Python, after --num-examples; `0::8` is the first of eight shards."""
+    """Take rows START:STOP:STEP after --num-examples; `0::8` is the first of eight shards. Each slice has its own
+    file of records, so eight commands can share one --output-dir."""
     samples_per_prompt: int = 1
     """Completions per prompt."""
 
@@ -142,6 +163,9 @@ class DataConfig:
             f"num_examples must be at least 1, got {self.num_examples}",
         )
         _require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, got {self.samples_per_prompt}")
+        _require(bool(self.dataset), "dataset must not be empty")
+        if self.data_slice is not None:
+            parse_slice(self.data_slice)
 
 
 @dataclass(frozen=True)
@@ -181,3 +205,25 @@ class RunConfig:
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         _require(self.max_attempts >= 1, f"max_attempts must be at least 1, got {self.max_attempts}")
         _require(bool(self.output_dir), "output_dir must not be empty")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Everything `generate` needs to know: prompts of a dataset in, records of q* out."""
+
+    models: ModelConfig = ModelConfig()
+    mixture: MixtureConfig = MixtureConfig()
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
+    run: RunConfig = RunConfig()
+    options: EngineConfig = EngineConfig()
+    engine: Literal["local", "toy"] = "local"
+    """Where logits come from: `local` runs Transformers models in this process, `toy` is two tables, for tests."""
+
+    @property
+    def worker(self) -> str:
+        """Name of this process's file of records: one per data slice, so that shards can share a run folder."""
+        if self.data.data_slice is None:
+            return "main"
+        part = parse_slice(self.data.data_slice)
+        return f"slice-{part.start}-{'' if part.stop is None else part.stop}-{part.step}"

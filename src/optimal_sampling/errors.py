@@ -6,6 +6,7 @@
     │   ├── ModelError            a model folder that is missing, broken or of an unsupported kind
     │   ├── TokenizerMismatchError  two models whose token ids do not mean the same
     │   ├── DatasetError          a dataset that is missing, empty, torn, or lacks a column
+    │   ├── PromptError           a row that cannot be rendered; the row fails, the run goes on
     │   ├── RunFolderError        a run folder made with another config, in use, or not writable
     │   └── MissingDependencyError  an optional package that the chosen feature needs
     ├── StorageError              the disk refused a write (full, removed, read-only)
@@ -23,6 +24,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelError",
     "OptimalSamplingError",
+    "PromptError",
     "RunFolderError",
     "StorageError",
     "TokenizerMismatchError",
@@ -56,6 +58,10 @@ class TokenizerMismatchError(UserError):
 
 class DatasetError(UserError):
     """The dataset cannot be read as asked."""
+
+
+class PromptError(UserError, ValueError):
+    """One row makes no prompt. Its message is the reason that is recorded; the other rows go on."""
 
 
 class RunFolderError(UserError):

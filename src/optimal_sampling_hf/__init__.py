@@ -1,1 +1,5 @@
-"""The seeds' name of `optimal_sampling`."""
+"""The package's name in the documents this project comes from. The same two classes as in `optimal_sampling`."""
+
+from optimal_sampling.model import OptimalSamplingModel, SamplingOutput
+
+__all__ = ["OptimalSamplingModel", "SamplingOutput"]

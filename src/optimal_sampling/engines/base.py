@@ -34,7 +34,7 @@ class Engine(ABC):
     """
 
     vocab_size: int
-    """Number of token ids that both models share; all ids in and out are below it."""
+    """Number of token ids that both models share; all ids drawn are below it."""
     stop_ids: frozenset[int]
     """Ids that end a completion: the union over both models."""
 
@@ -57,16 +57,19 @@ class Engine(ABC):
 
 
 def prompt_problem(
-    roles: Sequence[str], prompts: Sequence[Sequence[int]], contexts: Sequence[int | None], vocab_size: int
+    roles: Sequence[str], prompts: Sequence[Sequence[int]], contexts: Sequence[int | None], rows: Sequence[int]
 ) -> str:
-    """Why a request's prompts cannot be served: empty, longer than a context, ids beyond the vocabulary. "" if none."""
-    for role, prompt, limit in zip(roles, prompts, contexts, strict=True):
+    """Why a request's prompts cannot be served: empty, longer than a context, ids without an embedding. "" if none.
+
+    `rows`: embeddings of each model. A prompt's ids belong to its own model, and may lie beyond the shared ids.
+    """
+    for role, prompt, limit, known in zip(roles, prompts, contexts, rows, strict=True):
         if not prompt:
             return f"the {role}'s prompt has no tokens"
         if limit is not None and len(prompt) >= limit:
             return f"the {role}'s prompt has {len(prompt)} tokens, and its context holds {limit}"
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            return f"the {role}'s prompt has token ids outside the shared vocabulary of {vocab_size}"
+        if not 0 <= min(prompt) <= max(prompt) < known:
+            return f"the {role}'s prompt has token ids outside its vocabulary of {known}"
     return ""
 
 

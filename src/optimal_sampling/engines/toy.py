@@ -64,7 +64,7 @@ class ToyEngine(Engine):
         for request in requests:
             started = time.perf_counter()
             prompts = (request.student_prompt_ids, request.teacher_prompt_ids)
-            problem = prompt_problem(("student", "teacher"), prompts, (self.context_length,) * 2, self.vocab_size)
+            problem = prompt_problem(("student", "teacher"), prompts, (self.context_length,) * 2, (self.vocab_size,) * 2)
             if problem:
                 yield Completion(request, (), "error", TokenTrace.from_rows([]), problem)
                 continue

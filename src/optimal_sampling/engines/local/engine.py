@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +81,7 @@ class LocalEngine(Engine):
     ) -> LocalEngine:
         """Load the models. Raises ModelError, ConfigError, MissingDependencyError."""
         paths = {"student": resolve_model(models.student), "teacher": resolve_model(models.teacher)}
-        shared = paths["student"] == paths["teacher"]
+        shared = os.path.realpath(paths["student"]) == os.path.realpath(paths["teacher"])
         runners: dict[str, ModelRunner] = {}
         for role in ("teacher", "student"):
             if role == "student" and shared:
@@ -103,12 +104,14 @@ class LocalEngine(Engine):
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Serve the requests; see `Engine`."""
+        if not self.pair.runners:
+            raise EngineError("this engine was closed; open another one")
         self.last_run = Run(self._lanes(), self._setting())
         try:
             yield from self.last_run.completions(requests)
         except torch.OutOfMemoryError as error:
             raise EngineError(
-                f"out of memory on {self.device}: use a smaller --batch-size or --kv-memory-gib ({error})"
+                f"out of memory on {self.device}: use a smaller batch_size or kv_memory_gib ({error})"
             ) from error
         finally:
             for lane in self.last_run.lanes:
@@ -141,6 +144,7 @@ class LocalEngine(Engine):
             stop_ids=self.stop_ids,
             vocab_size=self.vocab_size,
             context_lengths=tuple(contexts[role] for role in self.roles),
+            embeddings=tuple(self.pair.runners[role].embeddings for role in self.roles),
             memory=memory,
             capture=self.capture,
         )

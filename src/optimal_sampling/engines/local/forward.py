@@ -31,6 +31,7 @@ class ModelRunner:
         self.vocab_size = vocab_size
         self.rules = rules
         self.device: torch.device = model.device
+        self.embeddings: int = model.get_input_embeddings().weight.shape[0]
 
     def forward(
         self,

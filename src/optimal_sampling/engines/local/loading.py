@@ -34,7 +34,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"{name!r} is no device; use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for, but PyTorch finds no CUDA GPU here; use --device cpu")
+        raise ConfigError(f"device {name!r} was asked for, but PyTorch finds no CUDA GPU here; use the device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs here")
     if device.type not in ("cpu", "cuda"):
@@ -66,13 +66,14 @@ def load_model(path: str, config: ModelConfig, role: str, load_kwargs: dict[str,
     }
     if config.load_in_4bit:
         kwargs["quantization_config"] = _four_bit(kwargs)
-        kwargs["device_map"] = {"": device}
+    if "quantization_config" in kwargs:
+        kwargs.setdefault("device_map", {"": device})
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"the {role} model {path!r} could not be loaded: {first}") from error
-    if not config.load_in_4bit:
+    if "quantization_config" not in kwargs:
         model = model.to(device)
     return model.eval().requires_grad_(False)
 

@@ -41,6 +41,8 @@ class RunSetting:
     vocab_size: int
     context_lengths: tuple[int | None, ...]
     """Per context."""
+    embeddings: tuple[int, ...]
+    """Per context, the number of ids that its model knows."""
     memory: int
     """Bytes for the caches."""
     capture: frozenset[str] = frozenset()
@@ -144,9 +146,8 @@ class Run:
             prompts = {"student": request.student_prompt_ids, "teacher": request.teacher_prompt_ids}
             sequence = Sequence(request, tuple(prompts[role] for role in self.setting.roles))
             sequence.evict()
-            problem = prompt_problem(
-                self.setting.roles, sequence.prompts, self.setting.context_lengths, self.setting.vocab_size
-            )
+            setting = self.setting
+            problem = prompt_problem(setting.roles, sequence.prompts, setting.context_lengths, setting.embeddings)
             if problem:
                 refused.append(self._completion(sequence, "error", problem))
             else:

@@ -1,0 +1,287 @@
+"""One command, `optimal-sampling`. Flags are derived from the config classes; nothing heavy is imported for `--help`.
+
+Knows how to read a command line and how to end a process, and nothing of what the commands do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from optimal_sampling import __version__
+from optimal_sampling.config import GenerateConfig
+from optimal_sampling.errors import ConfigError, OptimalSamplingError
+
+__all__ = ["ALIASES", "EXIT_CODES", "main"]
+
+PROGRAM = "optimal-sampling"
+
+ALIASES = {
+    "model-theta": "student",
+    "model-theta-path": "student",
+    "model-t": "teacher",
+    "model-t-path": "teacher",
+    "model-teacher": "teacher",
+    "max-tokens": "max-new-tokens",
+    "target-top-k": "teacher-support-top-k",
+    "target-top-p": "teacher-support-top-p",
+}
+"""Other spellings of options, from the documents this project comes from."""
+
+NO_OPS = ("resume", "constraint-to-target")
+"""Flags of those documents that say what is so anyway: a run resumes; the teacher-support options restrict."""
+
+EXIT_CODES = """exit codes:
+  0    everything asked for is there
+  1    the disk or the engine failed; what was finished is safe
+  2    an option, the config or the input has to change
+  3    finished, but some prompts failed (a later call tries them again)
+  130  interrupted; what was finished is safe"""
+
+PREVIEWED_ROWS = 3
+
+
+@dataclass(frozen=True)
+class GenerateOptions(GenerateConfig):
+    """Generate records of q* for the prompts of a dataset.
+
+    A second call on the same --output-dir goes on where the first one ended.
+    """
+
+    config: str | None = None
+    """YAML file with options by name (`alpha_min: 0.3`); options on the command line win."""
+    dry_run: bool = False
+    """Print the first prompts as both models would see them, with token counts, and stop."""
+
+    def generate_config(self) -> GenerateConfig:
+        """The options that are not about this command line."""
+        return GenerateConfig(**{item.name: getattr(self, item.name) for item in fields(GenerateConfig)})
+
+
+def run_generate(arguments: Sequence[str]) -> int:
+    """The subcommand `generate`."""
+    options = parse_generate(arguments)
+    config = options.generate_config()
+    from optimal_sampling.generate import Interrupted, generate
+    from optimal_sampling.generate.progress import progress_for
+
+    if options.dry_run:
+        return _dry_run(config)
+    try:
+        summary = generate(config, progress_for())
+    except Interrupted as interrupt:
+        _say_interrupted(f"{interrupt.summary.folder_records} good records are safe in {interrupt.summary.run_folder}")
+        return 130
+    from rich.console import Console
+
+    Console().print(summary.table())
+    return 3 if summary.failed else 0
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "generate": ("generate records of q* for the prompts of a dataset", run_generate),
+}
+"""Subcommands: a line of help, and what runs them. A new one is a line here; import what it needs when it runs."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code. No error that this package raises on purpose shows a traceback."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):  # a lone surrogate in a prompt must not end a run
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        with _signals():
+            return _dispatch(arguments)
+    except OptimalSamplingError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say_interrupted("nothing had been started")
+        return 130
+    except BrokenPipeError:  # `| head` went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    if name == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name!r}{_nearest(name, COMMANDS)}; see {PROGRAM} --help")
+    return COMMANDS[name][1](arguments[1:])
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:12}{text}" for name, (text, _) in COMMANDS.items())
+    return (
+        f"usage: {PROGRAM} COMMAND [OPTIONS]\n\n"
+        "Distillation data drawn token by token from the geometric mixture of a teacher and a student.\n\n"
+        f"commands:\n{commands}\n\n{PROGRAM} COMMAND --help lists a command's options; --version the version.\n\n"
+        f"{EXIT_CODES}"
+    )
+
+
+def parse_generate(arguments: Sequence[str]) -> GenerateOptions:
+    """Options from the command line and, where `--config` names one, from a YAML file."""
+    import tyro
+
+    path = _value_of("config", arguments)
+    from_file = _yaml_arguments(Path(path)) if path is not None else []
+    return tyro.cli(
+        GenerateOptions,
+        prog=f"{PROGRAM} generate",
+        description=_generate_description(),
+        args=_unalias([*from_file, *arguments]),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _generate_description() -> str:
+    aliases = ", ".join(f"--{alias} = --{name}" for alias, name in ALIASES.items())
+    return (
+        f"{GenerateOptions.__doc__}\n\nUnderscores and hyphens are the same. Also accepted: {aliases}; "
+        f"without effect: {', '.join('--' + name for name in NO_OPS)}.\n\n{EXIT_CODES}"
+    )
+
+
+def _unalias(arguments: Sequence[str]) -> list[str]:
+    """The same arguments in our spelling."""
+    result = []
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        name = name.replace("_", "-")
+        if not argument.startswith("--") or not name:
+            result.append(argument)
+        elif name not in NO_OPS:
+            result.append(f"--{ALIASES.get(name, name)}{equals}{value}")
+    _check_constraint(arguments, result)
+    return result
+
+
+def _check_constraint(arguments: Sequence[str], result: Sequence[str]) -> None:
+    asked = any(argument.replace("_", "-").startswith("--constraint-to-target") for argument in arguments)
+    if asked and not any(argument.startswith("--teacher-support") for argument in result):
+        raise ConfigError("--constraint-to-target needs --target-top-k or --target-top-p: what to restrict to")
+
+
+def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+    found = None
+    for place, argument in enumerate(arguments):
+        if argument == f"--{name}" and place + 1 < len(arguments):
+            found = arguments[place + 1]
+        elif argument.startswith(f"--{name}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def _yaml_arguments(path: Path) -> list[str]:
+    """A YAML file of options as command-line arguments, so that there is one parser and one set of messages."""
+    known = _option_types()
+    arguments = []
+    for key, value in _read_yaml(path).items():
+        name = str(key).replace("_", "-")
+        name = ALIASES.get(name, name)
+        if name not in (*known, *NO_OPS):
+            raise ConfigError(f"{path}: unknown option {key!r}{_nearest(name, known)}")
+        if isinstance(value, dict | list):
+            raise ConfigError(f"{path}: {key} must be a single value, got {value!r}")
+        arguments += _yaml_argument(name, value, known.get(name, bool))
+    return arguments
+
+
+def _yaml_argument(name: str, value: Any, kind: type) -> list[str]:
+    if value is None or (name in NO_OPS and not value):
+        return []
+    if not isinstance(value, bool):
+        return [f"--{name}={value}"]
+    if kind is bool:
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}={'on' if value else 'off'}"]  # YAML reads a bare on or off as a truth value
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {error}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"--config {path} must hold options by name, such as `alpha_min: 0.3`")
+    return document
+
+
+def _option_types() -> dict[str, type]:
+    """Flags of `generate` as they are typed, with the type of their default."""
+    config = GenerateConfig()
+    parts = [config, *(getattr(config, item.name) for item in fields(config) if item.name != "engine")]
+    names = {item.name: type(getattr(part, item.name)) for part in parts for item in fields(part)}
+    sections = {item.name for item in fields(config)} - {"engine"}
+    return {name.replace("_", "-"): kind for name, kind in names.items() if name not in sections}
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _dry_run(config: GenerateConfig) -> int:
+    from optimal_sampling.generate import preview
+
+    for row_index, rendered in preview(config, PREVIEWED_ROWS):
+        if isinstance(rendered, str):
+            print(f"=== row {row_index}: no prompt: {rendered}")
+            continue
+        for role, text, ids in (
+            ("student", rendered.student_text, rendered.student_ids),
+            ("teacher", rendered.teacher_text, rendered.teacher_ids),
+        ):
+            print(f"=== row {row_index}, {role}: {len(ids)} tokens\n{text}")
+    print("=== dry run: nothing was generated")
+    return 0
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a run in good order; a second one ends it at once."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    try:
+        before = [signal.signal(number, interrupt) for number in numbers]
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _say_interrupted(state: str) -> None:
+    command = shlex.join([PROGRAM, *sys.argv[1:]])
+    print(f"\n{PROGRAM}: interrupted; {state}. To go on:\n  {command}", file=sys.stderr)

@@ -1,0 +1,182 @@
+"""Counting a run while it goes, and what is said at its end.
+
+Knows nothing of engines or prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from optimal_sampling.records.files import write_atomically
+from optimal_sampling.records.ledger import MEANS, Totals
+from optimal_sampling.records.run_folder import RunFolder
+from optimal_sampling.records.schema import Record
+
+__all__ = ["Summary", "Tally"]
+
+_ERRORS_SHOWN = 5
+
+
+@dataclass
+class Tally:
+    """Counts of one call. A sample is one completion of one prompt."""
+
+    rows: int
+    samples_per_prompt: int
+    duplicates: int = 0
+    """Rows whose two prompts are those of an earlier row."""
+    already_good: int = 0
+    given_up: int = 0
+    """Samples that had failed too often before this call."""
+    failed: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    made: Totals = field(default_factory=Totals)
+    """Good records of this call."""
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, record: Record) -> None:
+        """Count a record of this call."""
+        if record["error"]:
+            self.failed += 1
+            self.errors[record["error"]] += 1
+        else:
+            self.made.add(record)
+
+    def restart_clock(self) -> None:
+        """The engine is ready: speed is measured from here."""
+        self.started = time.monotonic()
+
+    @property
+    def asked(self) -> int:
+        """Samples asked for, as far as duplicates are known."""
+        return (self.rows - self.duplicates) * self.samples_per_prompt
+
+    @property
+    def done(self) -> int:
+        """Good samples, of this call and before."""
+        return self.already_good + self.made.records
+
+    @property
+    def owed(self) -> int:
+        """Samples that this call still has to try."""
+        return self.asked - self.done - self.failed - self.given_up
+
+    @property
+    def seconds(self) -> float:
+        """Since the engine was ready."""
+        return time.monotonic() - self.started
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this call."""
+        return self.made.tokens / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None before the first sample of this call."""
+        tried = self.made.records + self.failed
+        return self.owed * self.seconds / tried if tried else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The end of a call: counts of what was asked for, and means over all good records of the folder."""
+
+    status: str
+    """`complete`, `failed` (some samples did) or `interrupted`."""
+    run_folder: str
+    records_file: str
+    asked: int
+    good: int
+    already_good: int
+    generated: int
+    failed: int
+    given_up: int
+    owed: int
+    duplicate_rows: int
+    torn_lines: int
+    bad_lines: int
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    folder_records: int
+    folder_tokens: int
+    means: Mapping[str, float | None]
+    finish_reasons: Mapping[str, int]
+    errors: Mapping[str, int]
+    notes: Mapping[str, str]
+
+    @classmethod
+    def of(cls, tally: Tally, folder: RunFolder, notes: Mapping[str, str], *, interrupted: bool) -> Summary:
+        """The state of a call now."""
+        totals = folder.ledger.totals
+        missing = tally.failed + tally.given_up
+        return cls(
+            status="interrupted" if interrupted else "failed" if missing else "complete",
+            run_folder=str(folder.path),
+            records_file=str(folder.file.path),
+            asked=tally.asked,
+            good=tally.done,
+            already_good=tally.already_good,
+            generated=tally.made.records,
+            failed=missing,
+            given_up=tally.given_up,
+            owed=tally.owed,
+            duplicate_rows=tally.duplicates,
+            torn_lines=folder.torn_lines,
+            bad_lines=folder.bad_lines,
+            seconds=round(tally.seconds, 3),
+            tokens=tally.made.tokens,
+            tokens_per_second=round(tally.tokens_per_second, 1),
+            folder_records=totals.records,
+            folder_tokens=totals.tokens,
+            means={name: totals.mean(name) for name in MEANS},
+            finish_reasons=dict(totals.finish_reasons),
+            errors=dict(tally.errors.most_common(_ERRORS_SHOWN)),
+            notes=dict(notes),
+        )
+
+    def save(self, worker: str) -> Path:
+        """Write `summary.json` (`summary-<worker>.json` beside it for a data slice) into the run folder."""
+        name = "summary.json" if worker == "main" else f"summary-{worker}.json"
+        path = Path(self.run_folder) / name
+        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+        return path
+
+    def table(self) -> Table:
+        """For people. Lines that say nothing (no duplicates, no torn lines) are left out."""
+        title = Text(f"{self.status}: {self.run_folder}")
+        table = Table(title=title, show_header=False, title_justify="left")
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in self._lines():
+            table.add_row(Text(name), Text(value))  # Text: an error may quote [/brackets] that look like markup
+        return table
+
+    def _lines(self) -> list[tuple[str, str]]:
+        optional = {
+            "failed": self.failed,
+            "of these not tried again (--max-attempts)": self.given_up,
+            "still owed": self.owed,
+            "duplicate rows, generated once": self.duplicate_rows,
+            "torn lines cut": self.torn_lines,
+            "bad lines found (owed again)": self.bad_lines,
+        }
+        return [
+            ("samples", f"{self.good} good of {self.asked} asked ({self.generated} new)"),
+            *((name, str(count)) for name, count in optional.items() if count),
+            ("speed", f"{self.tokens_per_second:.1f} tokens/s ({self.tokens} tokens in {self.seconds:.1f} s)"),
+            *((name.replace("_", " "), "-" if mean is None else f"{mean:.4f}") for name, mean in self.means.items()),
+            ("finish reasons", ", ".join(f"{name} {count}" for name, count in sorted(self.finish_reasons.items()))),
+            *((f"{count} x failed", error) for error, count in self.errors.items()),
+            *((name, text) for name, text in self.notes.items()),
+            ("records", self.records_file),
+        ]

@@ -1,0 +1,16 @@
+"""Two small models that ship with the package, and the problems they were trained on.
+
+A teacher and a student to try every command with, without a download. Importing this loads no torch.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+NAMES = {"toy-teacher": "teacher", "toy-student": "student"}
+
+
+def path(name: str) -> Path:
+    """The folder of a shipped model: `toy-teacher` or `toy-student`."""
+    if name not in NAMES:
+        raise KeyError(f"no shipped model is called {name!r}; there are {', '.join(NAMES)}")
+    return Path(str(files(__name__))) / NAMES[name]

@@ -1,0 +1,317 @@
+"""`step` against the naive oracle, and what it promises about rows, dtypes, supports and bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimal_sampling.config import MixtureConfig
+from optimal_sampling.distribution import METHODS, Step, draft, gumbel, keys_tensor, step
+from optimal_sampling.distribution.naive import NAIVE_METHODS, kl, naive_step, prepare, slope
+from optimal_sampling.types import ALPHA_METHODS, TRACE_FIELDS
+
+INF = math.inf
+
+
+def trace_of(result: Step, row: int = 0) -> dict[str, float]:
+    return dict(zip(TRACE_FIELDS, result.trace[row].tolist(), strict=True))
+
+
+def one(student, teacher, mixture, *, noise=None, position=0, keep_log_q=True) -> Step:
+    student, teacher = torch.tensor([student], dtype=torch.float32), torch.tensor([teacher], dtype=torch.float32)
+    noise = torch.zeros_like(student) if noise is None else noise
+    return step(student, teacher, noise, torch.tensor([position]), mixture, keep_log_q=keep_log_q)
+
+
+def batch(rows, vocab, seed=0, spread=3.0, apart=1.5):
+    g = torch.Generator().manual_seed(seed)
+    student = torch.randn(rows, vocab, generator=g) * spread
+    teacher = student + torch.randn(rows, vocab, generator=g) * apart
+    return student, teacher, gumbel(keys_tensor(range(rows)), torch.arange(rows), vocab), torch.arange(rows)
+
+
+def logits(scale):
+    finite = st.floats(-1.0, 1.0, width=16, allow_subnormal=False).map(lambda x: x * scale)
+    return st.one_of(finite, finite, finite, st.just(-INF))
+
+
+@st.composite
+def pairs(draw, scales=(2**-7, 1.0, 8.0, 64.0)):
+    vocab, scale = draw(st.integers(1, 12)), draw(st.sampled_from(scales))
+    row = st.lists(logits(scale), min_size=vocab, max_size=vocab).filter(lambda x: max(x) > -INF)
+    return draw(row), draw(row)
+
+
+@st.composite
+def mixtures(draw):
+    low = draw(st.sampled_from([0.0, 0.25, 0.5]))
+    return MixtureConfig(
+        alpha_method=draw(st.sampled_from(ALPHA_METHODS)),
+        fixed_alpha=draw(st.sampled_from([0.0, 0.3, 0.5, 1.0])),
+        alpha_min=low,
+        alpha_max=draw(st.sampled_from([0.75, 1.0])),
+        trust_region=draw(st.sampled_from([0.01, 0.3])),
+        schedule_tokens=10,
+        teacher_support_top_k=draw(st.sampled_from([-1, -1, 1, 3])),
+        teacher_support_top_p=draw(st.sampled_from([1.0, 1.0, 0.7])),
+        force_first_token=draw(st.booleans()),
+        temperature=draw(st.sampled_from([1.0, 0.7, 2.0])),
+        top_k=draw(st.sampled_from([-1, -1, 1, 3])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 0.6])),
+    )
+
+
+def near_cut(scores, top_p):
+    """True where float32 and float64 could cut the nucleus at different tokens."""
+    order, mass = sorted(scores, reverse=True), 0.0
+    for a in order:
+        mass += math.exp(a)
+        if top_p < 1 and abs(mass - top_p) < 1e-4:
+            return True
+    return any(0 < a - b < 1e-4 for a, b in itertools.pairwise(order))
+
+
+def close(got, want, scale=1.0):
+    if math.isinf(want) or math.isinf(got):
+        return got == want or min(got, want) < -1e4
+    return abs(got - want) <= 2e-5 * max(1.0, scale, abs(want))
+
+
+def test_every_method_has_a_fast_and_a_naive_function():
+    """Guards: a method that the config accepts and `step` does not know, or one without an oracle."""
+    assert set(METHODS) == set(ALPHA_METHODS) == set(NAIVE_METHODS)
+
+
+@settings(max_examples=600, deadline=None)
+@given(pairs(), mixtures(), st.integers(0, 12))
+def test_diagnostics_and_distribution_equal_the_oracle(pair, mixture, position):
+    """Guards: any wrong formula, support or truncation, at the alpha that the fast code chose."""
+    student, teacher = ([float(torch.tensor(x)) for x in row] for row in pair)
+    result = one(student, teacher, mixture, position=position)
+    got = trace_of(result)
+    if near_cut(
+        list(prepare(student, teacher, replace(mixture, teacher_support_top_k=-1))[1]),
+        mixture.teacher_support_top_p,
+    ):
+        return
+    want = naive_step(student, teacher, [0.0] * len(student), position, mixture, alpha=got["alpha"])
+    assert not any(math.isnan(x) for x in got.values())
+    assert got["fallback"] == want.trace["fallback"]
+    top = max([1.0] + [abs(x) for x in student + teacher if x > -INF]) / mixture.temperature
+    for name in ("kl_student", "kl_teacher", "entropy", "ess_student", "ess_teacher"):
+        assert close(got[name], want.trace[name], top), name
+    untruncated = naive_step(
+        student, teacher, [0.0] * len(student), 0, replace(mixture, top_k=-1, top_p=1.0), alpha=got["alpha"]
+    ).log_drawn
+    if not near_cut(untruncated, mixture.top_p):
+        for a, b in zip(result.log_q[0].tolist(), want.log_drawn, strict=True):
+            assert close(a, b, top)
+
+
+@settings(max_examples=500, deadline=None)
+@given(pairs(), mixtures(), st.integers(0, 12))
+def test_alpha_equals_the_oracle(pair, mixture, position):
+    """Guards: a method that solves for the wrong alpha, and a clamped flag that does not say what happened."""
+    mixture = replace(mixture, teacher_support_top_p=1.0, top_p=1.0)
+    student, teacher = ([float(torch.tensor(x)) for x in row] for row in pair)
+    got = trace_of(one(student, teacher, mixture, position=position))
+    s, t = prepare(student, teacher, mixture)
+    if near_cut(t, 1.0) and mixture.teacher_support_top_k > 0:
+        return
+    want = naive_step(student, teacher, [0.0] * len(student), position, mixture)
+    assert got["fallback"] == want.trace["fallback"]
+    if abs(got["alpha"] - want.trace["alpha"]) < 1e-5:
+        return
+    at = naive_step(student, teacher, [0.0] * len(student), position, mixture, alpha=got["alpha"])
+    assert mixture.alpha_min - 1e-6 <= got["alpha"] <= mixture.alpha_max + 1e-6
+    top = max([1.0] + [abs(x) for x in s + t if x > -INF])
+    flat = 2e-6 * top
+    if mixture.alpha_method in ("kl_symmetry", "mirror"):
+        flip = mixture.alpha_method == "mirror"
+        residual = slope(s, t, 1 - got["alpha"] if flip else got["alpha"])
+        wanted = slope(s, t, 1 - want.trace["alpha"] if flip else want.trace["alpha"])
+        assert abs(residual - wanted) <= flat
+    elif mixture.alpha_method == "entropy":
+        assert at.trace["entropy"] >= want.trace["entropy"] - 1e-5
+    elif mixture.alpha_method == "trust_region":
+        assert abs(at.trace["kl_student"] - want.trace["kl_student"]) <= flat
+    elif mixture.alpha_method == "reverse_kl_symmetry":
+        assert abs(got["alpha"] - want.trace["alpha"]) * min(1.0, kl(s, t) + kl(t, s)) <= flat
+    elif mixture.alpha_method == "ess_balance":
+        assert abs(at.trace["ess_student"] - at.trace["ess_teacher"]) <= 1e-4
+    else:
+        raise AssertionError("alpha of this method has a closed form")
+
+
+def test_drawn_token_is_the_oracles():
+    """Guards: a draw from anything but log q + noise: another alpha, a truncation forgotten, an off-by-one id."""
+    for seed in range(30):
+        student, teacher, noise, position = batch(3, 20, seed)
+        mixture = MixtureConfig(top_p=0.8 if seed % 2 else 1.0, top_k=5 if seed % 3 else -1)
+        result = step(student, teacher, noise, position, mixture)
+        for row in range(3):
+            want = naive_step(student[row].tolist(), teacher[row].tolist(), noise[row].tolist(), row, mixture)
+            got = trace_of(result, row)
+            assert result.token[row] == want.token
+            for name in TRACE_FIELDS:
+                assert abs(got[name] - want.trace[name]) < 2e-5, name
+
+
+def test_certificate_on_free_tokens():
+    """Guards: KLs that are not those of the solved alpha. There KL(q||s) = KL(q||t) = -F for every token."""
+    student, teacher, noise, position = batch(200, 272, apart=3.0)
+    result = step(student, teacher, noise, position, MixtureConfig(alpha_min=0.0), keep_log_q=True)
+    alpha, clamped, kl_student, kl_teacher = result.trace[:, :4].double().T
+    assert not clamped.any()
+    F = torch.lerp(student.double().log_softmax(-1), teacher.double().log_softmax(-1), alpha[:, None]).logsumexp(-1)
+    for other in (kl_teacher, -F):
+        torch.testing.assert_close(kl_student, other, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("vocab", "counts"), [(1, (1, 5)), (67, (1, 37, 130)), (272, (1, 2, 37)), (20_001, (1, 5))])
+@pytest.mark.parametrize("method", ["kl_symmetry", "trust_region", "entropy"])
+def test_rows_are_bitwise_independent(vocab, counts, method):
+    """Guards: sums, scalar tails of vectorised loops or loops' ends that depend on what shares the batch."""
+    if vocab > 10_000 and method == "entropy":
+        return
+    rows = counts[-1]
+    student, teacher, noise, position = batch(rows, vocab)
+    student[:, ::3] *= torch.logspace(-3, 1, rows)[:, None]
+    mixture = MixtureConfig(alpha_method=method, alpha_min=0.1, force_first_token=True)
+    whole = step(student, teacher, noise, position, mixture).pack()
+    for count in counts:
+        for first in range(0, rows - count + 1, max(1, (rows - count) // 3)):
+            part = slice(first, first + count)
+            some = step(student[part], teacher[part], noise[part], position[part], mixture).pack()
+            assert torch.equal(some, whole[part])
+
+
+@pytest.mark.parametrize("vocab", [50, 20_001])
+@pytest.mark.parametrize("method", ALPHA_METHODS)
+def test_bad_rows_disturb_nobody(method, vocab):
+    """Guards: one NaN request that fails, slows or changes its neighbours, now or in the next step."""
+    student, teacher, noise, position = batch(6, vocab)
+    mixture = MixtureConfig(alpha_method=method)
+    good = step(student, teacher, noise, position, mixture).pack()
+    student, teacher = torch.cat([student] * 2), torch.cat([teacher] * 2)
+    student[6, vocab // 2], student[7], student[8, 0], teacher[9, -1], teacher[10] = math.nan, -INF, INF, math.nan, -INF
+    result = step(student, teacher, torch.cat([noise] * 2), torch.cat([position] * 2), mixture, keep_log_q=True)
+    assert result.bad_student.tolist() == [False] * 6 + [True] * 3 + [False] * 3
+    assert result.bad_teacher.tolist() == [False] * 9 + [True] * 2 + [False]
+    assert result.trace[6:11].isnan().all()
+    assert result.log_q[6:11].isnan().all()
+    assert not result.token[6:11].any()
+    torch.testing.assert_close(result.pack()[:6], good, rtol=1e-6, atol=1e-6)
+    assert torch.equal(step(student[:6], teacher[:6], noise, position, mixture).pack(), good)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_float32_inside(dtype):
+    """Guards: mathematics in the models' 16 bits."""
+    student, teacher, noise, position = batch(5, 300)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    for mixture in (MixtureConfig(), MixtureConfig(temperature=0.7)):
+        got = step(student, teacher, noise, position, mixture).pack()
+        assert torch.equal(got, step(student.float(), teacher.float(), noise, position, mixture).pack())
+    assert torch.equal(draft(student, noise, mixture), draft(student.float(), noise, mixture))
+
+
+def chi_square(student, teacher, q, mixture, draws=400_000):
+    """Statistic of 400,000 draws against q."""
+    counts, keys = torch.zeros_like(q), keys_tensor([11] * 4000)
+    logits = (torch.tensor(student).expand(4000, -1), torch.tensor(teacher).expand(4000, -1))
+    for first in range(0, draws, 4000):
+        position = torch.arange(first, first + 4000)
+        token = step(*logits, gumbel(keys, position, len(q)), position, mixture).token
+        counts += torch.bincount(token, minlength=len(q))
+    return float(((counts - draws * q) ** 2 / (draws * q)).sum())
+
+
+def test_draws_follow_q_and_would_not_follow_the_teacher():
+    """Guards: a biased draw. 5 degrees of freedom: 25.7 is exceeded by luck once in 10,000; the teacher's is not."""
+    student, teacher = [1.0, 0.0, -1.0, -2.0, 0.5, -0.5], [0.0, 1.0, -0.5, -2.0, 1.5, -3.0]
+    mixture = MixtureConfig(alpha_min=0.0)
+    q = torch.tensor(naive_step(student, teacher, [0.0] * 6, 0, mixture).log_drawn).exp()
+    assert chi_square(student, teacher, q, mixture) < 25.7
+    assert chi_square(student, teacher, q, MixtureConfig(alpha_method="fixed", fixed_alpha=1.0)) > 1000
+
+
+def test_ties_at_the_cut_go_to_the_smaller_id():
+    """Guards: a k-th place that depends on the sort's mood, and an empty nucleus."""
+    scores = [0.0, 1.0, 1.0, 1.0, 0.0]
+    assert one(scores, scores, MixtureConfig(top_k=2)).log_q[0].isfinite().tolist() == [False, True, True, False, False]
+    assert one(scores, scores, MixtureConfig(top_p=1e-6)).log_q[0].isfinite().tolist() == [False, True] + [False] * 3
+    restricted = one(scores, scores, MixtureConfig(teacher_support_top_k=1))
+    assert restricted.token.item() == 1
+    assert trace_of(restricted)["log_p_student"] == 0.0
+
+
+def test_supports():
+    """Guards: NaN or a token of probability 0 where the models' supports differ."""
+    student, teacher = [0.0, 0.0, -INF, -INF], [-INF, 0.0, 0.0, -INF]
+    fixed = MixtureConfig(alpha_method="fixed", alpha_min=0.0)
+    for alpha, support in ((0.0, [0, 1]), (0.5, [1]), (1.0, [1, 2])):
+        result = one(student, teacher, replace(fixed, fixed_alpha=alpha))
+        assert result.log_q[0].isfinite().nonzero().flatten().tolist() == support
+        assert not result.trace.isnan().any()
+    for method in ALPHA_METHODS:
+        result = one([0.0, -INF], [-INF, 0.0], MixtureConfig(alpha_method=method))
+        assert result.token.item() == 1
+        trace = trace_of(result)
+        assert (trace["alpha"], trace["fallback"], trace["clamped"], trace["kl_teacher"]) == (1.0, 1.0, 0.0, 0.0)
+        assert (trace["kl_student"], trace["ess_student"], trace["log_p_student"]) == (INF, 0.0, -INF)
+
+
+def test_first_token_is_the_teachers():
+    """Guards: forcing at the wrong position, or a forced token counted as clamped."""
+    student, teacher, noise, _ = batch(2, 30)
+    mixture = MixtureConfig(force_first_token=True, alpha_max=0.6)
+    trace = step(student, teacher, noise, torch.tensor([0, 1]), mixture).trace
+    assert trace[0, :2].tolist() == [1.0, 0.0]
+    assert trace[1, 0] <= 0.6 + 1e-6
+
+
+def test_identical_models():
+    """Guards: division by the zero variance of a self-distillation pair without privileged information."""
+    student, _, noise, position = batch(4, 100)
+    for method in ALPHA_METHODS:
+        result = step(student, student.clone(), noise, position, MixtureConfig(alpha_method=method))
+        assert not result.trace.isnan().any()
+        assert torch.equal(result.token, draft(student, noise, MixtureConfig()))
+        assert result.trace[:, 2:4].abs().max() < 1e-6
+
+
+def test_large_vocabulary_agrees_with_a_small_one():
+    """Guards: tiles. The same 500 tokens, spread over 262,144 of which the rest are impossible."""
+    student, teacher, noise, position = batch(2, 500)
+    ids = torch.arange(500) * 524
+    wide = [torch.full((2, 262_144), -INF).index_copy(1, ids, x) for x in (student, teacher, noise)]
+    small = step(student, teacher, noise, position, MixtureConfig(top_p=0.9))
+    large = step(*wide, position, MixtureConfig(top_p=0.9))
+    assert large.token.tolist() == ids[small.token].tolist()
+    torch.testing.assert_close(large.trace, small.trace, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ALPHA_METHODS)
+def test_no_rows(method):
+    """Guards: a round in which no request has a token to draw."""
+    empty = torch.zeros(0, 9)
+    result = step(empty, empty, empty, torch.zeros(0, dtype=torch.int64), MixtureConfig(alpha_method=method))
+    assert result.pack().shape == (0, 3 + len(TRACE_FIELDS))
+
+
+def test_pack_keeps_large_ids():
+    """Guards: token ids rounded on their way to the host."""
+    trace = torch.rand(2, len(TRACE_FIELDS))
+    packed = Step(torch.tensor([262_143, 1]), trace, torch.tensor([True, False]), torch.tensor([False, True]))
+    again = Step.unpack(packed.pack())
+    assert again.token.tolist() == [262_143, 1]
+    assert again.bad_student.tolist() == [True, False]
+    assert again.bad_teacher.tolist() == [False, True]
+    assert torch.equal(again.trace, trace)

@@ -1,0 +1,176 @@
+"""The real command, ended at any moment and called again: nothing is lost, nothing is made twice."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "optimal_sampling"]
+
+
+def arguments(folder, rows, **options):
+    options = {"engine": "toy", "output-dir": folder, "num-examples": rows, "max-new-tokens": 24, **options}
+    return ["generate", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def lines(folder):
+    """The lines of a folder by identity, but for the time; fails on a repeated identity."""
+    found = {}
+    for path in (Path(folder) / "records").glob("*.jsonl"):
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            record = json.loads(line)
+            key = record["id"], record["sample_index"]
+            assert key not in found
+            found[key] = re.sub(rb'"seconds":[0-9.]+,|"checksum":"\w+"', b"", line)
+    return found
+
+
+def size(folder):
+    return sum(path.stat().st_size for path in (Path(folder) / "records").glob("*.jsonl"))
+
+
+def wait_for_a_moment(process, folder, kills, rng, longest):
+    """In turn: just after a record was written, some time into the run, and any time from the start."""
+    before = size(folder)
+    if kills % 3 == 0:
+        while process.poll() is None and size(folder) == before:
+            time.sleep(0.005)
+    elif kills % 3 == 1:
+        process.stderr.readline()
+        time.sleep(rng.uniform(0, longest))
+    else:
+        time.sleep(rng.uniform(0, 3 + longest))
+
+
+def kill_until_done(command, folder, rng, longest, most):
+    """Kill at random moments, at most so often, until it has finished all the same; the number of kills."""
+    kills = 0
+    while True:
+        before = len(lines(folder))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if kills < most:
+            wait_for_a_moment(process, folder, kills, rng, longest)
+            process.kill()
+        process.stderr.read()
+        process.stderr.close()
+        code = process.wait()
+        assert len(lines(folder)) >= before
+        if code != -signal.SIGKILL:
+            assert code == 0
+            return kills
+        kills += 1
+
+
+@pytest.mark.timeout(120)
+def test_kill_and_resume(tmp_path):
+    """Guards: a lost record, a repeated one, and a resumed run that differs from an uninterrupted one."""
+    options = {"samples-per-prompt": 2, "batch-size": 3}
+    subprocess.run([*COMMAND, *arguments(tmp_path / "whole", 30, **options)], check=True, capture_output=True)
+    command = [*COMMAND, *arguments(tmp_path / "killed", 30, **options)]
+    kills = kill_until_done(command, tmp_path / "killed", random.Random(3), longest=1.5, most=4)
+    assert kills >= 1
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("engine", ["toy", "local"])
+def test_kill_and_resume_for_long(tmp_path, engine):
+    """The same with many kills, and with real models."""
+    options = {"samples-per-prompt": 2, "engine": engine}
+    subprocess.run([*COMMAND, *arguments(tmp_path / "whole", 40, **options)], check=True, capture_output=True)
+    for seed in range(4):
+        folder = tmp_path / f"killed{seed}"
+        kill_until_done(
+            [*COMMAND, *arguments(folder, 40, **options)], folder, random.Random(seed), longest=1.0, most=20
+        )
+        assert lines(folder) == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, number):
+    """Guards: a traceback for Ctrl-C, a wrong exit code, and advice that does not work."""
+    folder = tmp_path / "run with a space"
+    command = [*COMMAND, *arguments(folder, 500)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stderr.readline()
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("records/*.jsonl")) or not lines(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    safe = int(re.search(r"interrupted; (\d+) good records are safe", said)[1])
+    assert safe == len(lines(folder)) > 0
+    advice = shlex.split(said.splitlines()[-1])
+    assert advice == ["optimal-sampling", *command[3:]]
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    again = subprocess.run([*COMMAND, *advice[1:], f"--num-examples={safe}"], capture_output=True, text=True)
+    assert (again.returncode, "(0 new)" in again.stdout) == (0, True)
+
+
+STUBBORN = """
+    import signal, sys, time
+    import optimal_sampling.engines as engines
+    from optimal_sampling.engines.base import Engine
+    from optimal_sampling.cli import main
+
+    class Stubborn(Engine):
+        def generate(self, requests):
+            try:
+                print("generating", flush=True)
+                time.sleep(60)
+            finally:
+                print("stopping", flush=True)
+                time.sleep(60)
+            yield
+
+    engines.open_engine = lambda *_: Stubborn()
+    sys.exit(main(["generate", "--output-dir", sys.argv[1]]))
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    """Guards: a command that can only be killed by its number."""
+    code = [sys.executable, "-c", textwrap.dedent(STUBBORN), str(tmp_path / "run")]
+    with subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for expected in ("generating\n", "stopping\n"):
+            assert process.stdout.readline() == expected
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == -signal.SIGINT
+
+
+FULL_DISK = """
+    import resource, signal, sys
+    from optimal_sampling.cli import main
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk(tmp_path):
+    """Guards: a traceback, a torn file, and a run that cannot go on when there is room again."""
+    given = arguments(tmp_path / "run", 12)
+    full = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL_DISK), *given], capture_output=True, text=True)
+    assert full.returncode == 1
+    assert "Traceback" not in full.stderr
+    assert "every record acknowledged before is safe. Free some space and run the same command again" in full.stderr
+    kept = lines(tmp_path / "run")
+    again = subprocess.run([*COMMAND, *given], capture_output=True, text=True)
+    assert again.returncode == 0
+    assert f"({12 - len(kept)} new)" in again.stdout
+    assert "torn" not in again.stdout
+    assert lines(tmp_path / "run").items() >= kept.items()

@@ -1,0 +1,95 @@
+"""Slices and merges."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from optimal_sampling.config import DataConfig, GenerateConfig, RunConfig
+from optimal_sampling.errors import ConfigError, RunFolderError
+from optimal_sampling.records import RunFolder, load, merge
+from optimal_sampling.records.shards import check_partition, parse_slice
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0::8", slice(0, None, 8)),
+        ("3::8", slice(3, None, 8)),
+        ("10:20", slice(10, 20, 1)),
+        (":", slice(0, None, 1)),
+        (":5:", slice(0, 5, 1)),
+    ],
+)
+def test_slices(text, expected):
+    """Guards: a shard that is not the rows Python would take."""
+    assert parse_slice(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "3", "a::b", "0::0", "-1::2", "0:1:2:3", "0;8", "٣::٨", "1.5:2"])
+def test_not_a_slice(text):
+    """Guards: a mistyped shard that silently takes the whole dataset."""
+    with pytest.raises(ConfigError, match="data_slice"):
+        DataConfig(data_slice=text)
+
+
+def shard(tmp_path, part, numbers, make_record, asked=None, seed=0):
+    config = GenerateConfig(
+        data=DataConfig(data_slice=part), run=RunConfig(output_dir=str(tmp_path / part.replace(":", "_")), seed=seed)
+    )
+    with RunFolder(config) as folder:
+        for number in numbers:
+            folder.add(make_record(number))
+    count = len(numbers) if asked is None else asked
+    (folder.path / f"summary-{config.worker}.json").write_text(json.dumps({"asked": count}))
+    return folder.path
+
+
+def test_merge(tmp_path, make_record):
+    """Guards: a merged folder that lacks a record, holds one twice, or cannot be resumed."""
+    shards = [shard(tmp_path, f"{part}::3", [part, part + 3, 99], make_record) for part in range(3)]
+    assert merge(shards, tmp_path / "all") == 7
+    assert sorted(record["row_index"] for record in load(tmp_path / "all")) == [0, 1, 2, 3, 4, 5, 99]
+    whole = GenerateConfig(run=RunConfig(output_dir=str(tmp_path / "all")))
+    with RunFolder(whole) as folder:
+        assert len(folder.ledger.good) == 7
+
+
+def test_merge_refuses_what_does_not_fit(tmp_path, make_record):
+    """Guards: a dataset with a hole in it that looks whole."""
+    first = shard(tmp_path, "0::2", [0, 2], make_record)
+    second = shard(tmp_path, "1::2", [1], make_record, asked=2)
+    with pytest.raises(RunFolderError, match="1 good records of 2 asked for; finish it first"):
+        merge([first, second], tmp_path / "all")
+    with pytest.raises(RunFolderError, match="no partition"):
+        merge([first, first], tmp_path / "again")
+    with pytest.raises(RunFolderError, match="is not empty"):
+        merge([first], first)
+    other = shard(tmp_path / "other", "1::2", [1], make_record, seed=5)
+    with pytest.raises(RunFolderError, match=r"different options: seed \(0, 5\)"):
+        merge([first, other], tmp_path / "third")
+
+
+@pytest.mark.parametrize("slices", [["0::2"], ["0::2", "1::3"], ["0:5:2", "1::2"], ["0::3", "1::3", "1::3"]])
+def test_no_partition(slices):
+    """Guards: counting shards instead of looking at them."""
+    with pytest.raises(RunFolderError, match="no partition"):
+        check_partition(slices)
+
+
+def test_partition():
+    """The order of shards does not matter."""
+    check_partition(["2::3", "0::3", "1::3"])
+    check_partition(["0::1"])
+
+
+def test_worker_names_differ():
+    """Guards: two slices that share a file, or a file name that some file systems refuse."""
+    names = {
+        replace(GenerateConfig(), data=DataConfig(data_slice=part)).worker for part in ("0::2", "1::2", "0:2", "0:")
+    }
+    assert len(names) == 4
+    assert all(Path(name).name == name and ":" not in name for name in names)

@@ -1,0 +1,322 @@
+"""The command line: its options, its exit codes, and one clear message for each kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from optimal_sampling import toy_pair
+from optimal_sampling.cli import ALIASES, COMMANDS, EXIT_CODES, main, parse_generate
+from optimal_sampling.config import GenerateConfig
+from optimal_sampling.records.files import Lock
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """Run a command line; its exit code, standard output and standard error. Fails on a traceback."""
+
+    def run(*arguments):
+        try:
+            code = main(["generate", "--output-dir", str(tmp_path / "run"), "--engine", "toy", *map(str, arguments)])
+        except SystemExit as stop:  # the parser ends the process itself
+            code = stop.code
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return code, said.out, " ".join(said.err.split())
+
+    return run
+
+
+@pytest.fixture
+def rows(tmp_path):
+    def write(*found):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in found))
+        return path
+
+    return write
+
+
+def parsed(*arguments):
+    return parse_generate(arguments).generate_config()
+
+
+def test_every_option_of_the_config_is_a_flag():
+    """Guards: an option that can be set from Python only, or a default written twice."""
+    assert parsed() == GenerateConfig()
+    text = subprocess.run(
+        [sys.executable, "-m", "optimal_sampling", "generate", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for section in fields(GenerateConfig):
+        for option in fields(getattr(GenerateConfig(), section.name)) if section.name != "engine" else [section]:
+            assert f"--{option.name.replace('_', '-')} " in text.replace(",", " ")
+    for line in EXIT_CODES.splitlines():
+        assert line in text
+
+
+def test_the_seeds_commands_are_understood():
+    """Guards: the command lines of the documents this project comes from."""
+    config = parsed(
+        *shlex.split(
+            "--model_teacher Qwen/A --model_theta Qwen/B --dataset owner/name --batch_size 128 --max_tokens 16384 "
+            "--output_dir ./outputs/x --resume --data_slice 0::8"
+        )
+    )
+    assert (config.models.teacher, config.models.student) == ("Qwen/A", "Qwen/B")
+    assert (config.options.batch_size, config.run.max_new_tokens, config.data.data_slice) == (128, 16384, "0::8")
+    config = parsed(
+        *shlex.split(
+            "--model_theta=Qwen/B --model_t Qwen/A --dataset synthetic --num_examples 1000 --alpha_method kl_symmetry "
+            "--alpha_min 0.3 --alpha_max 1.0 --constraint_to_target --target_top_k 100 --target-top-p=0.95"
+        )
+    )
+    assert (config.models.teacher, config.mixture.alpha_min, config.data.num_examples) == ("Qwen/A", 0.3, 1000)
+    assert (config.mixture.teacher_support_top_k, config.mixture.teacher_support_top_p) == (100, 0.95)
+    assert parsed("--model_theta", "Qwen/B").models.teacher == GenerateConfig().models.teacher
+
+
+def test_aliases_lead_to_options():
+    """Guards: an alias of an option that was renamed."""
+    for alias, name in ALIASES.items():
+        assert alias != name
+        parsed(f"--{alias}", "1")
+
+
+def test_a_value_is_never_rewritten():
+    """Guards: underscores of a value, or a value that looks like an alias, changed with the option's name."""
+    config = parsed("--student-system-prompt=--model_theta a_b", "--teacher_template", "{my_column} resume")
+    assert config.prompt.student_system_prompt == "--model_theta a_b"
+    assert config.prompt.teacher_template == "{my_column} resume"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--chat-template", True), ("--no-chat-template", False), ("--no_chat_template", False)]
+)
+def test_switches(flag, value):
+    """Guards: a switch that can be turned one way only."""
+    assert parsed(flag).prompt.chat_template is value
+    assert parsed("--force-first-token").mixture.force_first_token is True
+    assert parsed("--force-first-token", "--no-force-first-token").mixture.force_first_token is False
+
+
+def test_a_config_file(tmp_path):
+    """Guards: a file that is read differently from the command line, or wins over it."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model_theta: Qwen/B\nalpha-min: 0.25\nmax_tokens: 7\nthinking: on\nchat_template: false\nresume: true\n"
+        "num_examples:\nteacher_template: |-\n  {problem}\n  --hint: {answer}\n"
+    )
+    config = parsed("--config", str(path), "--max-new-tokens", "9")
+    assert (config.models.student, config.mixture.alpha_min, config.run.max_new_tokens) == ("Qwen/B", 0.25, 9)
+    assert (config.prompt.thinking, config.prompt.chat_template) == ("on", False)
+    assert config.prompt.teacher_template == "{problem}\n--hint: {answer}"
+    assert config.data.num_examples is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alpha_mni: 0.3", "unknown option 'alpha_mni'; did you mean 'alpha-min'?"),
+        ("dry_run: true", "unknown option 'dry_run'"),
+        ("alpha_min: [0.3]", "alpha_min must be a single value"),
+        ("alpha_min: low", "--alpha-min"),
+        ("alpha_min: 2", "alpha_min must lie in [0, 1], got 2.0"),
+        ("- alpha_min", "must hold options by name"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_bad_config_file(command, tmp_path, text, message):
+    """Guards: a misspelt key that is silently ignored."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    code, _, said = command("--config", path)
+    assert code == 2
+    assert message in said
+    assert command("--config", tmp_path / "none.yaml")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--alpha-mim", "0.3"], "--alpha-min"),
+        (["--max-tokns", "3"], "Unrecognized options: --max-tokns"),
+        (["--alpha-min", "1.5"], "alpha_min must lie in [0, 1], got 1.5"),
+        (["--alpha-max", "nan"], "alpha_max must lie in [0, 1], got nan"),
+        (["--alpha-min", "0.9", "--alpha-max", "0.1"], "alpha_min (0.9) is larger than alpha_max (0.1)"),
+        (["--alpha-method", "magic"], "kl_symmetry"),
+        (["--temperature", "0"], "temperature must be larger than 0, got 0.0"),
+        (["--top-p", "0"], "top_p must lie in (0, 1], got 0.0"),
+        (["--top-p", "1.1"], "top_p must lie in (0, 1], got 1.1"),
+        (["--top-k", "0"], "top_k must be -1 (off) or at least 1, got 0"),
+        (["--data-slice", "1-8"], "data_slice must be START:STOP:STEP"),
+        (["--batch-size", "2.5"], "--batch-size"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["--constraint-to-target"], "needs --target-top-k or --target-top-p"),
+        (["stray"], "stray"),
+    ],
+)
+def test_bad_options(command, tmp_path, arguments, message):
+    """Guards: a value that is accepted and fails an hour later, and a message without the option's name."""
+    code, _, said = command(*arguments)
+    assert code == 2
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_command(capsys):
+    """Guards: a usage text of a page instead of the nearest command."""
+    assert main(["genrate"]) == 2
+    assert "did you mean 'generate'?" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert all(name in capsys.readouterr().out for name in COMMANDS)
+    assert main(["--version"]) == 0
+
+
+def test_help_is_quick():
+    """Guards: seconds of importing torch for a usage text."""
+    code = (
+        "import sys; from optimal_sampling.cli import main\n"
+        "try: main(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'datasets'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_dry_run(command, rows, tmp_path):
+    """Guards: a dry run that leaves something behind, or does not show what the teacher sees."""
+    data = rows({"question": r"\frac{1}{2}?", "answer": "0.5"}, {"question": None}, {"question": "\ud83d"})
+    code, out, _ = command("--dataset", data, "--teacher-template", "{problem} Hint: {answer}", "--dry-run")
+    assert code == 0
+    assert "=== row 0, student: " in out
+    assert r"\frac{1}{2}? Hint: 0.5" in out
+    assert "row 1: no prompt: column 'question' is null" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_and_its_resume(command, tmp_path):
+    """The whole command with real tokenizers and the toy engine."""
+    code, out, said = command("--num-examples", 3, "--max-new-tokens", 4)
+    assert (code, "3 good of 3 asked (3 new)" in out) == (0, True)
+    assert "3/3 done" in said
+    code, out, _ = command("--num-examples", 4, "--max_tokens", 4, "--resume")
+    assert (code, "4 good of 4 asked (1 new)" in out) == (0, True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["good"], summary["folder_records"]) == ("complete", 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (['{"problem": "1"}\n{"problem"; "2"}\n'], "is not JSON at line 2, column 11"),
+        ([], "is empty"),
+        ([{"text": "1", "label": 2}], "it has: text, label"),
+    ],
+)
+def test_bad_datasets(command, rows, tmp_path, content, message):
+    """Guards: a message that does not name the file, the line or the columns."""
+    code, _, said = command("--dataset", rows(*content))
+    assert code == 2
+    assert "rows.jsonl" in said
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_dataset(command, tmp_path):
+    """Guards: a mistyped path that is looked up on the hub."""
+    code, _, said = command("--dataset", tmp_path / "missing.jsonl")
+    assert code == 2
+    assert "missing.jsonl does not exist" in said
+
+
+def test_bad_prompts_are_recorded_and_the_run_goes_on(command, rows, tmp_path):
+    """Guards: a null, empty or overlong prompt that ends the run, is cut, or is reported as success."""
+    data = rows({"problem": "1+1=?"}, {"problem": None}, {"problem": ""}, {"problem": "9" * 5000}, {"problem": "2+2=?"})
+    code, out, _ = command("--dataset", data, "--max-new-tokens", 3)
+    assert code == 3
+    assert "2 good of 5 asked" in out
+    records = [json.loads(line) for line in (tmp_path / "run" / "records" / "main.jsonl").read_text().splitlines()]
+    errors = {record["row_index"]: record["error"] for record in records if record["error"]}
+    assert "null" in errors[1]
+    assert "empty" in errors[2]
+    assert "5003 tokens" in errors[3]
+
+
+def test_another_config_is_refused(command):
+    """Guards: two distributions in one dataset."""
+    assert command("--num-examples", 1, "--max-new-tokens", 2)[0] == 0
+    code, _, said = command("--num-examples", 1, "--max-new-tokens", 3, "--alpha-min", 0.4)
+    assert code == 2
+    assert "--alpha-min: 0.5 there, 0.4 now" in said
+    assert "--max-new-tokens: 2 there, 3 now" in said
+    assert "Choose another --output-dir, or give the options of the folder again" in said
+
+
+def test_a_second_writer(command, tmp_path):
+    """Guards: two processes in one file."""
+    (tmp_path / "run" / "records").mkdir(parents=True)
+    lock = Lock(tmp_path / "run" / "records" / "main.jsonl")
+    code, _, said = command("--num-examples", 1)
+    lock.release()
+    assert code == 2
+    assert "main.jsonl is being written by another process (pid" in said
+
+
+@pytest.mark.parametrize("folder", ["/proc/run", "/dev/null/run"])
+def test_an_unwritable_folder(command, folder):
+    """Guards: a traceback, or models loaded before the folder is looked at."""
+    code, _, said = command("--output-dir", folder)
+    assert code == 2
+    assert f"cannot write {folder}" in said
+    assert "choose another --output-dir" in said
+
+
+def test_bad_models(command, tmp_path):
+    """Guards: a traceback of Transformers for a mistyped folder."""
+    code, _, said = command("--student", tmp_path / "nothing")
+    assert code == 2
+    assert str(tmp_path / "nothing") in said
+    (tmp_path / "empty").mkdir()
+    code, _, said = command("--teacher", tmp_path / "empty")
+    assert code == 2
+    assert "config.json" in said
+
+
+def test_tokenizers_that_differ(command, tmp_path):
+    """Guards: mixing two models whose ids mean different things."""
+    other = tmp_path / "other"
+    shutil.copytree(toy_pair.path("toy-student"), other, ignore=shutil.ignore_patterns("*.safetensors"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    code, _, said = command("--student", other)
+    assert code == 2
+    assert "id 97: student 'b', teacher 'a'" in said
+
+
+def test_an_engine_that_cannot_start(command, monkeypatch):
+    """Guards: a bug in an engine shown as a user's mistake, or a known failure shown as a traceback."""
+    import optimal_sampling.engines
+    from optimal_sampling.errors import EngineError
+
+    def broken(*_):
+        raise EngineError("out of memory on cuda:0")
+
+    monkeypatch.setattr(optimal_sampling.engines, "open_engine", broken)
+    code, _, said = command("--num-examples", 1)
+    assert code == 1
+    assert "error: out of memory on cuda:0" in said

@@ -1,0 +1,288 @@
+"""The Python examples of the documents this project comes from run as they are written there.
+
+Only the models are replaced by the shipped pair, and a named "cuda" by "cpu" where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from optimal_sampling_hf import OptimalSamplingModel, SamplingOutput
+
+MODEL = """
+model = OptimalSamplingModel(
+    model_theta_path="Qwen/Qwen2.5-1.5B-Instruct",
+    model_t_path="Qwen/Qwen2.5-3B-Instruct",
+    dtype=torch.bfloat16,  # Use bfloat16 for speed
+    device="cuda"
+)
+"""
+
+QUICK_START = """
+import torch
+from optimal_sampling_hf import OptimalSamplingModel
+
+# Initialize model
+model = OptimalSamplingModel(
+    model_theta_path="Qwen/Qwen2.5-1.5B-Instruct",  # Base model
+    model_t_path="Qwen/Qwen2.5-3B-Instruct",        # Teacher model
+    alpha_method="kl_symmetry",
+    dtype=torch.bfloat16,
+    device="cuda"
+)
+
+# Generate
+outputs = model.generate(
+    prompts=["What is 2+2?", "Explain quantum computing"],
+    max_new_tokens=100,
+    temperature=0.8
+)
+
+# Access results
+for text in outputs.generated_texts:
+    print(text)
+"""
+
+SAVED = (
+    MODEL
+    + """
+# With detailed diagnostics
+outputs = model.generate(
+    prompts=["Your question here"],
+    max_new_tokens=200,
+    temperature=0.8,
+    save_logits=True,          # Save logits for analysis
+    save_q_star_probs=True,    # Save q* distribution
+)
+
+# Access diagnostics
+print(f"Average α: {outputs.diagnostics['alpha_mean']:.3f}")
+print(f"ESS ratio: {outputs.diagnostics['ess_ratio_mean']:.3f}")
+"""
+)
+
+PLOT = (
+    MODEL
+    + """
+outputs = model.generate(prompts=["What is 2+2?", "Explain quantum computing"], max_new_tokens=20)
+# Track alpha evolution
+for i, alpha_hist in enumerate(outputs.alpha_values):
+    plt.plot(alpha_hist, label=f"Example {i}")
+plt.xlabel("Generation Step")
+plt.ylabel("Alpha (Teacher Weight)")
+plt.legend()
+plt.show()
+"""
+)
+
+SMALL_MODELS = (
+    MODEL
+    + """
+prompts = ["What is 2+2?"] * 3
+outputs = model.generate(
+    prompts=prompts,
+    max_new_tokens=512,
+    batch_size=16,  # Larger batch for small models
+)
+"""
+)
+
+LARGE_MODELS = """
+from transformers import BitsAndBytesConfig
+
+# Use 4-bit quantization
+model = OptimalSamplingModel(
+    model_theta_path="Qwen/Qwen2.5-7B-Instruct",
+    model_t_path="Qwen/Qwen2.5-14B-Instruct",
+    dtype=torch.bfloat16,
+    load_in_4bit=True,  # 4-bit quantization
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+prompts = ["What is 2+2?"] * 3
+outputs = model.generate(
+    prompts=prompts,
+    max_new_tokens=512,
+    batch_size=4,  # Smaller batch for large models
+)
+"""
+
+ALPHA_METHODS = """
+from optimal_sampling_hf import OptimalSamplingModel
+
+# KL Symmetry (recommended)
+model_kl = OptimalSamplingModel(
+    model_theta_path="Qwen/Qwen2.5-1.5B-Instruct",
+    model_t_path="Qwen/Qwen2.5-3B-Instruct",
+    alpha_method="kl_symmetry"
+)
+
+# Fixed alpha
+model_fixed = OptimalSamplingModel(
+    model_theta_path="Qwen/Qwen2.5-1.5B-Instruct",
+    model_t_path="Qwen/Qwen2.5-3B-Instruct",
+    alpha_method="fixed",
+    fixed_alpha=0.5  # 50% mix
+)
+
+# Entropy-based
+model_entropy = OptimalSamplingModel(
+    model_theta_path="Qwen/Qwen2.5-1.5B-Instruct",
+    model_t_path="Qwen/Qwen2.5-3B-Instruct",
+    alpha_method="entropy"
+)
+outputs = [each.generate(["What is 2+2?"], max_new_tokens=9) for each in (model_kl, model_fixed, model_entropy)][1]
+"""
+
+BATCH = """
+import torch
+from optimal_sampling_hf import OptimalSamplingModel
+
+model = OptimalSamplingModel(
+    model_theta_path="Qwen/Qwen2.5-1.5B-Instruct",
+    model_t_path="Qwen/Qwen2.5-3B-Instruct",
+    alpha_method="kl_symmetry",
+    dtype=torch.bfloat16
+)
+
+# Process multiple prompts
+prompts = [f"Question {i}: What is the capital of France?" for i in range(10)]
+
+outputs = model.generate(
+    prompts=prompts,
+    max_new_tokens=50,
+    temperature=0.8
+)
+
+# Save to file
+import json
+with open("outputs.jsonl", "w") as f:
+    for i, text in enumerate(outputs.generated_texts):
+        data = {
+            "prompt": prompts[i],
+            "output": text,
+            "alpha_mean": float(outputs.alpha_values[i].mean())
+        }
+        f.write(json.dumps(data) + "\\n")
+"""
+
+DIAGNOSTICS = (
+    MODEL
+    + """
+outputs = model.generate(
+    prompts=["Explain machine learning"],
+    max_new_tokens=200,
+    temperature=0.8,
+    return_diagnostics=True
+)
+
+# Analyze diagnostics
+print(f"Average α: {outputs.alpha_values.mean():.3f}")
+print(f"α range: [{outputs.alpha_values.min():.3f}, {outputs.alpha_values.max():.3f}]")
+print(f"ESS ratio: {outputs.ess_ratios.mean():.3f}")
+
+if outputs.diagnostics:
+    kl_theta = outputs.diagnostics["kl_theta"].mean()
+    kl_t = outputs.diagnostics["kl_t"].mean()
+    print(f"KL(q||π_θ): {kl_theta:.4f}")
+    print(f"KL(q||π_t): {kl_t:.4f}")
+"""
+)
+
+DUAL_PROMPTS = (
+    MODEL
+    + """
+# Teacher sees instruction-formatted prompt
+# Base sees natural language prompt
+outputs = model.generate(
+    prompts=["Question: What is AI?\\nAnswer:"],  # For base model
+    prompts_t=["<|im_start|>user\\nWhat is AI?<|im_end|>\\n<|im_start|>assistant\\n"],  # For teacher
+    max_new_tokens=100
+)
+"""
+)
+
+SUPPORT = """
+model = OptimalSamplingModel(
+    model_theta_path="Qwen/Qwen2.5-1.5B-Instruct",
+    model_t_path="Qwen/Qwen2.5-3B-Instruct",
+    alpha_method="kl_symmetry",
+    constraint_to_target=True,  # Limit to π_t support
+    target_top_k=100,            # Only top-100 tokens from π_t
+    target_top_p=0.95            # Or top-p
+)
+outputs = model.generate(["What is 2+2?"], max_new_tokens=20)
+"""
+
+SNIPPETS = {
+    "quick start": (QUICK_START, 2),
+    "saved logits": (SAVED, 1),
+    "plot of alpha": (PLOT, 2),
+    "small models": (SMALL_MODELS, 3),
+    "large models": (LARGE_MODELS, 3),
+    "alpha methods": (ALPHA_METHODS, 1),
+    "batch": (BATCH, 10),
+    "diagnostics": (DIAGNOSTICS, 1),
+    "dual prompts": (DUAL_PROMPTS, 1),
+    "support": (SUPPORT, 1),
+}
+"""The code, and how many completions its `outputs` has."""
+
+
+class Plot(SimpleNamespace):
+    """Stands for matplotlib: takes any call, and plots only what can be read as a list of numbers."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *values, **_: [[float(number) for number in each] for each in values if not isinstance(each, str)]
+
+
+def adapted(code: str) -> str:
+    """The shipped pair in place of the models; "cpu" in place of "cuda" where there is none."""
+    code = re.sub(r"Qwen/Qwen2.5-(1.5B|7B)-Instruct", "toy-student", code)
+    code = re.sub(r"Qwen/Qwen2.5-(3B|14B)-Instruct", "toy-teacher", code)
+    return code if torch.cuda.is_available() else code.replace('device="cuda"', 'device="cpu"')
+
+
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_example_runs_as_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: the promise that code written for the predecessor runs on this package."""
+    code, count = SNIPPETS[name]
+    if "load_in_4bit" in code and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("4-bit weights need bitsandbytes, which is not installed")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"torch": torch, "OptimalSamplingModel": OptimalSamplingModel, "plt": Plot()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "PyTorch finds no CUDA GPU here")
+        warnings.filterwarnings("ignore", r"`torch.jit.script", DeprecationWarning)  # by bitsandbytes
+        exec(compile(adapted(code), name, "exec"), namespace)
+    outputs = namespace["outputs"]
+    assert isinstance(outputs, SamplingOutput)
+    assert outputs.generated_texts is not None
+    assert len(outputs.generated_texts) == count
+    assert not any(outputs.errors)
+    assert min(outputs.diagnostics["num_tokens"]) >= 1
+    assert "nan" not in capsys.readouterr().out
+    if name == "batch":
+        rows = [json.loads(line) for line in Path("outputs.jsonl").read_text().splitlines()]
+        assert all(0.5 <= row["alpha_mean"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["basic_usage", "data_generation"])
+def test_shipped_example_runs(name: str, tmp_path: Path) -> None:
+    """Guards: examples that no longer match the code."""
+    script = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
