@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import os
 import shlex
 import signal
@@ -71,24 +72,48 @@ def run_generate(arguments: Sequence[str]) -> int:
     """The subcommand `generate`."""
     options = parse_generate(arguments)
     config = options.generate_config()
-    from optimal_sampling.generate import Interrupted, generate
-    from optimal_sampling.generate.progress import progress_for
-
     if options.dry_run:
         return _dry_run(config)
-    try:
-        summary = generate(config, progress_for())
-    except Interrupted as interrupt:
-        _say_interrupted(f"{interrupt.summary.folder_records} good records are safe in {interrupt.summary.run_folder}")
-        return 130
+    return _stopping_well(lambda: _generate(config))
+
+
+def _generate(config: GenerateConfig) -> int:
     from rich.console import Console
 
+    from optimal_sampling.generate import generate
+    from optimal_sampling.generate.progress import progress_for
+
+    summary = generate(config, progress_for())
     Console().print(summary.table())
     return 3 if summary.failed else 0
 
 
+def run_demo(arguments: Sequence[str]) -> int:
+    """The subcommand `demo`."""
+    import tyro
+    from rich.console import Console
+
+    from optimal_sampling.demo import DemoOptions, run_demo
+    from optimal_sampling.generate.progress import progress_for
+
+    options = tyro.cli(DemoOptions, prog=f"{PROGRAM} demo", args=list(arguments))
+    return _stopping_well(lambda: run_demo(options, progress_for(), Console()))
+
+
+def _stopping_well(job: Callable[[], int]) -> int:
+    """Run a job; Ctrl-C says what is safe and how to go on."""
+    from optimal_sampling.generate import Interrupted
+
+    try:
+        return job()
+    except Interrupted as interrupt:
+        _say_interrupted(f"{interrupt.summary.folder_records} good records are safe in {interrupt.summary.run_folder}")
+        return 130
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "generate": ("generate records of q* for the prompts of a dataset", run_generate),
+    "demo": ("q* beside student and teacher alone, with the shipped pair of small models", run_demo),
 }
 """Subcommands: a line of help, and what runs them. A new one is a line here; import what it needs when it runs."""
 
@@ -154,7 +179,7 @@ def parse_generate(arguments: Sequence[str]) -> GenerateOptions:
 def _generate_description() -> str:
     aliases = ", ".join(f"--{alias} = --{name}" for alias, name in ALIASES.items())
     return (
-        f"{GenerateOptions.__doc__}\n\nUnderscores and hyphens are the same. Also accepted: {aliases}; "
+        f"{inspect.getdoc(GenerateOptions)}\n\nUnderscores and hyphens are the same. Also accepted: {aliases}; "
         f"without effect: {', '.join('--' + name for name in NO_OPS)}.\n\n{EXIT_CODES}"
     )
 

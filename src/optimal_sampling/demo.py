@@ -1,0 +1,141 @@
+"""`optimal-sampling demo`: the shipped pair on arithmetic problems, q* beside student and teacher alone.
+
+Nothing is downloaded. The records it leaves are those of an ordinary `generate` run.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from optimal_sampling.config import DataConfig, EngineConfig, GenerateConfig, RunConfig
+from optimal_sampling.generate import generate
+from optimal_sampling.generate.progress import Progress
+from optimal_sampling.records import Record, load
+from optimal_sampling.toy_pair.problems import is_correct
+from optimal_sampling.types import Request
+from optimal_sampling.vocabulary import PromptRenderer, Vocabulary
+
+__all__ = ["DemoOptions", "run_demo"]
+
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Generate from q* with the shipped pair, and show what came out beside student and teacher alone."""
+
+    output_dir: str = "outputs/demo"
+    """Run folder of the records. A second call goes on where the first one ended."""
+    num_examples: int = 200
+    """Arithmetic problems of 1 to 5 steps."""
+    max_new_tokens: int = 160
+    """Most tokens per completion."""
+    batch_size: int = 32
+    """Requests in flight at once."""
+    seed: int = 0
+    """Of the problems and of every draw."""
+
+    def generate_config(self) -> GenerateConfig:
+        """The same as a `generate` run."""
+        return GenerateConfig(
+            data=DataConfig(dataset="synthetic", num_examples=self.num_examples),
+            run=RunConfig(output_dir=self.output_dir, seed=self.seed, max_new_tokens=self.max_new_tokens),
+            options=EngineConfig(batch_size=self.batch_size),
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one way of sampling did on the problems."""
+
+    name: str
+    tokens_per_second: float
+    correct: list[bool]
+    tokens: list[int]
+
+    def accuracy(self) -> str:
+        """Share of right answers with its standard error."""
+        error = stdev(self.correct) / len(self.correct) ** 0.5 if len(self.correct) > 1 else 0.0
+        return f"{fmean(self.correct):.1%} ± {error:.1%}"
+
+
+def run_demo(options: DemoOptions, progress: Progress, console: Console) -> int:
+    """Generate, compare, show; the exit code."""
+    config = options.generate_config()
+    generate(config, progress)
+    records = [r for r in load(options.output_dir) if r["finish_reason"] != "error"]
+    outcomes = _outcomes(config, records)
+    console.print(_comparison(outcomes))
+    console.print(_mixture(records))
+    console.print(_samples(records))
+    console.print(f"{len(records)} records: {options.output_dir}/records/main.jsonl (docs/records.md tells the fields)")
+    return 0
+
+
+def _outcomes(config: GenerateConfig, records: list[Record]) -> list[Outcome]:
+    """q* as recorded, drawn again for its speed, and both models alone on the same prompts and seeds."""
+    from optimal_sampling.engines.local.engine import LocalEngine, Mode  # torch is loaded here
+
+    models = config.models
+    vocabulary = Vocabulary.load(models.student, models.teacher)
+    renderer = PromptRenderer(config.prompt, vocabulary)
+    answers = {record["id"]: str(record["row"]["answer"]) for record in records}
+    requests = [_request(record, renderer, config.run.max_new_tokens) for record in records]
+    modes: tuple[tuple[str, Mode], ...] = (("student", "student"), ("teacher", "teacher"), ("q*", "mixture"))
+    outcomes = []
+    with LocalEngine.load(models, config.mixture, config.options, vocabulary) as engine:
+        for name, mode in modes:
+            started = time.perf_counter()
+            done = list(engine.with_mixture(mode=mode).generate(requests))
+            seconds = time.perf_counter() - started
+            correct = [is_correct(vocabulary.decode(c.token_ids), answers[c.request.id]) for c in done]
+            tokens = [len(c.token_ids) for c in done]
+            outcomes.append(Outcome(name, sum(tokens) / seconds, correct, tokens))
+    return outcomes
+
+
+def _request(record: Record, renderer: PromptRenderer, max_new_tokens: int) -> Request:
+    """The request that the record came from."""
+    prompt = renderer.render(record["row"])
+    ids = tuple(prompt.student_ids), tuple(prompt.teacher_ids)
+    return Request(record["id"], record["sample_index"], record["seed"], *ids, max_new_tokens)
+
+
+def _comparison(outcomes: list[Outcome]) -> Table:
+    table = Table(title="The same problems, drawn from", title_justify="left")
+    for name in ("", "right answers", "tokens/s", "mean tokens"):
+        table.add_column(name, justify="left" if not name else "right")
+    for o in outcomes:
+        table.add_row(o.name, o.accuracy(), f"{o.tokens_per_second:.0f}", f"{fmean(o.tokens):.1f}")
+    return table
+
+
+def _mixture(records: list[Record]) -> Table:
+    table = Table(title="q*, mean over completions", title_justify="left")
+    names = {
+        "alpha_mean": "alpha (weight of the teacher)",
+        "clamped_share": "share of clamped tokens",
+        "kl_student": "KL(q, student), nats/token",
+        "kl_teacher": "KL(q, teacher), nats/token",
+    }
+    for title in names.values():
+        table.add_column(title, justify="right")
+    table.add_row(*(f"{fmean(r[name] for r in records):.4f}" for name in names))
+    return table
+
+
+def _samples(records: list[Record]) -> Table:
+    table = Table(title="Generations", title_justify="left", show_lines=True)
+    for name in ("problem", "answer", "drawn from q*"):
+        table.add_column(name, overflow="fold")
+    longest = sorted(records, key=lambda r: r["row"]["steps"])[:: max(1, len(records) // SHOWN)][:SHOWN]
+    for record in longest:
+        row = record["row"]
+        table.add_row(*(Text(str(text)) for text in (row["problem"], row["answer"], record["completion"])))
+    return table
