@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=2 python scripts/train_toy_pair.py
 
 Teacher and student go to `src/optimal_sampling/toy_pair/{teacher,student}`, in bfloat16, and what they
-can do to `report.json` beside them. Needs the package, torch and transformers. Deterministic by seed on one
-machine and number of threads. `--resume` goes on from the last checkpoint.
+can do to `report.json` beside them: about an hour for both. Needs the package, torch and transformers.
+Deterministic by seed on one machine and number of threads. `--resume` goes on from the last checkpoint.
 """
 
 import argparse
@@ -460,14 +460,15 @@ def main() -> None:
     torch.set_flush_denormal(True)  # sure models make tiny gradients, and those are slow
     torch.use_deterministic_algorithms(True)
     report = options.output / "report.json"
-    minutes = json.loads(report.read_text())["training minutes"] if report.exists() else {}
+    earlier = json.loads(report.read_text()) if report.exists() else {}
+    minutes = earlier.get("training minutes", {})
     for recipe in RECIPES.values():
         if not options.measure_only and options.only in (None, recipe.name):
             recipe = replace(recipe, steps=options.steps or recipe.steps)
             minutes[recipe.name] = round(train(recipe, options.work, options.output, options.resume), 1)
-    measured = measure(options.output, options.problems)
-    made_by = {"training minutes": minutes, "threads": options.threads, "torch": torch.__version__}
-    report.write_text(json.dumps(measured | made_by, indent=2) + "\n")
+    made_by = {"training minutes": minutes, "training threads": options.threads, "torch": torch.__version__}
+    made_by = earlier if options.measure_only else made_by
+    report.write_text(json.dumps(made_by | measure(options.output, options.problems), indent=2) + "\n")
 
 
 if __name__ == "__main__":

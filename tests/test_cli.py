@@ -180,7 +180,8 @@ def test_an_unknown_command(capsys):
     assert "did you mean 'generate'?" in capsys.readouterr().err
     assert main([]) == 2
     assert main(["--help"]) == 0
-    assert all(name in capsys.readouterr().out for name in COMMANDS)
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in COMMANDS)
     assert main(["--version"]) == 0
 
 

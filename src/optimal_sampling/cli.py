@@ -100,6 +100,18 @@ def run_demo(arguments: Sequence[str]) -> int:
     return _stopping_well(lambda: run_demo(options, progress_for(), Console()))
 
 
+def run_bench(arguments: Sequence[str]) -> int:
+    """The subcommand `bench`."""
+    import tyro
+    from rich.console import Console
+
+    from optimal_sampling.bench import BenchOptions, run_bench
+
+    flat = (tyro.conf.OmitArgPrefixes,)
+    options = tyro.cli(BenchOptions, prog=f"{PROGRAM} bench", args=list(arguments), config=flat)
+    return run_bench(options, Console())
+
+
 def _stopping_well(job: Callable[[], int]) -> int:
     """Run a job; Ctrl-C says what is safe and how to go on."""
     from optimal_sampling.generate import Interrupted
@@ -114,6 +126,7 @@ def _stopping_well(job: Callable[[], int]) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "generate": ("generate records of q* for the prompts of a dataset", run_generate),
     "demo": ("q* beside student and teacher alone, with the shipped pair of small models", run_demo),
+    "bench": ("speed and memory on this machine, beside Transformers", run_bench),
 }
 """Subcommands: a line of help, and what runs them. A new one is a line here; import what it needs when it runs."""
 

@@ -127,11 +127,17 @@ class EngineConfig:
     """Budget for both models' KV caches in GiB; unset: a share of the memory that is free after loading."""
     prefill_chunk: int = 2048
     """Most prompt tokens that one forward pass takes beside the tokens being decoded."""
+    draft_tokens: int | Literal["auto"] = "auto"
+    """Tokens drafted ahead per round: `auto` measures what pays, 0 is plain decoding. Never changes what is drawn."""
     batch_invariant: bool = True
     """Shapes under which a row's float32 logits on a CPU have the same bits whatever shares its batch."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        _require(
+            self.draft_tokens == "auto" or (isinstance(self.draft_tokens, int) and self.draft_tokens >= 0),
+            f"draft_tokens must be 'auto' or a number of at least 0, got {self.draft_tokens!r}",
+        )
         _require(self.prefill_chunk >= 1, f"prefill_chunk must be at least 1, got {self.prefill_chunk}")
         _require(
             self.kv_memory_gib is None or self.kv_memory_gib > 0,

@@ -89,7 +89,10 @@ class EngineConformance:
         """Guards: needs.md 16: the first request's student prompt, or the teacher's, used for all."""
         mixture = MixtureConfig(alpha_min=0.0)
         for completion in harness.open(mixture, 8).generate(requests_of(harness, 6, new=6)):
-            contexts = {"student": completion.request.student_prompt_ids, "teacher": completion.request.teacher_prompt_ids}
+            contexts = {
+                "student": completion.request.student_prompt_ids,
+                "teacher": completion.request.teacher_prompt_ids,
+            }
             for i, token in enumerate(completion.token_ids):
                 for role, prompt in contexts.items():
                     expected = log_softmax(harness.logits(role, [*prompt, *completion.token_ids[:i]]))[token]

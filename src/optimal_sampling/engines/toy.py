@@ -64,7 +64,9 @@ class ToyEngine(Engine):
         for request in requests:
             started = time.perf_counter()
             prompts = (request.student_prompt_ids, request.teacher_prompt_ids)
-            problem = prompt_problem(("student", "teacher"), prompts, (self.context_length,) * 2, (self.vocab_size,) * 2)
+            problem = prompt_problem(
+                ("student", "teacher"), prompts, (self.context_length,) * 2, (self.vocab_size,) * 2
+            )
             if problem:
                 yield Completion(request, (), "error", TokenTrace.from_rows([]), problem)
                 continue
@@ -81,8 +83,8 @@ class ToyEngine(Engine):
         while len(tokens) < request.max_new_tokens and longest + len(tokens) < self.context_length:
             position = torch.tensor([len(tokens)])
             noise = gumbel(keys, position, self.vocab_size)
-            logits = [self.tables[role][last[role]][None] for role in ("student", "teacher")]
-            values = step(*logits, noise, position, self.mixture).pack()[0].tolist()
+            student, teacher = (self.tables[role][last[role]][None] for role in ("student", "teacher"))
+            values = step(student, teacher, noise, position, self.mixture).pack()[0].tolist()
             token, bad_student, bad_teacher = map(int, values[:3])
             if bad_student or bad_teacher:
                 return tokens, rows, "error", bad_logits_message(len(tokens), bad_student, bad_teacher)

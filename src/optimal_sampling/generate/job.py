@@ -40,7 +40,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
     """
     progress = progress or Progress()
     rows, vocabulary, renderer = _open(config)
-    facts = model_facts(config.models) if config.engine == "local" else {}
+    facts = model_facts(config.models) if config.engine != "toy" else {}
     with RunFolder(config, facts) as folder:
         job = _Job(config, rows, renderer, vocabulary, folder, progress)
         try:

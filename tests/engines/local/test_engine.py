@@ -102,10 +102,10 @@ def test_memory_stays_within_the_budget(models):
     stop_free = dataclasses.replace(vocabulary(), stop_ids=frozenset())
     engine = engine_of(*models, vocab=stop_free, kv_memory_gib=0.001, batch_size=4096)
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 300, new=70)
-    for count, _ in enumerate(engine.generate(requests), 1):
-        used = sum(
-            lane.cache.slots * lane.cache.length * lane.runner.bytes_per_token for lane in engine.last_run.lanes
-        )
+    count = 0
+    for _ in engine.generate(requests):
+        count += 1
+        used = sum(lane.cache.slots * lane.cache.length * lane.runner.bytes_per_token for lane in engine.last_run.lanes)
         assert used <= 0.001 * 2**30
     assert count == 300
 
@@ -138,7 +138,16 @@ def test_nan_logits_fail_their_request_only(models):
     engine = engine_of(tiny_model(1, layers=1), broken, batch_size=2)
     good = requests_of(Harness(None, None, PROMPTS, CONTEXT), 6, new=8)
     bad = Request("bad", 0, 0, (1, 2), (1, 11, 2), 8)
-    done = by_key(engine.generate([bad, *good, dataclasses.replace(bad, sample_index=1), *requests_of(Harness(None, None, PROMPTS, CONTEXT), 6, new=8, seed=3)]))
+    done = by_key(
+        engine.generate(
+            [
+                bad,
+                *good,
+                dataclasses.replace(bad, sample_index=1),
+                *requests_of(Harness(None, None, PROMPTS, CONTEXT), 6, new=8, seed=3),
+            ]
+        )
+    )
     assert done["bad", 0].finish_reason == "error"
     assert "teacher" in done["bad", 0].error
     assert "student" not in done["bad", 0].error

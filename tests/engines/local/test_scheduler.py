@@ -9,7 +9,9 @@ from optimal_sampling.types import Request
 
 
 def sequence(number, student=4, teacher=6, new=5):
-    prompts = tuple(tuple(range(number * 1000 + c * 500, number * 1000 + c * 500 + n)) for c, n in enumerate((student, teacher)))
+    prompts = tuple(
+        tuple(range(number * 1000 + c * 500, number * 1000 + c * 500 + n)) for c, n in enumerate((student, teacher))
+    )
     made = Sequence(Request(str(number), 0, 0, *prompts, new), prompts)
     made.evict()
     return made
@@ -17,7 +19,7 @@ def sequence(number, student=4, teacher=6, new=5):
 
 def limits(rows=4, chunk=8, memory=10**9, contexts=(None, None), caches=None, unit=4):
     caches = caches or (CacheSpec((0,), 1), CacheSpec((1,), 2))
-    return Limits(rows, chunk, memory, caches, contexts, lambda n: -(-n // unit) * unit)
+    return Limits(rows, chunk, memory, caches, contexts, round_length=lambda n: -(-n // unit) * unit)
 
 
 class PretendCache:
@@ -47,7 +49,7 @@ class PretendCache:
 
 
 def run(scheduler, sequences, width=1):
-    """Serve all; every output token is a number that names its sequence and position. Returns the finished, in order."""
+    """Serve all; an output token is a number that names its sequence and position. The finished, in order."""
     cache, finished, source, rounds = PretendCache(2), [], iter(sequences), 0
     while True:
         plan = scheduler.next_round(source, width)
@@ -94,9 +96,10 @@ def test_everyone_is_served_once_and_caches_hold_the_right_text(shapes, rows, ch
     rejected = [s for s, _ in scheduler.rejected]
     assert sorted(int(s.request.id) for s in [*finished, *rejected]) == list(range(len(shapes)))
     for s in finished:
-        assert s.output[: s.request.max_new_tokens] == [
-            int(s.request.id) * 10**6 + i for i in range(len(s.output))
-        ][: s.request.max_new_tokens]
+        assert (
+            s.output[: s.request.max_new_tokens]
+            == [int(s.request.id) * 10**6 + i for i in range(len(s.output))][: s.request.max_new_tokens]
+        )
 
 
 def test_preemption_happens_and_the_latest_gives_way():

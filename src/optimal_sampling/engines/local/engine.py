@@ -13,9 +13,12 @@ import torch
 
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine
+from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts
+from optimal_sampling.engines.local.drawing import RunSetting
 from optimal_sampling.engines.local.forward import ModelRunner
+from optimal_sampling.engines.local.lane import Lane
 from optimal_sampling.engines.local.loading import load_model, prepare
-from optimal_sampling.engines.local.run import Lane, Run, RunSetting
+from optimal_sampling.engines.local.run import Run
 from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.types import Completion, Request
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
@@ -97,16 +100,18 @@ class LocalEngine(Engine):
         batch_size: int | None = None,
         capture: frozenset[str] = frozenset(),
         mode: Mode | None = None,
+        draft_tokens: int | Literal["auto"] | None = None,
     ) -> LocalEngine:
         """The same loaded models with other settings; costs nothing."""
         options = self.options if batch_size is None else replace(self.options, batch_size=batch_size)
+        options = options if draft_tokens is None else replace(options, draft_tokens=draft_tokens)
         return LocalEngine(self.pair, mixture or self.mixture, options, self.vocabulary, mode or self.mode, capture)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Serve the requests; see `Engine`."""
         if not self.pair.runners:
             raise EngineError("this engine was closed; open another one")
-        self.last_run = Run(self._lanes(), self._setting())
+        self.last_run = Run(self._lanes(), self._setting(), self._policy())
         try:
             yield from self.last_run.completions(requests)
         except torch.OutOfMemoryError as error:
@@ -148,6 +153,10 @@ class LocalEngine(Engine):
             memory=memory,
             capture=self.capture,
         )
+
+    def _policy(self) -> DraftPolicy:
+        drafts = self.options.draft_tokens if self.mode == "mixture" else 0
+        return DraftPolicy() if drafts == "auto" else FixedDrafts(int(drafts))
 
     def _row_bytes(self) -> int:
         """Logits, noise and temporaries of one row of a round, generously."""

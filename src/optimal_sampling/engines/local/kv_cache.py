@@ -6,7 +6,6 @@ rows 0..R-1 are a view. The last token is scratch: padding is written there and 
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 

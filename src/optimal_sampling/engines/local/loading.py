@@ -56,7 +56,9 @@ def load_model(path: str, config: ModelConfig, role: str, load_kwargs: dict[str,
     Raises ModelError, MissingDependencyError.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of tensors; it says nothing of the job, and tears the job's own display
     device = resolve_device(config.device)
     kwargs: dict[str, Any] = {
         "dtype": resolve_dtype(config.dtype, device),
@@ -127,7 +129,9 @@ def check_architecture(model: Any, role: str) -> KVCache:
     allowed = TOLERANCE.get(model.dtype, 0.1) * max(1.0, stock.abs().max().item())
     if not difference <= allowed and stock.isfinite().all():
         message = f"logits differ by {difference:.3g} from its own forward pass (allowed: {allowed:.3g})"
-        raise ModelError(f"the {role} model is a {name}, whose {message}; it would be sampled wrongly, so it is refused")
+        raise ModelError(
+            f"the {role} model is a {name}, whose {message}; it would be sampled wrongly, so it is refused"
+        )
     return cache
 
 

@@ -29,6 +29,8 @@ class Sequence:
     """Per context, the number of leading tokens whose keys and values are in the cache."""
     trace: list[Any] = field(default_factory=list)
     captured: list[Any] = field(default_factory=list)
+    lookup: Any = None
+    """Drafts by lookup in this text, where the run drafts so."""
     order: int = 0
     """Number of its (first) admission; the latest is preempted first."""
     started: float = field(default_factory=time.perf_counter)
@@ -78,6 +80,8 @@ class Limits:
     caches: tuple[CacheSpec, ...]
     context_lengths: tuple[int | None, ...]
     """Per context, the longest sequence its model can hold."""
+    kv_boundary: int | None = None
+    """Key length at which a model's attention changes its bits; a round does not straddle it."""
     round_length: Callable[[int], int] = lambda length: -(-length // 64) * 64
     """Slot length that is allocated for a sequence of this many tokens."""
 
@@ -263,11 +267,19 @@ class Scheduler:
     def _width(self, width: int, ready: list[bool]) -> int:
         """No wider than what any row may still draw, nor than any context has room for."""
         rows = [s for s, is_ready in zip(self.running, ready, strict=True) if is_ready]
-        room = [
-            limit - s.known(context) + 1
-            for s in rows
-            for context, limit in enumerate(self.limits.context_lengths)
-            if limit is not None
-        ]
+        room = [self._room(s.known(context), limit) for s in rows for context, limit in self._limits(s)]
         wanted = max((s.request.max_new_tokens - len(s.output) for s in rows), default=1)
         return max(1, min([width, wanted, *room]))
+
+    def _limits(self, sequence: Sequence) -> list[tuple[int, int]]:
+        """(context, key length) of the ends that this sequence's positions must not pass within one round."""
+        contexts = [(c, limit) for c, limit in enumerate(self.limits.context_lengths) if limit is not None]
+        boundary = self.limits.kv_boundary
+        if boundary is not None:
+            contexts += [(c, boundary) for c in range(len(sequence.prompts)) if sequence.known(c) <= boundary]
+        return contexts
+
+    @staticmethod
+    def _room(known: int, limit: int) -> int:
+        """Width of a round whose last position is the limit's last."""
+        return limit - known + 1

@@ -129,8 +129,9 @@ class PackedLinear(nn.Module):
 
 
 def _packable(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return type(module) is nn.Linear and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    if type(module) is not nn.Linear:
+        return False
+    return module.weight.dtype == torch.float32 and module.weight.device.type == "cpu"
 
 
 def pack_linears(model: nn.Module) -> int:

@@ -1,0 +1,188 @@
+"""How many tokens to draft, and drafts from the text itself. Plain Python; knows nothing of tensors.
+
+Drafts never change what is drawn, only how many tokens a round yields, so all of this is about time alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["DraftPolicy", "FixedDrafts", "LinearCost", "Lookup", "PerRound"]
+
+MOST_DRAFTS = 16
+"""Longest draft that `auto` considers."""
+FORGET = 0.98
+"""Weight of an observation after one more."""
+
+
+class LinearCost:
+    """Seconds as a line over a size, fitted to what was observed; old observations fade."""
+
+    def __init__(self) -> None:
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+
+    def observe(self, size: float, seconds: float) -> None:
+        """One measurement."""
+        for name, value in (("_n", 1.0), ("_x", size), ("_y", seconds), ("_xx", size * size), ("_xy", size * seconds)):
+            setattr(self, name, FORGET * getattr(self, name) + value)
+
+    def __call__(self, size: float) -> float:
+        """Seconds at this size: never less than nothing, and never falling with the size."""
+        if not self._n:
+            return 0.0
+        mean_x, mean_y = self._x / self._n, self._y / self._n
+        spread = self._xx / self._n - mean_x**2
+        if spread <= 1e-9 * max(1.0, mean_x**2):
+            return mean_y
+        slope = min(max(0.0, (self._xy / self._n - mean_x * mean_y) / spread), mean_y / mean_x)
+        return mean_y + slope * (size - mean_x)
+
+
+class Calibration:
+    """Share of drafts that were accepted, by how sure the drafter was of them."""
+
+    BINS = 10
+    PRIOR = 4.0
+
+    def __init__(self) -> None:
+        centres = [(i + 0.5) / self.BINS for i in range(self.BINS)]
+        self._tried = [self.PRIOR] * self.BINS
+        self._accepted = [self.PRIOR * (0.4 + 0.6 * centre) for centre in centres]
+
+    def observe(self, confidence: float, accepted: bool) -> None:
+        """One draft whose predecessors were all accepted."""
+        i = self._bin(confidence)
+        self._tried[i] = 0.999 * self._tried[i] + 1
+        self._accepted[i] = 0.999 * self._accepted[i] + accepted
+
+    def __call__(self, confidence: float) -> float:
+        """Probability that such a draft is accepted."""
+        i = self._bin(confidence)
+        return self._accepted[i] / self._tried[i]
+
+    def _bin(self, confidence: float) -> int:
+        return min(self.BINS - 1, max(0, int(confidence * self.BINS)))
+
+
+class PerRound:
+    """Expected tokens and seconds of one round, while it is being drafted.
+
+    A round of width n over R rows costs n drafter steps and one verification of n * R tokens. It yields one token per
+    row, and one more for every draft that is accepted with all before it. Drafting goes on while one more draft
+    raises tokens per second: tokens are concave in n and seconds a line, so the first fall is the end.
+    """
+
+    def __init__(self, policy: DraftPolicy, ready: Sequence[bool]) -> None:
+        self._policy = policy
+        self._rows = len(ready)
+        self._alive = [float(r) for r in ready]
+        self._tokens = sum(self._alive)
+        self.drafted = 0
+        self.confidences: list[Sequence[float]] = []
+
+    def wants(self, confidences: Sequence[float], insist: bool = False) -> bool:
+        """Whether to draft one more token per row, of which the drafter is this sure; `insist`: it is to be drafted."""
+        accept = self._policy.accept
+        alive = [a * accept(c) for a, c in zip(self._alive, confidences, strict=True)]
+        tokens = self._tokens + sum(alive)
+        width = self.drafted + 1
+        seconds = self._policy.seconds
+        if not insist and tokens * seconds(width, self._rows) <= self._tokens * seconds(width + 1, self._rows):
+            return False
+        self._alive, self._tokens, self.drafted = alive, tokens, width
+        self.confidences.append(confidences)
+        return True
+
+
+class DraftPolicy:
+    """`auto`: measures acceptance and the cost of forward passes, and drafts while that pays."""
+
+    EXPLORE = (5, 1, 9, 3)
+    """Widths of the first rounds: costs at different sizes have to be seen to be compared."""
+
+    def __init__(self, most: int = MOST_DRAFTS) -> None:
+        self.most = most
+        self.step = LinearCost()
+        self.verify = LinearCost()
+        self.rest = LinearCost()
+        self.accept = Calibration()
+        self._rounds = 0
+        self._idle = 0
+
+    @property
+    def width(self) -> int:
+        """Widest that the next round may be."""
+        return self.most + 1
+
+    def seconds(self, width: int, rows: int) -> float:
+        """Of a round, expected."""
+        return width * self.step(rows) + self.verify(width * rows) + self.rest(width * rows)
+
+    def forced(self) -> int | None:
+        """Width of the next round where it is chosen to learn from; None: draft while it pays.
+
+        Where drafting does not pay, nothing new would be seen of it, so now and then one draft is made all the same.
+        """
+        if self._rounds < len(self.EXPLORE):
+            return self.EXPLORE[self._rounds]
+        return 2 if self._idle >= 100 else None
+
+    def observe_round(self, width: int, rows: int, step: float, verify: float, rest: float) -> None:
+        """Seconds of one round without prompt tokens: all drafter steps, the verification, everything else."""
+        self._rounds += 1
+        self._idle = self._idle + 1 if width == 1 else 0
+        self.step.observe(rows, step / width)
+        self.verify.observe(width * rows, verify)
+        self.rest.observe(width * rows, rest)
+
+    def observe_draft(self, confidence: float, accepted: bool) -> None:
+        """A draft whose predecessors were all accepted."""
+        self.accept.observe(confidence, accepted)
+
+
+class FixedDrafts(DraftPolicy):
+    """Always `count` drafts; 0 is plain decoding."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+
+    def forced(self) -> int | None:
+        """The same width every time."""
+        return self.most + 1
+
+
+class Lookup:
+    """Drafts by looking the end of the text up in the text itself: prompts of both models, then the output.
+
+    Where the teacher is shown a solution, the solution is what gets continued.
+    """
+
+    LONGEST = 4
+    """Tokens at the end of the text that are looked up; fewer where they are found nowhere, down to SHORTEST."""
+    SHORTEST = 2
+
+    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+        longest = max(prompts, key=len)
+        self._text = list(longest)
+        self._prompt = len(self._text)
+        self._last: dict[tuple[int, ...], int] = {}
+        self._indexed = 0
+
+    def propose(self, output: Sequence[int], count: int) -> list[int]:
+        """Up to `count` tokens that followed the latest earlier place like the end of the text; may be none."""
+        self._text[self._prompt :] = output
+        self._index()
+        for size in range(self.LONGEST, self.SHORTEST - 1, -1):
+            if len(self._text) >= size:
+                place = self._last.get(tuple(self._text[-size:]))
+                if place is not None:
+                    return self._text[place : place + count]
+        return []
+
+    def _index(self) -> None:
+        """Where every short piece of the text goes on; the last piece of all has no continuation yet."""
+        for end in range(max(self._indexed, 1), len(self._text)):
+            for size in range(self.SHORTEST, self.LONGEST + 1):
+                if end >= size:
+                    self._last[tuple(self._text[end - size : end])] = end
+        self._indexed = len(self._text)

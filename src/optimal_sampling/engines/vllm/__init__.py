@@ -1,0 +1,19 @@
+"""vLLM as an engine: q* is a model to it.
+
+One model class, registered with vLLM as a plugin, runs teacher and student over the same batch and returns log q* as
+its logits. Scheduling, paged memory, streaming, log-probabilities, the server and speculative decoding are vLLM's own.
+
+    plugin     what vLLM loads at its start; the versions that are supported
+    options    what a request asks for, and how it travels through vLLM's `extra_args`
+    mixing     two models' logits of a step -> log q*, by the mathematics of `distribution`
+    composite  the model class
+    lanes      which tokens of a step each of the two models sees, where their prompts differ
+    traces     alpha and its company per request, until somebody fetches them
+    worker     vLLM's worker and model runner with the above in them
+    scheduler  vLLM's scheduler: the longer of two prompts is the one it plans for
+    launch     a pair of models -> vLLM's arguments; what is refused
+    engine     `VllmEngine`, behind the contract of engines/base.py
+    front      `OptimalSamplingV1`
+
+Importing this imports no vLLM.
+"""

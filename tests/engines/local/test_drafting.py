@@ -1,0 +1,199 @@
+"""Drafting policy on made-up costs, lookup on made-up texts; and drafts that change nothing but time."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimal_sampling.config import EngineConfig, MixtureConfig
+from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts, LinearCost, Lookup, PerRound
+from optimal_sampling.errors import ConfigError
+from tests.engines.conformance import Harness, requests_of
+from tests.engines.local.conftest import CONTEXT, engine_of, tiny_model
+from tests.engines.local.test_engine import PROMPTS, same
+
+
+def simulate(acceptance, step, verify, rows=1, rounds=400, sure=None, seed=0):
+    """Play rounds against true costs (functions of size, in ms); returns (policy, tokens per ms, widths)."""
+    rng, policy = random.Random(seed), DraftPolicy()
+    tokens = time = 0.0
+    widths = []
+    for _ in range(rounds):
+        round_, forced = PerRound(policy, [True] * rows), policy.forced()
+        alive, width, made = [True] * rows, 1, rows
+        outcomes = []
+        while width < policy.width and width != forced:
+            confidence = [(sure or (lambda r: 0.95))(rng) for _ in range(rows)]
+            if not round_.wants(confidence, insist=forced is not None):
+                break
+            outcomes.append(confidence)
+            width += 1
+        for confidence in outcomes:
+            for row in range(rows):
+                if alive[row]:
+                    ok = rng.random() < (acceptance(confidence[row]) if callable(acceptance) else acceptance)
+                    policy.observe_draft(confidence[row], ok)
+                    made += ok
+                    alive[row] = ok
+        spent = width * step(rows) + verify(width * rows)
+        policy.observe_round(width, rows, width * step(rows), verify(width * rows), 0.0)
+        tokens, time = tokens + made, time + spent
+        widths.append(width)
+    return policy, tokens / time, widths[50:]
+
+
+def best_fixed(acceptance, step, verify, rows=1):
+    def rate(k):
+        tokens = sum(acceptance**i for i in range(k + 1)) * rows
+        return tokens / ((k + 1) * step(rows) + verify((k + 1) * rows))
+
+    return max(rate(k) for k in range(17))
+
+
+@pytest.mark.parametrize("acceptance", [0.98, 0.9, 0.7, 0.3])
+@pytest.mark.parametrize("rows", [1, 8, 32])
+@pytest.mark.parametrize(
+    ("step", "verify"),
+    [
+        (lambda r: 1 + 0.02 * r, lambda m: 8 + 0.1 * m),  # bound by calls: verifying is nearly free
+        (lambda r: 1 + 0.1 * r, lambda m: 2 + 1.0 * m),  # bound by arithmetic: every verified token costs
+        (lambda r: 4 + 0.1 * r, lambda m: 8 + 0.1 * m),  # a student that is hardly cheaper
+    ],
+)
+def test_auto_is_near_the_best_fixed_length(acceptance, step, verify, rows):
+    """Guards: a policy that drafts where it loses, or stops short where drafting is free."""
+    _, rate, _ = simulate(acceptance, step, verify, rows)
+    assert rate >= 0.93 * best_fixed(acceptance, step, verify, rows)
+
+
+def test_auto_reaches_the_longest_draft_and_falls_to_lockstep():
+    """Guards: a ceiling below 16, and drafting for a student that is always rejected."""
+    free = simulate(0.995, lambda r: 0.1, lambda m: 10.0)[2]
+    assert sorted(free)[len(free) // 2] == 17
+    useless = simulate(0.05, lambda r: 2.0, lambda m: 4 + m)[2]
+    assert sum(w > 1 for w in useless) <= 0.05 * len(useless)
+
+
+def test_auto_stops_when_the_student_is_unsure():
+    """Guards: drafting on through a token that will be rejected: knowing which is which has to be worth something."""
+    step, verify = (lambda r: 1.0), (lambda m: 8 + 0.1 * m)
+    mixed = lambda rng: 0.98 if rng.random() < 0.85 else 0.2  # noqa: E731
+    acceptance = lambda c: 0.99 if c > 0.5 else 0.15  # noqa: E731
+    seeing = simulate(acceptance, step, verify, sure=mixed)[1]
+    blind = simulate(0.85 * 0.99 + 0.15 * 0.15, step, verify)[1]
+    assert seeing > 1.1 * blind
+
+
+def test_costs_are_a_line_and_follow_the_machine():
+    """Guards: a fit that goes negative, or never forgets that the machine was idle once."""
+    cost = LinearCost()
+    assert cost(5) == 0.0
+    cost.observe(4, 2.0)
+    assert cost(8) == 2.0
+    for size in (1, 2, 4, 8) * 5:
+        cost.observe(size, 3.0 + 0.5 * size)
+    assert cost(16) == pytest.approx(11.0, rel=0.1)
+    for size in (1, 2, 4, 8) * 60:
+        cost.observe(size, 6.0 + 1.0 * size)
+    assert cost(16) == pytest.approx(22.0, rel=0.05)
+    for size in (8, 1) * 60:
+        cost.observe(size, 1.0 if size == 8 else 5.0)
+    assert cost(20) >= 0
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=30), st.lists(st.integers(0, 3), max_size=30), st.integers(1, 8)
+)
+def test_lookup_proposes_what_followed(prompt, output, count):
+    """Guards: a continuation of another place, ids that are not in the text, a proposal from the end itself."""
+    lookup = Lookup([prompt[:1], prompt] if len(prompt) > 1 else [prompt])
+    for end in range(len(output) + 1):  # the index grows with the text
+        proposed = lookup.propose(output[:end], count)
+    text = prompt + output
+    assert len(proposed) <= count
+    if proposed:
+        places = [
+            i
+            for size in (2, 3, 4)
+            for i in range(size, len(text))
+            if text[i - size : i] == text[-size:] and text[i : i + len(proposed)] == proposed
+        ]
+        assert places
+
+
+def test_lookup_continues_a_solution():
+    """Guards: self-distillation without its drafts: the teacher's prompt holds the text to come."""
+    solution = list(range(10, 40))
+    lookup = Lookup([[1, 2, 3], [1, 2, 3, *solution, 4]])
+    assert lookup.propose([10, 11, 12], 5) == [13, 14, 15, 16, 17]
+    assert lookup.propose([10, 11, 12, 99, 98], 5) == []
+    assert lookup.propose([10, 11, 12, 99, 98, 20, 21], 3) == [22, 23, 24]
+
+
+@pytest.fixture(scope="module")
+def models():
+    student, teacher = tiny_model(1, layers=1), tiny_model(2, layers=3)
+    # a teacher like its student, so that drafts are accepted and rejected
+    teacher.model.embed_tokens.weight.data.copy_(student.model.embed_tokens.weight.data)
+    teacher.lm_head.weight.data.mul_(0.3).add_(student.lm_head.weight.data)
+    return student, teacher
+
+
+MIXTURES = {
+    "default": MixtureConfig(),
+    "free": MixtureConfig(alpha_min=0.0, temperature=0.7),
+    "forced first": MixtureConfig(force_first_token=True, alpha_method="reverse_kl_symmetry"),
+    "truncated": MixtureConfig(top_k=5, top_p=0.9, alpha_method="entropy", alpha_min=0.0),
+    "support": MixtureConfig(teacher_support_top_k=4, alpha_method="ess_balance"),
+    "schedule": MixtureConfig(alpha_method="schedule", schedule_tokens=6, alpha_min=0.0),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES)
+def test_speculative_is_lockstep_bit_for_bit(models, mixture):
+    """Guards: the losslessness of speculation: tokens and diagnostics, for every draft length."""
+    requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 24, new=30)
+    engine = engine_of(*models, mixture=mixture, batch_size=8)
+    lockstep = list(engine.with_mixture(draft_tokens=0).generate(requests))
+    for drafts in (1, 2, 5, 16, "auto"):
+        drafting = engine.with_mixture(draft_tokens=drafts)
+        assert same(lockstep, drafting.generate(requests))
+        assert 0 < drafting.last_run.accepted < drafting.last_run.drafted
+
+
+def test_shared_weights_with_lookup_are_lockstep_bit_for_bit(models):
+    """Guards: the second drafter, and two contexts of many tokens in one forward pass."""
+    prompts = [([1, 2], [1, 2, 5, 6, 7, 5, 6, 7, 5, 6, 7]), ([3, 3, 3, 3], [3, 3, 3, 3]), ([4], [9, 8, 9, 8, 9, 8])]
+    requests = requests_of(Harness(None, None, prompts, CONTEXT), 24, new=40)
+    engine = engine_of(models[1], models[1], batch_size=8, mixture=MixtureConfig(temperature=0.3))
+    lockstep = list(engine.with_mixture(draft_tokens=0).generate(requests))
+    for drafts in (1, 3, 8, "auto"):
+        drafting = engine.with_mixture(draft_tokens=drafts)
+        assert same(lockstep, drafting.generate(requests))
+        assert drafting.last_run.accepted > 0
+
+
+def test_drafts_beside_long_prompts_chunks_and_preemption(models):
+    """Guards: a round that straddles the classes of key lengths, and drafts of a row that is still being cached."""
+    student, teacher = (tiny_model(s, layers=2, max_position_embeddings=2048) for s in (1, 2))
+    from tests.engines.local.conftest import vocabulary
+
+    engine = engine_of(student, teacher, vocab=vocabulary(context=2048), prefill_chunk=100, batch_size=4)
+    prompts = [([2, 3] * n, [1, 4, 5] * (n // 2 + 1)) for n in (3, 95, 185, 189, 230, 500)]
+    requests = requests_of(Harness(None, None, prompts, 2048), 6, new=40)
+    lockstep = list(engine.with_mixture(draft_tokens=0, batch_size=1).generate(requests))
+    assert same(lockstep, engine.with_mixture(draft_tokens=7).generate(requests))
+
+
+@pytest.mark.parametrize("value", [-1, "many", 1.5])
+def test_a_draft_length_that_is_none_is_refused(value):
+    """Guards: a traceback from deep within a run."""
+    with pytest.raises(ConfigError, match="draft_tokens"):
+        EngineConfig(draft_tokens=value)
+
+
+def test_fixed_drafts_do_not_vary():
+    """Guards: a length that was asked for and is not used."""
+    assert FixedDrafts(4).forced() == 5
+    assert FixedDrafts(0).forced() == 1
