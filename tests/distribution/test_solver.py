@@ -8,24 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimal_sampling.distribution.pair import Pair
+from optimal_sampling.distribution.step import pair_of
 from optimal_sampling.distribution.solver import ABOVE, BELOW, MAX_PASSES, TOLERANCE, solve_kl_symmetry
 
 
-class CountingPair(Pair):
-    """Counts calls of `moments`, and the widest set of alphas between two of them is what a pass may hold."""
+def solve(student, teacher, low=0.5, high=1.0, pair_class=None):
+    pair = pair_class(student, teacher) if pair_class else pair_of(student, teacher)
+    pair.calls, moments = 0, pair.moments
 
-    calls = 0
+    def counting(alpha):
+        pair.calls += 1
+        return moments(alpha)
 
-    def moments(self, alpha):
-        type(self).calls += 1
-        return super().moments(alpha)
-
-
-def solve(student, teacher, low=0.5, high=1.0):
-    CountingPair.calls = 0
-    pair = CountingPair(student, teacher)
-    return pair, solve_kl_symmetry(pair, low, high)
+    pair.moments = counting
+    alpha = solve_kl_symmetry(pair, low, high)
+    pair.solver_calls = pair.calls
+    return pair, alpha
 
 
 def passes(calls):
@@ -36,7 +34,7 @@ def passes(calls):
 @np.errstate(all="ignore")
 def check(student, teacher, low, high):
     pair, alpha = solve(student, teacher, low, high)
-    assert passes(CountingPair.calls) <= MAX_PASSES
+    assert passes(pair.solver_calls) <= MAX_PASSES
     inside = (alpha >= low - 1e-7) & (alpha <= high + 1e-7)
     assert (inside | (alpha == BELOW) | (alpha == ABOVE)).all()
     at = pair.moments(np.where(inside, alpha, np.where(alpha == BELOW, low, high)))

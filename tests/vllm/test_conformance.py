@@ -1,12 +1,8 @@
 """The common suite on vLLM: lockstep, with drafts, with the same weights twice, with padded vocabularies."""
 
-import numpy as np
 import pytest
-from scipy import stats
 
-from optimal_sampling.config import MixtureConfig
-from optimal_sampling.types import Request
-from tests.engines.conformance import EngineConformance, Harness, by_key, requests_of
+from tests.engines.conformance import EngineConformance, Harness
 from tests.vllm.tiny import CONTEXT, PROMPTS, Pair
 
 
@@ -54,7 +50,7 @@ class TestSharedWeights(EngineConformance):
 
 
 class Drafted(EngineConformance):
-    """Drafts: lossless, but vLLM's accept-reject draws are not seeded, so what is a function of the seed is not asked."""
+    """Drafts: lossless, but vLLM's accept-reject draws are not seeded: what is a function of the seed is not asked."""
 
     drafts = 1
 

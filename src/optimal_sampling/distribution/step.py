@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,16 @@ from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.methods import METHODS
+from optimal_sampling.distribution.direct import WIDEST, DirectPair
 from optimal_sampling.distribution.pair import Moments, Pair
 from optimal_sampling.distribution.support import keep_largest
-from optimal_sampling.distribution.tiles import FLOOR, Rows, at_least, rows_of, stack, tensor_of
+from optimal_sampling.distribution.tiled import TiledPair
+from optimal_sampling.distribution.tiles import Rows, argmax, at_least, rows_of, stack, tensor_of
 from optimal_sampling.types import TRACE_FIELDS
 
 __all__ = ["Step", "draft", "step"]
 
-_CHUNK = 1 << 23  # logits per model that are worked on together: bounds the memory that is kept
+_DIRECT_CHUNK, _TILED_CHUNK = 1 << 15, 1 << 20  # logits per model that are worked on together: near the cache
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def draft(
     student_logits: Float[Tensor, "rows vocab"], noise: Float32[Tensor, "rows vocab"], mixture: MixtureConfig
 ) -> Int64[Tensor, " rows"]:
     """The token that the student alone would draw with this noise: argmax(log p_student + noise)."""
-    return _argmax(torch.add(noise, student_logits, alpha=1 / mixture.temperature))
+    return argmax(torch.add(noise, student_logits, alpha=1 / mixture.temperature))
 
 
 @torch.no_grad()
@@ -82,13 +85,26 @@ def step(
     `noise` is Gumbel; `position` is the index of the token in its completion, 0 for the first. A row's result has
     the same bits whatever rows are beside it.
     """
-    height = max(1, _CHUNK // max(1, student_logits.shape[1])) if student_logits.device.type == "cpu" else 1 << 30
+    height = rows_at_once(student_logits.shape[1], student_logits.device)
     slices = [slice(first, first + height) for first in range(0, max(1, student_logits.shape[0]), height)]
     parts = [
         _step(student_logits[rows], teacher_logits[rows], noise[rows], position[rows], mixture, keep_log_q)
         for rows in slices
     ]
     return parts[0] if len(parts) == 1 else Step.concatenate(parts)
+
+
+def rows_at_once(vocab: int, device: torch.device) -> int:
+    """How many rows are worked on together."""
+    if device.type != "cpu":
+        return 1 << 30
+    return max(1, (_DIRECT_CHUNK if vocab <= WIDEST else _TILED_CHUNK) // max(1, vocab))
+
+
+def pair_of(student_logits: Float[Tensor, "rows vocab"], *arguments: Any) -> Pair:
+    """The class of pair that suits the vocabulary and the device, whatever the number of rows."""
+    direct = student_logits.device.type == "cpu" and student_logits.shape[1] <= WIDEST
+    return (DirectPair if direct else TiledPair)(student_logits, *arguments)
 
 
 def _step(
@@ -101,18 +117,19 @@ def _step(
 ) -> Step:
     """`step` for as many rows as are worked on together."""
     support = mixture.teacher_support_top_k, mixture.teacher_support_top_p
-    pair = Pair(student_logits, teacher_logits, mixture.temperature, *support)
+    pair = pair_of(student_logits, teacher_logits, mixture.temperature, *support)
     alpha, clamped = choose_alpha(pair, position, mixture)
     pair.restore(alpha)
     at = pair.moments(alpha)
-    token, log_q_token, log_q = _draw(pair, at, noise, mixture, keep_log_q)
+    token, log_q_token, log_q = _draw(pair, noise, mixture, keep_log_q)
     token.masked_fill_(tensor_of(pair.bad), 0)
+    log_p_student, log_p_teacher = pair.token_log_p(token)
     columns = {
         "alpha": alpha,
         "clamped": clamped,
         **_distances(pair, at),
-        "log_p_student": _token_log_p(student_logits, token, mixture.temperature, pair.offset[0]),
-        "log_p_teacher": _token_log_p(teacher_logits, token, mixture.temperature, pair.offset[1]),
+        "log_p_student": log_p_student,
+        "log_p_teacher": log_p_teacher,
         "log_q": log_q_token,
         "fallback": pair.disjoint & (alpha > 0),
     }
@@ -153,62 +170,17 @@ def _distances(pair: Pair, at: Moments) -> dict[str, Rows]:
     }
 
 
-def _token_log_p(
-    logits: Float[Tensor, "rows vocab"], token: Int64[Tensor, " rows"], temperature: float, offset: Rows
-) -> Rows:
-    """log p of the drawn tokens under one model, as restricted to the teacher's support."""
-    return rows_of(logits.gather(-1, token[:, None])[:, 0].to(torch.float64)) / temperature - offset
-
-
 def _draw(
-    pair: Pair, at: Moments, noise: Float32[Tensor, "rows vocab"], mixture: MixtureConfig, keep_log_q: bool
+    pair: Pair, noise: Float32[Tensor, "rows vocab"], mixture: MixtureConfig, keep_log_q: bool
 ) -> tuple[Int64[Tensor, " rows"], Rows, Tensor | None]:
     """argmax(log q + noise), its log_q, and log_q itself where it is wanted."""
-    pair._set_weight(at.alpha)
     truncated = mixture.top_k > 0 or mixture.top_p < 1
     if not (truncated or keep_log_q):
-        token, score = _draw_from_tiles(pair, noise)
-        return token, rows_of(score) - at.log_sum, None
-    log_q = _log_q(pair, at)
+        return *pair.draw(noise), None
+    log_q = pair.log_q()
     if truncated:
         log_q.masked_fill_(~keep_largest(log_q, mixture.top_k, mixture.top_p), -torch.inf)
         log_q -= log_q.to(torch.float64).logsumexp(-1, keepdim=True)
-    token = _argmax(log_q + noise)
+    token = argmax(log_q + noise)
     chosen = rows_of(log_q.gather(-1, token[:, None])[:, 0].to(torch.float64))
     return token, chosen, log_q.masked_fill_(tensor_of(pair.bad)[:, None], torch.nan) if keep_log_q else None
-
-
-def _log_q(pair: Pair, at: Moments) -> Float32[Tensor, "rows vocab"]:
-    """The normalised mixture in memory, -inf where it is 0."""
-    log_q = torch.empty(pair.rows, pair.vocab, device=pair.device)
-    log_sum = tensor_of(at.log_sum)[:, None]
-    for block in pair.space.blocks:
-        log_q[block.rows, block.columns] = pair.scores(block) - log_sum[block.rows]
-    return log_q.masked_fill_(log_q < FLOOR / 2, -torch.inf)
-
-
-def _draw_from_tiles(
-    pair: Pair, noise: Float32[Tensor, "rows vocab"]
-) -> tuple[Int64[Tensor, " rows"], Float32[Tensor, " rows"]]:
-    """argmax(score + noise) and its score, tile by tile, without log q in memory; the first of equals."""
-    winners = []
-    for block in pair.space.blocks:
-        x = pair.scores(block)
-        y = torch.add(x, noise[block.rows, block.columns], out=block.scratch[1][:, block.inner])
-        best = _argmax(y)[:, None]
-        winners.append((best[:, 0] + block.columns.start, x.gather(-1, best), y.gather(-1, best)))
-    if not winners:
-        return torch.zeros(0, dtype=torch.int64, device=pair.device), torch.zeros(0, device=pair.device)
-    token, score, value = (torch.cat([w.reshape(-1) for w in part]) for part in zip(*winners, strict=True))
-    if pair.space.tiles == 1:
-        return token, score
-    shape = pair.rows, pair.space.tiles
-    tile = value.view(shape).argmax(-1, keepdim=True)
-    return token.view(shape).gather(-1, tile)[:, 0], score.view(shape).gather(-1, tile)[:, 0]
-
-
-def _argmax(y: Float[Tensor, "n width"]) -> Int64[Tensor, " n"]:
-    """First of the largest. NumPy's is twenty times as fast on a CPU."""
-    if y.device.type == "cpu":
-        return torch.from_numpy(y.numpy().argmax(-1))
-    return y.argmax(-1)

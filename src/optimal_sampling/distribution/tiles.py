@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Block",
     "Rows",
     "Workspace",
+    "argmax",
     "at_least",
     "namespace",
     "rows_of",
@@ -73,6 +74,13 @@ def at_least(x: Rows, least: float) -> Rows:
     return x.clamp(min=least) if isinstance(x, Tensor) else np.maximum(x, least)
 
 
+def argmax(y: Float[Tensor, "n width"]) -> Int64[Tensor, " n"]:
+    """First of the largest. NumPy's is twenty times as fast on a CPU."""
+    if y.device.type == "cpu":
+        return torch.from_numpy(y.numpy().argmax(-1))
+    return y.argmax(-1)
+
+
 @dataclass(frozen=True)
 class Block:
     """Views of one block: `width` padded columns of n rows. `scratch` is shared by all blocks."""
@@ -93,8 +101,8 @@ class Block:
     per_model: Float32[Tensor, "2 n"]
     per_model_rows: Rows
     shift_per_model: Float32[Tensor, "2 n"]
-    sums: Float32[Tensor, "4 n"]
-    scratch: Float32[Tensor, "4 n width"]
+    sums: Float32[Tensor, "5 n"]
+    scratch: Float32[Tensor, "5 n width"]
 
 
 class Workspace:
@@ -114,11 +122,11 @@ class Workspace:
         self.both = empty(2, rows, padded)
         self.both[:, :, vocab:] = LEAST
         self.weight, self.betas, self.maximum = empty(rows, 1), empty(2, rows, 1), empty(2, rows, 1)
-        self.shift, self.sums = empty(rows, self.tiles), empty(4, rows, self.tiles)
+        self.shift, self.sums = empty(rows, self.tiles), empty(5, rows, self.tiles)
         self.per_model, self.shift_per_model = empty(2, rows, self.tiles), empty(2, rows, self.tiles)
         self.weight_rows, self.betas_rows = rows_of(self.weight), rows_of(self.betas)
         self.shift_rows, self.sums_rows, self.per_model_rows = map(rows_of, (self.shift, self.sums, self.per_model))
-        scratch = empty(4 * min(height, max(rows, 1)) * width)
+        scratch = empty(5 * min(height, max(rows, 1)) * width)
         self.blocks = [
             self._block(slice(row, min(row + height, rows)), tile, width, scratch)
             for row in range(0, rows, height)
@@ -147,7 +155,7 @@ class Workspace:
             per_model_rows=rows_of(self.per_model[:, rows, tile]),
             shift_per_model=self.shift_per_model[:, rows, tile],
             sums=self.sums[:, rows, tile],
-            scratch=scratch[: 4 * both[0].numel()].view(4, *both.shape[1:]),
+            scratch=scratch[: 5 * both[0].numel()].view(5, *both.shape[1:]),
         )
 
 

@@ -125,8 +125,9 @@ class VllmEngine(Engine):
 
     def _add(self, name: str, request: Request) -> str:
         """Hand a request to vLLM; its name in there."""
-        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
+
+        from vllm import SamplingParams
 
         differs = self.mode == "mixture" and request.student_prompt_ids != request.teacher_prompt_ids
         options = RequestOptions(self.mixture, self.mode, self.trace, request.student_prompt_ids if differs else None)

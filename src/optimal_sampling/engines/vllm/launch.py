@@ -87,8 +87,9 @@ def engine_arguments(
     contexts = [each for each in (vocabulary.student_context, vocabulary.teacher_context) if each]
     if contexts:
         arguments["max_model_len"] = min(contexts)
-    if _on_cpu() and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & given.keys():
-        arguments["kv_cache_memory_bytes"] = _CPU_KV_BYTES
+    if _on_cpu():  # a share of the system's memory is no budget, and compiling takes longer than it gives back
+        given.pop("gpu_memory_utilization", None)
+        arguments |= {"kv_cache_memory_bytes": _CPU_KV_BYTES, "enforce_eager": True}
     if draft_tokens:
         arguments["speculative_config"] = _speculation(student, draft_tokens, vocabulary)
     if contexts and (given.get("max_model_len") or 0) > min(contexts):
@@ -148,7 +149,7 @@ def _refuse(given: Mapping[str, Any], models: ModelConfig) -> None:
     for name, value in given.items():
         if name in _OURS:
             raise ConfigError(f"{name} is set by the vLLM engine itself; instead of it there is {_OURS[name]}")
-        if name in _REFUSED and value not in _OFF:
+        if name in _REFUSED and (value is True or value not in _OFF):
             raise ConfigError(f"{name}={value!r}: the vLLM engine does not support {_REFUSED[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.errors import ConfigError
 
-__all__ = ["OPTIONS", "OTHER_IDS", "Mode", "RequestOptions", "TraceLevel", "mixture_from"]
+__all__ = ["OPTIONS", "OTHER_IDS", "Mode", "RequestOptions", "TraceLevel", "is_teacher_alone", "mixture_from"]
 
 OPTIONS = "optimal_sampling"
 """Key of the JSON text in `extra_args`, and of the engine's own settings in the model's config."""
@@ -47,7 +47,7 @@ def mixture_from(values: Mapping[str, Any], base: MixtureConfig) -> MixtureConfi
 class RequestOptions:
     """`mixture` has vLLM's temperature, and top-k and top-p switched off: vLLM applies these to q* itself."""
 
-    mixture: MixtureConfig = MixtureConfig()
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     mode: Mode = "mixture"
     """The mixture, or the teacher alone."""
     trace: TraceLevel = "off"
@@ -81,6 +81,11 @@ class RequestOptions:
         sampled = {"temperature": float(temperature) or 1.0, "top_k": -1, "top_p": 1.0}
         mixture = mixture_from({**values.get("mixture", {}), **sampled}, base)
         return cls(mixture, mode, trace, _ids(given.get(OTHER_IDS)))
+
+
+def is_teacher_alone(extra_args: Mapping[str, Any]) -> bool:
+    """Whether a request with these `extra_args` leaves the student out."""
+    return '"mode"' in (text := str(extra_args.get(OPTIONS, ""))) and json.loads(text).get("mode") == "teacher"
 
 
 def _ids(value: object) -> tuple[int, ...] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from optimal_sampling.engines.vllm.options import OPTIONS, OTHER_IDS
+from optimal_sampling.engines.vllm.options import OTHER_IDS, is_teacher_alone
 
 __all__ = ["TEACHER_IDS", "OptimalSamplingScheduler"]
 
@@ -25,16 +25,12 @@ class OptimalSamplingScheduler(Scheduler):  # type: ignore[misc]
     def add_request(self, request: Request) -> None:
         """See the module."""
         extra = request.sampling_params.extra_args if request.sampling_params else None
-        if extra and (OTHER_IDS in extra or _is_teacher_alone(extra)):
+        if extra and (OTHER_IDS in extra or is_teacher_alone(extra)):
             student_ids = extra.get(OTHER_IDS)
             if student_ids is not None and len(student_ids) > len(request.prompt_token_ids):
                 _plan_for_student(request, extra, list(student_ids))
             _keep_blocks_private(request)
         super().add_request(request)
-
-
-def _is_teacher_alone(extra: dict[str, Any]) -> bool:
-    return '"mode": "teacher"' in str(extra.get(OPTIONS, ""))
 
 
 def _plan_for_student(request: Request, extra: dict[str, Any], student_ids: list[int]) -> None:
