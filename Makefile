@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= outputs/demo
 THREADS ?= 2
+JOBS ?= 2
 
 export OMP_NUM_THREADS ?= $(THREADS)
 export TOKENIZERS_PARALLELISM := false
@@ -14,10 +15,10 @@ demo: $(VENV)/.base
 	$(BIN)/optimal-sampling demo --output-dir $(DEMO_DIR)
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadgroup
 
 test-slow: $(VENV)/.dev
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 1800
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

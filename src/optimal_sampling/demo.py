@@ -74,7 +74,8 @@ def run_demo(options: DemoOptions, progress: Progress, console: Console) -> int:
     console.print(_comparison(outcomes))
     console.print(_mixture(records))
     console.print(_samples(records))
-    console.print(f"{len(records)} records: {options.output_dir}/records/main.jsonl (docs/records.md tells the fields)")
+    told = f"{len(records)} records in {options.output_dir}/records/main.jsonl (docs/records.md tells the fields)"
+    console.print(told, soft_wrap=True, highlight=False)
     return 0
 
 

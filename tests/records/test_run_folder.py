@@ -91,7 +91,7 @@ def test_speed_and_amount_may_change(config, make_record):
     start(config, make_record)
     other = replace(
         config,
-        options=EngineConfig(batch_size=1, kv_memory_gib=0.5, prefill_chunk=7),
+        options=EngineConfig(batch_size=1, kv_memory_gib=0.5, prefill_chunk=7, draft_tokens=3),
         data=DataConfig(num_examples=5, samples_per_prompt=2, data_slice="1::3"),
         run=replace(config.run, max_attempts=9),
         models=replace(config.models, device="cpu"),

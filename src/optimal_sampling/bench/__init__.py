@@ -4,6 +4,7 @@ measure.py   interleaved repeats, medians, wall clock and CPU time
 workload.py  the prompts, and the models to run them with
 peers.py     the same work as a user of Transformers would write it
 speed.py     the table of sampling speeds
+drafts.py    the table of draft lengths
 scaling.py   time and memory against the number of prompts, and an oversized batch
 command.py   the options, and the line of JSON at the end
 """

@@ -24,8 +24,8 @@ __all__ = ["BenchOptions", "run_bench"]
 class BenchOptions:
     """Measure on this machine, in one run: ratios of interleaved repeats, medians."""
 
-    what: Annotated[Literal["speed", "scaling"], tyro.conf.Positional] = "speed"
-    """speed: q* beside both models alone and Transformers. scaling: time and memory against the number of prompts."""
+    what: Annotated[Literal["speed", "drafts", "scaling"], tyro.conf.Positional] = "speed"
+    """speed: q* beside both models alone and Transformers. drafts: by draft length. scaling: by number of prompts."""
     models: ModelConfig = field(default_factory=ModelConfig)
     num_prompts: int = 512
     """Synthetic prompts at batch 32; batch 1 takes a sixteenth of them. `scaling` starts with a quarter."""
@@ -85,6 +85,7 @@ def _names(models: ModelConfig) -> dict[str, str]:
 
 
 def _measure(options: BenchOptions, console: Console, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    from optimal_sampling.bench.drafts import draft_settings, measure_drafts
     from optimal_sampling.bench.scaling import measure_growth, scaling_table
     from optimal_sampling.bench.speed import measure_setting, settings, speed_table
     from optimal_sampling.bench.workload import Bench
@@ -94,9 +95,11 @@ def _measure(options: BenchOptions, console: Console, tell: Callable[[str], None
         growth = measure_growth(bench, max(1, options.num_prompts // 4), tell)
         console.print(scaling_table(growth))
         return [g.as_json() for g in growth]
+    speed = options.what == "speed"
+    measure = measure_setting if speed else measure_drafts
     results = []
-    for setting in settings(options.num_prompts):
-        result = measure_setting(bench, setting, options.repeats, tell)
+    for setting in settings(options.num_prompts) if speed else draft_settings(options.num_prompts):
+        result = measure(bench, setting, options.repeats, tell)
         console.print(speed_table(result))
         results.append(result.as_json())
     return results

@@ -61,7 +61,8 @@ def transformers_generate(
 
     `assisted`: the student drafts for the teacher (Transformers' assisted generation), batch 1 only.
     """
-    teacher, student = bench.stock("teacher"), bench.stock("student")
+    teacher = bench.stock_teacher_for_assistant() if assisted else bench.stock("teacher")
+    student = bench.stock("student")
     tokens = 0
     for batch in _batches(workload.requests, batch_size):
         ids, mask = _left_padded(batch, bench.vocabulary.pad_id)

@@ -13,9 +13,10 @@ from optimal_sampling.bench.peers import transformers_generate
 from optimal_sampling.bench.workload import Bench, Workload, describe_lengths, make_workload
 from optimal_sampling.engines.local.engine import LocalEngine
 
-__all__ = ["Setting", "measure_setting", "settings", "speed_table"]
+__all__ = ["Result", "Setting", "measure_setting", "settings", "speed_table"]
 
 STUDENT, TEACHER, LOCKSTEP = "student alone", "teacher alone", "q* lockstep"
+SPECULATIVE = "q* speculative (the default)"
 PLAIN_TEACHER = "teacher alone, shapes not padded"
 HF, HF_MIX = "Transformers generate, teacher", "Transformers generate + logits processor, q*"
 EQUAL_TOKENS = 48
@@ -67,7 +68,8 @@ def measure_setting(bench: Bench, setting: Setting, repeats: int, tell: Callable
 
 
 def _contenders(bench: Bench, workload: Workload, setting: Setting) -> list[Contender]:
-    engine = bench.engine(workload, setting.batch_size)
+    engine = bench.engine(workload, setting.batch_size).with_mixture(draft_tokens=0)
+    engine.stop_ids = bench.engine(workload, 1).stop_ids
 
     def ours(engine: LocalEngine) -> Callable[[], int]:
         return lambda: sum(len(c.token_ids) for c in engine.generate(workload.requests))
@@ -81,6 +83,7 @@ def _contenders(bench: Bench, workload: Workload, setting: Setting) -> list[Cont
         Contender(STUDENT, alone(engine, "student")),
         Contender(TEACHER, alone(engine, "teacher")),
         Contender(LOCKSTEP, ours(engine)),
+        Contender(SPECULATIVE, ours(bench.engine(workload, setting.batch_size))),
     ]
     if setting.batch_size == 1:
         found.append(Contender(PLAIN_TEACHER, alone(bench.engine(workload, 1, batch_invariant=False), "teacher")))
@@ -96,9 +99,11 @@ def ratios(speed: Mapping[str, float]) -> dict[str, float]:
     ideal = 1 / (1 / speed[STUDENT] + 1 / speed[TEACHER])
     found = {"q* lockstep / ideal lockstep": speed[LOCKSTEP] / ideal}
     found["q* lockstep / teacher alone"] = speed[LOCKSTEP] / speed[TEACHER]
+    found["q* speculative / teacher alone"] = speed[SPECULATIVE] / max(speed[TEACHER], speed.get(PLAIN_TEACHER, 0.0))
     if HF in speed:
         found["teacher alone / Transformers generate"] = speed[TEACHER] / speed[HF]
         found["q* lockstep / Transformers + logits processor"] = speed[LOCKSTEP] / speed[HF_MIX]
+        found["q* speculative / Transformers + logits processor"] = speed[SPECULATIVE] / speed[HF_MIX]
     return found
 
 

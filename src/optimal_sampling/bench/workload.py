@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -58,6 +59,14 @@ class Bench:
             name = self.models.teacher if role == "teacher" else self.models.student
             self._stock[role] = load_model(resolve_model(name), self.models, role)
         return self._stock[role]
+
+    def stock_teacher_for_assistant(self) -> Any:
+        """The stock teacher with the student's number of rows, without which Transformers refuses the assistant."""
+        if "assisted" not in self._stock:
+            model = copy.deepcopy(self.stock("teacher"))
+            model.resize_token_embeddings(self.stock("student").config.vocab_size)
+            self._stock["assisted"] = model
+        return self._stock["assisted"]
 
 
 def make_workload(bench: Bench, count: int, tokens: int | None = None, seed: int = 0) -> Workload:

@@ -34,6 +34,7 @@ MAY_DIFFER = frozenset(
         "batch_size",  # speed and memory
         "kv_memory_gib",
         "prefill_chunk",
+        "draft_tokens",
         "max_attempts",
     }
 )
