@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimal_sampling.distribution.step import pair_of
 from optimal_sampling.distribution.solver import ABOVE, BELOW, MAX_PASSES, TOLERANCE, solve_kl_symmetry
+from optimal_sampling.distribution.step import pair_of
 
 
+@np.errstate(all="ignore")
 def solve(student, teacher, low=0.5, high=1.0, pair_class=None):
     pair = pair_class(student, teacher) if pair_class else pair_of(student, teacher)
     pair.calls, moments = 0, pair.moments

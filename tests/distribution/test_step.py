@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import METHODS, Step, draft, gumbel, keys_tensor, step
 from optimal_sampling.distribution.naive import NAIVE_METHODS, kl, naive_step, prepare, slope
+from optimal_sampling.distribution.step import pair_of
+from optimal_sampling.distribution.tiled import TiledPair
 from optimal_sampling.types import ALPHA_METHODS, TRACE_FIELDS
 
 INF = math.inf
@@ -190,6 +193,38 @@ def test_rows_are_bitwise_independent(vocab, counts, method):
             part = slice(first, first + count)
             some = step(student[part], teacher[part], noise[part], position[part], mixture).pack()
             assert torch.equal(some, whole[part])
+
+
+def test_rows_are_bitwise_independent_on_two_threads():
+    """Guards: sums that are split among threads where the batch is large."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for vocab in (272, 20_001):
+            student, teacher, noise, position = batch(130, vocab)
+            whole = step(student, teacher, noise, position, MixtureConfig()).pack()
+            for part in (slice(0, 1), slice(64, 67), slice(129, 130)):
+                some = step(student[part], teacher[part], noise[part], position[part], MixtureConfig()).pack()
+                assert torch.equal(some, whole[part])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("mixture", [MixtureConfig(alpha_min=0.1), MixtureConfig(teacher_support_top_k=40, top_p=0.9)])
+@pytest.mark.parametrize("method", ALPHA_METHODS)
+def test_direct_and_tiled_agree(method, mixture, monkeypatch):
+    """Guards: two ways to the same sums that drift apart."""
+    student, teacher, noise, position = batch(40, 300)
+    student[:, ::7], teacher[3:, ::5], student[9], teacher[8] = -INF, -INF, math.nan, -INF
+    mixture = replace(mixture, alpha_method=method)
+    direct = step(student, teacher, noise, position, mixture)
+    monkeypatch.setattr(sys.modules[pair_of.__module__], "WIDEST", 0)
+    assert isinstance(pair_of(student, teacher), TiledPair)
+    tiled = step(student, teacher, noise, position, mixture)
+    assert method == "entropy" or torch.equal(direct.token, tiled.token)
+    flat = method == "entropy"  # around its maximum
+    traces = (direct.trace[:, 6], tiled.trace[:, 6]) if flat else (direct.trace, tiled.trace)
+    torch.testing.assert_close(*traces, rtol=2e-5, atol=2e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("vocab", [50, 20_001])

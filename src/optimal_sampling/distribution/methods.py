@@ -75,17 +75,18 @@ def ess_balance(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConf
 @_register
 def entropy(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Rows:
     """argmax of H(q) over [alpha_min, alpha_max]: the best of a grid, then of ever closer neighbours."""
-    xp, low, high, steps = pair.xp, mixture.alpha_min, mixture.alpha_max, 32
+    xp, low, high, steps = pair.xp, mixture.alpha_min, mixture.alpha_max, 20
     width = (high - low) / steps
     best, height = pair.full(low), pair.full(-float("inf"))
     trials = [pair.full(low + width * i) for i in range(steps + 1)]
-    for _ in range(10):
+    for _ in range(7):
         for alpha in trials:
-            value = pair.moments(alpha).entropy
+            pair.moments(alpha)
+            value = pair.entropy()
             better = value > height
             best, height = xp.where(better, alpha, best), xp.where(better, value, height)
         trials = [xp.clip(best + width * part, low, high) for part in (-0.6, -0.3, 0.3, 0.6)]
-        width *= 0.35
+        width *= 0.4
     return best
 
 

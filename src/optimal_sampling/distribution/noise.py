@@ -27,7 +27,8 @@ def _signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-_GOLDEN, _MIX1, _MIX2 = (_signed(c, 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_U30, _U27, _U31, _U0, _U1, _U2 = (np.array(c, dtype=np.uint64) for c in (30, 27, 31, _GOLDEN, _MIX1, _MIX2))
 _SCRAMBLE = _signed(0x85EBCA6B, 32)
 _UNIT = 2.0**-31 * (1 - 2.0**-24)  # the largest hash, 2^31 as a float, must still give less than 1
 
@@ -38,17 +39,21 @@ def keys_tensor(keys: Iterable[int], device: torch.device | str = "cpu") -> Int6
 
 
 def _splitmix(x: Rows) -> Rows:
-    """Finaliser of splitmix64 on int64. >> keeps the sign, so the bits it brings in are masked off."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX1
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX2
-    return x ^ ((x >> 31) & (2**33 - 1))
+    """Finaliser of splitmix64. torch has no unsigned >>, so the sign bits that its brings in are masked off."""
+    if isinstance(x, Tensor):
+        x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(_MIX1, 64)
+        x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(_MIX2, 64)
+        return x ^ ((x >> 31) & (2**33 - 1))
+    x = (x ^ (x >> _U30)) * _U1
+    x = (x ^ (x >> _U27)) * _U2
+    return x ^ (x >> _U31)
 
 
 @lru_cache(maxsize=8)
 def _scrambled_ids(vocab_size: int, device: torch.device) -> Int32[Tensor, " vocab"]:
     """t(id): 32 well-mixed bits for every token id."""
-    ids = _splitmix(np.arange(1, vocab_size + 1, dtype=np.int64) * _GOLDEN)
-    return torch.from_numpy(ids.astype(np.int32)).to(device)
+    ids = _splitmix(np.arange(1, vocab_size + 1, dtype=np.uint64) * _U0)
+    return torch.from_numpy(ids.astype(np.uint32).view(np.int32)).to(device)
 
 
 @lru_cache(maxsize=8)
@@ -60,23 +65,24 @@ def _constants(device: torch.device) -> tuple[Rows, Rows, Tensor]:
 
 def _words(keys: Int64[Tensor, " rows"], position: Int[Tensor, " rows"]) -> tuple[Rows, Rows]:
     """The addend and the odd multiplier of every row: 63 bits that follow from its key and position."""
-    xp = namespace(keys.device)
-    state = _splitmix(_splitmix(rows_of(keys)) + rows_of(position.to(torch.int64)) * _GOLDEN)
-    low, high = tensor_of(state).to(torch.int32), tensor_of(state >> 32).to(torch.int32)
-    return rows_of(low), xp.bitwise_or(rows_of(high), 1)
+    if keys.device.type == "cpu":
+        places = position.numpy().astype(np.uint64)
+        state = _splitmix(_splitmix(keys.numpy().view(np.uint64)) + places * _U0)
+        a, b = state.astype("<u8", copy=False).view("<i4").reshape(-1, 2).T
+        return a, b | 1
+    state = _splitmix(_splitmix(keys) + position.to(torch.int64) * _signed(_GOLDEN, 64))
+    return state.to(torch.int32), (state >> 32).to(torch.int32) | 1
 
 
-def _hash(ids: Rows, a: Rows, b: Rows, h: Rows, scratch: Rows) -> None:
-    """31 uniform bits in `h`. x ^ (x >> 16) with a signed shift clears the sign and is two to one: no mask needed."""
-    device = tensor_of(h).device
-    xp, (shift, scramble, _) = namespace(device), _constants(device)
-    xp.bitwise_xor(ids, a, out=h)
-    xp.multiply(h, b, out=h)
-    xp.bitwise_right_shift(h, shift, out=scratch)
-    xp.bitwise_xor(h, scratch, out=h)
-    xp.multiply(h, scramble, out=h)
-    xp.bitwise_right_shift(h, shift, out=scratch)
-    xp.bitwise_xor(h, scratch, out=h)
+def _hash(ids: Rows, a: Rows, b: Rows, device: torch.device) -> Rows:
+    """31 uniform bits. x ^ (x >> 16) with a signed shift clears the sign and is two to one: no mask needed."""
+    shift, scramble, _ = _constants(device)
+    h = ids ^ a
+    h *= b
+    h ^= h >> shift
+    h *= scramble
+    h ^= h >> shift
+    return h
 
 
 def _to_gumbel(h: Int32[Tensor, "n width"], out: Float32[Tensor, "n width"]) -> None:
@@ -103,14 +109,13 @@ def gumbel(
     if out is None:
         out = torch.empty(rows, vocab_size, dtype=torch.float32, device=device)
     a, b = _words(keys, position)
+    a, b = a[:, None], b[:, None]
     ids = rows_of(_scrambled_ids(vocab_size, device))
-    width = min(vocab_size, TILE) if device.type == "cpu" else vocab_size
-    height = max(1, TILE // vocab_size) if device.type == "cpu" else max(1, rows)
-    scratch = torch.empty(2, min(height, rows) * width, dtype=torch.int32, device=device)
+    if device.type != "cpu" or rows * vocab_size <= TILE:
+        _to_gumbel(tensor_of(_hash(ids, a, b, device)), out)
+        return out
+    height, width = max(1, TILE // vocab_size), min(vocab_size, TILE)
     for band in (slice(row, row + height) for row in range(0, rows, height)):
-        for first in range(0, vocab_size, width):
-            tile = out[band, first : first + width]
-            h, spare = scratch[:, : tile.numel()].view(2, *tile.shape)
-            _hash(ids[first : first + width], a[band, None], b[band, None], rows_of(h), rows_of(spare))
-            _to_gumbel(h, tile)
+        for columns in (slice(first, first + width) for first in range(0, vocab_size, width)):
+            _to_gumbel(tensor_of(_hash(ids[columns], a[band], b[band], device)), out[band, columns])
     return out

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from optimal_sampling.distribution.support import keep_largest
-from optimal_sampling.distribution.tiles import FLOOR, Rows, namespace, rows_of, tensor_of
+from optimal_sampling.distribution.tiles import FLOOR, Rows, at_least, namespace, rows_of, stack, tensor_of
 
 __all__ = ["Moments", "Pair"]
 
@@ -38,8 +38,6 @@ class Moments:
     """F'' = Var_q[d]."""
     third: Rows
     """F''' = E_q[(d - F')^3]."""
-    entropy: Rows
-    """H(q)."""
 
     @property
     def kl_student(self) -> Rows:
@@ -61,6 +59,10 @@ class Pair(ABC):
 
     models: Float[Tensor, "2 rows vocab"]
     """Student and teacher; FLOOR or less stands for -inf."""
+    largest: Rows
+    """[2, rows], of `models`."""
+    no_student: Rows
+    """Whether the student has none of the teacher's support."""
     log_z: tuple[Rows, Rows]
     offset: tuple[Rows, Rows]
     """log p of a token is its logit, divided by the temperature, less this."""
@@ -175,6 +177,15 @@ class Pair(ABC):
     @abstractmethod
     def partitions(self, beta: Rows, other: Rows) -> tuple[Rows, Rows]:
         """F(beta) and F(other), for any real numbers; 0 at 0 and at 1 on a common support, without a sweep."""
+
+    def ess(self, at: Moments) -> Rows:
+        """[2, rows]: 1 / sum q^2/p_student and 1 / sum q^2/p_teacher. The first sum is exp(F(2 alpha) - 2 F(alpha))."""
+        partitions = stack(list(self.partitions(2 * at.alpha, 2 * at.alpha - 1)))
+        return 1 / at_least(self.xp.exp(partitions - 2 * at.F), 1.0)
+
+    @abstractmethod
+    def entropy(self) -> Rows:
+        """H(q) at the alpha of the last `moments`."""
 
     @abstractmethod
     def draw(self, noise: Float32[Tensor, "rows vocab"]) -> tuple[Int64[Tensor, " rows"], Rows]:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from optimal_sampling.distribution.pair import Moments, Pair
 from optimal_sampling.distribution.tiles import Rows, at_least
@@ -79,8 +78,6 @@ class _Bracket:
         return xp.where(below, BELOW, xp.where(above, ABOVE, alpha))
 
 
-@torch.no_grad()
-@np.errstate(all="ignore")
 def solve_kl_symmetry(pair: Pair, low: float, high: float) -> Rows:
     """The root of F' in [low, high], to float32; BELOW or ABOVE where F' at a bound says that it lies outside.
 

@@ -12,17 +12,16 @@ from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution.methods import METHODS
 from optimal_sampling.distribution.direct import WIDEST, DirectPair
+from optimal_sampling.distribution.methods import METHODS
 from optimal_sampling.distribution.pair import Moments, Pair
 from optimal_sampling.distribution.support import keep_largest
 from optimal_sampling.distribution.tiled import TiledPair
-from optimal_sampling.distribution.tiles import Rows, argmax, at_least, rows_of, stack, tensor_of
-from optimal_sampling.types import TRACE_FIELDS
+from optimal_sampling.distribution.tiles import Rows, argmax, at_least, at_most, rows_of, stack, tensor_of
 
 __all__ = ["Step", "draft", "step"]
 
-_DIRECT_CHUNK, _TILED_CHUNK = 1 << 15, 1 << 20  # logits per model that are worked on together: near the cache
+_DIRECT_CHUNK, _TILED_CHUNK = 1 << 15, 1 << 23  # logits per model that are worked on together: near the cache
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,11 @@ def step(
     the same bits whatever rows are beside it.
     """
     height = rows_at_once(student_logits.shape[1], student_logits.device)
-    slices = [slice(first, first + height) for first in range(0, max(1, student_logits.shape[0]), height)]
-    parts = [
-        _step(student_logits[rows], teacher_logits[rows], noise[rows], position[rows], mixture, keep_log_q)
-        for rows in slices
-    ]
-    return parts[0] if len(parts) == 1 else Step.concatenate(parts)
+    if len(position) <= height:
+        return _step(student_logits, teacher_logits, noise, position, mixture, keep_log_q)
+    slices = [slice(first, first + height) for first in range(0, len(position), height)]
+    parts = [_step(student_logits[i], teacher_logits[i], noise[i], position[i], mixture, keep_log_q) for i in slices]
+    return Step.concatenate(parts)
 
 
 def rows_at_once(vocab: int, device: torch.device) -> int:
@@ -122,20 +120,25 @@ def _step(
     pair.restore(alpha)
     at = pair.moments(alpha)
     token, log_q_token, log_q = _draw(pair, noise, mixture, keep_log_q)
-    token.masked_fill_(tensor_of(pair.bad), 0)
-    log_p_student, log_p_teacher = pair.token_log_p(token)
-    columns = {
-        "alpha": alpha,
-        "clamped": clamped,
-        **_distances(pair, at),
-        "log_p_student": log_p_student,
-        "log_p_teacher": log_p_teacher,
-        "log_q": log_q_token,
-        "fallback": pair.disjoint & (alpha > 0),
-    }
-    trace = stack([pair.xp.asarray(columns[name], dtype=pair.xp.float64) for name in TRACE_FIELDS])
-    trace = tensor_of(pair.xp.where(pair.bad, float("nan"), trace)).to(torch.float32).T.contiguous()
-    return Step(token, trace, tensor_of(pair.bad_student), tensor_of(pair.bad_teacher), log_q)
+    if not pair.none(pair.bad):
+        token.masked_fill_(tensor_of(pair.bad), 0)
+    columns = [
+        alpha,
+        clamped,
+        *_distances(pair, at),
+        *pair.token_log_p(token),
+        log_q_token,
+        pair.disjoint & (alpha > 0),
+    ]
+    return Step(token, _trace(pair, columns), tensor_of(pair.bad_student), tensor_of(pair.bad_teacher), log_q)
+
+
+def _trace(pair: Pair, columns: list[Rows]) -> Float32[Tensor, "rows fields"]:
+    """The columns in the order of `TRACE_FIELDS`; NaN in bad rows."""
+    trace = stack(columns)
+    if not pair.none(pair.bad):
+        trace = pair.xp.where(pair.bad, float("nan"), trace)
+    return tensor_of(pair.xp.asarray(trace, dtype=pair.xp.float32)).T.contiguous()
 
 
 def choose_alpha(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> tuple[Rows, Rows]:
@@ -146,28 +149,29 @@ def choose_alpha(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureCon
     """
     xp = pair.xp
     free = METHODS[mixture.alpha_method](pair, position, mixture)
-    if mixture.alpha_method not in ("fixed", "schedule"):
+    if mixture.alpha_method not in ("fixed", "schedule") and not pair.none(pair.floored):
         free = xp.where(pair.disjoint, 1.0, free)
-    alpha = xp.clip(free, mixture.alpha_min, mixture.alpha_max)
+    alpha = at_most(at_least(free, mixture.alpha_min), mixture.alpha_max)
     clamped = xp.abs(alpha - free) > 1e-7  # one float32 step
     forced = pair.disjoint & ((alpha > 0) | pair.no_student)
     if mixture.force_first_token:
         forced = forced | (rows_of(position) == 0)
-    alpha = xp.asarray(xp.where(forced, 1.0, alpha), dtype=xp.float32)
-    return xp.asarray(alpha, dtype=xp.float64), clamped & ~forced
+    if not pair.none(forced):
+        alpha, clamped = xp.where(forced, 1.0, alpha), clamped & ~forced
+    return xp.asarray(xp.asarray(alpha, dtype=xp.float32), dtype=xp.float64), clamped
 
 
-def _distances(pair: Pair, at: Moments) -> dict[str, Rows]:
-    """KL and ESS of q to both models, and its entropy. sum q^2/p_student = exp(F(2 alpha) - 2 F(alpha))."""
-    xp, infinite = pair.xp, float("inf")
-    student, teacher = pair.partitions(2 * at.alpha, 2 * at.alpha - 1)
-    return {
-        "kl_student": xp.where(pair.use_teacher, infinite, at_least(at.kl_student, 0.0)),
-        "kl_teacher": xp.where(pair.use_student, infinite, at_least(at.kl_teacher, 0.0)),
-        "ess_student": xp.where(pair.use_teacher, 0.0, 1 / at_least(xp.exp(student - 2 * at.F), 1.0)),
-        "ess_teacher": xp.where(pair.use_student, 0.0, 1 / at_least(xp.exp(teacher - 2 * at.F), 1.0)),
-        "entropy": at_least(at.entropy, 0.0),
-    }
+def _distances(pair: Pair, at: Moments) -> list[Rows]:
+    """KL of q to student and teacher, ESS to both, and its entropy."""
+    xp = pair.xp
+    kl_student, kl_teacher, entropy = at_least(stack([at.kl_student, at.kl_teacher, pair.entropy()]), 0.0)
+    ess_student, ess_teacher = pair.ess(at)
+    if not pair.none(pair.floored):
+        kl_student = xp.where(pair.use_teacher, float("inf"), kl_student)
+        kl_teacher = xp.where(pair.use_student, float("inf"), kl_teacher)
+        ess_student = xp.where(pair.use_teacher, 0.0, ess_student)
+        ess_teacher = xp.where(pair.use_student, 0.0, ess_teacher)
+    return [kl_student, kl_teacher, ess_student, ess_teacher, entropy]
 
 
 def _draw(

@@ -124,6 +124,7 @@ class TiledPair(Pair):
         totals, top = self._totals(self.space.sums_rows, self.space.shift_rows)
         mean_x, mean_d, mean_dd, mean_ddd = totals[1:] / totals[0]
         self._log_sum = log_sum = xp.log(totals[0]) + top
+        self._entropy = log_sum - mean_x
         variance = mean_dd - mean_d * mean_d
         return Moments(
             alpha=alpha,
@@ -131,7 +132,6 @@ class TiledPair(Pair):
             slope=mean_d - self.gap,
             curvature=variance,
             third=mean_ddd - mean_d * (3 * variance + mean_d * mean_d),
-            entropy=log_sum - mean_x,
         )
 
     def _totals(self, sums: Rows, shift: Rows) -> tuple[Rows, Rows]:
@@ -144,6 +144,7 @@ class TiledPair(Pair):
         return (sums * scale).sum(-1), top
 
     def partitions(self, beta: Rows, other: Rows) -> tuple[Rows, Rows]:
+        """See `Pair`."""
         xp, space = self.xp, self.space
         betas = stack([beta, other])
         known = ((betas == 0) | (betas == 1)) & ~(self.student_misses | self.teacher_misses)
@@ -167,7 +168,12 @@ class TiledPair(Pair):
         torch.lerp(block.student, block.teacher, block.weight, out=x)
         return x[:, block.inner]
 
+    def entropy(self) -> Rows:
+        """See `Pair`."""
+        return self._entropy
+
     def draw(self, noise: Float32[Tensor, "rows vocab"]) -> tuple[Int64[Tensor, " rows"], Rows]:
+        """See `Pair`."""
         winners = []
         for block in self.space.blocks:
             x = self._scores(block)
@@ -184,6 +190,7 @@ class TiledPair(Pair):
         return token, rows_of(score) - self._log_sum
 
     def log_q(self) -> Float32[Tensor, "rows vocab"]:
+        """See `Pair`."""
         log_q = torch.empty(self.rows, self.vocab, device=self.device)
         log_sum = tensor_of(self._log_sum)[:, None]
         for block in self.space.blocks:
@@ -191,6 +198,7 @@ class TiledPair(Pair):
         return log_q.masked_fill_(log_q < FLOOR / 2, -torch.inf)
 
     def token_log_p(self, token: Int64[Tensor, " rows"]) -> tuple[Rows, Rows]:
+        """See `Pair`."""
         student, teacher = (
             rows_of(logits.gather(-1, token[:, None])[:, 0].to(torch.float64)) / self._temperature
             for logits in self._logits
