@@ -34,8 +34,6 @@ class ServeConfig:
     """Port to listen on."""
     served_model_name: str | None = None
     """Name that clients ask for; unset: the teacher's."""
-    draft_tokens: int = 0
-    """Tokens that the student drafts ahead; 0: no speculation."""
     max_model_len: int | None = None
     """Longest text, prompt included; unset: the shorter of the models' contexts."""
     gpu_memory_utilization: float | None = None
@@ -61,16 +59,16 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
     key = environment.get(KEY_VARIABLE) or None
     if key is None and not _is_own_machine(config.host):
         raise ConfigError(f"host {config.host} can be reached from elsewhere: set {KEY_VARIABLE} to an API key")
-    from optimal_sampling.engines.vllm.launch import engine_arguments, prepare_environment
+    from optimal_sampling.engines.vllm.launch import draft_tokens_of, engine_arguments, prepare_environment
     from optimal_sampling.vocabulary import Vocabulary
 
     prepare_environment()
-    import uvloop  # type: ignore[import-not-found, unused-ignore]
+    import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 
     vocabulary = Vocabulary.load(config.models.student, config.models.teacher, config.models.trust_remote_code)
     given = _vllm_settings(config)
-    arguments = engine_arguments(config.models, config.mixture, vocabulary, config.draft_tokens, given)
+    arguments = engine_arguments(config.models, config.mixture, vocabulary, draft_tokens_of(config.options), given)
     _open_gate(config, vocabulary, key, arguments)
     uvloop.run(run_server(_namespace(config, arguments)))
 
@@ -83,10 +81,12 @@ def _is_own_machine(host: str) -> bool:
 
 
 def _vllm_settings(config: ServeConfig) -> dict[str, Any]:
+    from optimal_sampling.engines.vllm.launch import draft_tokens_of
+
     options = config.options
     settings: dict[str, Any] = {
         "max_num_seqs": options.batch_size,
-        "max_num_batched_tokens": max(options.prefill_chunk, options.batch_size * (config.draft_tokens + 1)),
+        "max_num_batched_tokens": max(options.prefill_chunk, options.batch_size * (draft_tokens_of(options) + 1)),
         "disable_log_stats": False,
         "generation_config": "vllm",  # a model's own defaults would truncate q* unasked
     }

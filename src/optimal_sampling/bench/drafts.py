@@ -8,7 +8,7 @@ from typing import Any
 from optimal_sampling.bench.measure import Contender, interleave
 from optimal_sampling.bench.peers import transformers_generate
 from optimal_sampling.bench.speed import Result, Setting
-from optimal_sampling.bench.workload import Bench, Workload, describe_lengths, make_workload
+from optimal_sampling.bench.workload import Bench, Workload, make_workload
 
 __all__ = ["draft_settings", "measure_drafts"]
 
@@ -34,11 +34,9 @@ def measure_drafts(bench: Bench, setting: Setting, repeats: int, tell: Callable[
     The teacher alone is as fast as our engine runs it: its shapes are not padded (`batch_invariant=False`).
     """
     workload = make_workload(bench, setting.prompts)
-    done = list(bench.engine(workload, 32).generate(workload.requests))
-    timings = interleave(_contenders(bench, workload, setting), repeats, tell)
-    wall = {name: timing.per_wall_second for name, timing in timings.items()}
-    cpu = {name: timing.per_cpu_second for name, timing in timings.items()}
-    return Result(setting, describe_lengths(workload.requests, done), wall, cpu, _ratios(wall), _ratios(cpu))
+    return Result.of(
+        bench, workload, setting, interleave(_contenders(bench, workload, setting), repeats, tell), _ratios
+    )
 
 
 def _contenders(bench: Bench, workload: Workload, setting: Setting) -> list[Contender]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from optimal_sampling.bench.measure import Contender, interleave
+from optimal_sampling.bench.measure import Contender, Timing, interleave
 from optimal_sampling.bench.peers import transformers_generate
 from optimal_sampling.bench.workload import Bench, Workload, describe_lengths, make_workload
 from optimal_sampling.engines.local.engine import LocalEngine
@@ -43,6 +43,21 @@ class Result:
     ratios_wall: dict[str, float]
     ratios_cpu: dict[str, float]
 
+    @classmethod
+    def of(
+        cls,
+        bench: Bench,
+        workload: Workload,
+        setting: Setting,
+        timings: Mapping[str, Timing],
+        ratios: Callable[[Mapping[str, float]], dict[str, float]],
+    ) -> Result:
+        """Medians of the timings, and what they are to each other."""
+        done = list(bench.engine(workload, 32).generate(workload.requests))
+        wall = {name: timing.per_wall_second for name, timing in timings.items()}
+        cpu = {name: timing.per_cpu_second for name, timing in timings.items()}
+        return cls(setting, describe_lengths(workload.requests, done), wall, cpu, ratios(wall), ratios(cpu))
+
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
@@ -60,11 +75,7 @@ def settings(prompts: int) -> list[Setting]:
 def measure_setting(bench: Bench, setting: Setting, repeats: int, tell: Callable[[str], None]) -> Result:
     """Time all contenders of a setting in turn."""
     workload = make_workload(bench, setting.prompts, None if setting.natural_end else EQUAL_TOKENS)
-    done = list(bench.engine(workload, 32).generate(workload.requests))
-    timings = interleave(_contenders(bench, workload, setting), repeats, tell)
-    wall = {name: timing.per_wall_second for name, timing in timings.items()}
-    cpu = {name: timing.per_cpu_second for name, timing in timings.items()}
-    return Result(setting, describe_lengths(workload.requests, done), wall, cpu, ratios(wall), ratios(cpu))
+    return Result.of(bench, workload, setting, interleave(_contenders(bench, workload, setting), repeats, tell), ratios)
 
 
 def _contenders(bench: Bench, workload: Workload, setting: Setting) -> list[Contender]:
