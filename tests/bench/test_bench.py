@@ -8,7 +8,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from optimal_sampling.bench import BenchOptions, command, drafts, run_bench, speed, workload
+from optimal_sampling.bench import BenchOptions, command, drafts, run_bench, solver, speed, workload
 from optimal_sampling.bench.measure import Contender, interleave
 from optimal_sampling.errors import ConfigError
 
@@ -39,12 +39,13 @@ def test_the_ideal_is_both_forward_passes():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("what", ["speed", "drafts", "scaling"])
+@pytest.mark.parametrize("what", ["speed", "drafts", "scaling", "solver"])
 def test_every_table_ends_with_one_line_of_json(what, monkeypatch):
     """Guards: a benchmark that breaks unnoticed; figures that cannot be read by a program."""
     monkeypatch.setattr(workload, "MOST_TOKENS", 6)
     monkeypatch.setattr(speed, "EQUAL_TOKENS", 4)
     monkeypatch.setattr(speed, "settings", lambda n: [speed.Setting(1, 2, peers=False), speed.Setting(2, 3)])
+    monkeypatch.setattr(solver, "SIZES", ((50, 2, 1),))
     monkeypatch.setattr(drafts, "draft_settings", lambda n: [speed.Setting(1, 2)])
     console = Console(width=120, file=io.StringIO())
     assert run_bench(BenchOptions(what=what, num_prompts=8, repeats=1), console) == 0

@@ -6,6 +6,7 @@ peers.py     the same work as a user of Transformers would write it
 speed.py     the table of sampling speeds
 drafts.py    the table of draft lengths
 scaling.py   time and memory against the number of prompts, and an oversized batch
+solver.py    what the mixture costs, without models
 command.py   the options, and the line of JSON at the end
 """
 

@@ -24,8 +24,9 @@ __all__ = ["BenchOptions", "run_bench"]
 class BenchOptions:
     """Measure on this machine, in one run: ratios of interleaved repeats, medians."""
 
-    what: Annotated[Literal["speed", "drafts", "scaling"], tyro.conf.Positional] = "speed"
-    """speed: q* beside both models alone and Transformers. drafts: by draft length. scaling: by number of prompts."""
+    what: Annotated[Literal["speed", "drafts", "scaling", "solver"], tyro.conf.Positional] = "speed"
+    """speed: q* beside both models alone and Transformers. drafts: by draft length. scaling: by number of prompts.
+    solver: noise, alpha, draw and diagnostics without a model."""
     models: ModelConfig = field(default_factory=ModelConfig)
     num_prompts: int = 512
     """Synthetic prompts at batch 32; batch 1 takes a sixteenth of them. `scaling` starts with a quarter."""
@@ -87,9 +88,14 @@ def _names(models: ModelConfig) -> dict[str, str]:
 def _measure(options: BenchOptions, console: Console, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     from optimal_sampling.bench.drafts import draft_settings, measure_drafts
     from optimal_sampling.bench.scaling import measure_growth, scaling_table
+    from optimal_sampling.bench.solver import measure_solver, solver_table
     from optimal_sampling.bench.speed import measure_setting, settings, speed_table
     from optimal_sampling.bench.workload import Bench
 
+    if options.what == "solver":
+        costs = measure_solver(options.repeats, tell)
+        console.print(solver_table(costs))
+        return [cost.as_json() for cost in costs]
     bench = Bench(options.models)
     if options.what == "scaling":
         growth = measure_growth(bench, max(1, options.num_prompts // 4), tell)
