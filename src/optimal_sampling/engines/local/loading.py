@@ -55,6 +55,7 @@ def load_model(path: str, config: ModelConfig, role: str, load_kwargs: dict[str,
 
     Raises ModelError, MissingDependencyError.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -71,10 +72,14 @@ def load_model(path: str, config: ModelConfig, role: str, load_kwargs: dict[str,
     if "quantization_config" in kwargs:
         kwargs.setdefault("device_map", {"": device})
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"the {role} model {path!r} could not be loaded: {first}") from error
+    absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if absent:  # Transformers would go on with random weights
+        names = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        raise ModelError(f"the weights of the {role} model {path!r} lack, or have in another shape: {names}")
     if "quantization_config" not in kwargs:
         model = model.to(device)
     return model.eval().requires_grad_(False)

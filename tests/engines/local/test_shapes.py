@@ -1,0 +1,67 @@
+"""Padding and packed layers: rows whose bits do not depend on how many there are."""
+
+import pytest
+import torch
+from torch import nn
+
+from optimal_sampling.engines.local.shapes import (
+    PLAIN,
+    PackedLinear,
+    ShapeRules,
+    measured_rules,
+    pack_linears,
+)
+from tests.engines.local.conftest import tiny_model
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "bias"), [(32, 12, True), (144, 384, False), (600, 512, True)])
+def test_packed_rows_do_not_depend_on_their_number(inputs, outputs, bias):
+    """Guards: a kernel chosen by the number of rows, and a packed layer that is another layer."""
+    torch.manual_seed(0)
+    linear = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    packed, x = PackedLinear(linear), torch.randn(200, inputs)
+    full = packed(x)
+    torch.testing.assert_close(full, linear(x), atol=1e-4, rtol=1e-4)
+    for rows in (1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 100):
+        assert torch.equal(packed(x[:rows]), full[:rows])
+
+
+def test_large_layers_are_packed_and_small_ones_are_not():
+    """Guards: a packed layer where its call costs more than the arithmetic, and large ones that stay as they are."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(600, 512), nn.LayerNorm(512))
+    assert pack_linears(model) == 1
+    assert isinstance(model[1], PackedLinear)
+    half = nn.Sequential(nn.Linear(600, 512)).to(torch.bfloat16)
+    assert pack_linears(half) == 0
+
+
+def test_a_model_with_packed_layers_gives_equal_bits_in_every_batch():
+    """Guards: rules that hold for small layers only."""
+    from tests.engines.conformance import Harness, requests_of
+    from tests.engines.local.conftest import CONTEXT, engine_of
+    from tests.engines.local.test_engine import PROMPTS, same
+
+    wide = {"hidden_size": 512, "intermediate_size": 640, "head_dim": 64, "scale": 0.05}
+    student, teacher = tiny_model(1, layers=1, **wide), tiny_model(2, layers=2, **wide)
+    engine = engine_of(student, teacher)
+    assert any(isinstance(m, PackedLinear) for m in teacher.modules())
+    requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=12)
+    alone = list(engine.with_mixture(batch_size=1, draft_tokens=0).generate(requests))
+    assert same(alone, engine.with_mixture(batch_size=12, draft_tokens=3).generate(requests[::-1]))
+
+
+def test_lengths_are_rounded_within_their_class():
+    """Guards: keys of one class padded into another."""
+    rules = ShapeRules(tokens=16, token_multiple=4, queries=4, kv_boundary=384)
+    assert [rules.padded_tokens(n) for n in (1, 16, 17, 33)] == [16, 16, 20, 36]
+    assert [rules.kv_length(n) for n in (1, 384, 385, 512, 513)] == [16, 384, 512, 512, 1024]
+    assert all(rules.slot_length(n) >= rules.kv_length(n) >= n for n in range(1, 1200))
+    assert [PLAIN.padded_tokens(n) for n in (1, 7)] == [1, 7]
+
+
+def test_measured_rules_are_those_of_this_machine():
+    """Guards: rules that pad nothing, or more than they may."""
+    rules = measured_rules(tiny_model(1), {8})
+    assert 1 <= rules.tokens <= 16
+    assert rules.queries in (1, 2, 4, 8, 16, 32)
+    assert 32 % rules.token_multiple == 0
