@@ -199,8 +199,6 @@ def measure(arguments: argparse.Namespace) -> None:
     clock = time.perf_counter if arguments.gpu else time.process_time
     results = {}
     for batch in arguments.batches:
-        if arguments.one == "nested" and batch > 1 and not arguments.gpu:
-            continue
         run(batch, 1000)  # what is compiled at the first call
         times = []
         for repeat in range(arguments.repeats):

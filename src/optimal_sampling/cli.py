@@ -49,6 +49,7 @@ EXIT_CODES = """exit codes:
   130  interrupted; what was finished is safe"""
 
 PREVIEWED_ROWS = 3
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -238,25 +239,27 @@ def _yaml_arguments(path: Path) -> list[str]:
             raise ConfigError(f"{path}: unknown option {key!r}{_nearest(name, known)}")
         if isinstance(value, dict | list):
             raise ConfigError(f"{path}: {key} must be a single value, got {value!r}")
-        arguments += _yaml_argument(name, value, known.get(name, bool))
+        arguments += _yaml_argument(path, name, value, known.get(name, bool))
     return arguments
 
 
-def _yaml_argument(name: str, value: Any, kind: type) -> list[str]:
-    if value is None or (name in NO_OPS and not value):
+def _yaml_argument(path: Path, name: str, value: str, kind: type) -> list[str]:
+    """One option. Values are text as written: YAML itself would read 10:20 as a number and a bare on as true."""
+    truth = _TRUTH.get(value.lower())
+    if value.lower() in ("", "null", "~") or (name in NO_OPS and not truth):
         return []
-    if not isinstance(value, bool):
+    if kind is not bool:
         return [f"--{name}={value}"]
-    if kind is bool:
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}={'on' if value else 'off'}"]  # YAML reads a bare on or off as a truth value
+    if truth is None:
+        raise ConfigError(f"{path}: {name} must be true or false, got {value!r}")
+    return [f"--{name}" if truth else f"--no-{name}"]
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
     import yaml
 
     try:
-        document = yaml.safe_load(path.read_text("utf-8"))
+        document = yaml.load(path.read_text("utf-8"), Loader=yaml.BaseLoader)  # plain text values, nothing constructed
     except OSError as error:
         raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

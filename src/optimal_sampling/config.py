@@ -85,6 +85,14 @@ class MixtureConfig:
             self.alpha_min <= self.alpha_max,
             f"alpha_min ({self.alpha_min}) is larger than alpha_max ({self.alpha_max})",
         )
+        chosen = {"fixed": ("fixed_alpha",), "schedule": ("schedule_start", "schedule_end")}
+        for name in chosen.get(self.alpha_method, ()):
+            value = getattr(self, name)
+            _require(
+                self.alpha_min <= value <= self.alpha_max,
+                f"{name} ({value}) lies outside [alpha_min, alpha_max] = [{self.alpha_min}, {self.alpha_max}] and would "
+                "be clamped at every token; move the bounds",
+            )
         _require(
             math.isfinite(self.temperature) and self.temperature > 0,
             f"temperature must be larger than 0, got {self.temperature}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -253,6 +253,8 @@ class OptimalSamplingModel:
         warning. Raises ConfigError for an option, EngineError where no prompt can go on or the model is closed.
         """
         _check_options(prompt_options, _PROMPT_OPTIONS)
+        prompts = _listed("prompts", prompts)
+        prompts_t = None if prompts_t is None else _listed("prompts_t", prompts_t)
         _check_prompts(prompts, prompts_t, max_new_tokens)
         if self._closed:
             raise EngineError("the model is closed; make a new OptimalSamplingModel")
@@ -419,16 +421,19 @@ def _check_options(given: Mapping[str, Any], known: frozenset[str] = _OPTIONS) -
             raise ConfigError(f"unknown option {name!r}{hint}")
 
 
-def _check_prompts(prompts: Sequence[str], prompts_t: Sequence[str] | None, max_new_tokens: int) -> None:
-    for name, given in (("prompts", prompts), ("prompts_t", prompts_t)):
-        if given is None:
-            continue
-        if isinstance(given, str) or not all(isinstance(prompt, str) for prompt in given):
-            raise ConfigError(f"{name} must be a list of strings")
+def _listed(name: str, prompts: Iterable[str]) -> list[str]:
+    """The prompts as a list, also from a generator. A single string is a mistake: it would be one prompt per letter."""
+    given = [] if isinstance(prompts, str) else list(prompts)
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in given):
+        raise ConfigError(f"{name} must be a list of strings")
+    return given
+
+
+def _check_prompts(prompts: list[str], prompts_t: list[str] | None, max_new_tokens: int) -> None:
     if prompts_t is not None and len(prompts_t) != len(prompts):
         raise ConfigError(f"there are {len(prompts)} prompts but {len(prompts_t)} prompts_t; give one of each per row")
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be a whole number, at least 1, got {max_new_tokens}")
 
 
 def _taken(kwargs: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Distributions against float32 Transformers: every token id, every option, and what vLLM does to requests on the way."""
+"""Distributions against float32 Transformers: every token id and option, and what vLLM does to requests on the way."""
 
 import contextlib
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.naive import naive_step
 from optimal_sampling.types import ALPHA_METHODS, Request
 from tests.engines.conformance import by_key
-from tests.vllm.tiny import CONTEXT, STOP, Pair, log_softmax
+from tests.vllm.tiny import CONTEXT, STOP, Pair, all_rows, log_softmax
 
 LIMIT = 1e-5  # largest error of a log-probability above e^-20
 
@@ -57,7 +58,7 @@ def expected_rows(pair, mixture, student_ids, teacher_ids, tokens):
 
 def assert_rows(given, wanted, limit=LIMIT):
     seen = wanted > -20
-    assert np.abs(given - wanted)[seen].max() <= limit
+    assert np.abs(given[seen] - wanted[seen]).max() <= limit
     assert (given[~seen] < -19).all()
 
 
@@ -125,9 +126,8 @@ MIXTURES = [
 def test_every_method_and_option(wide, mixture):
     """Guards: an option that vLLM's route to the worker loses, or a q* solved at another temperature."""
     pair, engine = wide
-    limit = (
-        1e-4 if mixture.alpha_method in ("entropy", "trust_region") else LIMIT
-    )  # found on a grid, or to 1e-6 of a KL
+    # The oracle finds the largest entropy on a grid of 400 alphas, and trust_region is found to 1e-6 of a KL.
+    limit = {"entropy": 2e-2, "trust_region": 1e-4}.get(mixture.alpha_method, LIMIT)
     ids, own = some_ids(12, 3), some_ids(9, 4)
     tokens, rows = full_rows(engine, mixture, own, ids)
     assert_rows(rows, expected_rows(pair, mixture, own, ids, tokens), limit)
@@ -181,7 +181,8 @@ def test_log_probabilities_of_a_prompt(wide):
         assert done[0].prompt_logprobs[place][ids[place]].logprob == pytest.approx(wanted, abs=LIMIT)
 
 
-def test_two_hundred_mixed_requests_under_preemption(folders):
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_two_hundred_mixed_requests_under_preemption(folders, draft_tokens):
     """Guards: records of one request in another's, after preemption, chunks of prompts and reordering (needs.md 16)."""
     pair = Pair(folders["student"], folders["teacher"])
     random.seed(0)
@@ -190,29 +191,37 @@ def test_two_hundred_mixed_requests_under_preemption(folders):
         student = tuple(random.choices(range(1, 12), k=random.randint(1, 50)))
         teacher = student if i % 3 == 0 else tuple(random.choices(range(1, 12), k=random.randint(1, 50)))
         requests.append(Request(f"r{i}", 0, 7, student, teacher, random.randint(1, 40)))
-    # 24 blocks of 32 tokens for 32 requests at once: they cannot all stay.
-    with contextlib.closing(pair.open(0, 32, max_num_batched_tokens=96, num_gpu_blocks_override=24)) as engine:
+    # 18 blocks of 32 tokens for 32 requests at once: they cannot all stay.
+    settings = {"max_num_batched_tokens": 96, "num_gpu_blocks_override": 18}
+    with contextlib.closing(pair.open(draft_tokens, 32, **settings)) as engine:
         preempted = count_preemptions(engine)
         done = by_key(engine.with_mixture(MixtureConfig(alpha_min=0.0, temperature=0.9)).generate(requests))
-        assert preempted() > 20
+        assert preempted() > 10
     assert len(done) == 200
     for completion in done.values():
         assert completion.finish_reason in ("stop", "length"), completion.error
         assert len(completion.trace) == len(completion.token_ids)
         assert (completion.token_ids[-1] in STOP) == (completion.finish_reason == "stop")
-        contexts = {"student": completion.request.student_prompt_ids, "teacher": completion.request.teacher_prompt_ids}
-        for place, token in enumerate(completion.token_ids):
-            rows = {
-                role: log_softmax(pair.logits(role, [*prompt, *completion.token_ids[:place]]) / 0.9)
-                for role, prompt in contexts.items()
-            }
-            alpha = completion.trace["alpha"][place]
-            log_q = log_softmax((1 - alpha) * rows["student"] + alpha * rows["teacher"])
-            assert completion.trace["log_p_student"][place] == pytest.approx(rows["student"][token], abs=2e-5)
-            assert completion.trace["log_p_teacher"][place] == pytest.approx(rows["teacher"][token], abs=2e-5)
-            assert completion.trace["log_q"][place] == pytest.approx(log_q[token], abs=2e-5)
-            kl = (np.exp(log_q) * (log_q - rows["student"])).sum(), (np.exp(log_q) * (log_q - rows["teacher"])).sum()
-            assert kl[0] == pytest.approx(kl[1], abs=2e-5)
+        prompts = {"student": completion.request.student_prompt_ids, "teacher": completion.request.teacher_prompt_ids}
+        rows = {
+            role: [log_softmax(row / 0.9) for row in all_rows(getattr(pair, role), prompt, completion.token_ids)]
+            for role, prompt in prompts.items()
+        }
+        assert_trace(completion, rows["student"], rows["teacher"])
+
+
+def assert_trace(completion, student, teacher, limit=2e-5):
+    """`student`, `teacher`: log-probabilities before each token, of the reference."""
+    for place, token in enumerate(completion.token_ids):
+        log_s, log_t = student[place], teacher[place]
+        alpha = completion.trace["alpha"][place]
+        log_q = log_softmax((1 - alpha) * log_s + alpha * log_t)
+        kl_student, kl_teacher = ((np.exp(log_q) * (log_q - log_p)).sum() for log_p in (log_s, log_t))
+        assert completion.trace["log_p_student"][place] == pytest.approx(log_s[token], abs=limit)
+        assert completion.trace["log_p_teacher"][place] == pytest.approx(log_t[token], abs=limit)
+        assert completion.trace["log_q"][place] == pytest.approx(log_q[token], abs=limit)
+        assert completion.trace["kl_student"][place] == pytest.approx(kl_student, abs=limit)
+        assert kl_student == pytest.approx(kl_teacher, rel=1e-3, abs=limit)
 
 
 def count_preemptions(engine):
@@ -235,7 +244,7 @@ def test_nan_ends_a_completion_and_names_the_model(folders, tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()
     for name in ("config.json", "generation_config.json"):
-        (folder / name).write_text(open(f"{folders['student']}/{name}").read())
+        (folder / name).write_text((Path(folders["student"]) / name).read_text())
     weights = load_file(f"{folders['student']}/model.safetensors")
     weights["model.norm.weight"][:] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -60,14 +60,25 @@ def save_all(root):
 @functools.cache
 def reference(folder):
     """(token ids) -> float64 logits of the next token, by Transformers in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
     @functools.cache
     def logits(ids):
         with torch.inference_mode():
-            return model(torch.tensor([ids])).logits[0, -1].double().numpy()
+            return _model(folder)(torch.tensor([ids])).logits[0, -1].double().numpy()
 
     return lambda ids: logits(tuple(ids))
+
+
+@functools.cache
+def _model(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def all_rows(folder, prompt, tokens):
+    """Float64 logits before each of the tokens of a completion, in one forward pass. [tokens, vocab]"""
+    with torch.inference_mode():
+        logits = _model(folder)(torch.tensor([[*prompt, *tokens]])).logits[0]
+    return logits[len(prompt) - 1 : -1].double().numpy()
 
 
 @dataclass

@@ -96,11 +96,14 @@ def _answer_column(config: DataConfig, name: str, columns: tuple[str, ...]) -> s
 def _source(config: DataConfig, seed: int) -> Source:
     if config.dataset == "synthetic":
         return _synthetic(seed, config.num_examples or _SYNTHETIC_ROWS)
-    path = Path(config.dataset).expanduser()
-    if path.is_dir():
-        return _folder(path)
-    if path.exists():
-        return _file(path)
+    try:
+        path = Path(config.dataset).expanduser()
+        if path.is_dir():
+            return _folder(path)
+        if path.exists():
+            return _file(path)
+    except (OSError, RuntimeError) as error:  # a name too long for the disk, a user without a home
+        raise DatasetError(f"dataset {config.dataset[:200]!r} is no path: {error}") from error
     if _is_path(config.dataset):
         raise DatasetError(f"dataset {config.dataset} does not exist (looked for {path.absolute()})")
     return _hub(config.dataset)
@@ -176,9 +179,14 @@ def _parse(path: Path, number: int, line: bytes) -> Row:
     except UnicodeDecodeError as error:
         raise DatasetError(f"{place}, byte {error.start + 1}: not UTF-8") from None
     except json.JSONDecodeError as error:
-        raise DatasetError(f"{place}, column {error.colno}: {error.msg}") from None
+        array = "; a JSON array over several lines? Give one object per line (JSONL)" if line[:1] == b"[" else ""
+        raise DatasetError(f"{place}, column {error.colno}: {error.msg}{array}") from None
     except RecursionError:
         raise DatasetError(f"{place}: nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise DatasetError(f"{place}: {error}") from None
+    if line.lstrip()[:1] == b"[":
+        raise DatasetError(f"dataset {path} holds a JSON array at line {number}; give one object per line (JSONL)")
     if not isinstance(row, dict):
         raise DatasetError(f"dataset {path}, line {number}, column 1: expected an object {{...}}, found {_kind(row)}")
     return row

@@ -37,6 +37,7 @@ Key = tuple[str, int]
 TOKEN_LISTS = {"token_alpha": "alpha", "token_kl_student": "kl_student", "token_kl_teacher": "kl_teacher"}
 """Field of a record that holds one number per token, and the column of the trace it comes from."""
 
+_DEEPEST = 50  # levels of nesting that a record keeps as they are
 _DIGITS = 6  # significant digits of every float in a record: float32 holds seven
 _CHECKSUM_BYTES = 8
 _TAIL_LENGTH = len(_tail := b',"checksum":"') + 2 * _CHECKSUM_BYTES + len(b'"}\n')
@@ -150,16 +151,18 @@ def _rounded(values: Sequence[float]) -> list[float | None]:
     return [_round(value) for value in values]
 
 
-def _jsonable(value: Any) -> Any:
-    """What JSON can hold: NaN and infinities become null, what it does not know becomes text."""
+def _jsonable(value: Any, depth: int = 0) -> Any:
+    """What JSON can hold: NaN and infinities become null, what it does not know or is nested absurdly becomes text."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if depth > _DEEPEST:
+        return json.dumps(value, default=str)
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(inner) for key, inner in value.items()}
+        return {str(key): _jsonable(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(inner) for inner in value]
+        return [_jsonable(inner, depth + 1) for inner in value]
     return str(value)
 
 

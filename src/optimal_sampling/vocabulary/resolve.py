@@ -24,10 +24,14 @@ def resolve_model(name: str) -> str:
         raise ModelError("the name of a model is empty; give a folder, a hub id, or `toy-teacher` / `toy-student`")
     if name in toy_pair.NAMES:
         return _model_folder(name, Path(toy_pair.path(name)))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long for the disk, a user without a home
+        raise ModelError(f"{name[:200]!r} is no name of a model: {error}") from error
+    if is_folder:
         return _model_folder(name, folder)
-    if folder.is_file():
+    if is_file:
         raise ModelError(f"{name!r} is a file; a model is the folder that holds its config.json")
     if name.startswith((".", "~", "/", "\\")) or not _HUB_ID.fullmatch(name):
         raise ModelError(f"there is no model at {name!r}: looked for the folder {folder.absolute()}")

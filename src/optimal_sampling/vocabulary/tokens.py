@@ -15,6 +15,7 @@ __all__ = ["ModelTokens", "load_tokens"]
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 _TOKENIZER_PACKAGES = ("sentencepiece", "protobuf", "tiktoken")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _MISTRAL_KINDS = {"mistral", "mistral3", "ministral", "ministral3", "mixtral", "pixtral", "voxtral"}
 
 
@@ -95,6 +96,9 @@ def _load_tokenizer(name: str, folder: str, trust_remote_code: bool, model_type:
     # Early Mistral tokenizer files split words by a wrong pattern. The flag mends those, leaves all others alone, and
     # keeps Transformers from changing to another tokenizer class just because `mistral_common` is installed.
     options = {"fix_mistral_regex": True} if model_type in _MISTRAL_KINDS else {}
+    local = Path(folder)
+    if local.is_dir() and not any((local / file).exists() for file in _TOKENIZER_FILES):
+        raise ModelError(_no_tokenizer(name, folder))
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
@@ -107,13 +111,19 @@ def _load_tokenizer(name: str, folder: str, trust_remote_code: bool, model_type:
         raise ModelError(_cannot("tokenizer", name, folder, error)) from error
 
 
+def _no_tokenizer(name: str, folder: str) -> str:
+    return f"the folder of model {name!r} has no tokenizer: looked for {', '.join(_TOKENIZER_FILES)} in {folder}"
+
+
 def _load_generation_config(folder: str) -> Any:
     from transformers import GenerationConfig
 
     try:
         return GenerationConfig.from_pretrained(folder)
-    except OSError:  # a model need not have one
-        return None
+    except OSError as error:
+        if (Path(folder) / "generation_config.json").exists():  # there, but not readable: its stop ids would be lost
+            raise ModelError(_cannot("generation config", folder, folder, error)) from error
+        return None  # a model need not have one
     except Exception as error:
         raise ModelError(_cannot("generation config", folder, folder, error)) from error
 

@@ -55,7 +55,6 @@ def load_model(path: str, config: ModelConfig, role: str, load_kwargs: dict[str,
 
     Raises ModelError, MissingDependencyError.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -73,7 +72,7 @@ def load_model(path: str, config: ModelConfig, role: str, load_kwargs: dict[str,
         kwargs.setdefault("device_map", {"": device})
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:  # whatever is wrong with a folder, and every architecture has errors of its own
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"the {role} model {path!r} could not be loaded: {first}") from error
     absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
@@ -116,14 +115,16 @@ def check_architecture(model: Any, role: str) -> KVCache:
     name = type(model).__name__
     config = model.config.get_text_config()
     ids = torch.arange(5, 24) % config.vocab_size
-    with torch.inference_mode():
-        model.set_attn_implementation("eager")
-        stock = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, -8:].float()
     cache = KVCache()
     try:
+        with torch.inference_mode():
+            model.set_attn_implementation("eager")
+            stock = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, -8:].float()
         model.set_attn_implementation(attention.NAME)
         ours, called = _two_chunks(model, ids, stock.shape[-1], cache)
-    except (AssertionError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         raise ModelError(f"the {role} model is a {name}, which the local engine cannot run: {error}") from error
     layers = config.num_hidden_layers
     if sorted(called) != list(range(layers)):

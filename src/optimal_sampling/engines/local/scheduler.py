@@ -130,11 +130,11 @@ class Scheduler:
 
         Sequences that can never run are put on `rejected`, each with the reason.
         """
-        self._preempt_until_it_fits(width)
+        self._preempt_until_it_fits()
         left = [self.limits.prefill_chunk] * len(self.limits.context_lengths)
         for sequence in sorted(self._live(), key=lambda s: s.order):
             self._take(sequence, left)
-        self._admit(source, left, width)
+        self._admit(source, left)
         moves = self._close_holes()
         if not self.running:
             return None
@@ -170,29 +170,35 @@ class Scheduler:
     def _fits(self, sequences: list[Sequence], width: int) -> bool:
         return self.bytes_needed(sequences, width) <= self.limits.memory
 
-    def _preempt_until_it_fits(self, width: int) -> None:
-        """The sequence admitted last gives way, keeps its output, and is first in line again."""
+    def _preempt_until_it_fits(self) -> None:
+        """The sequence admitted last gives way, keeps its output, and is first in line again.
+
+        Plain decoding decides who fits, here and in `_admit`: drafts take what room is left (`_width`).
+        """
         live = sorted(self._live(), key=lambda s: s.order)
-        while len(live) > 1 and not self._fits(live, width):
+        while len(live) > 1 and not self._fits(live, 1):
             self._drop(live[-1])
             self.waiting.appendleft(live.pop())
             self.preemptions += 1
-        if live and not self._fits(live, width):
+        if live and not self._fits(live, 1):
             self._drop(live[0])
-            self._reject(live[0], width)
+            self._reject(live[0])
 
     def _drop(self, sequence: Sequence) -> None:
         sequence.evict()
         self._holes.append(self.running.index(sequence))
 
-    def _reject(self, sequence: Sequence, width: int) -> None:
-        need, have = self.bytes_needed([sequence], width), self.limits.memory
-        message = f"needs {need / 2**30:.3g} GiB of KV cache, and the budget is {have / 2**30:.3g} GiB"
+    def _reject(self, sequence: Sequence) -> None:
+        need, have = self.bytes_needed([sequence], 1) / 2**30, self.limits.memory / 2**30
+        message = (
+            f"a text of {max(map(sequence.known, range(len(sequence.prompts))))} tokens needs {need:.3g} GiB of KV "
+            f"cache, and the budget is {have:.3g} GiB; raise kv_memory_gib"
+        )
         self.rejected.append((sequence, message))
 
     # admission
 
-    def _admit(self, source: Iterator[Sequence], left: list[int], width: int) -> None:
+    def _admit(self, source: Iterator[Sequence], left: list[int]) -> None:
         live = self._live()
         while len(live) < self.limits.rows and min(left) > 0:
             if not self.waiting:
@@ -201,10 +207,10 @@ class Scheduler:
                     return
                 self.waiting.append(arrived)
             sequence = self.waiting[0]
-            if not self._fits([*live, sequence], width):
+            if not self._fits([*live, sequence], 1):
                 if live:
                     return
-                self._reject(self.waiting.popleft(), width)
+                self._reject(self.waiting.popleft())
                 continue
             self.waiting.popleft()
             self._place(sequence)
@@ -255,8 +261,9 @@ class Scheduler:
                 if count:
                     start = sequence.cached[context]
                     chunks[context].append(Chunk(row, start, sequence.tokens(context, start, count)))
+        width = self._width(width, ready)
         return Round(
-            width=self._width(width, ready),
+            width=width,
             ready=tuple(ready),
             chunks=tuple(map(tuple, chunks)),
             moves=tuple(moves),
@@ -265,11 +272,14 @@ class Scheduler:
         )
 
     def _width(self, width: int, ready: list[bool]) -> int:
-        """No wider than what any row may still draw, nor than any context has room for."""
+        """No wider than what any row may still draw, than any context has room for, and than memory holds."""
         rows = [s for s, is_ready in zip(self.running, ready, strict=True) if is_ready]
         room = [self._room(s.known(context), limit) for s in rows for context, limit in self._limits(s)]
         wanted = max((s.request.max_new_tokens - len(s.output) for s in rows), default=1)
-        return max(1, min([width, wanted, *room]))
+        width = max(1, min([width, wanted, *room]))
+        while width > 1 and not self._fits(self.running, width):
+            width //= 2
+        return width
 
     def _limits(self, sequence: Sequence) -> list[tuple[int, int]]:
         """(context, key length) of the ends that this sequence's positions must not pass within one round."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine, prompt_problem
-from optimal_sampling.engines.vllm.launch import engine_arguments, prepare_environment
+from optimal_sampling.engines.vllm.launch import draft_tokens_of, engine_arguments, prepare_environment
 from optimal_sampling.engines.vllm.options import Mode, RequestOptions, TraceLevel
 from optimal_sampling.errors import EngineError
 from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Request, TokenTrace
@@ -57,7 +57,7 @@ class VllmEngine(Engine):
         mixture: MixtureConfig,
         options: EngineConfig,
         vocabulary: Vocabulary,
-        draft_tokens: int = 0,
+        draft_tokens: int | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> VllmEngine:
         """Start vLLM and load both models. Raises MissingDependencyError, ConfigError, ModelError."""
@@ -68,6 +68,7 @@ class VllmEngine(Engine):
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        draft_tokens = draft_tokens_of(options) if draft_tokens is None else draft_tokens
         own: dict[str, Any] = {"max_num_seqs": options.batch_size, "skip_tokenizer_init": True}
         own["max_num_batched_tokens"] = max(options.prefill_chunk, options.batch_size * (draft_tokens + 1))
         if options.kv_memory_gib is not None:

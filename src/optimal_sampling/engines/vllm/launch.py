@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from optimal_sampling.config import MixtureConfig, ModelConfig
+from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.engines.vllm.draft import PairOverrides
 from optimal_sampling.engines.vllm.options import OPTIONS
 from optimal_sampling.engines.vllm.plugin import ARCHITECTURE, check_version, register
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
-__all__ = ["engine_arguments", "prepare_environment"]
+__all__ = ["draft_tokens_of", "engine_arguments", "prepare_environment"]
 
 _REFUSED = {
     "tensor_parallel_size": "parallelism over several devices (run one process per device on a slice of the data)",
@@ -49,6 +50,11 @@ _OURS = {
 _PLACE = "optimal_sampling.engines.vllm"
 _CPU_KV_BYTES = 1 << 30
 _OFF = (None, False, 0, 1)
+
+
+def draft_tokens_of(options: EngineConfig) -> int:
+    """`auto` is none: what pays depends on the batch, and vLLM's number is fixed at its start."""
+    return 0 if options.draft_tokens == "auto" else options.draft_tokens
 
 
 def prepare_environment() -> None:
@@ -91,7 +97,10 @@ def engine_arguments(
         given.pop("gpu_memory_utilization", None)
         arguments |= {"kv_cache_memory_bytes": _CPU_KV_BYTES, "enforce_eager": True}
     if draft_tokens:
-        arguments["speculative_config"] = _speculation(student, draft_tokens, vocabulary)
+        arguments["speculative_config"] = _speculation(student, draft_tokens)
+        if vocabulary.student_rows != vocabulary.teacher_rows:
+            rows = (vocabulary.teacher_rows or vocabulary.size, vocabulary.student_rows or vocabulary.size)
+            arguments["hf_overrides"] = PairOverrides(arguments["hf_overrides"], *rows)
     if contexts and (given.get("max_model_len") or 0) > min(contexts):
         raise ConfigError(f"max_model_len={given['max_model_len']} is longer than a model's context of {min(contexts)}")
     return {**arguments, **given}
@@ -127,15 +136,10 @@ def _hf_config(folder: str, models: ModelConfig) -> Any:
     return AutoConfig.from_pretrained(folder, trust_remote_code=models.trust_remote_code)
 
 
-def _speculation(student: str, draft_tokens: int, vocabulary: Vocabulary) -> dict[str, Any]:
+def _speculation(student: str, draft_tokens: int) -> dict[str, Any]:
     """The student as draft model, its drafts drawn from its whole distribution: then acceptance loses nothing."""
     if draft_tokens < 0:
         raise ConfigError(f"draft_tokens must be at least 0, got {draft_tokens}")
-    if vocabulary.student_rows != vocabulary.teacher_rows:
-        raise ConfigError(
-            f"draft_tokens needs models with equally many rows of logits; the student has {vocabulary.student_rows} "
-            f"and the teacher {vocabulary.teacher_rows}. Leave draft_tokens at 0."
-        )
     return {
         "method": "draft_model",
         "model": student,

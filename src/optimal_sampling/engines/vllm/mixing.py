@@ -16,14 +16,13 @@ from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.pair import Moments, Pair
-from optimal_sampling.distribution.step import _distances, _log_q, choose_alpha
-from optimal_sampling.distribution.tiles import stack, tensor_of
+from optimal_sampling.distribution.step import _distances, choose_alpha, pair_of, rows_at_once
+from optimal_sampling.distribution.tiles import Rows, at_least, stack, tensor_of
 from optimal_sampling.engines.vllm.options import RequestOptions
 from optimal_sampling.types import TRACE_FIELDS
 
 __all__ = ["Mixed", "Row", "mix"]
 
-_CHUNK = 1 << 23  # logits per model that are worked on together, as in distribution.step
 _KNOWN = TRACE_FIELDS[:7]  # alpha ... entropy: known before a token is drawn
 _ENDS = "log_z_student", "log_z_teacher", "F", "fallback", "bad_student", "bad_teacher"
 
@@ -125,7 +124,7 @@ def _mixed_rows(
     full: bool,
 ) -> tuple[Float32[Tensor, "rows vocab"], Float64[Tensor, "rows columns"]]:
     """T log q* and the columns of `Mixed.values`, for rows of one configuration."""
-    height = max(1, _CHUNK // max(1, student.shape[1]))
+    height = rows_at_once(student.shape[1], student.device)
     if student.shape[0] > height:
         parts = [
             _mixed_rows(student[i : i + height], teacher[i : i + height], position[i : i + height], mixture, full)
@@ -133,41 +132,37 @@ def _mixed_rows(
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     support = mixture.teacher_support_top_k, mixture.teacher_support_top_p
-    pair = Pair(student, teacher, mixture.temperature, *support)
+    pair = pair_of(student, teacher, mixture.temperature, *support)
     alpha, clamped = choose_alpha(pair, position, mixture)
     pair.restore(alpha)
     at = pair.moments(alpha)
-    log_q = _log_q(pair, at)
-    bad = tensor_of(pair.bad)[:, None]
-    log_q.masked_fill_(bad, 0.0)
-    columns = {
-        "alpha": alpha,
-        "clamped": clamped,
-        **(_distances(pair, at) if full else _divergences(pair, at)),
-        "log_z_student": pair.offset[0],
-        "log_z_teacher": pair.offset[1],
-        "F": at.F,
-        "fallback": pair.disjoint & (alpha > 0),
-        "bad_student": pair.bad_student,
-        "bad_teacher": pair.bad_teacher,
-    }
-    known = stack([pair.xp.asarray(columns[name], dtype=pair.xp.float64) for name in (*_KNOWN, *_ENDS)])
-    values = tensor_of(known).T.contiguous()
-    values[:, : -len(_ENDS)].masked_fill_(bad, torch.nan)
+    log_q = pair.log_q()
+    columns = [
+        alpha,
+        clamped,
+        *(_distances(pair, at) if full else _divergences(pair, at)),
+        *pair.offset,
+        at.F,
+        pair.disjoint & (alpha > 0),
+        pair.bad_student,
+        pair.bad_teacher,
+    ]
+    values = tensor_of(stack([pair.xp.asarray(column, dtype=pair.xp.float64) for column in columns])).T.contiguous()
+    if not pair.none(pair.bad):
+        bad = tensor_of(pair.bad)[:, None]
+        log_q.masked_fill_(bad, 0.0)
+        values[:, : -len(_ENDS)].masked_fill_(bad, torch.nan)
     return log_q.mul_(mixture.temperature) if mixture.temperature != 1 else log_q, values
 
 
-def _divergences(pair: Pair, at: Moments) -> dict[str, object]:
-    """The part of `_distances` that costs no further pass over the vocabulary."""
-    xp = pair.xp
-    nothing = pair.full(float("nan"))
-    return {
-        "kl_student": xp.where(pair.use_teacher, float("inf"), xp.clip(at.kl_student, 0.0, None)),
-        "kl_teacher": xp.where(pair.use_student, float("inf"), xp.clip(at.kl_teacher, 0.0, None)),
-        "ess_student": nothing,
-        "ess_teacher": nothing,
-        "entropy": xp.clip(at.entropy, 0.0, None),
-    }
+def _divergences(pair: Pair, at: Moments) -> list[Rows]:
+    """`_distances` without what costs another pass over the vocabulary: NaN for both ESS."""
+    where, nothing = pair.xp.where, pair.full(float("nan"))
+    kl_student, kl_teacher = at_least(at.kl_student, 0.0), at_least(at.kl_teacher, 0.0)
+    if not pair.none(pair.floored):
+        kl_student = where(pair.use_teacher, float("inf"), kl_student)
+        kl_teacher = where(pair.use_student, float("inf"), kl_teacher)
+    return [kl_student, kl_teacher, nothing, nothing, at_least(pair.entropy(), 0.0)]
 
 
 def _teacher_rows(

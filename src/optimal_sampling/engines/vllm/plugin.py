@@ -6,10 +6,13 @@ from importlib import metadata
 
 from optimal_sampling.errors import ConfigError, MissingDependencyError
 
-__all__ = ["ARCHITECTURE", "SUPPORTED", "check_version", "register", "vllm_version"]
+__all__ = ["ARCHITECTURE", "DRAFT_ARCHITECTURE", "SUPPORTED", "check_version", "register", "vllm_version"]
 
 ARCHITECTURE = "OptimalSamplingForCausalLM"
 """Name under which vLLM knows the composite model."""
+
+DRAFT_ARCHITECTURE = "OptimalSamplingDraftForCausalLM"
+"""Name under which vLLM knows a student that drafts for a teacher with another number of rows."""
 
 SUPPORTED = ((0, 32), (0, 33))
 """First supported version of vLLM, and first one that is not: the range that the tests were run on."""
@@ -19,8 +22,10 @@ def register() -> None:
     """Entry point `vllm.general_plugins`: make the composite model known. Changes nothing else in vLLM."""
     from vllm import ModelRegistry
 
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, "optimal_sampling.engines.vllm.composite:OptimalSamplingForCausalLM")
+    known = ModelRegistry.get_supported_archs()
+    for name, module in ((ARCHITECTURE, "composite"), (DRAFT_ARCHITECTURE, "draft")):
+        if name not in known:
+            ModelRegistry.register_model(name, f"optimal_sampling.engines.vllm.{module}:{name}")
 
 
 def vllm_version() -> str:
