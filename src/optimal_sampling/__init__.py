@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optimal_sampling.engines.vllm.front import OptimalSamplingOutput as OptimalSamplingOutput
+    from optimal_sampling.engines.vllm.front import OptimalSamplingV1 as OptimalSamplingV1
     from optimal_sampling.model import OptimalSamplingModel as OptimalSamplingModel
     from optimal_sampling.model import SamplingOutput as SamplingOutput
 
@@ -16,10 +18,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "OptimalSamplingModel": "optimal_sampling.model",
+    "OptimalSamplingOutput": "optimal_sampling.engines.vllm.front",
+    "OptimalSamplingV1": "optimal_sampling.engines.vllm.front",
     "SamplingOutput": "optimal_sampling.model",
 }
 
-__all__ = ["OptimalSamplingModel", "SamplingOutput", "__version__"]
+__all__ = ["OptimalSamplingModel", "OptimalSamplingOutput", "OptimalSamplingV1", "SamplingOutput", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -113,6 +113,17 @@ def run_bench(arguments: Sequence[str]) -> int:
     return run_bench(options, Console())
 
 
+def run_serve(arguments: Sequence[str]) -> int:
+    """The subcommand `serve`."""
+    import tyro
+
+    from optimal_sampling.serve import ServeConfig, serve
+
+    flat = (tyro.conf.OmitArgPrefixes,)
+    serve(tyro.cli(ServeConfig, prog=f"{PROGRAM} serve", args=_unalias(arguments), config=flat))
+    return 0
+
+
 def _stopping_well(job: Callable[[], int]) -> int:
     """Run a job; Ctrl-C says what is safe and how to go on."""
     from optimal_sampling.generate import Interrupted
@@ -128,6 +139,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "generate": ("generate records of q* for the prompts of a dataset", run_generate),
     "demo": ("q* beside student and teacher alone, with the shipped pair of small models", run_demo),
     "bench": ("speed and memory on this machine, beside Transformers", run_bench),
+    "serve": ("an OpenAI-compatible server of q* (needs the extra `vllm`)", run_serve),
 }
 """Subcommands: a line of help, and what runs them. A new one is a line here; import what it needs when it runs."""
 

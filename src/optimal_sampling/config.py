@@ -85,14 +85,11 @@ class MixtureConfig:
             self.alpha_min <= self.alpha_max,
             f"alpha_min ({self.alpha_min}) is larger than alpha_max ({self.alpha_max})",
         )
-        chosen = {"fixed": ("fixed_alpha",), "schedule": ("schedule_start", "schedule_end")}
-        for name in chosen.get(self.alpha_method, ()):
-            value = getattr(self, name)
-            _require(
-                self.alpha_min <= value <= self.alpha_max,
-                f"{name} ({value}) lies outside [alpha_min, alpha_max] = [{self.alpha_min}, {self.alpha_max}] and would "
-                "be clamped at every token; move the bounds",
-            )
+        _require(
+            self.alpha_method != "fixed" or self.alpha_min <= self.fixed_alpha <= self.alpha_max,
+            f"fixed_alpha ({self.fixed_alpha}) lies outside [alpha_min, alpha_max] = [{self.alpha_min}, "
+            f"{self.alpha_max}] and would be clamped at every token; move the bounds",
+        )
         _require(
             math.isfinite(self.temperature) and self.temperature > 0,
             f"temperature must be larger than 0, got {self.temperature}",
@@ -231,8 +228,9 @@ class GenerateConfig:
     prompt: PromptConfig = PromptConfig()
     run: RunConfig = RunConfig()
     options: EngineConfig = EngineConfig()
-    engine: Literal["local", "toy"] = "local"
-    """Where logits come from: `local` runs Transformers models in this process, `toy` is two tables, for tests."""
+    engine: Literal["local", "vllm", "toy"] = "local"
+    """Where logits come from: `local` runs Transformers models in this process, `vllm` runs both in vLLM (the extra
+    `vllm`), `toy` is two tables, for tests."""
 
     @property
     def worker(self) -> str:

@@ -53,12 +53,12 @@ def pairs(draw, scales=(2**-7, 1.0, 8.0, 64.0)):
 
 @st.composite
 def mixtures(draw):
-    low = draw(st.sampled_from([0.0, 0.25, 0.5]))
+    low, high = draw(st.sampled_from([0.0, 0.25, 0.5])), draw(st.sampled_from([0.75, 1.0]))
     return MixtureConfig(
         alpha_method=draw(st.sampled_from(ALPHA_METHODS)),
-        fixed_alpha=draw(st.sampled_from([0.0, 0.3, 0.5, 1.0])),
+        fixed_alpha=min(max(draw(st.sampled_from([0.0, 0.3, 0.5, 1.0])), low), high),
         alpha_min=low,
-        alpha_max=draw(st.sampled_from([0.75, 1.0])),
+        alpha_max=high,
         trust_region=draw(st.sampled_from([0.01, 0.3])),
         schedule_tokens=10,
         teacher_support_top_k=draw(st.sampled_from([-1, -1, 1, 3])),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINES", "Engine", "open_engine"]
 
-ENGINES = ("local", "toy")
+ENGINES = ("local", "vllm", "toy")
 
 
 def open_engine(
@@ -29,6 +29,10 @@ def open_engine(
         from optimal_sampling.engines.local.engine import LocalEngine
 
         return LocalEngine.load(models, mixture, options, vocabulary, **specific)
+    if name == "vllm":
+        from optimal_sampling.engines.vllm.engine import VllmEngine
+
+        return VllmEngine.load(models, mixture, options, vocabulary, **specific)
     if name == "toy":
         from optimal_sampling.engines.toy import ToyEngine
 

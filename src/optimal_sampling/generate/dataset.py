@@ -185,8 +185,6 @@ def _parse(path: Path, number: int, line: bytes) -> Row:
         raise DatasetError(f"{place}: nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits
         raise DatasetError(f"{place}: {error}") from None
-    if line.lstrip()[:1] == b"[":
-        raise DatasetError(f"dataset {path} holds a JSON array at line {number}; give one object per line (JSONL)")
     if not isinstance(row, dict):
         raise DatasetError(f"dataset {path}, line {number}, column 1: expected an object {{...}}, found {_kind(row)}")
     return row

@@ -10,7 +10,7 @@ from optimal_sampling.config import EngineConfig, MixtureConfig
 from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts, LinearCost, Lookup, PerRound
 from optimal_sampling.errors import ConfigError
 from tests.engines.conformance import Harness, requests_of
-from tests.engines.local.conftest import CONTEXT, engine_of, tiny_model
+from tests.engines.local.conftest import CONTEXT, engine_of, tiny_model, vocabulary
 from tests.engines.local.test_engine import PROMPTS, same
 
 
@@ -177,8 +177,6 @@ def test_shared_weights_with_lookup_are_lockstep_bit_for_bit(models):
 def test_drafts_beside_long_prompts_chunks_and_preemption(models):
     """Guards: a round that straddles the classes of key lengths, and drafts of a row that is still being cached."""
     student, teacher = (tiny_model(s, layers=2, max_position_embeddings=2048) for s in (1, 2))
-    from tests.engines.local.conftest import vocabulary
-
     engine = engine_of(student, teacher, vocab=vocabulary(context=2048), prefill_chunk=100, batch_size=4)
     prompts = [([2, 3] * n, [1, 4, 5] * (n // 2 + 1)) for n in (3, 95, 185, 189, 230, 500)]
     requests = requests_of(Harness(None, None, prompts, 2048), 6, new=40)
@@ -197,3 +195,18 @@ def test_fixed_drafts_do_not_vary():
     """Guards: a length that was asked for and is not used."""
     assert FixedDrafts(4).forced() == 5
     assert FixedDrafts(0).forced() == 1
+
+
+def test_drafts_do_not_decide_who_fits_into_memory(models):
+    """Guards: requests that plain decoding serves and that fail with drafts, for room that only drafts would take."""
+    requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 8, new=60)
+    per_token = sum(r.bytes_per_token for r in engine_of(*models).pair.runners.values())
+    endless = vocabulary(stop_ids=frozenset())
+    engine = engine_of(*models, kv_memory_gib=64 * per_token / 2**30, batch_size=4, vocab=endless)
+    plain = list(engine.with_mixture(draft_tokens=0).generate(requests))
+    assert any(c.error for c in plain)
+    assert any(not c.error for c in plain)
+    for drafts in (3, 16, "auto"):
+        drafted = list(engine.with_mixture(draft_tokens=drafts).generate(requests))
+        assert same(plain, drafted)
+        assert {c.request.id: c.error for c in plain} == {c.request.id: c.error for c in drafted}
