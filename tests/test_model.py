@@ -414,3 +414,13 @@ def test_prompt_beyond_the_context_fails_alone(model: OptimalSamplingModel) -> N
     assert outputs.generated_texts is not None
     assert outputs.generated_texts[0] == ""
     assert outputs.generated_texts[1]
+
+
+def test_an_empty_prompt_fails_alone_and_generators_are_read_once(model: OptimalSamplingModel) -> None:
+    """Guards: a chat template that hides an empty prompt, and a generator that a check has used up."""
+    prompts = (prompt for prompt in ("1+1=?", " ", "2+2=?"))
+    with pytest.warns(UserWarning, match="empty"):
+        outputs = model.generate(prompts, max_new_tokens=4, enable_chat_template=True)
+    assert outputs.errors is not None
+    assert [bool(error) for error in outputs.errors] == [False, True, False]
+    assert outputs.generated_ids.shape[0] == 3

@@ -105,6 +105,9 @@ class PromptRenderer:
         is empty.
         """
         teacher_turn = student_turn if teacher_turn is None else teacher_turn
+        for role, turn in (("student", student_turn), ("teacher", teacher_turn)):
+            if not turn.strip():
+                raise PromptError(f"the {role}'s prompt is empty")
         return self._render(Conversation(problem=student_turn), student_turn, teacher_turn)
 
     def _render(self, conversation: Conversation, student_turn: str, teacher_turn: str) -> RenderedPrompt:
