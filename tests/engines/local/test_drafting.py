@@ -160,6 +160,7 @@ def test_speculative_is_lockstep_bit_for_bit(models, mixture):
         drafting = engine.with_mixture(draft_tokens=drafts)
         assert same(lockstep, drafting.generate(requests))
         assert 0 < drafting.last_run.accepted < drafting.last_run.drafted
+        assert f"of {drafting.last_run.drafted} drafted" in drafting.notes()["drafts"]
 
 
 def test_shared_weights_with_lookup_are_lockstep_bit_for_bit(models):

@@ -171,7 +171,7 @@ class LocalEngine(Engine):
         return int(MEMORY_SHARE["cpu"] * _free_memory())
 
     def notes(self) -> dict[str, str]:
-        """Device, precision, attention, memory and shapes in use."""
+        """Device, precision, memory and batch in use, and what speculation did in the latest run."""
         runner = self.pair.runners[self.roles[-1]]
         notes = {
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
@@ -179,6 +179,13 @@ class LocalEngine(Engine):
             "dtype": str(runner.model.dtype).removeprefix("torch."),
             "kv_memory": f"{self.memory_budget() / GIB:.2f} GiB",
         }
+        rows = self._setting().options.batch_size
+        notes["batch"] = f"up to {rows} requests in flight"
+        if rows < self.options.batch_size:
+            notes["batch"] += f", not {self.options.batch_size}: their logits would not fit into memory"
+        if self.last_run is not None and self.last_run.drafted:
+            drafted, accepted = self.last_run.drafted, self.last_run.accepted
+            notes["drafts"] = f"{accepted} of {drafted} drafted tokens accepted in {self.last_run.rounds} rounds"
         if self.pair.shared:
             notes["weights"] = "the same for student and teacher, loaded once, both contexts in one forward pass"
         return notes
