@@ -1,5 +1,7 @@
 """The scheduler against a pretend cache: lists of token ids that must always be what the sequences say."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -143,6 +145,13 @@ def test_width_stays_within_the_context(limit, width):
     """Guards: feeding positions beyond the model's last one."""
     scheduler = Scheduler(limits(chunk=100, contexts=(limit, None)))
     assert scheduler.next_round(iter([sequence(0, 10, 6, 30)]), 8).width == width
+
+
+@pytest.mark.parametrize(("positions", "width"), [(None, 8), (16, 5), (9, 3), (3, 1), (1, 1)])
+def test_width_stays_within_the_logits_that_can_be_held(positions, width):
+    """Guards: needs.md 15: drafts that multiply the logits of a large batch until memory is full."""
+    bounded = dataclasses.replace(limits(chunk=100), positions=positions)
+    assert Scheduler(bounded).next_round(iter([sequence(i, 4, 4, 30) for i in range(3)]), 8).width == width
 
 
 def test_requests_are_pulled_only_as_there_is_room():

@@ -49,6 +49,8 @@ class RunSetting:
     """Per context, the number of ids that its model knows."""
     memory: int
     """Bytes for the caches."""
+    positions: int
+    """Most tokens whose logits are held at once."""
     capture: frozenset[str] = frozenset()
 
 

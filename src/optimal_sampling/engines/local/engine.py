@@ -141,16 +141,17 @@ class LocalEngine(Engine):
     def _setting(self) -> RunSetting:
         contexts = {"student": self.vocabulary.student_context, "teacher": self.vocabulary.teacher_context}
         memory = self.memory_budget()
-        rows = max(1, memory // (4 * self._row_bytes()))
+        positions = max(1, memory // (4 * self._position_bytes()))
         return RunSetting(
             roles=self.roles,
             mixture=self.mixture,
-            options=replace(self.options, batch_size=min(self.options.batch_size, rows)),
+            options=replace(self.options, batch_size=min(self.options.batch_size, positions)),
             stop_ids=self.stop_ids,
             vocab_size=self.vocab_size,
             context_lengths=tuple(contexts[role] for role in self.roles),
             embeddings=tuple(self.pair.runners[role].embeddings for role in self.roles),
             memory=memory,
+            positions=positions,
             capture=self.capture,
         )
 
@@ -158,8 +159,8 @@ class LocalEngine(Engine):
         drafts = self.options.draft_tokens if self.mode == "mixture" else 0
         return DraftPolicy() if drafts == "auto" else FixedDrafts(int(drafts))
 
-    def _row_bytes(self) -> int:
-        """Logits, noise and temporaries of one row of a round, generously."""
+    def _position_bytes(self) -> int:
+        """Logits, noise and temporaries of one position of one row, generously."""
         return 12 * 4 * self.vocab_size
 
     def memory_budget(self) -> int:

@@ -38,6 +38,7 @@ class Run:
                 memory=setting.memory,
                 caches=tuple(lane.spec for lane in lanes),
                 context_lengths=setting.context_lengths,
+                positions=setting.positions,
                 kv_boundary=min((r for lane in lanes if (r := lane.runner.rules.kv_boundary)), default=None),
                 round_length=lambda length: max(lane.runner.rules.slot_length(length) for lane in lanes),
             )

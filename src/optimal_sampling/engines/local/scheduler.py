@@ -80,6 +80,8 @@ class Limits:
     caches: tuple[CacheSpec, ...]
     context_lengths: tuple[int | None, ...]
     """Per context, the longest sequence its model can hold."""
+    positions: int | None = None
+    """Most rows * width of one round: the logits of all of them are held at once."""
     kv_boundary: int | None = None
     """Key length at which a model's attention changes its bits; a round does not straddle it."""
     round_length: Callable[[int], int] = lambda length: -(-length // 64) * 64
@@ -276,6 +278,8 @@ class Scheduler:
         rows = [s for s, is_ready in zip(self.running, ready, strict=True) if is_ready]
         room = [self._room(s.known(context), limit) for s in rows for context, limit in self._limits(s)]
         wanted = max((s.request.max_new_tokens - len(s.output) for s in rows), default=1)
+        if self.limits.positions is not None:
+            room.append(self.limits.positions // max(1, len(self.running)))
         width = max(1, min([width, wanted, *room]))
         while width > 1 and not self._fits(self.running, width):
             width //= 2
