@@ -134,6 +134,9 @@ class EngineConfig:
     """Most prompt tokens that one forward pass takes beside the tokens being decoded."""
     draft_tokens: int | Literal["auto"] = "auto"
     """Tokens drafted ahead per round: `auto` measures what pays, 0 is plain decoding. Never changes what is drawn."""
+    attention: Literal["auto", "varlen", "flash_attn", "sdpa"] = "auto"
+    """`auto`: Flash Attention over pages of memory on a GPU in half precision (PyTorch's own `varlen`, else the
+    `flash_attn` package), and PyTorch's SDPA over slots where that cannot be, for a reason that is named."""
     batch_invariant: bool = True
     """Shapes under which a row's float32 logits on a CPU have the same bits whatever shares its batch."""
 
@@ -143,6 +146,8 @@ class EngineConfig:
             self.draft_tokens == "auto" or (isinstance(self.draft_tokens, int) and self.draft_tokens >= 0),
             f"draft_tokens must be 'auto' or a number of at least 0, got {self.draft_tokens!r}",
         )
+        kinds = ("auto", "varlen", "flash_attn", "sdpa")
+        _require(self.attention in kinds, f"attention must be one of {', '.join(kinds)}, got {self.attention!r}")
         _require(self.prefill_chunk >= 1, f"prefill_chunk must be at least 1, got {self.prefill_chunk}")
         _require(
             self.kv_memory_gib is None or self.kv_memory_gib > 0,

@@ -58,7 +58,7 @@ def _run(bench: Bench, prompts: int, batch_size: int, tell: Callable[[str], None
         run = engine.last_run
         assert run is not None
         rows = max(rows, len(run.scheduler.running))
-        kv = max(kv, sum(lane.cache.bytes_per_token * lane.cache.slots * lane.cache.length for lane in run.lanes))
+        kv = max(kv, sum(lane.cache.held for lane in run.lanes))
     return Growth(
         prompts=prompts,
         batch_size=batch_size,

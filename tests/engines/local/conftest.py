@@ -9,7 +9,6 @@ import transformers
 
 from optimal_sampling.config import EngineConfig, MixtureConfig
 from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
-from optimal_sampling.engines.local.loading import prepare
 from optimal_sampling.vocabulary import Vocabulary
 
 VOCAB, CONTEXT = 12, 96
@@ -47,10 +46,7 @@ def engine_of(student, teacher, mixture=None, vocab=None, **options):
     """A local engine on models in memory. The same object twice: shared weights."""
     vocab = vocab or vocabulary()
     options = EngineConfig(**{"kv_memory_gib": 0.1, **options})
-    shared = student is teacher
-    teacher_runner = prepare(teacher, vocab.size, "teacher", options.batch_invariant)
-    student_runner = teacher_runner if shared else prepare(student, vocab.size, "student", options.batch_invariant)
-    pair = LoadedPair({"student": student_runner, "teacher": teacher_runner}, shared)
+    pair = LoadedPair.of({"student": student, "teacher": teacher}, vocab.size, options)
     return LocalEngine(pair, mixture or MixtureConfig(), options, vocab)
 
 

@@ -97,8 +97,8 @@ def test_the_check_notices_what_is_left_out(left_out, monkeypatch):
     model = tiny_model(3, kind="Gemma2", scale=0.5, sliding_window=5, attn_logit_softcapping=2.0)
     original = attention._over_group
 
-    def broken(call, query, group, packed):
-        return original(dataclasses.replace(call, **left_out), query, group, packed)
+    def broken(plan, call, query, group, packed):
+        return original(plan, dataclasses.replace(call, **left_out), query, group, packed)
 
     monkeypatch.setattr(attention, "_over_group", broken)
     with pytest.raises(ModelError, match="sampled wrongly"):

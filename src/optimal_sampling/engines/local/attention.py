@@ -8,7 +8,7 @@ they may see. Nothing here knows of sequences or of sampling.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,33 @@ from torch import Tensor
 from optimal_sampling.engines.local.kv_cache import KVCache
 from optimal_sampling.engines.local.shapes import round_up
 
-__all__ = ["NAME", "AttentionPlan", "Group", "register"]
+__all__ = ["NAME", "AttentionPlan", "Call", "Group", "Plan", "register"]
 
 NAME = "optimal_sampling"
 """Under this name Transformers finds the function."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One layer's call."""
+
+    layer: int
+    query: Float[Tensor, "heads tokens key_dim"]
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+class Plan(Protocol):
+    """What one forward pass needs to attend; the model hands it through to every layer unread."""
+
+    layers_called: list[int]
+
+    def attend(
+        self, call: Call, key: Float[Tensor, "kv_heads tokens dim"], value: Float[Tensor, "kv_heads tokens dim"]
+    ) -> Float[Tensor, "tokens heads dim"]:
+        """Store the tokens of this forward pass, and attend."""
 
 
 @dataclass(eq=False)
@@ -52,7 +75,7 @@ class Group:
 
 @dataclass(eq=False)
 class AttentionPlan:
-    """What one forward pass needs to attend; the model hands it through to every layer unread."""
+    """The `Plan` over slots, with PyTorch's SDPA."""
 
     cache: KVCache
     write: Int[Tensor, " tokens"]
@@ -64,6 +87,40 @@ class AttentionPlan:
     is_long: Bool[Tensor, " rows"] | None
     query_multiple: int
     layers_called: list[int] = field(default_factory=list)
+    needs: set[str] = field(default_factory=set)
+    """Features of attention that the model used and that not every kernel has."""
+
+    def attend(
+        self, call: Call, key: Float[Tensor, "kv_heads tokens dim"], value: Float[Tensor, "kv_heads tokens dim"]
+    ) -> Float[Tensor, "tokens heads dim"]:
+        """Store the tokens of this forward pass, then attend group by group."""
+        self.needs |= {name for name, x in (("soft caps", call.softcap), ("sinks", call.sinks)) if x is not None}
+        self.cache.write(call.layer, self.write, key.transpose(0, 1), value.transpose(0, 1))
+        parts = [self._chunk(call, group) for group in self.chunks]
+        parts += self._dense(call)
+        if self.padding:
+            parts.insert(0, call.query.new_zeros(self.padding, call.query.shape[0], value.shape[-1]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _dense(self, call: Call) -> list[Float[Tensor, "tokens heads value_dim"]]:
+        outputs = []
+        for group in self.dense:
+            rows, width = group.positions.shape
+            query = call.query[:, call.query.shape[1] - rows * width :]
+            query = query.reshape(query.shape[0], rows, width, -1).transpose(0, 1)
+            outputs.append(_over_group(self, call, query, group, packed=True).transpose(1, 2))
+        if not outputs:
+            return []
+        output = outputs[0]
+        if self.is_long is not None:
+            output = torch.where(self.is_long[:, None, None, None], outputs[1], output)
+        return [output.reshape(-1, *output.shape[2:])]
+
+    def _chunk(self, call: Call, group: Group) -> Float[Tensor, "tokens heads value_dim"]:
+        assert group.queries is not None
+        query = call.query[:, group.queries].transpose(0, 1)
+        output = _over_group(self, call, query, group, packed=False).transpose(1, 2)
+        return output.reshape(-1, *output.shape[2:])[group.returns]
 
 
 def attend(
@@ -73,7 +130,7 @@ def attend(
     value: Float[Tensor, "1 kv_heads tokens value_dim"],
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    plan: AttentionPlan | None = None,
+    plan: Plan | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Float[Tensor, " heads"] | None = None,
@@ -83,13 +140,8 @@ def attend(
     assert plan is not None, "it does not hand keyword arguments through to its attention layers"
     layer: int = module.layer_idx  # type: ignore[assignment]
     plan.layers_called.append(layer)
-    plan.cache.write(layer, plan.write, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    call = _Call(layer, query[0], scaling, sliding_window, softcap, s_aux, plan)
-    parts = [_chunk(call, group) for group in plan.chunks]
-    parts += _dense(call)
-    if plan.padding:
-        parts.insert(0, query.new_zeros(plan.padding, query.shape[1], value.shape[-1]))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+    call = Call(layer, query[0], scaling, sliding_window, softcap, s_aux)
+    return plan.attend(call, key[0], value[0])[None], None
 
 
 def register() -> None:
@@ -99,50 +151,15 @@ def register() -> None:
     AttentionInterface.register(NAME, attend)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Call:
-    """One layer's call."""
-
-    layer: int
-    query: Float[Tensor, "heads tokens key_dim"]
-    scaling: float | None
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-    plan: AttentionPlan
-
-
-def _dense(call: _Call) -> list[Float[Tensor, "tokens heads value_dim"]]:
-    outputs = []
-    for group in call.plan.dense:
-        rows, width = group.positions.shape
-        query = call.query[:, call.query.shape[1] - rows * width :]
-        query = query.reshape(query.shape[0], rows, width, -1).transpose(0, 1)
-        outputs.append(_over_group(call, query, group, packed=True).transpose(1, 2))
-    if not outputs:
-        return []
-    output = outputs[0]
-    if call.plan.is_long is not None:
-        output = torch.where(call.plan.is_long[:, None, None, None], outputs[1], output)
-    return [output.reshape(-1, *output.shape[2:])]
-
-
-def _chunk(call: _Call, group: Group) -> Float[Tensor, "tokens heads value_dim"]:
-    assert group.queries is not None
-    query = call.query[:, group.queries].transpose(0, 1)
-    output = _over_group(call, query, group, packed=False).transpose(1, 2)
-    return output.reshape(-1, *output.shape[2:])[group.returns]
-
-
 def _over_group(
-    call: _Call, query: Float[Tensor, "rows heads queries key_dim"], group: Group, packed: bool
+    plan: AttentionPlan, call: Call, query: Float[Tensor, "rows heads queries key_dim"], group: Group, packed: bool
 ) -> Float[Tensor, "rows heads queries value_dim"]:
-    keys, values = call.plan.cache.read(call.layer, group.slots, group.length)
+    keys, values = plan.cache.read(call.layer, group.slots, group.length)
     mask = group.mask(call.window, query.dtype)
     if call.softcap is not None or call.sinks is not None:
         return _explicit(call, query, keys, values, mask)
     if packed:
-        return _packed(query, keys, values, mask, call.scaling, call.plan.query_multiple)
+        return _packed(query, keys, values, mask, call.scaling, plan.query_multiple)
     if query.device.type == "cpu":
         return F.scaled_dot_product_attention(query, keys, values, mask[:, None], scale=call.scaling, enable_gqa=True)
     repeats = query.shape[1] // keys.shape[1]
@@ -173,7 +190,7 @@ def _packed(
 
 
 def _explicit(
-    call: _Call, query: Tensor, keys: Tensor, values: Tensor, mask: Float[Tensor, "rows queries length"]
+    call: Call, query: Tensor, keys: Tensor, values: Tensor, mask: Float[Tensor, "rows queries length"]
 ) -> Float[Tensor, "rows heads queries value_dim"]:
     """Written out, for what the fused kernels lack: scores capped by tanh, and a sink that only takes weight."""
     repeats = query.shape[1] // keys.shape[1]

@@ -12,10 +12,10 @@ of all n tokens are one forward pass.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
@@ -23,9 +23,11 @@ from torch import Tensor
 from optimal_sampling.config import EngineConfig, MixtureConfig
 from optimal_sampling.distribution import Step, draft, gumbel, keys_tensor, step
 from optimal_sampling.distribution.single import single_step
+from optimal_sampling.engines.local.clock import Clock
 from optimal_sampling.engines.local.drafting import DraftPolicy, PerRound
 from optimal_sampling.engines.local.lane import Lane
 from optimal_sampling.engines.local.scheduler import Round, Sequence
+from optimal_sampling.engines.local.transfer import to_device
 
 __all__ = ["Drawer", "Drawn", "RunSetting"]
 
@@ -49,6 +51,8 @@ class RunSetting:
     """Per context, the number of ids that its model knows."""
     memory: int
     """Bytes for the caches."""
+    pages: int | None
+    """Pages per cache; None: caches of slots."""
     positions: int
     """Most tokens whose logits are held at once."""
     capture: frozenset[str] = frozenset()
@@ -64,22 +68,26 @@ class Drawn:
     captured: dict[str, Float[Tensor, "tokens vocab"]]
     confidences: Seq[Seq[float]]
     """Per draft and row, how sure the drafter was."""
-    step_seconds: float
-    """All drafter steps."""
-    verify_seconds: float
+    clock: Clock
+    """Two laps: all drafter steps, and the verification."""
 
     @property
     def width(self) -> int:
         """Positions per row."""
         return self.drafts.shape[1] + 1
 
+    def packed(self) -> Float32[Tensor, "tokens columns"]:
+        """The draft of every position, 0 at a row's last, before `Step.pack`: one copy to the host."""
+        drafts = torch.nn.functional.pad(self.drafts, (0, 1)).reshape(-1, 1)
+        return torch.cat([drafts.to(torch.float32), self.step.pack()], 1)
+
 
 class Noise:
     """Gumbel noise of a round's positions, made at once where it is small."""
 
     def __init__(self, rows: list[Sequence], width: int, vocab: int, device: torch.device) -> None:
-        self._keys = keys_tensor([s.request.noise_key for s in rows]).to(device)
-        self._first = torch.tensor([len(s.output) for s in rows], device=device)
+        self._keys = to_device(keys_tensor([s.request.noise_key for s in rows]).numpy(), device)
+        self._first = to_device(np.array([len(s.output) for s in rows]), device)
         self._vocab = vocab
         self._made: list[Float32[Tensor, "rows vocab"]] = []
         if width > 1 and len(rows) * width * vocab <= BLOCK:
@@ -122,7 +130,7 @@ class Drawer:
     def _with_student(self, plan: Round, rows: list[Sequence], noise: Noise) -> Drawn:
         """The student steps and drafts while that pays, then the teacher verifies."""
         student, teacher = self.lanes
-        started = time.perf_counter()
+        clock = Clock(self.device)
         expected = PerRound(self.policy, plan.ready)
         forced = self.policy.forced()
         drafts = torch.empty(len(rows), 0, dtype=torch.int64, device=self.device)
@@ -135,13 +143,10 @@ class Drawer:
             if not expected.wants(self._confidence(logits[-1], token), insist=forced is not None):
                 break
             drafts = torch.cat([drafts, token[:, None]], 1)
-        stepped = time.perf_counter()
+        clock.mark()
         [teacher_logits] = teacher.forward(plan, rows, drafts)
-        verified = time.perf_counter()
-        return self._finish(
-            (torch.stack(logits, 1), teacher_logits), drafts, noise, expected.confidences, stepped - started,
-            verified - stepped,
-        )  # fmt: skip
+        clock.mark()
+        return self._finish((torch.stack(logits, 1), teacher_logits), drafts, noise, expected.confidences, clock)
 
     def _confidence(self, logits: Float[Tensor, "rows vocab"], token: Int64[Tensor, " rows"]) -> list[float]:
         """The student's probability of its drafts. On a GPU it would cost a synchronisation each: one class for all."""
@@ -153,14 +158,14 @@ class Drawer:
 
     def _at_once(self, plan: Round, rows: list[Sequence], noise: Noise) -> Drawn:
         """One model: both contexts of the last token and of what was looked up, in one forward pass."""
-        started = time.perf_counter()
+        clock = Clock(self.device)
         width = self.policy.forced() or plan.width
         found, confidences = self._looked_up(plan, rows, min(width, plan.width) - 1)
-        drafts = torch.tensor(found, dtype=torch.int64, device=self.device).view(len(rows), -1)
-        stepped = time.perf_counter()
+        drafts = to_device(np.array(found, dtype=np.int64).reshape(len(rows), -1), self.device)
+        clock.mark()
         logits = self.lanes[0].forward(plan, rows, drafts)
-        verified = time.perf_counter()
-        return self._finish(tuple(logits), drafts, noise, confidences, stepped - started, verified - stepped)
+        clock.mark()
+        return self._finish(tuple(logits), drafts, noise, confidences, clock)
 
     def _looked_up(self, plan: Round, rows: list[Sequence], most: int) -> tuple[list[list[int]], list[list[float]]]:
         """Drafts of equal length for every row; rows with fewer are filled up with what will be rejected."""
@@ -184,8 +189,7 @@ class Drawer:
         drafts: Int[Tensor, "rows drafts"],
         noise: Noise,
         confidences: Seq[Seq[float]],
-        step_seconds: float,
-        verify_seconds: float,
+        clock: Clock,
     ) -> Drawn:
         """From logits to tokens."""
         setting, width = self.setting, drafts.shape[1] + 1
@@ -199,4 +203,4 @@ class Drawer:
             drawn = step(flat[0], flat[1], noise.upto(width), positions, setting.mixture, keep_log_q=keep)
             if drawn.log_q is not None:
                 captured["log_q"] = drawn.log_q
-        return Drawn(drafts, drawn, captured, confidences, step_seconds, verify_seconds)
+        return Drawn(drafts, drawn, captured, confidences, clock)

@@ -17,7 +17,9 @@ from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts
 from optimal_sampling.engines.local.drawing import RunSetting
 from optimal_sampling.engines.local.forward import ModelRunner
 from optimal_sampling.engines.local.lane import Lane
-from optimal_sampling.engines.local.loading import load_model, prepare
+from optimal_sampling.engines.local.loading import load_model, prepare_pair
+from optimal_sampling.engines.local.paged.cache import PAGE
+from optimal_sampling.engines.local.paged.forward import PagedRunner
 from optimal_sampling.engines.local.run import Run
 from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.types import Completion, Request
@@ -30,16 +32,35 @@ Mode = Literal["mixture", "student", "teacher"]
 
 GIB = 2**30
 CAPTURES = frozenset({"student_logits", "teacher_logits", "log_q"})
-MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.8}
+MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.75}
 """Share of the memory free after loading that the caches may take; the rest is for logits and activations."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class LoadedPair:
     """Both models in memory. `shared`: they are the same weights, loaded once."""
 
     runners: dict[str, ModelRunner]
     shared: bool
+    attention: str = "PyTorch SDPA"
+    """Which attention runs, and why, for people."""
+    memory: int | None = None
+    """Bytes that were free for caches once the models were loaded (GPU only, where caches outlive a run)."""
+
+    @classmethod
+    def of(cls, models: dict[str, Any], vocab_size: int, options: EngineConfig) -> LoadedPair:
+        """Models by role, made ready to run. Raises ModelError, ConfigError, MissingDependencyError."""
+        runners, note = prepare_pair(models, vocab_size, options)
+        pair = cls(runners, len(models) == 2 and models["student"] is models["teacher"], note)
+        device = next(iter(runners.values())).device
+        if device.type == "cuda":
+            pair.memory = int(MEMORY_SHARE["cuda"] * torch.cuda.mem_get_info(device)[0])
+        return pair
+
+    @property
+    def paged(self) -> bool:
+        """Rows live in pages, not in slots."""
+        return all(isinstance(runner, PagedRunner) for runner in self.runners.values())
 
 
 class LocalEngine(Engine):
@@ -85,14 +106,13 @@ class LocalEngine(Engine):
         """Load the models. Raises ModelError, ConfigError, MissingDependencyError."""
         paths = {"student": resolve_model(models.student), "teacher": resolve_model(models.teacher)}
         shared = os.path.realpath(paths["student"]) == os.path.realpath(paths["teacher"])
-        runners: dict[str, ModelRunner] = {}
+        loaded: dict[str, Any] = {}
         for role in ("teacher", "student"):
             if role == "student" and shared:
-                runners[role] = runners["teacher"]
+                loaded[role] = loaded["teacher"]
             elif mode in ("mixture", role):
-                model = load_model(paths[role], models, role, load_kwargs)
-                runners[role] = prepare(model, vocabulary.size, role, options.batch_invariant)
-        return cls(LoadedPair(runners, shared), mixture, options, vocabulary, mode)
+                loaded[role] = load_model(paths[role], models, role, load_kwargs)
+        return cls(LoadedPair.of(loaded, vocabulary.size, options), mixture, options, vocabulary, mode)
 
     def with_mixture(
         self,
@@ -111,7 +131,8 @@ class LocalEngine(Engine):
         """Serve the requests; see `Engine`."""
         if not self.pair.runners:
             raise EngineError("this engine was closed; open another one")
-        self.last_run = Run(self._lanes(), self._setting(), self._policy())
+        setting = self._setting()
+        self.last_run = Run(self._lanes(setting.pages), setting, self._policy())
         try:
             yield from self.last_run.completions(requests)
         except torch.OutOfMemoryError as error:
@@ -120,7 +141,7 @@ class LocalEngine(Engine):
             ) from error
         finally:
             for lane in self.last_run.lanes:
-                lane.cache.reshape(0, 0)
+                lane.close()
 
     @property
     def device(self) -> torch.device:
@@ -132,11 +153,21 @@ class LocalEngine(Engine):
         """The models that take part, in the order of their contexts."""
         return ("student", "teacher") if self.mode == "mixture" else (self.mode,)
 
-    def _lanes(self) -> list[Lane]:
+    def _lanes(self, pages: int | None) -> list[Lane]:
         runners = [self.pair.runners[role] for role in self.roles]
+        for runner in self.pair.runners.values():
+            if isinstance(runner, PagedRunner):
+                runner.drop_caches(keep=pages if runner in runners else None)
         if len(runners) == 2 and self.pair.shared:
-            return [Lane(runners[0], (0, 1), runners[0].bytes_per_token)]
-        return [Lane(runner, (i,), runner.bytes_per_token) for i, runner in enumerate(runners)]
+            return [Lane(runners[0], (0, 1), pages)]
+        return [Lane(runner, (i,), pages) for i, runner in enumerate(runners)]
+
+    def _pages(self, memory: int) -> int | None:
+        """Pages of each cache: as many for one model as for the other."""
+        if not self.pair.paged:
+            return None
+        distinct = {id(runner): runner.bytes_per_token for role in self.roles if (runner := self.pair.runners[role])}
+        return max(1, memory // (PAGE * sum(distinct.values())) - 1)  # one is scratch
 
     def _setting(self) -> RunSetting:
         contexts = {"student": self.vocabulary.student_context, "teacher": self.vocabulary.teacher_context}
@@ -151,6 +182,7 @@ class LocalEngine(Engine):
             context_lengths=tuple(contexts[role] for role in self.roles),
             embeddings=tuple(self.pair.runners[role].embeddings for role in self.roles),
             memory=memory,
+            pages=self._pages(memory),
             positions=positions,
             capture=self.capture,
         )
@@ -167,8 +199,8 @@ class LocalEngine(Engine):
         """Bytes for the KV caches: as asked, or a share of what is free now."""
         if self.options.kv_memory_gib is not None:
             return int(self.options.kv_memory_gib * GIB)
-        if self.device.type == "cuda":
-            return int(MEMORY_SHARE["cuda"] * torch.cuda.mem_get_info(self.device)[0])
+        if self.pair.memory is not None:
+            return self.pair.memory
         return int(MEMORY_SHARE["cpu"] * _free_memory())
 
     def notes(self) -> dict[str, str]:
@@ -179,6 +211,7 @@ class LocalEngine(Engine):
             "threads": str(torch.get_num_threads()),
             "dtype": str(runner.model.dtype).removeprefix("torch."),
             "kv_memory": f"{self.memory_budget() / GIB:.2f} GiB",
+            "attention": self.pair.attention,
         }
         rows = self._setting().options.batch_size
         notes["batch"] = f"up to {rows} requests in flight"

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from optimal_sampling.engines.local.attention import AttentionPlan, Group
-from optimal_sampling.engines.local.kv_cache import KVCache
+from optimal_sampling.engines.local.attention import AttentionPlan, Group, Plan
+from optimal_sampling.engines.local.kv_cache import Cache, KVCache
 from optimal_sampling.engines.local.scheduler import Chunk
 from optimal_sampling.engines.local.shapes import PLAIN, ShapeRules, round_up
+from optimal_sampling.engines.local.transfer import to_device
 
 __all__ = ["ModelRunner"]
 
@@ -35,7 +36,7 @@ class ModelRunner:
 
     def forward(
         self,
-        cache: KVCache,
+        cache: Cache,
         tokens: Int[Tensor, "rows width"],
         start: Int[np.ndarray, " rows"],
         idle: Sequence[int] = (),
@@ -51,13 +52,14 @@ class ModelRunner:
     @torch.inference_mode()
     def forward_with_plan(
         self,
-        cache: KVCache,
+        cache: Cache,
         tokens: Int[Tensor, "rows width"],
         start: Int[np.ndarray, " rows"],
         idle: Sequence[int] = (),
         chunks: Sequence[Chunk] = (),
-    ) -> tuple[Float[Tensor, "rows width vocab"], AttentionPlan]:
+    ) -> tuple[Float[Tensor, "rows width vocab"], Plan | None]:
         """`forward`, and the plan, which tells which layers called the attention function."""
+        assert isinstance(cache, KVCache)
         rows, width = tokens.shape
         positions = start[:, None] + np.arange(width)
         write = np.arange(rows)[:, None] * cache.length + positions
@@ -91,7 +93,7 @@ class ModelRunner:
         return logits[0, -rows * width :, : self.vocab_size].unflatten(0, (rows, width)), plan
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return to_device(array, self.device)
 
     def _dense_groups(self, positions: Int[np.ndarray, "rows width"]) -> tuple[tuple[Group, ...], Tensor | None]:
         """The rows at once; where some see short and some long keys, all rows twice, to be selected from."""

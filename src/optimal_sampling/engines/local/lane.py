@@ -8,28 +8,39 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from optimal_sampling.engines.local.forward import ModelRunner
-from optimal_sampling.engines.local.kv_cache import KVCache
+from optimal_sampling.engines.local.kv_cache import Cache, KVCache
+from optimal_sampling.engines.local.paged.cache import PagedCache
+from optimal_sampling.engines.local.paged.forward import PagedRunner
 from optimal_sampling.engines.local.scheduler import CacheSpec, Chunk, Round, Sequence
+from optimal_sampling.engines.local.transfer import to_device
 
-__all__ = ["Lane"]
+__all__ = ["Lane", "grow_slots"]
 
 
 class Lane:
     """One model with its cache, and the contexts of every row that live in it."""
 
-    def __init__(self, runner: ModelRunner, contexts: tuple[int, ...], bytes_per_token: int) -> None:
+    def __init__(self, runner: ModelRunner, contexts: tuple[int, ...], pages: int | None = None) -> None:
         self.runner = runner
         self.contexts = contexts
-        self.cache = KVCache()
-        self.spec = CacheSpec(contexts, bytes_per_token)
+        self.spec = CacheSpec(contexts, runner.bytes_per_token)
+        self.cache: Cache = KVCache()
+        if pages is not None:
+            assert isinstance(runner, PagedRunner)
+            self.cache = runner.borrow_cache(pages)
 
-    def bytes_with(self, rows: int, length: int) -> int:
-        """Memory of the cache with room for this many rows of this length."""
-        return rows * len(self.contexts) * length * self.spec.bytes_per_token
+    def make_room(self, rows: list[Sequence], width: int) -> None:
+        """Pages for every row's text and `width` more tokens."""
+        assert isinstance(self.cache, PagedCache)
+        self.cache.reserve([s.known(context) + width for s in rows for context in self.contexts])
 
-    def holds(self, rows: int, length: int) -> bool:
-        """Whether the cache has this room already."""
-        return rows * len(self.contexts) <= self.cache.slots and length <= self.cache.length
+    def close(self) -> None:
+        """Let go of the cache."""
+        if isinstance(self.cache, PagedCache):
+            assert isinstance(self.runner, PagedRunner)
+            self.runner.return_cache(self.cache)
+        elif isinstance(self.cache, KVCache):
+            self.cache.reshape(0, 0)
 
     def move(self, source: int, target: int, rows: list[Sequence]) -> None:
         """Copy a row's contexts to another row's slots."""
@@ -55,9 +66,29 @@ class Lane:
         tokens = drafts.repeat_interleave(width, 0) if width > 1 else drafts
         chunks: list[Chunk] = []
         if offset == 0:
-            last = torch.tensor([[s.last(c)] for s in rows for c in self.contexts], device=drafts.device)
+            last = to_device(np.array([[s.last(c)] for s in rows for c in self.contexts]), drafts.device)
             tokens = torch.cat([last, tokens], 1)
             pairs = [(i, chunk) for i, context in enumerate(self.contexts) for chunk in plan.chunks[context]]
             chunks = [Chunk(chunk.slot * width + i, chunk.start, chunk.ids) for i, chunk in pairs]
         logits = self.runner.forward(self.cache, tokens, start, idle, chunks)
         return [logits[i::width] for i in range(width)]
+
+
+def grow_slots(lanes: list[Lane], slots: int, lengths: tuple[int, ...], memory: int) -> None:
+    """Room for `slots` rows of these lengths in caches of slots, which grow and do not shrink.
+
+    Where growing alone would exceed `memory`, all of them take the wanted shape.
+    """
+
+    def of(lane: Lane) -> tuple[KVCache, int]:
+        assert isinstance(lane.cache, KVCache)
+        return lane.cache, slots * len(lane.contexts)
+
+    wanted = [(*of(lane), length, lane.spec.bytes_per_token) for lane, length in zip(lanes, lengths, strict=True)]
+    small = [w for w in wanted if w[1] > w[0].slots or w[2] > w[0].length]
+    if not small:
+        return
+    total = sum(count * length * bytes_ for _, count, length, bytes_ in small)
+    total += sum(w[0].slots * w[0].length * w[3] for w in wanted if w not in small)
+    for cache, count, length, _ in small if total <= memory else wanted:
+        cache.reshape(count, length)

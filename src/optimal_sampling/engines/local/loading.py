@@ -6,20 +6,24 @@ only, and then generate plausible nonsense. So each model is tried once against 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from optimal_sampling.config import ModelConfig
+from optimal_sampling.config import EngineConfig, ModelConfig
 from optimal_sampling.engines.local import attention
 from optimal_sampling.engines.local.forward import ModelRunner
-from optimal_sampling.engines.local.kv_cache import KVCache
+from optimal_sampling.engines.local.kv_cache import Cache, KVCache
+from optimal_sampling.engines.local.paged.cache import PagedCache
+from optimal_sampling.engines.local.paged.forward import PagedRunner
+from optimal_sampling.engines.local.paged.kernels import Choice, Kernel, choose_kernel
 from optimal_sampling.engines.local.scheduler import Chunk
-from optimal_sampling.engines.local.shapes import PLAIN, ShapeRules, measured_rules, pack_linears
+from optimal_sampling.engines.local.shapes import PLAIN, measured_rules, pack_linears
 from optimal_sampling.errors import ConfigError, MissingDependencyError, ModelError
 
-__all__ = ["check_architecture", "load_model", "prepare", "resolve_device", "resolve_dtype"]
+__all__ = ["check_architecture", "load_model", "prepare", "prepare_pair", "resolve_device", "resolve_dtype"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest accepted difference to the stock forward pass, relative to the largest logit."""
@@ -97,17 +101,70 @@ def _four_bit(kwargs: dict[str, Any]) -> Any:
 
 
 def prepare(model: Any, vocab_size: int, role: str, batch_invariant: bool) -> ModelRunner:
-    """Plug in our attention, check it against the stock forward pass, and choose the shapes. Raises ModelError."""
-    cache = check_architecture(model, role)
+    """Plug in our attention over slots, check it against the stock forward pass, choose the shapes.
+
+    Raises ModelError.
+    """
+    return _slot_runner(model, vocab_size, batch_invariant, check_architecture(model, role))
+
+
+def prepare_pair(models: dict[str, Any], vocab_size: int, options: EngineConfig) -> tuple[dict[str, ModelRunner], str]:
+    """Runners of models by role, and a line for people about their attention. The same object twice is prepared once.
+
+    Flash Attention over pages for all of them, or for none. Raises ModelError, ConfigError, MissingDependencyError.
+    """
+    shared = models.get("student") is models.get("teacher")
+    distinct = {role: model for role, model in models.items() if not (shared and role == "student")}
+    probes = {role: check_architecture(model, role) for role, model in distinct.items()}
+    choices = {role: _choose(model, role, probes[role], options.attention) for role, model in distinct.items()}
+    kernels = [choice.kernel for choice in choices.values()]
+    runners: dict[str, ModelRunner] = {}
+    for role, model in distinct.items():
+        kernel = choices[role].kernel
+        if kernel is not None and None not in kernels:
+            runners[role] = PagedRunner(model, vocab_size, kernel, probes[role].bytes_per_token)
+        else:
+            runners[role] = _slot_runner(model, vocab_size, options.batch_invariant, probes[role])
+    decisive = next((role for role, choice in choices.items() if choice.kernel is None), next(iter(choices)))
+    note = choices[decisive].note + (f" (the {decisive} model)" if None in kernels and len(set(kernels)) > 1 else "")
+    return {role: runners[role if role in runners else "teacher"] for role in models}, note
+
+
+def _choose(model: Any, role: str, probe: Probe, asked: str) -> Choice:
+    """The kernel for one model, tried on it."""
+    choice = choose_kernel(asked, model.device, model.dtype, probe.head_dims, probe.needs)
+    if choice.kernel is not None:
+        try:
+            check_architecture(model, role, choice.kernel)
+        except ModelError as error:
+            if asked != "auto":
+                raise
+            return Choice(None, f"PyTorch SDPA: Flash Attention failed its check, as {error}")
+    return choice
+
+
+def _slot_runner(model: Any, vocab_size: int, batch_invariant: bool, probe: Probe) -> ModelRunner:
     rules = PLAIN
     if batch_invariant and model.device.type == "cpu" and model.dtype == torch.float32:
         pack_linears(model)
-        rules = measured_rules(model, cache.head_dims)
-    return ModelRunner(model, vocab_size, rules, cache.bytes_per_token)
+        rules = measured_rules(model, probe.head_dims)
+    return ModelRunner(model, vocab_size, rules, probe.bytes_per_token)
 
 
-def check_architecture(model: Any, role: str) -> KVCache:
-    """Raise ModelError unless our forward pass gives the stock logits. Returns a cache in the model's shape.
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a model showed when it was tried."""
+
+    layers: int
+    bytes_per_token: int
+    """Of the KV cache."""
+    head_dims: set[int]
+    needs: set[str]
+    """Features of attention beyond grouped heads and windows."""
+
+
+def check_architecture(model: Any, role: str, kernel: Kernel | None = None) -> Probe:
+    """Raise ModelError unless our forward pass, over slots or with a kernel over pages, gives the stock logits.
 
     The model is left with our attention function plugged in.
     """
@@ -115,13 +172,12 @@ def check_architecture(model: Any, role: str) -> KVCache:
     name = type(model).__name__
     config = model.config.get_text_config()
     ids = torch.arange(5, 24) % config.vocab_size
-    cache = KVCache()
     try:
         with torch.inference_mode():
             model.set_attn_implementation("eager")
             stock = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, -8:].float()
         model.set_attn_implementation(attention.NAME)
-        ours, called = _two_chunks(model, ids, stock.shape[-1], cache)
+        ours, called, probe = _two_chunks(model, ids, stock.shape[-1], kernel)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -138,16 +194,29 @@ def check_architecture(model: Any, role: str) -> KVCache:
         raise ModelError(
             f"the {role} model is a {name}, whose {message}; it would be sampled wrongly, so it is refused"
         )
-    return cache
+    return probe
 
 
-def _two_chunks(model: Any, ids: torch.Tensor, vocab: int, cache: KVCache) -> tuple[torch.Tensor, list[int]]:
-    """The probe text in three forwards and in slot 1, beside another text in slot 0; logits of its last 8 tokens."""
-    runner = ModelRunner(model, vocab, ShapeRules())
-    cache.reshape(2, 64)
+def _probe_runner(model: Any, vocab: int, kernel: Kernel | None) -> tuple[ModelRunner, Cache]:
+    if kernel is None:
+        slots = KVCache()
+        slots.reshape(2, 64)
+        return ModelRunner(model, vocab), slots
+    pages = PagedCache(2)
+    pages.reserve([64, 64])
+    return PagedRunner(model, vocab, kernel), pages
+
+
+def _two_chunks(
+    model: Any, ids: torch.Tensor, vocab: int, kernel: Kernel | None
+) -> tuple[torch.Tensor, list[int], Probe]:
+    """The probe text in three forwards and in row 1, beside another text in row 0; logits of its last 8 tokens."""
+    runner, cache = _probe_runner(model, vocab, kernel)
     text, other = ids.tolist(), ids.flip(0).tolist()
     runner.forward(cache, torch.tensor([[0], [0]]).to(model.device), np.array([0, 0]), (0, 1), [Chunk(1, 0, text[:5])])
     chunks = [Chunk(0, 0, other[:3]), Chunk(1, 5, text[5:11])]
     last = torch.tensor([other[3:11], text[11:19]]).to(model.device)
     logits, plan = runner.forward_with_plan(cache, last, np.array([3, 11]), (), chunks)
-    return logits[1].float(), plan.layers_called
+    assert plan is not None
+    probe = Probe(cache.layers, cache.bytes_per_token, cache.head_dims, getattr(plan, "needs", set()))
+    return logits[1].float(), plan.layers_called, probe

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from optimal_sampling.engines.base import bad_logits_message, prompt_problem
 from optimal_sampling.engines.local.drafting import DraftPolicy, Lookup
 from optimal_sampling.engines.local.drawing import Drawer, Drawn, RunSetting
-from optimal_sampling.engines.local.lane import Lane
+from optimal_sampling.engines.local.lane import Lane, grow_slots
+from optimal_sampling.engines.local.paged.cache import PAGE
 from optimal_sampling.engines.local.scheduler import Limits, Round, Scheduler, Sequence
 from optimal_sampling.types import Completion, FinishReason, Request, TokenTrace
 
@@ -39,6 +40,8 @@ class Run:
                 caches=tuple(lane.spec for lane in lanes),
                 context_lengths=setting.context_lengths,
                 positions=setting.positions,
+                pages=setting.pages,
+                page=PAGE,
                 kv_boundary=min((r for lane in lanes if (r := lane.runner.rules.kv_boundary)), default=None),
                 round_length=lambda length: max(lane.runner.rules.slot_length(length) for lane in lanes),
             )
@@ -92,31 +95,28 @@ class Run:
                 rows[chunk.slot].cached[context] += len(chunk.ids)
         done = self._emit(plan, rows, drawn)
         if not any(plan.chunks):
-            rest = time.perf_counter() - started - drawn.step_seconds - drawn.verify_seconds
-            self.policy.observe_round(drawn.width, len(rows), drawn.step_seconds, drawn.verify_seconds, rest)
+            steps, verification = drawn.clock.laps()
+            rest = time.perf_counter() - started - steps - verification
+            self.policy.observe_round(drawn.width, len(rows), steps, verification, rest)
         return done
 
     def _prepare(self, plan: Round, rows: list[Sequence]) -> None:
-        """Move rows and grow caches; all caches take the planned shape where growing alone exceeds the budget."""
+        """Move rows, and give them room for this round."""
         for lane in self.lanes:
             for source, target in plan.moves:
                 lane.move(source, target, rows)
-        wanted = list(zip(self.lanes, plan.lengths, strict=True))
-        small = [(lane, length) for lane, length in wanted if not lane.holds(plan.slots, length)]
-        if not small:
+        if self.setting.pages is None:
+            grow_slots(self.lanes, plan.slots, plan.lengths, self.setting.memory)
             return
-        kept = [lane for lane, length in wanted if lane.holds(plan.slots, length)]
-        total = sum(lane.bytes_with(plan.slots, length) for lane, length in small)
-        total += sum(lane.cache.slots * lane.cache.length * lane.spec.bytes_per_token for lane in kept)
-        for lane, length in small if total <= self.setting.memory else wanted:
-            lane.cache.reshape(plan.slots * len(lane.contexts), length)
+        for lane in self.lanes:
+            lane.make_room(rows, plan.width)
 
     # from tensors to completions
 
     def _emit(self, plan: Round, rows: list[Sequence], drawn: Drawn) -> list[Completion]:
         """Hand every ready row its tokens. The copy to the host is the round's one synchronisation."""
-        packed = drawn.step.pack().cpu().numpy().reshape(len(rows), drawn.width, -1)
-        drafts = drawn.drafts.cpu().numpy()
+        packed = drawn.packed().cpu().numpy().reshape(len(rows), drawn.width, -1)
+        drafts, packed = packed[:, :-1, 0].astype(np.int64), packed[:, :, 1:]
         kept = {name: drawn.captured[name].float().cpu() for name in self.setting.capture if name in drawn.captured}
         done = []
         for row, sequence in enumerate(rows):

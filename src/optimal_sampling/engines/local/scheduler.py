@@ -86,6 +86,10 @@ class Limits:
     """Key length at which a model's attention changes its bits; a round does not straddle it."""
     round_length: Callable[[int], int] = lambda length: -(-length // 64) * 64
     """Slot length that is allocated for a sequence of this many tokens."""
+    pages: int | None = None
+    """Pages that every cache has; None: rows live in slots of equal length."""
+    page: int = 256
+    """Tokens per page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +169,20 @@ class Scheduler:
 
     def bytes_needed(self, sequences: list[Sequence], width: int) -> int:
         """Memory of all caches, were exactly these sequences running."""
+        if self.limits.pages is not None:
+            per_cache = [c.bytes_per_token * self.pages_needed(c, sequences, width) for c in self.limits.caches]
+            return self.limits.page * sum(per_cache)
         pairs = zip(self.limits.caches, self.lengths(sequences, width), strict=True)
         per_slot = sum(len(c.contexts) * length * c.bytes_per_token for c, length in pairs)
         return self.slots(len(sequences)) * per_slot
 
+    def pages_needed(self, cache: CacheSpec, sequences: list[Sequence], width: int) -> int:
+        """Pages of one cache for these sequences while they decode `width` more tokens."""
+        return sum(-(-(s.known(c) + width) // self.limits.page) for s in sequences for c in cache.contexts)
+
     def _fits(self, sequences: list[Sequence], width: int) -> bool:
+        if self.limits.pages is not None:
+            return all(self.pages_needed(c, sequences, width) <= self.limits.pages for c in self.limits.caches)
         return self.bytes_needed(sequences, width) <= self.limits.memory
 
     def _preempt_until_it_fits(self) -> None:
