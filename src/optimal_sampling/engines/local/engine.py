@@ -213,6 +213,8 @@ class LocalEngine(Engine):
             "kv_memory": f"{self.memory_budget() / GIB:.2f} GiB",
             "attention": self.pair.attention,
         }
+        if self.pair.paged:
+            notes["cuda_graphs"] = self._graphs_note()
         rows = self._setting().options.batch_size
         notes["batch"] = f"up to {rows} requests in flight"
         if rows < self.options.batch_size:
@@ -223,6 +225,11 @@ class LocalEngine(Engine):
         if self.pair.shared:
             notes["weights"] = "the same for student and teacher, loaded once, both contexts in one forward pass"
         return notes
+
+    def _graphs_note(self) -> str:
+        graphs = [g for r in set(self.pair.runners.values()) if isinstance(r, PagedRunner) for g in r.graphs.values()]
+        off = sorted({g.off for g in graphs if g.off})
+        return f"off, because recording failed: {off[0]}" if off else f"{sum(map(len, graphs))} shapes recorded"
 
     def close(self) -> None:
         """Drop the models."""

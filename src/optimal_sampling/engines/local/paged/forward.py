@@ -7,7 +7,7 @@ ROWS, widths to the next of WIDTHS, keys to a power of two. Padding rows are idl
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from optimal_sampling.engines.local.attention import Plan
 from optimal_sampling.engines.local.forward import ModelRunner
 from optimal_sampling.engines.local.kv_cache import Cache
 from optimal_sampling.engines.local.paged.cache import PAGE, PagedCache
-from optimal_sampling.engines.local.paged.graphs import Graphs, record_cuda
+from optimal_sampling.engines.local.paged.graphs import CudaRecorder, Graphs, Recorder
 from optimal_sampling.engines.local.paged.kernels import Kernel, PagedPlan
 from optimal_sampling.engines.local.paged.layout import Batch, lay_out
 from optimal_sampling.engines.local.scheduler import Chunk
@@ -46,6 +46,7 @@ class PagedRunner(ModelRunner):
         super().__init__(model, vocab_size, bytes_per_token=bytes_per_token)
         self.kernel = kernel
         self.longest: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self.new_recorder: Callable[[], Recorder] | None = CudaRecorder if self.device.type == "cuda" else None
         self.graphs: dict[PagedCache, Graphs] = {}
         self._idle: list[PagedCache] = []
 
@@ -56,9 +57,8 @@ class PagedRunner(ModelRunner):
                 self._idle.remove(cache)
                 return cache
         cache = PagedCache(pages)
-        pool: list[Any] = []
-        if self.device.type == "cuda":
-            self.graphs[cache] = Graphs(lambda batch: self._run(cache, batch)[0], lambda run: record_cuda(run, pool))
+        if self.new_recorder is not None:
+            self.graphs[cache] = Graphs(lambda batch: self._run(cache, batch)[0], self.new_recorder())
         return cache
 
     def return_cache(self, cache: PagedCache) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optimal_sampling.engines.local.paged.layout import Batch, Shape
 
-__all__ = ["Graphs", "Recorder", "record_cuda"]
+__all__ = ["CudaRecorder", "Graphs", "Recorder"]
 
 Recorder: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 """Runs a function over fixed tensors and returns what runs it again, and the tensor its result is then in."""
@@ -26,20 +26,25 @@ RECORD_AT = 3
 MOST_GRAPHS = 128
 
 
-def record_cuda(forward: Callable[[], Tensor], pool: list[Any]) -> tuple[Callable[[], object], Tensor]:
-    """A CUDA graph. Graphs of one `pool` share their memory, so they must not run at the same time."""
-    current = torch.cuda.current_stream()
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        forward()  # what libraries do at their first call cannot be recorded
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    if not pool:
-        pool.append(torch.cuda.graph_pool_handle())
-    with torch.cuda.graph(graph, pool=pool[0]):
-        output = forward()
-    return graph.replay, output
+class CudaRecorder:
+    """Records CUDA graphs. Those of one recorder share their memory, so they must not run at the same time."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, forward: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """See `Recorder`."""
+        current = torch.cuda.current_stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            forward()  # what libraries do at their first call cannot be recorded
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = forward()
+        return graph.replay, output
 
 
 @dataclass(frozen=True, slots=True, eq=False)

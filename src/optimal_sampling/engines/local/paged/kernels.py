@@ -133,16 +133,22 @@ def choose_kernel(asked: str, device: torch.device, dtype: torch.dtype, head_dim
 
 def _problem(device: torch.device, dtype: torch.dtype, head_dims: set[int], needs: set[str]) -> str:
     """Why Flash Attention cannot run this model here; empty if it can."""
+    if problem := _device_problem(device, dtype):
+        return problem
+    if needs:
+        return f"the model needs {' and '.join(sorted(needs))}"
+    if len(head_dims) > 1 or max(head_dims) > WIDEST_HEAD or max(head_dims) % 8:
+        return f"the model's heads have dimensions {sorted(head_dims)}"
+    return ""
+
+
+def _device_problem(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda":
         return "Flash Attention needs a CUDA GPU"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"Flash Attention needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(device)[0] < 8:
         return f"Flash Attention needs an Ampere GPU or newer, not {torch.cuda.get_device_name(device)}"
-    if needs:
-        return f"the model needs {' and '.join(sorted(needs))}"
-    if len(head_dims) > 1 or max(head_dims) > WIDEST_HEAD or max(head_dims) % 8:
-        return f"the model's heads have dimensions {sorted(head_dims)}"
     return ""
 
 
