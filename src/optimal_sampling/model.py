@@ -211,6 +211,8 @@ class OptimalSamplingModel:
         self._tell(self.vocabulary.notes, stacklevel=3)
         self._engine = self._open(models, EngineConfig(**_taken(kwargs, _ENGINE_OPTIONS)), kwargs)
         self.notes = self._engine.notes()
+        if "auto-enabled" in self.notes.get("attention", ""):
+            print(f"✅ {self.notes['attention']}")
 
     def _open(self, models: ModelConfig, options: EngineConfig, kwargs: Mapping[str, Any]) -> Engine:
         from optimal_sampling.engines import open_engine

@@ -35,6 +35,7 @@ MAY_DIFFER = frozenset(
         "kv_memory_gib",
         "prefill_chunk",
         "draft_tokens",
+        "attention",  # as for the device
         "max_attempts",
     }
 )

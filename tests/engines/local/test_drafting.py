@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimal_sampling.config import EngineConfig, MixtureConfig
+from optimal_sampling.engines.local import drawing
 from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts, LinearCost, Lookup, PerRound
+from optimal_sampling.engines.local.overlap import Overlap
 from optimal_sampling.errors import ConfigError
 from tests.engines.conformance import Harness, requests_of
 from tests.engines.local.conftest import CONTEXT, engine_of, tiny_model, vocabulary
@@ -211,3 +213,24 @@ def test_drafts_do_not_decide_who_fits_into_memory(models):
         drafted = list(engine.with_mixture(draft_tokens=drafts).generate(requests))
         assert same(plain, drafted)
         assert {c.request.id: c.error for c in plain} == {c.request.id: c.error for c in drafted}
+
+
+def test_side_by_side_draws_the_same():
+    """Guards: the branch that a GPU takes for plain decoding, where both models' work is queued at once."""
+    engine = engine_of(tiny_model(1, layers=1), tiny_model(2, layers=3), draft_tokens=0)
+    requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=30)
+    expected = [(c.token_ids, c.trace) for c in engine.generate(requests)]
+    joined = []
+
+    class Beside(Overlap):
+        def __init__(self, device):
+            super().__init__(device)
+            self.works = True
+
+        def join(self):
+            joined.append(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "Overlap", Beside)
+        assert [(c.token_ids, c.trace) for c in engine.generate(requests)] == expected
+    assert len(joined) == engine.last_run.rounds

@@ -8,7 +8,11 @@ drafting.py    how many tokens to draft, and drafts looked up in the text (plain
 lane.py        one model with its cache, and the contexts that live in it
 forward.py     one ragged forward pass of one model over its rows
 attention.py   the attention function that Transformers models call in it
-kv_cache.py    keys and values of all rows
+kv_cache.py    keys and values of all rows, in slots of equal length
+paged/         the same on a GPU in half precision: pages, Flash Attention, CUDA graphs
+overlap.py     two models' forward passes at the same time on one GPU
+clock.py       seconds between points of a round's work, on a CPU or a GPU
+transfer.py    from the host to the device without waiting for it
 shapes.py      padding under which float32 logits on a CPU do not depend on the batch
 loading.py     a folder or hub id -> a model that can be run this way, or a clear refusal
 """

@@ -26,6 +26,7 @@ from optimal_sampling.distribution.single import single_step
 from optimal_sampling.engines.local.clock import Clock
 from optimal_sampling.engines.local.drafting import DraftPolicy, PerRound
 from optimal_sampling.engines.local.lane import Lane
+from optimal_sampling.engines.local.overlap import Overlap
 from optimal_sampling.engines.local.scheduler import Round, Sequence
 from optimal_sampling.engines.local.transfer import to_device
 
@@ -119,12 +120,16 @@ class Drawer:
         self.setting = setting
         self.policy = policy
         self.device = lanes[0].runner.device
+        self.overlap = Overlap(self.device)
 
     def draw(self, plan: Round, rows: list[Sequence]) -> Drawn:
         """One round, without touching the sequences."""
         noise = Noise(rows, plan.width, self.setting.vocab_size, self.device)
         if len(self.lanes) == 2:
-            return self._with_student(plan, rows, noise)
+            never_drafts = self.policy.most == 0  # else the policy has to know what each model costs by itself
+            return (self._side_by_side if never_drafts and self.overlap.works else self._with_student)(
+                plan, rows, noise
+            )
         return self._at_once(plan, rows, noise)
 
     def _with_student(self, plan: Round, rows: list[Sequence], noise: Noise) -> Drawn:
@@ -147,6 +152,19 @@ class Drawer:
         [teacher_logits] = teacher.forward(plan, rows, drafts)
         clock.mark()
         return self._finish((torch.stack(logits, 1), teacher_logits), drafts, noise, expected.confidences, clock)
+
+    def _side_by_side(self, plan: Round, rows: list[Sequence], noise: Noise) -> Drawn:
+        """One position, for which neither model waits for the other."""
+        student, teacher = self.lanes
+        drafts = torch.empty(len(rows), 0, dtype=torch.int64, device=self.device)
+        clock = Clock(self.device)
+        with self.overlap.beside():
+            [teacher_logits] = teacher.forward(plan, rows, drafts)
+        [student_logits] = student.forward(plan, rows, drafts)
+        clock.mark()
+        self.overlap.join()
+        clock.mark()
+        return self._finish((student_logits, teacher_logits), drafts, noise, [], clock)
 
     def _confidence(self, logits: Float[Tensor, "rows vocab"], token: Int64[Tensor, " rows"]) -> list[float]:
         """The student's probability of its drafts. On a GPU it would cost a synchronisation each: one class for all."""
