@@ -8,8 +8,9 @@ from optimal_sampling.engines.local.shapes import (
     PLAIN,
     PackedLinear,
     ShapeRules,
+    TransposedLinear,
     measured_rules,
-    pack_linears,
+    replace_linears,
 )
 from tests.engines.local.conftest import tiny_model
 
@@ -26,13 +27,22 @@ def test_packed_rows_do_not_depend_on_their_number(inputs, outputs, bias):
         assert torch.equal(packed(x[:rows]), full[:rows])
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_turned_layer_is_the_same_layer(bias):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 20, bias=bias).requires_grad_(False), torch.randn(2, 7, 48)
+    torch.testing.assert_close(TransposedLinear(linear)(x), linear(x))
+
+
 def test_large_layers_are_packed_and_small_ones_are_not():
     """Guards: a packed layer where its call costs more than the arithmetic, and large ones that stay as they are."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(600, 512), nn.LayerNorm(512))
-    assert pack_linears(model) == 1
+    replace_linears(model)
+    assert not isinstance(model[0], PackedLinear)
     assert isinstance(model[1], PackedLinear)
     half = nn.Sequential(nn.Linear(600, 512)).to(torch.bfloat16)
-    assert pack_linears(half) == 0
+    replace_linears(half)
+    assert type(half[0]) is nn.Linear
 
 
 def test_a_model_with_packed_layers_gives_equal_bits_in_every_batch():

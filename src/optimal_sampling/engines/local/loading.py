@@ -20,7 +20,7 @@ from optimal_sampling.engines.local.paged.cache import PagedCache
 from optimal_sampling.engines.local.paged.forward import PagedRunner
 from optimal_sampling.engines.local.paged.kernels import Choice, Kernel, choose_kernel
 from optimal_sampling.engines.local.scheduler import Chunk
-from optimal_sampling.engines.local.shapes import PLAIN, measured_rules, pack_linears
+from optimal_sampling.engines.local.shapes import PLAIN, measured_rules, replace_linears
 from optimal_sampling.errors import ConfigError, MissingDependencyError, ModelError
 
 __all__ = ["check_architecture", "load_model", "prepare", "prepare_pair", "resolve_device", "resolve_dtype"]
@@ -146,7 +146,7 @@ def _choose(model: Any, role: str, probe: Probe, asked: str) -> Choice:
 def _slot_runner(model: Any, vocab_size: int, batch_invariant: bool, probe: Probe) -> ModelRunner:
     rules = PLAIN
     if batch_invariant and model.device.type == "cpu" and model.dtype == torch.float32:
-        pack_linears(model)
+        replace_linears(model)
         rules = measured_rules(model, probe.head_dims)
     return ModelRunner(model, vocab_size, rules, probe.bytes_per_token)
 

@@ -10,13 +10,16 @@ library on one processor, so they are measured here, not assumed:
 3. key/value lengths are multiples of 16 up to `kv_boundary`, beyond it multiples of 512 (PyTorch's block of keys);
    a query attends over the short or the long class according to its own position alone.
 
-Linear layers for which no number of tokens makes rule 1 hold, and large ones, for which it is also the faster
-choice, run in oneDNN's packed form (`PackedLinear`), whose rows do not depend on their number.
+How many tokens rule 1 asks for depends on how the weights of a linear layer lie in memory: transposed, two are often
+enough where sixteen are needed else, so small layers are turned over (`TransposedLinear`). Layers for which no number
+makes the rule hold, and large ones, for which it is also the faster choice, run in oneDNN's packed form
+(`PackedLinear`), whose rows do not depend on their number.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,7 +29,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["PLAIN", "PackedLinear", "ShapeRules", "measured_rules", "pack_linears"]
+__all__ = ["PLAIN", "PackedLinear", "ShapeRules", "TransposedLinear", "measured_rules", "replace_linears"]
 
 ELEMENTS = 32
 """Numbers per step of PyTorch's elementwise loops; a remainder is computed by another function."""
@@ -70,22 +73,27 @@ class ShapeRules:
 PLAIN = ShapeRules()
 
 
-def _first_rows_equal(weight: Tensor, inputs: Tensor, counts: list[int]) -> bool:
-    full = F.linear(inputs, weight)
-    return all(torch.equal(F.linear(inputs[:n].clone(), weight), full[:n]) for n in counts)
+def _first_rows_equal(layer: Callable[[Tensor], Tensor], inputs: Tensor, counts: list[int]) -> bool:
+    full = layer(inputs)
+    return all(torch.equal(layer(inputs[:n].clone()), full[:n]) for n in counts)
 
 
 @cache
-def _rows_needed(inputs: int, outputs: int, threads: int) -> int | None:
+def _rows_needed(inputs: int, outputs: int, transposed: bool, threads: int) -> int | None:
     """Fewest rows (a power of two) from which a float32 linear layer of this shape is row-invariant, if any is."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(outputs, inputs, generator=generator)
     sample = torch.randn(320, inputs, generator=generator)
+    turned = weight.T.contiguous()
+
+    def layer(x: Tensor) -> Tensor:
+        return x @ turned if transposed else F.linear(x, weight)
+
     counts = [*range(MOST_PADDING, 50), 63, 64, 65, 96, 128, 160, 255]
-    if not _first_rows_equal(weight, sample, counts):
+    if not _first_rows_equal(layer, sample, counts):
         return None
     least = MOST_PADDING
-    while least > 1 and _first_rows_equal(weight, sample, list(range(least // 2, least))):
+    while least > 1 and _first_rows_equal(layer, sample, list(range(least // 2, least))):
         least //= 2
     return least
 
@@ -128,32 +136,58 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def _packable(module: nn.Module) -> bool:
+class TransposedLinear(nn.Module):
+    """A linear layer whose weights lie in memory as [inputs, outputs]."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.turned = linear.weight.detach().T.contiguous()
+        self.bias = linear.bias
+
+    def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
+        """The same as the layer it replaces."""
+        y = x @ self.turned
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def _replaceable(module: nn.Module) -> bool:
     if type(module) is not nn.Linear:
         return False
     return module.weight.dtype == torch.float32 and module.weight.device.type == "cpu"
 
 
-def pack_linears(model: nn.Module) -> int:
-    """Replace the linear layers that need or deserve it. Returns how many."""
-    count = 0
+def replace_linears(model: nn.Module) -> None:
+    """Put every linear layer into the form whose rows depend least on their number."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if not _packable(child):
-                continue
-            linear: Any = child
-            large = linear.weight.numel() >= PACK_FROM
-            if large or _rows_needed(linear.in_features, linear.out_features, torch.get_num_threads()) is None:
-                setattr(parent, name, PackedLinear(linear))
-                count += 1
-    return count
+            if _replaceable(child):
+                setattr(parent, name, _best_form(child))
+
+
+def _best_form(linear: Any) -> nn.Module:
+    if linear.weight.numel() >= PACK_FROM:
+        return PackedLinear(linear)
+    shape, threads = (linear.in_features, linear.out_features), torch.get_num_threads()
+    plain, turned = (_rows_needed(*shape, transposed, threads) for transposed in (False, True))
+    if plain is None and turned is None:
+        return PackedLinear(linear)
+    turn = plain is None or (turned is not None and turned < plain)
+    return TransposedLinear(linear) if turn else linear
+
+
+def _rows_of(module: Any, threads: int) -> int:
+    """Rows that a layer needs to be row-invariant."""
+    if isinstance(module, PackedLinear) or not hasattr(module, "out_features"):
+        return 1
+    turned = isinstance(module, TransposedLinear)
+    return _rows_needed(module.in_features, module.out_features, turned, threads) or MOST_PADDING
 
 
 def measured_rules(model: Any, head_dims: set[int]) -> ShapeRules:
-    """The padding that this model needs on this machine with this number of threads. Call after `pack_linears`."""
+    """The padding that this model needs on this machine with this number of threads. Call after `replace_linears`."""
     threads = torch.get_num_threads()
-    linears: list[Any] = [m for m in model.modules() if _packable(m)]
-    tokens = [_rows_needed(m.in_features, m.out_features, threads) or MOST_PADDING for m in linears]
+    tokens = [_rows_of(m, threads) for m in model.modules() if _replaceable(m) or isinstance(m, TransposedLinear)]
     attention = [_attention_rules(dim, threads) for dim in sorted(head_dims)]
     boundaries = [boundary for _, boundary in attention if boundary is not None]
     output = model.get_output_embeddings()
