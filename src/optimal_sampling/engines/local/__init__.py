@@ -14,5 +14,6 @@ overlap.py     two models' forward passes at the same time on one GPU
 clock.py       seconds between points of a round's work, on a CPU or a GPU
 transfer.py    from the host to the device without waiting for it
 shapes.py      padding under which float32 logits on a CPU do not depend on the batch
+norms.py       RMS norms in one call
 loading.py     a folder or hub id -> a model that can be run this way, or a clear refusal
 """

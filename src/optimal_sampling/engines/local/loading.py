@@ -16,6 +16,7 @@ from optimal_sampling.config import EngineConfig, ModelConfig
 from optimal_sampling.engines.local import attention
 from optimal_sampling.engines.local.forward import ModelRunner
 from optimal_sampling.engines.local.kv_cache import Cache, KVCache
+from optimal_sampling.engines.local.norms import fuse_norms
 from optimal_sampling.engines.local.paged.cache import PagedCache
 from optimal_sampling.engines.local.paged.forward import PagedRunner
 from optimal_sampling.engines.local.paged.kernels import Choice, Kernel, choose_kernel
@@ -166,7 +167,7 @@ class Probe:
 def check_architecture(model: Any, role: str, kernel: Kernel | None = None) -> Probe:
     """Raise ModelError unless our forward pass, over slots or with a kernel over pages, gives the stock logits.
 
-    The model is left with our attention function plugged in.
+    The model is left with our attention function plugged in, and its norms fused.
     """
     attention.register()
     name = type(model).__name__
@@ -177,6 +178,7 @@ def check_architecture(model: Any, role: str, kernel: Kernel | None = None) -> P
             model.set_attn_implementation("eager")
             stock = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, -8:].float()
         model.set_attn_implementation(attention.NAME)
+        fuse_norms(model)
         ours, called, probe = _two_chunks(model, ids, stock.shape[-1], kernel)
     except torch.OutOfMemoryError:
         raise

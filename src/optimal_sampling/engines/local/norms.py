@@ -1,0 +1,53 @@
+"""RMS norms in one call. As Transformers writes them they are seven, which is a tenth of a small model's time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["RMSNorm", "fuse_norms"]
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, computed in float32."""
+
+    def __init__(self, weight: Float[Tensor, " dim"], eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+        """The same as the norm it replaces."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@torch.inference_mode()
+def fuse_norms(model: nn.Module) -> int:
+    """Replace the RMS norms that this function computes too: to the bit in float32. Returns how many."""
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            fused = _fused(child)
+            if fused is not None:
+                setattr(parent, name, fused)
+                count += 1
+    return count
+
+
+def _fused(module: Any) -> RMSNorm | None:
+    """The replacement, where the module is an RMS norm and gives the same (Gemma's scales by 1 + weight)."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or isinstance(module, RMSNorm) or eps is None or weight is None:
+        return None
+    fused = RMSNorm(weight, eps)
+    sample = torch.randn(64, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight)
+    expected, found = module(sample), fused(sample)
+    if weight.dtype == torch.float32 and weight.device.type == "cpu":
+        return fused if torch.equal(found, expected) else None
+    tolerance = 4 * torch.finfo(weight.dtype).eps
+    return fused if torch.allclose(found, expected, rtol=tolerance, atol=tolerance) else None
