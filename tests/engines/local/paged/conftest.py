@@ -76,15 +76,11 @@ def flash_on_cpu(monkeypatch):
 
 
 class FakeRecorder:
-    """Runs the function again instead of replaying it, into the same tensor, as a CUDA graph does."""
+    """Runs the function again instead of replaying it."""
 
     recorded = 0
 
     def __call__(self, forward):
         FakeRecorder.recorded += 1
-        output = forward().clone()
-
-        def replay():
-            output.copy_(forward())
-
-        return replay, output
+        forward()
+        return forward

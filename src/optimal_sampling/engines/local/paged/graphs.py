@@ -18,12 +18,14 @@ from optimal_sampling.engines.local.paged.layout import Batch, Shape
 
 __all__ = ["CudaRecorder", "Graphs", "Recorder"]
 
-Recorder: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
-"""Runs a function over fixed tensors and returns what runs it again, and the tensor its result is then in."""
+Recorder: TypeAlias = Callable[[Callable[[], None]], Callable[[], object]]
+"""Runs a function over fixed tensors and returns what runs it again."""
 
 RECORD_AT = 3
 """A shape is recorded when it comes for this time: recording costs about ten forward passes."""
 MOST_GRAPHS = 128
+OUTPUT_ROWS = 256
+"""Rows by which the memory for results grows."""
 
 
 class CudaRecorder:
@@ -32,19 +34,13 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, forward: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """See `Recorder`."""
-        current = torch.cuda.current_stream()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            forward()  # what libraries do at their first call cannot be recorded
-        current.wait_stream(side)
+    def __call__(self, forward: Callable[[], None]) -> Callable[[], object]:
+        """See `Recorder`. What libraries do at their first call cannot be recorded: call `forward` before."""
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool):
-            output = forward()
-        return graph.replay, output
+            forward()
+        return graph.replay
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,11 +53,14 @@ class _Recorded:
         self.inputs.ids.copy_(batch.ids)
         self.inputs.numbers.copy_(batch.numbers)
         self.replay()
-        return self.output.clone()  # the next replay overwrites it
+        return self.output.clone()  # the next replay, of whatever shape, overwrites it
 
 
 class Graphs:
-    """Calls `forward`, from a recording where there is one. Where recording fails, `off` says why, once for all."""
+    """Calls `forward`, from a recording where there is one. Where recording fails, `off` says why, once for all.
+
+    All recordings write their results to the same memory: tensors that a graph returned would each keep their own.
+    """
 
     def __init__(self, forward: Callable[[Batch], Tensor], record: Recorder) -> None:
         self.off = ""
@@ -69,6 +68,7 @@ class Graphs:
         self._record = record
         self._seen: Counter[Shape] = Counter()
         self._recorded: dict[Shape, _Recorded] = {}
+        self._results: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self._recorded)
@@ -79,16 +79,27 @@ class Graphs:
         if recorded is not None:
             return recorded(batch)
         self._seen[batch.shape] += 1
-        if self.off or self._seen[batch.shape] < RECORD_AT or len(self._recorded) >= MOST_GRAPHS:
-            return self._forward(batch)
-        return self._first(batch)
+        result = self._forward(batch)
+        if not self.off and self._seen[batch.shape] >= RECORD_AT and len(self._recorded) < MOST_GRAPHS:
+            self._add(batch, result)
+        return result
 
-    def _first(self, batch: Batch) -> Tensor:
+    def _add(self, batch: Batch, result: Tensor) -> None:
+        """Record the forward pass that just gave `result`."""
         inputs = Batch(batch.shape, batch.ids.clone(), batch.numbers.clone())
+        output = self._memory_like(result)
+
+        def forward() -> None:
+            output.copy_(self._forward(inputs))
+
         try:
-            replay, output = self._record(lambda: self._forward(inputs))
+            self._recorded[batch.shape] = _Recorded(inputs, self._record(forward), output)
         except RuntimeError as error:  # a model that waits for the host cannot be recorded
             self.off = str(error).strip().splitlines()[0]
-            return self._forward(batch)
-        self._recorded[batch.shape] = _Recorded(inputs, replay, output)
-        return self._recorded[batch.shape](batch)
+
+    def _memory_like(self, result: Tensor) -> Tensor:
+        """Memory of this shape; earlier recordings keep the smaller one that they know."""
+        if self._results is None or len(self._results) < len(result):
+            rows = -(-len(result) // OUTPUT_ROWS) * OUTPUT_ROWS
+            self._results = result.new_empty(rows, *result.shape[1:])
+        return self._results[: len(result)]
