@@ -7,15 +7,31 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
-__all__ = ["Contender", "Timing", "interleave"]
+__all__ = ["Contender", "Spent", "Timing", "interleave"]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Tokens, and the seconds they took."""
+
+    tokens: int = 0
+    wall: float = 0.0
+    cpu: float = 0.0
+    """Of all threads of this process."""
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.tokens + other.tokens, self.wall + other.wall, self.cpu + other.cpu)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to be timed: `run` does the work once and says how many tokens it made."""
+    """Something to be timed: `run` does the work once and says how many tokens it made.
+
+    Where only a part of its work counts, it says what that part took.
+    """
 
     name: str
-    run: Callable[[], int]
+    run: Callable[[], int | Spent]
 
 
 @dataclass
@@ -27,6 +43,12 @@ class Timing:
     """Seconds."""
     cpu: list[float] = field(default_factory=list)
     """Seconds of all threads of this process."""
+
+    def add(self, spent: Spent) -> None:
+        """One repeat."""
+        self.tokens.append(spent.tokens)
+        self.wall.append(spent.wall)
+        self.cpu.append(spent.cpu)
 
     @property
     def per_wall_second(self) -> float:
@@ -52,11 +74,8 @@ def interleave(
         for contender in contenders:
             tell(f"{contender.name}: {'warming up' if repeat < 0 else f'repeat {repeat + 1} of {repeats}'}")
             wall, cpu = time.perf_counter(), time.process_time()
-            tokens = contender.run()
+            made = contender.run()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             if repeat >= 0:
-                timing = timings[contender.name]
-                timing.tokens.append(tokens)
-                timing.wall.append(wall)
-                timing.cpu.append(cpu)
+                timings[contender.name].add(made if isinstance(made, Spent) else Spent(made, wall, cpu))
     return timings

@@ -47,8 +47,8 @@ class StudentMixture(LogitsProcessor):  # type: ignore[misc]
         )
         student = output.logits[:, -1]
         vocab = min(student.shape[-1], scores.shape[-1])
-        noise = torch.zeros(len(student), vocab)
-        position = torch.zeros(len(student), dtype=torch.long)
+        noise = torch.zeros(len(student), vocab, device=student.device)
+        position = torch.zeros(len(student), dtype=torch.long, device=student.device)
         drawn = step(student[:, :vocab], scores[:, :vocab], noise, position, self.mixture, keep_log_q=True)
         assert drawn.log_q is not None
         return torch.nn.functional.pad(drawn.log_q, (0, scores.shape[-1] - vocab), value=-torch.inf)
@@ -65,7 +65,7 @@ def transformers_generate(
     student = bench.stock("student")
     tokens = 0
     for batch in _batches(workload.requests, batch_size):
-        ids, mask = _left_padded(batch, bench.vocabulary.pad_id)
+        ids, mask = (x.to(teacher.device) for x in _left_padded(batch, bench.vocabulary.pad_id))
         processors = LogitsProcessorList([StudentMixture(student, mask, MixtureConfig())] if mix else [])
         most = batch[0].max_new_tokens
         stop = sorted(bench.vocabulary.stop_ids)
@@ -79,7 +79,7 @@ def transformers_generate(
             top_p=1.0,
             max_new_tokens=most,
             min_new_tokens=None if workload.natural_end else most,
-            eos_token_id=stop,
+            eos_token_id=stop or None,
             pad_token_id=bench.vocabulary.pad_id,
             logits_processor=processors,
             **({"assistant_model": student} if assisted else {}),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 from rich.table import Table
 
-from optimal_sampling.bench.workload import Bench, make_workload
+from optimal_sampling.bench.options import BenchOptions
+from optimal_sampling.bench.pairs import make_bench
+from optimal_sampling.bench.report import Report, Show, Tell
+from optimal_sampling.bench.watch import Watch
+from optimal_sampling.bench.workload import Bench
 
-__all__ = ["Growth", "measure_growth", "scaling_table"]
+__all__ = ["Growth", "measure_growth", "run", "scaling_table"]
 
 HUGE_BATCH = 4096
 
@@ -38,7 +41,7 @@ class Growth:
         return asdict(self)
 
 
-def measure_growth(bench: Bench, prompts: int, tell: Callable[[str], None]) -> list[Growth]:
+def measure_growth(bench: Bench, prompts: int, tell: Tell) -> list[Growth]:
     """1, 2, 4 and 8 times `prompts` at batch 32, then the most prompts in one batch of HUGE_BATCH."""
     found = [_run(bench, prompts, 32, tell)]  # a first run pays for warming up
     found = [_run(bench, prompts * factor, 32, tell) for factor in (1, 2, 4, 8)]
@@ -46,27 +49,21 @@ def measure_growth(bench: Bench, prompts: int, tell: Callable[[str], None]) -> l
     return found
 
 
-def _run(bench: Bench, prompts: int, batch_size: int, tell: Callable[[str], None]) -> Growth:
+def _run(bench: Bench, prompts: int, batch_size: int, tell: Tell) -> Growth:
     tell(f"{prompts} prompts at batch {batch_size}")
-    workload = make_workload(bench, prompts)
-    engine = bench.engine(workload, batch_size)
+    workload, watch = bench.workload(prompts), Watch()
+    engine = bench.engine(workload, batch_size, watch=watch)
     process = psutil.Process()
     before, wall, cpu = process.memory_info().rss, time.perf_counter(), time.process_time()
-    tokens = rows = kv = 0
-    for completion in engine.generate(workload.requests):
-        tokens += len(completion.token_ids)
-        run = engine.last_run
-        assert run is not None
-        rows = max(rows, len(run.scheduler.running))
-        kv = max(kv, sum(lane.cache.held for lane in run.lanes))
+    tokens = sum(len(completion.token_ids) for completion in engine.generate(workload.requests))
     return Growth(
         prompts=prompts,
         batch_size=batch_size,
         tokens=tokens,
         cpu_seconds=time.process_time() - cpu,
         wall_seconds=time.perf_counter() - wall,
-        most_rows=rows,
-        kv_mib=kv / 2**20,
+        most_rows=watch.most_rows,
+        kv_mib=watch.kv_bytes / 2**20,
         grown_mib=(process.memory_info().rss - before) / 2**20,
     )
 
@@ -85,3 +82,11 @@ def scaling_table(growth: list[Growth]) -> Table:
             f"{g.grown_mib:.0f}",
         )
     return table
+
+
+def run(options: BenchOptions, show: Show, tell: Tell) -> Report:
+    """The command `bench scaling`."""
+    bench = make_bench(options)
+    growth = measure_growth(bench, max(1, options.prompts() // 4), tell)
+    show(scaling_table(growth))
+    return Report(bench.names, [g.as_json() for g in growth])

@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
-from optimal_sampling.bench.measure import Contender, Timing, interleave
-from optimal_sampling.bench.peers import transformers_generate
-from optimal_sampling.bench.workload import Bench, Workload, describe_lengths, make_workload
-from optimal_sampling.engines.local.engine import LocalEngine
+from optimal_sampling.bench.contenders import (
+    ASSISTED,
+    AUTO,
+    HF,
+    HF_MIX,
+    LOCKSTEP,
+    PLAIN_TEACHER,
+    STUDENT,
+    TEACHER,
+    contenders,
+    drafts,
+)
+from optimal_sampling.bench.measure import interleave
+from optimal_sampling.bench.options import BenchOptions
+from optimal_sampling.bench.pairs import make_bench
+from optimal_sampling.bench.report import Report, Show, Tell, add_rates, rates_table
+from optimal_sampling.bench.roofline import lockstep_bound
+from optimal_sampling.bench.workload import Bench, Workload, describe_lengths
 
-__all__ = ["Result", "Setting", "measure_setting", "settings", "speed_table"]
+__all__ = ["Result", "Setting", "measure_setting", "ratios", "run", "speed_settings", "speed_table", "tables"]
 
-STUDENT, TEACHER, LOCKSTEP = "student alone", "teacher alone", "q* lockstep"
-SPECULATIVE = "q* speculative (the default)"
-PLAIN_TEACHER = "teacher alone, shapes not padded"
-HF, HF_MIX = "Transformers generate, teacher", "Transformers generate + logits processor, q*"
-EQUAL_TOKENS = 48
+IDEAL, ROOFLINE = "ideal lockstep", "roofline, lockstep"
+BEST_TEACHER, BEST_FIXED = "fastest teacher alone", "best of lockstep and fixed lengths"
+OURS = (STUDENT, TEACHER, PLAIN_TEACHER, LOCKSTEP, *map(drafts, (1, 2, 4, 8)), AUTO)
+PEERS = (HF, HF_MIX, ASSISTED)
+
+FIXED = tuple(map(drafts, (1, 2, 4, 8, 16)))
+
+RATIOS = (
+    ("q* lockstep / ideal lockstep", LOCKSTEP, IDEAL),
+    ("q* lockstep / teacher alone", LOCKSTEP, TEACHER),
+    ("q* speculative / teacher alone", AUTO, BEST_TEACHER),
+    ("q* speculative / best of lockstep and fixed lengths", AUTO, BEST_FIXED),
+    ("teacher alone / Transformers generate", TEACHER, HF),
+    ("q* lockstep / Transformers + logits processor", LOCKSTEP, HF_MIX),
+    ("q* speculative / Transformers + logits processor", AUTO, HF_MIX),
+    ("q* speculative / Transformers assisted generation", AUTO, ASSISTED),
+)
+"""What the targets are stated in: a name, what is divided, by what."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One table: a batch size, a number of prompts, and how texts end."""
+    """One table: a batch size, a number of prompts, how texts end, and the rows."""
 
     batch_size: int
     prompts: int
-    natural_end: bool = True
-    peers: bool = True
+    natural_end: bool
+    rows: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,99 +64,101 @@ class Result:
     """What one table says."""
 
     setting: Setting
-    lengths: str
+    title: str
     per_wall_second: dict[str, float]
     per_cpu_second: dict[str, float]
+    bounds: dict[str, float]
+    """Tokens per second of wall clock that could be had at most."""
+    bandwidth: float
+    """Measured, bytes per second."""
     ratios_wall: dict[str, float]
     ratios_cpu: dict[str, float]
-
-    @classmethod
-    def of(
-        cls,
-        bench: Bench,
-        workload: Workload,
-        setting: Setting,
-        timings: Mapping[str, Timing],
-        ratios: Callable[[Mapping[str, float]], dict[str, float]],
-    ) -> Result:
-        """Medians of the timings, and what they are to each other."""
-        done = list(bench.engine(workload, 32).generate(workload.requests))
-        wall = {name: timing.per_wall_second for name, timing in timings.items()}
-        cpu = {name: timing.per_cpu_second for name, timing in timings.items()}
-        return cls(setting, describe_lengths(workload.requests, done), wall, cpu, ratios(wall), ratios(cpu))
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
 
 
-def settings(prompts: int) -> list[Setting]:
+def speed_settings(prompts: int, natural: bool = True) -> list[Setting]:
     """Batch 1 on fewer prompts, batch 32 with natural and with equal lengths."""
-    return [
-        Setting(1, max(8, prompts // 16), peers=False),
-        Setting(32, prompts),
-        Setting(32, max(32, prompts // 4), natural_end=False),
-    ]
-
-
-def measure_setting(bench: Bench, setting: Setting, repeats: int, tell: Callable[[str], None]) -> Result:
-    """Time all contenders of a setting in turn."""
-    workload = make_workload(bench, setting.prompts, None if setting.natural_end else EQUAL_TOKENS)
-    return Result.of(bench, workload, setting, interleave(_contenders(bench, workload, setting), repeats, tell), ratios)
-
-
-def _contenders(bench: Bench, workload: Workload, setting: Setting) -> list[Contender]:
-    engine = bench.engine(workload, setting.batch_size).with_mixture(draft_tokens=0)
-    engine.stop_ids = bench.engine(workload, 1).stop_ids
-
-    def ours(engine: LocalEngine) -> Callable[[], int]:
-        return lambda: sum(len(c.token_ids) for c in engine.generate(workload.requests))
-
-    def alone(engine: LocalEngine, mode: Any) -> Callable[[], int]:
-        single = engine.with_mixture(mode=mode)
-        single.stop_ids = engine.stop_ids
-        return ours(single)
-
     found = [
-        Contender(STUDENT, alone(engine, "student")),
-        Contender(TEACHER, alone(engine, "teacher")),
-        Contender(LOCKSTEP, ours(engine)),
-        Contender(SPECULATIVE, ours(bench.engine(workload, setting.batch_size))),
+        Setting(1, max(8, prompts // 16), natural, OURS + PEERS),
+        Setting(32, max(32, prompts // 4), False, OURS + PEERS),
     ]
-    if setting.batch_size == 1:
-        found.append(Contender(PLAIN_TEACHER, alone(bench.engine(workload, 1, batch_invariant=False), "teacher")))
-    if setting.peers:
-        size = setting.batch_size
-        found.append(Contender(HF, lambda: transformers_generate(bench, workload, size)))
-        found.append(Contender(HF_MIX, lambda: transformers_generate(bench, workload, size, mix=True)))
+    if natural:
+        found.insert(1, Setting(32, prompts, True, OURS + PEERS))
     return found
+
+
+def measure_setting(bench: Bench, setting: Setting, repeats: int, tell: Tell) -> Result:
+    """Time all contenders of a setting in turn."""
+    workload = bench.workload(setting.prompts, None if setting.natural_end else bench.equal_tokens)
+    rows = contenders(setting.rows, bench, workload, setting.batch_size)
+    timings = interleave(rows, repeats, tell)
+    title, cached = _lengths(bench, workload, setting)
+    tell("memory bandwidth")
+    batch = min(setting.batch_size, setting.prompts)
+    wall = {name: timing.per_wall_second for name, timing in timings.items()}
+    cpu = {name: timing.per_cpu_second for name, timing in timings.items()}
+    bounds = {ROOFLINE: lockstep_bound(bench.engine(workload, 1), batch, cached, bench.bandwidth)}
+    if STUDENT in wall and TEACHER in wall:
+        bounds[IDEAL] = ideal_lockstep(wall)
+    return Result(setting, title, wall, cpu, bounds, bench.bandwidth, ratios(wall), ratios(cpu))
+
+
+def _lengths(bench: Bench, workload: Workload, setting: Setting) -> tuple[str, float]:
+    """The table's title, and how many tokens a cache holds on average while a text is drawn."""
+    done = list(bench.engine(workload, 32).generate(workload.requests))
+    ends = "natural end of text" if setting.natural_end else f"{workload.requests[0].max_new_tokens} tokens each"
+    what = f"batch {setting.batch_size}, {setting.prompts} prompts, {ends}{bench.label}"
+    drawn = sum(len(c.token_ids) for c in done)
+    seen = sum(len(c.token_ids) * (len(c.request.teacher_prompt_ids) + len(c.token_ids) / 2) for c in done)
+    return f"{what}\n{describe_lengths(workload.requests, done)}", seen / drawn
+
+
+def ideal_lockstep(speed: Mapping[str, float]) -> float:
+    """Tokens per second of both models' forward passes and nothing else."""
+    return 1 / (1 / speed[STUDENT] + 1 / speed[TEACHER])
 
 
 def ratios(speed: Mapping[str, float]) -> dict[str, float]:
-    """What the targets are stated in. Ideal lockstep: both models' forward passes and nothing else."""
-    ideal = 1 / (1 / speed[STUDENT] + 1 / speed[TEACHER])
-    found = {"q* lockstep / ideal lockstep": speed[LOCKSTEP] / ideal}
-    found["q* lockstep / teacher alone"] = speed[LOCKSTEP] / speed[TEACHER]
-    found["q* speculative / teacher alone"] = speed[SPECULATIVE] / max(speed[TEACHER], speed.get(PLAIN_TEACHER, 0.0))
-    if HF in speed:
-        found["teacher alone / Transformers generate"] = speed[TEACHER] / speed[HF]
-        found["q* lockstep / Transformers + logits processor"] = speed[LOCKSTEP] / speed[HF_MIX]
-        found["q* speculative / Transformers + logits processor"] = speed[SPECULATIVE] / speed[HF_MIX]
-    return found
+    """Those of RATIOS whose rows were measured."""
+    known = dict(speed)
+    if STUDENT in speed and TEACHER in speed:
+        known[IDEAL] = ideal_lockstep(speed)
+    teachers = [speed[name] for name in (TEACHER, PLAIN_TEACHER) if name in speed]
+    fixed = [value for name, value in speed.items() if name == LOCKSTEP or name in FIXED]
+    known.update({name: max(values) for name, values in ((BEST_TEACHER, teachers), (BEST_FIXED, fixed)) if values})
+    return {name: known[over] / known[under] for name, over, under in RATIOS if over in known and under in known}
 
 
 def speed_table(result: Result) -> Table:
     """For people."""
-    setting = result.setting
-    ends = "natural end of text" if setting.natural_end else f"{EQUAL_TOKENS} tokens each"
-    title = f"batch {setting.batch_size}, {setting.prompts} prompts, {ends}\n{result.lengths}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("tokens per second", no_wrap=True)
-    table.add_column("wall clock", justify="right")
-    table.add_column("CPU time", justify="right")
-    for name in result.per_wall_second:
-        table.add_row(name, f"{result.per_wall_second[name]:.0f}", f"{result.per_cpu_second[name]:.0f}")
-    table.add_section()
-    for name in result.ratios_wall:
-        table.add_row(name, f"{result.ratios_wall[name]:.2f}", f"{result.ratios_cpu[name]:.2f}")
+    at = f" at {result.bandwidth / 1e9:.1f} GB/s"
+    bounds = {f"{name}{at}" if name == ROOFLINE else name: bound for name, bound in result.bounds.items()}
+    table = rates_table(result.title, result.per_wall_second, result.per_cpu_second)
+    add_rates(table, bounds, {}, ".0f")
+    add_rates(table, result.ratios_wall, result.ratios_cpu, ".2f")
     return table
+
+
+def run(options: BenchOptions, show: Show, tell: Tell) -> Report:
+    """The command `bench speed`."""
+    bench = make_bench(options)
+    return tables(bench, speed_settings(options.prompts(), bench.natural), options, show, tell)
+
+
+def tables(
+    bench: Bench,
+    settings: Sequence[Setting],
+    options: BenchOptions,
+    show: Show,
+    tell: Tell,
+) -> Report:
+    """One table per setting, shown as soon as it is measured."""
+    results = []
+    for setting in settings:
+        result = measure_setting(bench, setting, options.repeats, tell)
+        show(speed_table(result))
+        results.append(result.as_json())
+    return Report(bench.names, results)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
+import torch
+
+from optimal_sampling.bench.roofline import memory_bandwidth
+from optimal_sampling.bench.watch import MeasuringDrawer, Watch
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
-from optimal_sampling.engines.local.engine import LocalEngine
+from optimal_sampling.engines.local.engine import LocalEngine, Mode
+from optimal_sampling.engines.local.loading import resolve_device, resolve_dtype
 from optimal_sampling.toy_pair.problems import synthetic_rows
 from optimal_sampling.types import Completion, Request, prompt_id
 from optimal_sampling.vocabulary import PromptRenderer, Vocabulary, resolve_model
 
-__all__ = ["Bench", "Workload", "make_workload"]
+__all__ = ["Bench", "Workload", "describe_lengths"]
 
 MOST_TOKENS = 160
 
@@ -26,27 +32,92 @@ class Workload:
     requests: tuple[Request, ...]
     natural_end: bool
 
-    def first(self, count: int) -> Workload:
-        """A part of it, for settings that are slow."""
-        return replace(self, requests=self.requests[:count])
+    def shortened(self, tokens: int) -> Workload:
+        """The same prompts, with at most so many new tokens."""
+        return replace(self, requests=tuple(replace(r, max_new_tokens=tokens) for r in self.requests))
 
 
 class Bench:
     """The models of a benchmark, loaded once: in our engine, and as Transformers loads them."""
 
-    def __init__(self, models: ModelConfig) -> None:
+    natural = True
+    """Its texts can end by themselves."""
+    has_assistant = True
+    """Drafts of its student mean something to Transformers."""
+    equal_tokens = 48
+    """Length of texts that do not end by themselves."""
+
+    def __init__(self, models: ModelConfig, vocabulary: Vocabulary | None = None) -> None:
         self.models = models
-        self.vocabulary = Vocabulary.load(models.student, models.teacher)
+        self.vocabulary = vocabulary or Vocabulary.load(models.student, models.teacher)
+        self.acceptance: float | None = None
+        """Of drafts, where it is emulated."""
         self._engines: dict[bool, LocalEngine] = {}
         self._stock: dict[str, Any] = {}
 
-    def engine(self, workload: Workload, batch_size: int, batch_invariant: bool = True) -> LocalEngine:
-        """Our engine; its texts end as the workload says."""
-        if batch_invariant not in self._engines:
-            options = EngineConfig(batch_invariant=batch_invariant)
-            engine = LocalEngine.load(self.models, MixtureConfig(), options, self.vocabulary)
-            self._engines[batch_invariant] = engine
-        engine = self._engines[batch_invariant].with_mixture(batch_size=batch_size)
+    @property
+    def names(self) -> dict[str, Any]:
+        """What was measured, for the line of JSON."""
+        return {"teacher": self.models.teacher, "student": self.models.student, "dtype": self.models.dtype}
+
+    @property
+    def label(self) -> str:
+        """What a table's title has to add: "" or the emulated acceptance."""
+        return "" if self.acceptance is None else f", emulated acceptance {self.acceptance:g}"
+
+    @cached_property
+    def bandwidth(self) -> float:
+        """Of memory, measured once, in bytes per second."""
+        return memory_bandwidth(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return resolve_device(self.models.device)
+
+    @property
+    def padded(self) -> bool:
+        """Whether shapes that make results independent of the batch differ from the fastest ones."""
+        return self.device.type == "cpu" and resolve_dtype(self.models.dtype, self.device) == torch.float32
+
+    def twin(self) -> Bench:
+        """The teacher as its own student."""
+        return Bench(replace(self.models, student=self.models.teacher))
+
+    def workload(self, count: int, tokens: int | None = None, prompt: PromptConfig | None = None) -> Workload:
+        """The first `count` synthetic problems; `tokens`: every completion has exactly so many."""
+        renderer = PromptRenderer(prompt or PromptConfig(), self.vocabulary)
+        requests: list[Request] = []
+        for row in synthetic_rows(0, count):
+            rendered = renderer.render(row)
+            ids = tuple(rendered.student_ids), tuple(rendered.teacher_ids)
+            name = prompt_id(rendered.student_text, rendered.teacher_text)
+            requests.append(Request(name, len(requests), 0, *ids, tokens or MOST_TOKENS))
+        return Workload(tuple(requests), natural_end=tokens is None)
+
+    def engine(
+        self,
+        workload: Workload,
+        batch_size: int,
+        *,
+        mode: Mode = "mixture",
+        draft_tokens: int | Literal["auto"] = "auto",
+        batch_invariant: bool = True,
+        kv_memory_gib: float | None = None,
+        capture: frozenset[str] = frozenset(),
+        watch: Watch | None = None,
+        acceptance: float | None = None,
+    ) -> LocalEngine:
+        """Our engine; its texts end as the workload says. `acceptance`: emulated, instead of this pair's own rate."""
+        key = batch_invariant and self.padded
+        if key not in self._engines:
+            self._engines[key] = self._load(key)
+        engine = self._engines[key].with_mixture(
+            batch_size=batch_size, mode=mode, draft_tokens=draft_tokens, capture=capture
+        )
+        engine.options = replace(engine.options, kv_memory_gib=kv_memory_gib)
+        rate = self.acceptance if acceptance is None else acceptance
+        engine.drawer = partial(MeasuringDrawer, acceptance=rate, watch=watch)
         if not workload.natural_end:
             engine.stop_ids = frozenset()
         return engine
@@ -54,10 +125,7 @@ class Bench:
     def stock(self, role: str) -> Any:
         """A model as Transformers loads it, with its own attention."""
         if role not in self._stock:
-            from optimal_sampling.engines.local.loading import load_model
-
-            name = self.models.teacher if role == "teacher" else self.models.student
-            self._stock[role] = load_model(resolve_model(name), self.models, role)
+            self._stock[role] = self._load_stock(role)
         return self._stock[role]
 
     def stock_teacher_for_assistant(self) -> Any:
@@ -68,17 +136,22 @@ class Bench:
             self._stock["assisted"] = model
         return self._stock["assisted"]
 
+    def close(self) -> None:
+        """Drop the models."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+        self._stock.clear()
 
-def make_workload(bench: Bench, count: int, tokens: int | None = None, seed: int = 0) -> Workload:
-    """The first `count` synthetic problems; `tokens`: every completion has exactly so many."""
-    renderer = PromptRenderer(PromptConfig(), bench.vocabulary)
-    requests: list[Request] = []
-    for row in synthetic_rows(seed, count):
-        prompt = renderer.render(row)
-        ids = tuple(prompt.student_ids), tuple(prompt.teacher_ids)
-        name = prompt_id(prompt.student_text, prompt.teacher_text)
-        requests.append(Request(name, len(requests), seed, *ids, tokens or MOST_TOKENS))
-    return Workload(tuple(requests), natural_end=tokens is None)
+    def _load(self, batch_invariant: bool) -> LocalEngine:
+        options = EngineConfig(batch_invariant=batch_invariant)
+        return LocalEngine.load(self.models, MixtureConfig(), options, self.vocabulary)
+
+    def _load_stock(self, role: str) -> Any:
+        from optimal_sampling.engines.local.loading import load_model
+
+        name = self.models.teacher if role == "teacher" else self.models.student
+        return load_model(resolve_model(name), self.models, role)
 
 
 def describe_lengths(requests: Sequence[Request], completions: Sequence[Completion]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine
 from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts
-from optimal_sampling.engines.local.drawing import RunSetting
+from optimal_sampling.engines.local.drawing import Drawer, RunSetting
 from optimal_sampling.engines.local.forward import ModelRunner
 from optimal_sampling.engines.local.lane import Lane
 from optimal_sampling.engines.local.loading import load_model, prepare_pair
@@ -25,7 +25,7 @@ from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.types import Completion, Request
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
-__all__ = ["LocalEngine", "Mode"]
+__all__ = ["LoadedPair", "LocalEngine", "Mode"]
 
 Mode = Literal["mixture", "student", "teacher"]
 """Draw from q*, or from one of the two models alone."""
@@ -90,6 +90,8 @@ class LocalEngine(Engine):
         self.capture = capture
         self.vocab_size = vocabulary.size
         self.stop_ids = vocabulary.stop_ids
+        self.drawer: Callable[[list[Lane], RunSetting, DraftPolicy], Drawer] = Drawer
+        """What makes the drawer of a run; measurements put their own here."""
         self.last_run: Run | None = None
         """The state of the latest `generate` call, for benchmarks and tests."""
 
@@ -131,8 +133,9 @@ class LocalEngine(Engine):
         """Serve the requests; see `Engine`."""
         if not self.pair.runners:
             raise EngineError("this engine was closed; open another one")
-        setting = self._setting()
-        self.last_run = Run(self._lanes(setting.pages), setting, self._policy())
+        setting, policy = self._setting(), self._policy()
+        lanes = self._lanes(setting.pages)
+        self.last_run = Run(lanes, setting, policy, self.drawer(lanes, setting, policy))
         try:
             yield from self.last_run.completions(requests)
         except torch.OutOfMemoryError as error:

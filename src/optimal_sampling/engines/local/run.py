@@ -26,11 +26,11 @@ __all__ = ["Run"]
 class Run:
     """The state of one `generate` call."""
 
-    def __init__(self, lanes: list[Lane], setting: RunSetting, policy: DraftPolicy) -> None:
+    def __init__(self, lanes: list[Lane], setting: RunSetting, policy: DraftPolicy, drawer: Drawer) -> None:
         self.lanes = lanes
         self.setting = setting
         self.policy = policy
-        self.drawer = Drawer(lanes, setting, policy)
+        self.drawer = drawer
         self.rounds = self.drafted = self.accepted = 0
         self.scheduler = Scheduler(
             Limits(
