@@ -18,6 +18,8 @@ memory.py      KV caches predicted and measured, admission and preemption
 identity.py    speculative = lockstep, bit for bit
 solver.py      what the mixture costs, without models
 gpu.py         the table of large shapes, within a budget of time
+gpu_cells.py   what it measures
+gpu_tables.py  what it is held against, and how it is shown
 report.py      what each of them hands back
 command.py     tables, and the line of JSON at the end
 """

@@ -18,7 +18,9 @@ from optimal_sampling.engines.local.drawing import Drawer, Drawn, RunSetting
 from optimal_sampling.engines.local.lane import Lane
 from optimal_sampling.engines.local.scheduler import Round, Sequence
 
-__all__ = ["MeasuringDrawer", "TimeIsUp", "Watch"]
+__all__ = ["MeasuringDrawer", "TimeIsUp", "Watch", "accepts"]
+
+PROCESS = psutil.Process()
 
 
 class TimeIsUp(Exception):
@@ -59,7 +61,7 @@ class Watch:
         self.rounds += 1
         self.most_rows = max(self.most_rows, len(rows))
         self.kv_bytes = max(self.kv_bytes, sum(map(_cache_bytes, lanes)))
-        self.resident = max(self.resident, psutil.Process().memory_info().rss)
+        self.resident = max(self.resident, PROCESS.memory_info().rss)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class _Started:
 
 
 def _cache_bytes(lane: Lane) -> int:
-    return lane.cache.bytes_per_token * lane.cache.slots * lane.cache.length
+    return lane.spec.bytes_per_token * lane.cache.slots * lane.cache.length
 
 
 class MeasuringDrawer(Drawer):

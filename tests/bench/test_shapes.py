@@ -1,0 +1,166 @@
+"""Shapes: the sizes of published models, weights that can be run, and acceptance that is emulated at its rate."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from optimal_sampling.bench.roofline import lockstep_bound, memory_bandwidth, weight_bytes
+from optimal_sampling.bench.shapes import SHAPES, ShapeBench, shape_named
+from optimal_sampling.bench.watch import TimeIsUp, Watch, accepts
+from optimal_sampling.config import ModelConfig
+from optimal_sampling.engines.local.shapes import pack_linears
+from optimal_sampling.errors import ConfigError
+
+PARAMETERS = {
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+}
+"""As the published weights have them."""
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return ShapeBench(ModelConfig(dtype="float32", device="cpu"), "tiny", "tiny", prompt_tokens=5, new_tokens=40)
+
+
+def texts(engine, requests):
+    return {c.request: c for c in engine.generate(requests)}
+
+
+@pytest.mark.parametrize("name", sorted(set(SHAPES) - {"tiny"}))
+def test_a_shape_has_the_parameters_of_its_model(name):
+    """Guards: a benchmark of another model than the one that it names."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SHAPES[name].config())
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_an_unknown_shape_is_told_the_known_ones():
+    """Guards: a traceback for a typing mistake."""
+    with pytest.raises(ConfigError, match=r"Qwen2\.5-3B.*Llama-3\.2-1B"):
+        shape_named("Qwen2.5-4B")
+
+
+def test_shapes_of_two_vocabularies_are_refused():
+    """Guards: a pair that cannot exist."""
+    with pytest.raises(ConfigError, match="vocabularies"):
+        ShapeBench(ModelConfig(), "Llama-3.2-3B", "Qwen3-0.6B")
+
+
+def test_a_vocabulary_is_cut_to_what_both_have():
+    """Guards: ids that one of the two models has no row for."""
+    assert ShapeBench(ModelConfig(), "Qwen2.5-7B", "Qwen2.5-1.5B").vocabulary.size == 151_936
+
+
+def test_weights_are_random_finite_and_not_the_global_state(pair):
+    """Guards: NaN logits; two roles with the same weights; a benchmark that reseeds its caller."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    again = ShapeBench(pair.models, "tiny", "tiny", prompt_tokens=5, new_tokens=2)
+    work = again.workload(2)
+    engine = again.engine(work, 2, draft_tokens=0, capture=frozenset({"student_logits", "teacher_logits"}))
+    assert torch.equal(torch.rand(3), expected)
+    for done in engine.generate(work.requests):
+        student, teacher = done.captured["student_logits"], done.captured["teacher_logits"]
+        assert student.isfinite().all()
+        assert teacher.isfinite().all()
+        assert not torch.equal(student, teacher)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.9, 1.0])
+def test_drafts_are_accepted_at_the_rate(pair, rate):
+    """Guards: a label that does not say what was emulated."""
+    work = pair.workload(32)
+    engine = pair.engine(work, 32, draft_tokens=1, acceptance=rate)
+    done = texts(engine, work.requests)
+    run = engine.last_run
+    assert all(len(c.token_ids) == 40 and max(c.token_ids) < 512 for c in done.values())
+    assert run.accepted / run.drafted == pytest.approx(rate, abs=0.06)
+
+
+def test_acceptance_is_a_function_of_request_and_position():
+    """Guards: a rate that depends on the draft length or on what shares the batch."""
+    long = accepts([7, 9], [0, 20], 12, 0.5)
+    assert torch.equal(accepts([9], [23], 4, 0.5)[0], long[1, 3:7])
+    assert not torch.equal(long[0], long[1])
+
+
+def test_lockstep_is_not_touched(pair):
+    """Guards: emulation that changes what is drawn where nothing is drafted."""
+    work = pair.workload(4)
+    plain = texts(pair.engine(work, 4, draft_tokens=0, acceptance=0.0), work.requests)
+    other = texts(pair.engine(work, 4, draft_tokens=0, acceptance=1.0), work.requests)
+    assert {r: c.token_ids for r, c in plain.items()} == {r: c.token_ids for r, c in other.items()}
+
+
+def test_the_twin_has_one_model(pair):
+    """Guards: self-distillation that loads, and runs, two models."""
+    work = pair.workload(1)
+    loaded = pair.engine(work, 1)
+    twin = pair.twin().engine(work, 1)
+    assert twin.pair.shared
+    assert twin.pair.runners["student"] is twin.pair.runners["teacher"] is loaded.pair.runners["teacher"]
+
+
+def test_same_weights_are_made_once():
+    """Guards: --same-weights that makes two models."""
+    bench = ShapeBench(ModelConfig(device="cpu"), "tiny", "tiny", same_weights=True)
+    engine = bench.engine(bench.workload(1), 1)
+    assert engine.pair.runners["student"] is engine.pair.runners["teacher"]
+    assert len(engine._lanes()) == 1
+
+
+def test_the_watch_sees_every_round(pair):
+    """Guards: peaks that are read only when a text ends; decoding that counts prompts."""
+    work, watch = pair.workload(6), Watch()
+    engine = pair.engine(work, 3, draft_tokens=0, watch=watch)
+    tokens = sum(len(c.token_ids) for c in engine.generate(work.requests))
+    assert tokens == 240
+    assert watch.most_rows == 3
+    assert watch.rounds == 80
+    assert watch.kv_bytes > 0
+    assert watch.decoding.tokens == tokens - 2 * 3 - 3  # two rounds read prompts, nothing follows the last round
+    assert watch.decoding_rows == watch.decoding.tokens
+
+
+def test_the_watch_ends_a_run(pair):
+    """Guards: a budget of time that is not kept."""
+    work, watch = pair.workload(2), Watch(deadline=0.0)
+    engine = pair.engine(work, 2, watch=watch)
+    with pytest.raises(TimeIsUp):
+        list(engine.generate(work.requests))
+    assert watch.rounds == 0
+    assert len(list(pair.engine(work, 2).generate(work.requests))) == 2  # the models can be used again
+
+
+def test_the_roofline_counts_what_is_read():
+    """Guards: an embedding that is only looked up, counted; a tied output layer or packed weights, forgotten."""
+    shape = SHAPES["tiny"]
+    layers = 2 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128)  # queries, keys and values, output, MLP
+    norms = 2 * (2 * 64 + 2 * 16) + 64
+    model = shape.model(ModelConfig(dtype="float32", device="cpu"), seed=0)
+    assert weight_bytes(model) == 4 * (layers + norms + 512 * 64)
+    pack_linears(model)
+    assert weight_bytes(model) == 4 * (layers + norms + 512 * 64)
+    untied = shape.config()
+    untied.tie_word_embeddings = False
+    assert weight_bytes(AutoModelForCausalLM.from_config(untied)) == 4 * (layers + norms + 512 * 64)
+
+
+def test_the_bound_is_bytes_over_bandwidth(pair):
+    """Guards: weights of shared models counted twice, caches of one model only."""
+    work = pair.workload(1)
+    engine, twin = pair.engine(work, 1), pair.twin().engine(work, 1)
+    weights, cache = weight_bytes(engine.pair.runners["teacher"].model), 2 * 2 * 2 * 16 * 4
+    assert lockstep_bound(engine, 4, 10, 1e9) == pytest.approx(4e9 / (2 * weights + 4 * 10 * 2 * cache))
+    assert lockstep_bound(twin, 4, 10, 1e9) == pytest.approx(4e9 / (weights + 4 * 10 * 2 * cache))
+    assert memory_bandwidth(torch.device("cpu"), mebibytes=4) > 1e6
