@@ -114,9 +114,11 @@ def test_the_twin_has_one_model(pair):
 def test_same_weights_are_made_once():
     """Guards: --same-weights that makes two models."""
     bench = ShapeBench(ModelConfig(device="cpu"), "tiny", "tiny", same_weights=True)
-    engine = bench.engine(bench.workload(1), 1)
-    assert engine.pair.runners["student"] is engine.pair.runners["teacher"]
-    assert len(engine._lanes()) == 1
+    work = bench.workload(1, 2)
+    engine = bench.engine(work, 1)
+    assert len(list(engine.generate(work.requests))) == 1
+    assert engine.pair.shared
+    assert len(engine.last_run.lanes) == 1
 
 
 def test_the_watch_sees_every_round(pair):

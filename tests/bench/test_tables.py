@@ -13,10 +13,18 @@ from optimal_sampling.bench.options import Size
 from optimal_sampling.bench.shapes import ShapeBench
 from optimal_sampling.bench.speed import IDEAL
 from optimal_sampling.config import ModelConfig
+from optimal_sampling.engines.local import engine
+from optimal_sampling.engines.local.paged.cache import PAGE
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Completion, Request, TokenTrace
 
 MODELS = ModelConfig(device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def pages(flash_on_cpu, monkeypatch):
+    """Rows live in pages, of which there are few enough to be made in no time."""
+    monkeypatch.setitem(engine.MEMORY_SHARE, "cpu", 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +96,27 @@ def test_the_table_of_large_shapes_is_complete_where_time_is_enough(monkeypatch)
     assert [t["wanted"] for t in result["targets"]] == [0.9, 0.9, 1.2]
     assert (result["admission"]["finished"], result["admission"]["tokens"]) == (4, 48)
     assert "emulated acceptance 0.8" in text
+
+
+def test_the_table_of_large_shapes_with_pages(pages, monkeypatch):
+    """Guards: a script that breaks where rows live in pages, as they do on a GPU only."""
+    monkeypatch.setattr(workload, "memory_bandwidth", lambda device: 1e9)
+    text, result = gpu_line(budget=120.0)
+    assert result["engine"]["attention"].startswith("Flash Attention")
+    assert all(c["complete"] for c in result["cells"])
+    assert "skipped: " not in text
+    assert result["admission"]["finished"] == 4
+    assert result["admission"]["kv_gib"] == 4 * 2 * PAGE * (2 * 2 * 2 * 16 * 4) / 2**30
+
+
+def test_caches_of_pages_are_measured_by_what_is_taken(pages):
+    """Guards: the whole memory, which is there from the start, shown as what a batch needs."""
+    pair = ShapeBench(MODELS, "tiny", "tiny", prompt_tokens=5)
+    [whole, tight] = memory.measure_memory(pair, (Size(4, 300),), silent)
+    assert whole.kv_mib == 4 * 2 * 2 * PAGE * (2 * 2 * 2 * 16 * 4) / 2**20
+    assert tight.finished == 4
+    assert tight.preemptions > 0
+    assert tight.kv_mib <= tight.budget_mib
 
 
 def test_what_the_budget_does_not_allow_is_skipped_and_said(monkeypatch):

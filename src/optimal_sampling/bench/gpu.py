@@ -35,11 +35,14 @@ def run(options: BenchOptions, show: Show, tell: Tell) -> Report:
     reached = targets(cells, limits[IDEAL])
     show(gpu_table(sizes, cells, limits))
     show(target_table(reached))
+    notes = bench.engine(bench.workload(1), 1).notes()
+    show(", ".join(f"{name} {value}" for name, value in notes.items()))
     bench.close()
     tell(f"{huge} tokens of {options.huge_shape}, {clock.left():.0f} s left")
     part = measure_slice(large, huge, options.huge_shape, clock)
     show(f"skipped: {part.size} of {part.shape}: {part.skipped}" if part.skipped else slice_table(part))
     result = {
+        "engine": notes,
         "bandwidth": bench.bandwidth,
         "cells": [{**asdict(cell), "tokens_per_second": cell.rate} for cell in cells],
         "bounds": {name: {str(size): value for size, value in values.items()} for name, values in limits.items()},

@@ -29,8 +29,8 @@ ROWS: dict[str, dict[str, Any]] = {
     SLOW: {"acceptance": 0.8},
     SELF: {"draft_tokens": 0},
 }
-WARM_UP = 32
-"""Tokens of an uncounted run before each cell's own."""
+FIRST = 32
+"""Tokens of the first runs of all."""
 FEWEST_ROUNDS = 16
 """A run that is cut off before has no figure."""
 
@@ -152,7 +152,7 @@ def measure_cells(bench: ShapeBench, sizes: tuple[Size, ...], clock: Clock, show
 def _load_and_warm(bench: ShapeBench, clock: Clock, tell: Tell) -> None:
     """What happens once per process is nobody's cell."""
     tell("random weights")
-    workload = bench.workload(1, WARM_UP)
+    workload = bench.workload(1, FIRST)
     bench.engine(workload, 1)
     for row in (LOCKSTEP, FAST):
         with contextlib.suppress(EngineError, RuntimeError):  # its cell will say so
@@ -160,13 +160,13 @@ def _load_and_warm(bench: ShapeBench, clock: Clock, tell: Tell) -> None:
 
 
 def _cell(bench: ShapeBench, size: Size, row: str, seconds: float) -> Cell:
-    """A warm run and a counted one, in so many seconds together."""
+    """The same run twice, in so many seconds together: the first one warms up, and records shapes on a GPU."""
     if seconds <= 0:
         return Cell(size, row, skipped="no time left")
     clock, workload = Clock(seconds), bench.workload(size.batch, size.tokens)
     pair = bench.twin() if row == SELF else bench
     try:
-        run_bounded(pair, workload.shortened(min(WARM_UP, size.tokens)), size.batch, seconds / 2, ROWS[row])
+        run_bounded(pair, workload, size.batch, seconds / 2, ROWS[row])
         done = run_bounded(pair, workload, size.batch, clock.left(), ROWS[row])
     except (EngineError, RuntimeError) as error:  # a cell that fails is not to cost the others
         return Cell(size, row, skipped=f"failed: {str(error).splitlines()[0]}")

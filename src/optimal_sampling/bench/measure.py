@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
-__all__ = ["Contender", "Spent", "Timing", "interleave"]
+__all__ = ["Contender", "Spent", "Timing", "interleave", "timed"]
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,15 @@ def interleave(
     for repeat in range(-1, repeats):
         for contender in contenders:
             tell(f"{contender.name}: {'warming up' if repeat < 0 else f'repeat {repeat + 1} of {repeats}'}")
-            wall, cpu = time.perf_counter(), time.process_time()
-            made = contender.run()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            spent = timed(contender.run)
             if repeat >= 0:
-                timings[contender.name].add(made if isinstance(made, Spent) else Spent(made, wall, cpu))
+                timings[contender.name].add(spent)
     return timings
+
+
+def timed(work: Callable[[], int | Spent]) -> Spent:
+    """Do it, and what it took; or what it says that the part that counts took."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    made = work()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return made if isinstance(made, Spent) else Spent(made, wall, cpu)

@@ -5,7 +5,7 @@ Sizes are those of the published configurations; `tests/bench` counts their para
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ import torch
 from optimal_sampling.bench.workload import Bench, Workload
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
 from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
-from optimal_sampling.engines.local.forward import ModelRunner
-from optimal_sampling.engines.local.loading import prepare, resolve_device, resolve_dtype
+from optimal_sampling.engines.local.loading import resolve_device, resolve_dtype
+from optimal_sampling.engines.local.paged.forward import PagedRunner
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Request
 from optimal_sampling.vocabulary import Vocabulary
@@ -156,8 +156,12 @@ class ShapeBench(Bench):
             new_tokens=self.equal_tokens,
         )
         for key, engine in self._engines.items():
+            for runner in engine.pair.runners.values():
+                if isinstance(runner, PagedRunner):
+                    runner.drop_caches()  # the student's would stay, where the twin counts on all of the memory
             runners = dict.fromkeys(engine.pair.runners, engine.pair.runners["teacher"])
-            found._engines[key] = found._around(LoadedPair(runners, True), key)
+            pair = replace(engine.pair, runners=runners, shared=True)
+            found._engines[key] = LocalEngine(pair, engine.mixture, engine.options, found.vocabulary)
         return found
 
     def workload(self, count: int, tokens: int | None = None, prompt: PromptConfig | None = None) -> Workload:
@@ -174,15 +178,11 @@ class ShapeBench(Bench):
         return Vocabulary(size, frozenset(), student_context=student.context, teacher_context=teacher.context)
 
     def _load(self, batch_invariant: bool) -> LocalEngine:
-        def runner(role: str) -> ModelRunner:
-            return prepare(self._random(role), self.vocabulary.size, role, batch_invariant)
-
-        teacher = runner("teacher")
-        runners = {"teacher": teacher, "student": teacher if self.shared else runner("student")}
-        return self._around(LoadedPair(runners, self.shared), batch_invariant)
-
-    def _around(self, pair: LoadedPair, batch_invariant: bool) -> LocalEngine:
-        return LocalEngine(pair, MixtureConfig(), EngineConfig(batch_invariant=batch_invariant), self.vocabulary)
+        teacher = self._random("teacher")
+        models = {"teacher": teacher, "student": teacher if self.shared else self._random("student")}
+        options = EngineConfig(batch_invariant=batch_invariant)
+        pair = LoadedPair.of(models, self.vocabulary.size, options)
+        return LocalEngine(pair, MixtureConfig(), options, self.vocabulary)
 
     def _load_stock(self, role: str) -> Any:
         return self._random(role)

@@ -15,7 +15,9 @@ from torch import Tensor
 from optimal_sampling.bench.measure import Spent
 from optimal_sampling.engines.local.drafting import DraftPolicy
 from optimal_sampling.engines.local.drawing import Drawer, Drawn, RunSetting
+from optimal_sampling.engines.local.kv_cache import KVCache
 from optimal_sampling.engines.local.lane import Lane
+from optimal_sampling.engines.local.paged.cache import PAGE, PagedCache
 from optimal_sampling.engines.local.scheduler import Round, Sequence
 
 __all__ = ["MeasuringDrawer", "TimeIsUp", "Watch", "accepts"]
@@ -82,6 +84,10 @@ class _Started:
 
 
 def _cache_bytes(lane: Lane) -> int:
+    """Of the slots that are there, or of the pages that are taken: the memory of pages is there from the start."""
+    if isinstance(lane.cache, PagedCache):
+        return lane.spec.bytes_per_token * PAGE * sum(run.pages for run in lane.cache.runs.rows)
+    assert isinstance(lane.cache, KVCache)
     return lane.spec.bytes_per_token * lane.cache.slots * lane.cache.length
 
 

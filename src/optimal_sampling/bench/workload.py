@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -31,10 +32,6 @@ class Workload:
 
     requests: tuple[Request, ...]
     natural_end: bool
-
-    def shortened(self, tokens: int) -> Workload:
-        """The same prompts, with at most so many new tokens."""
-        return replace(self, requests=tuple(replace(r, max_new_tokens=tokens) for r in self.requests))
 
 
 class Bench:
@@ -142,6 +139,9 @@ class Bench:
             engine.close()
         self._engines.clear()
         self._stock.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _load(self, batch_invariant: bool) -> LocalEngine:
         options = EngineConfig(batch_invariant=batch_invariant)
