@@ -38,8 +38,8 @@ def silent(text):
 
 def test_a_batch_that_does_not_fit_completes_by_admission(pair):
     """Guards: running out of memory, or losing texts, where all of a batch does not fit at once."""
-    whole, tight = memory.measure_memory(pair, (Size(64, 70),), silent)
-    assert whole.predicted_mib == 64 * 75 * 2 * (2 * 2 * 2 * 16 * 4) / 2**20
+    whole, tight = memory.measure_memory(pair, (Size(64, 30),), silent)
+    assert whole.predicted_mib == 64 * 35 * 2 * (2 * 2 * 2 * 16 * 4) / 2**20
     assert whole.predicted_mib <= whole.kv_mib
     assert (whole.most_rows, whole.finished) == (64, 64)
     assert tight.finished == 64
