@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from optimal_sampling.engines.local.engine import LocalEngine
-from optimal_sampling.engines.local.shapes import PackedLinear
 
 __all__ = ["lockstep_bound", "memory_bandwidth", "weight_bytes"]
 
@@ -41,14 +40,18 @@ def _synchronise(device: torch.device) -> None:
 
 def weight_bytes(model: Any) -> int:
     """Bytes of the weights that a forward pass reads: all but an embedding that is only looked up."""
-    embedding = model.get_input_embeddings().weight
-    output = model.get_output_embeddings()
-    read = {id(p): p for p in model.parameters() if p is not embedding}
-    if getattr(output, "weight", None) is embedding:
-        read[id(embedding)] = embedding
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    plain = sum(p.numel() * p.element_size() for p in read.values())
-    return int(plain + sum(4 * m.in_features * m.out_features for m in packed))
+    layers = [module for module in model.modules() if hasattr(module, "in_features")]  # whatever form they are in
+    counted = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    counted.add(id(model.get_input_embeddings().weight))
+    rest = [p for p in model.parameters() if id(p) not in counted]
+    return sum(map(_layer_bytes, layers)) + sum(int(p.numel() * p.element_size()) for p in rest)
+
+
+def _layer_bytes(layer: Any) -> int:
+    """Of a linear layer. Our own forms of it keep float32 weights that are no parameters."""
+    parameters = {name: p.numel() * p.element_size() for name, p in layer.named_parameters(recurse=False)}
+    parameters.setdefault("weight", 4 * layer.in_features * layer.out_features)
+    return int(sum(parameters.values()))
 
 
 def lockstep_bound(engine: LocalEngine, batch: int, cached: float, bandwidth: float) -> float:

@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import torch
 from jaxtyping import Bool
-from torch import Tensor
 
 from optimal_sampling.bench.measure import Spent
 from optimal_sampling.engines.local.drafting import DraftPolicy
@@ -19,6 +18,7 @@ from optimal_sampling.engines.local.kv_cache import KVCache
 from optimal_sampling.engines.local.lane import Lane
 from optimal_sampling.engines.local.paged.cache import PAGE, PagedCache
 from optimal_sampling.engines.local.scheduler import Round, Sequence
+from optimal_sampling.engines.local.transfer import to_device
 
 __all__ = ["MeasuringDrawer", "TimeIsUp", "Watch", "accepts"]
 
@@ -127,15 +127,16 @@ class MeasuringDrawer(Drawer):
         accepted = accepts([s.request.noise_key for s in rows], [len(s.output) for s in rows], drawn.width - 1, rate)
         tokens = drawn.step.token.view(len(rows), drawn.width).clone()
         other = (drawn.drafts + 1) % self.setting.vocab_size
-        tokens[:, :-1] = torch.where(accepted.to(self.device, non_blocking=True), drawn.drafts, other)
+        tokens[:, :-1] = torch.where(to_device(accepted, self.device), drawn.drafts, other)
         return replace(drawn, step=replace(drawn.step, token=tokens.flatten()))
 
 
-def accepts(keys: list[int], first: list[int], drafts: int, rate: float) -> Bool[Tensor, "rows drafts"]:
-    """Whether each request (64-bit key) accepts the drafts at its positions first, first + 1, ...; on the CPU."""
+def accepts(keys: list[int], first: list[int], drafts: int, rate: float) -> Bool[np.ndarray, "rows drafts"]:
+    """Whether each request (64-bit key) accepts the drafts at its positions first, first + 1, ..."""
     positions = np.array(first, dtype=np.uint64)[:, None] + np.arange(drafts, dtype=np.uint64)
     uniform = _mix(_mix(np.array(keys, dtype=np.uint64))[:, None] ^ _mix(positions)) >> np.uint64(11)
-    return torch.from_numpy(uniform * 2.0**-53 < rate)
+    accepted: np.ndarray = uniform * 2.0**-53 < rate
+    return accepted
 
 
 def _mix(x: Any) -> Any:
