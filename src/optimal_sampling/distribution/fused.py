@@ -10,6 +10,7 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
@@ -134,8 +135,9 @@ def _branch(mixture: MixtureConfig) -> tuple[str, tuple[float, ...]]:
     line = (mixture.schedule_start, mixture.schedule_end, float(mixture.schedule_tokens))
     if method == "fixed":
         line = (mixture.fixed_alpha, mixture.fixed_alpha, 1.0)
+    told = (*(*looks, -1.0)[:2], *bounds, low, high, *line)
     name = {"mirror": "kl_symmetry", "fixed": "schedule"}.get(method, method)
-    return name, (*looks, -1.0)[:2] + bounds + (low, high) + line
+    return name, tuple(float(np.float32(number)) for number in told)
 
 
 def _kernel() -> ModuleType:
