@@ -37,19 +37,22 @@ def triton_version() -> str | None:
         return None
 
 
-def kernel_note(device: torch.device) -> str:
+def kernel_note(device: torch.device, mixture: MixtureConfig | None = None) -> str:
     """One line for a run's summary: how q* is mixed on this device, and why."""
-    version = triton_version()
     if device.type != "cuda":
         return f"mixture kernel: PyTorch, because the fused kernel is for GPUs and this is {device.type}"
+    version = triton_version()
     if version is None:
         return "mixture kernel: PyTorch, because Triton is not installed"
+    if mixture is not None and not covers(mixture):
+        return "mixture kernel: PyTorch, because the fused kernel does not cover these mixture options"
     return f"mixture kernel: fused (Triton {version})"
 
 
 def covers(mixture: MixtureConfig, keep_log_q: bool = False) -> bool:
     """Whether the kernel can do it. What it cannot goes through PyTorch: the methods entropy and trust_region, a
-    restriction to the teacher's support, top-k and top-p, and log q itself.
+    restriction to the teacher's support, top-k and top-p, and log q itself. Logits 5e11 below their row's largest
+    count as -inf in the kernel.
     """
     restricted = mixture.teacher_support_top_k > 0 or mixture.teacher_support_top_p < 1
     truncated = mixture.top_k > 0 or mixture.top_p < 1
