@@ -37,6 +37,7 @@ def in_own_process(arguments, **environment):
 
 
 @needs_triton
+@pytest.mark.timeout(900)  # a minute and a half on an idle machine
 def test_kernel_in_the_interpreter():
     """Guards: everything that `interpreted.py` lists."""
     in_own_process(["-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted.py"], TRITON_INTERPRET="1")
