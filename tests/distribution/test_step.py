@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution import METHODS, Step, draft, gumbel, keys_tensor, step
+from optimal_sampling.distribution import METHODS, Step, draft, gumbel, keys_tensor, step, tiles
 from optimal_sampling.distribution.naive import NAIVE_METHODS, kl, naive_step, prepare, slope
 from optimal_sampling.distribution.step import pair_of
 from optimal_sampling.distribution.tiled import TiledPair
@@ -350,3 +350,23 @@ def test_pack_keeps_large_ids():
     assert again.bad_student.tolist() == [True, False]
     assert again.bad_teacher.tolist() == [False, True]
     assert torch.equal(again.trace, trace)
+
+
+@pytest.mark.parametrize("method", ALPHA_METHODS)
+def test_tensors_and_arrays_agree(method, monkeypatch):
+    """Guards: the branch for accelerators without Triton, here with tensors on a CPU: calls that only NumPy takes."""
+    student, teacher, noise, position = batch(9, 40)
+    student[1:5, ::3], teacher[2:5, ::4], student[6], teacher[7] = -INF, -INF, math.nan, -INF
+    student[5, ::2], teacher[5, 1::2] = -INF, -INF
+    mixtures = [MixtureConfig(alpha_method=method, alpha_min=low) for low in (0.0, 0.5)]
+    mixtures.append(MixtureConfig(alpha_method=method, teacher_support_top_k=9, top_p=0.9, force_first_token=True))
+    arrays = [step(student, teacher, noise, position, mixture, keep_log_q=True) for mixture in mixtures]
+    monkeypatch.setattr(tiles, "uses_numpy", lambda device: False)
+    for mixture, want in zip(mixtures, arrays, strict=True):
+        got = step(student, teacher, noise, position, mixture, keep_log_q=True)
+        flat = method == "entropy"  # around its maximum
+        assert flat or torch.equal(got.token, want.token)
+        traces = (got.trace[:, 6], want.trace[:, 6]) if flat else (got.trace, want.trace)
+        torch.testing.assert_close(*traces, rtol=2e-5, atol=2e-5, equal_nan=True)
+        assert torch.equal(got.bad_student, want.bad_student)
+        assert torch.equal(got.log_q.isnan(), want.log_q.isnan())

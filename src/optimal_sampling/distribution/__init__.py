@@ -1,7 +1,8 @@
 """The mathematics: two rows of logits and noise in, one token and its diagnostics out. No models, no files."""
 
+from optimal_sampling.distribution.fused import kernel_note
 from optimal_sampling.distribution.methods import METHODS
-from optimal_sampling.distribution.noise import gumbel, keys_tensor
-from optimal_sampling.distribution.step import Step, draft, step
+from optimal_sampling.distribution.noise import NoiseKeys, gumbel, keys_tensor
+from optimal_sampling.distribution.step import Step, confident_draft, draft, step
 
-__all__ = ["METHODS", "Step", "draft", "gumbel", "keys_tensor", "step"]
+__all__ = ["METHODS", "NoiseKeys", "Step", "confident_draft", "draft", "gumbel", "kernel_note", "keys_tensor", "step"]

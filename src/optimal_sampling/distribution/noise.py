@@ -10,6 +10,7 @@ multiplier b; with t(id) a fixed table of scrambled token ids, scramble((t(id) ^
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from optimal_sampling.distribution.tiles import TILE, Rows, namespace, rows_of, tensor_of
 
-__all__ = ["gumbel", "keys_tensor"]
+__all__ = ["NoiseKeys", "gumbel", "keys_tensor", "noise_tensor", "scrambled_ids"]
 
 
 def _signed(value: int, bits: int) -> int:
@@ -50,7 +51,7 @@ def _splitmix(x: Rows) -> Rows:
 
 
 @lru_cache(maxsize=8)
-def _scrambled_ids(vocab_size: int, device: torch.device) -> Int32[Tensor, " vocab"]:
+def scrambled_ids(vocab_size: int, device: torch.device) -> Int32[Tensor, " vocab"]:
     """t(id): 32 well-mixed bits for every token id."""
     ids = _splitmix(np.arange(1, vocab_size + 1, dtype=np.uint64) * _U0)
     return torch.from_numpy(ids.astype(np.uint32).view(np.int32)).to(device)
@@ -110,7 +111,7 @@ def gumbel(
         out = torch.empty(rows, vocab_size, dtype=torch.float32, device=device)
     a, b = _words(keys, position)
     a, b = a[:, None], b[:, None]
-    ids = rows_of(_scrambled_ids(vocab_size, device))
+    ids = rows_of(scrambled_ids(vocab_size, device))
     if device.type != "cpu" or rows * vocab_size <= TILE:
         _to_gumbel(tensor_of(_hash(ids, a, b, device)), out)
         return out
@@ -119,3 +120,19 @@ def gumbel(
         for columns in (slice(first, first + width) for first in range(0, vocab_size, width)):
             _to_gumbel(tensor_of(_hash(ids[columns], a[band], b[band], device)), out[band, columns])
     return out
+
+
+@dataclass(frozen=True)
+class NoiseKeys:
+    """Noise that is not made yet: what `gumbel` would make it from. The fused kernel makes it where it needs it."""
+
+    keys: Int64[Tensor, " rows"]
+    position: Int[Tensor, " rows"]
+
+    def __getitem__(self, rows: slice) -> NoiseKeys:
+        return NoiseKeys(self.keys[rows], self.position[rows])
+
+
+def noise_tensor(noise: Float32[Tensor, "rows vocab"] | NoiseKeys, vocab_size: int) -> Float32[Tensor, "rows vocab"]:
+    """The noise itself, made now if need be."""
+    return gumbel(noise.keys, noise.position, vocab_size) if isinstance(noise, NoiseKeys) else noise

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
@@ -79,7 +80,8 @@ class Pair(ABC):
     ) -> None:
         self.rows, self.vocab = student_logits.shape
         self.device = student_logits.device
-        self.on_cpu, self.xp = self.device.type == "cpu", namespace(self.device)
+        self.xp = namespace(self.device)
+        self.on_cpu = self.xp is np
         self._load(student_logits, teacher_logits, temperature)
         self._find_bad()
         if support_top_k > 0 or support_top_p < 1:

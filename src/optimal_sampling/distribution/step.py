@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,13 +13,18 @@ from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.direct import WIDEST, DirectPair
+from optimal_sampling.distribution.fused import fused_draft, fused_step, runs_fused
 from optimal_sampling.distribution.methods import METHODS
+from optimal_sampling.distribution.noise import NoiseKeys, noise_tensor
 from optimal_sampling.distribution.pair import Moments, Pair
 from optimal_sampling.distribution.support import keep_largest
 from optimal_sampling.distribution.tiled import TiledPair
-from optimal_sampling.distribution.tiles import Rows, argmax, at_least, at_most, rows_of, stack, tensor_of
+from optimal_sampling.distribution.tiles import Rows, argmax, at_least, at_most, namespace, rows_of, stack, tensor_of
 
-__all__ = ["Step", "draft", "step"]
+__all__ = ["Noise", "Step", "choose_alpha", "confident_draft", "distances", "draft", "step"]
+
+Noise: TypeAlias = Float32[Tensor, "rows vocab"] | NoiseKeys
+"""Gumbel noise, or what it is made from: on a GPU the fused kernel makes it token by token, never as a tensor."""
 
 _DIRECT_CHUNK, _TILED_CHUNK = 1 << 15, 1 << 23  # logits per model that are worked on together: near the cache
 
@@ -61,11 +66,24 @@ class Step:
 
 
 @torch.no_grad()
-def draft(
-    student_logits: Float[Tensor, "rows vocab"], noise: Float32[Tensor, "rows vocab"], mixture: MixtureConfig
-) -> Int64[Tensor, " rows"]:
+def draft(student_logits: Float[Tensor, "rows vocab"], noise: Noise, mixture: MixtureConfig) -> Int64[Tensor, " rows"]:
     """The token that the student alone would draw with this noise: argmax(log p_student + noise)."""
-    return argmax(torch.add(noise, student_logits, alpha=1 / mixture.temperature))
+    if runs_fused(student_logits.device):
+        return fused_draft(student_logits, noise, mixture.temperature)[0]
+    made = noise_tensor(noise, student_logits.shape[1])
+    return argmax(torch.add(made, student_logits, alpha=1 / mixture.temperature))
+
+
+@torch.no_grad()
+def confident_draft(
+    student_logits: Float[Tensor, "rows vocab"], noise: Noise, mixture: MixtureConfig
+) -> tuple[Int64[Tensor, " rows"], Float32[Tensor, " rows"]]:
+    """`draft`, and log p_student of its tokens: how sure the student was."""
+    if runs_fused(student_logits.device):
+        return fused_draft(student_logits, noise, mixture.temperature)
+    token = draft(student_logits, noise, mixture)
+    scaled = student_logits.to(torch.float32) / mixture.temperature
+    return token, scaled.gather(-1, token[:, None])[:, 0] - scaled.logsumexp(-1)
 
 
 @torch.no_grad()
@@ -73,7 +91,7 @@ def draft(
 def step(
     student_logits: Float[Tensor, "rows vocab"],
     teacher_logits: Float[Tensor, "rows vocab"],
-    noise: Float32[Tensor, "rows vocab"],
+    noise: Noise,
     position: Int[Tensor, " rows"],
     mixture: MixtureConfig,
     *,
@@ -81,34 +99,34 @@ def step(
 ) -> Step:
     """Draw one token per row from q, proportional to p_student^(1-alpha) * p_teacher^alpha.
 
-    `noise` is Gumbel; `position` is the index of the token in its completion, 0 for the first. A row's result has
-    the same bits whatever rows are beside it.
+    `position` is the index of the token in its completion, 0 for the first. A row's result has the same bits whatever
+    rows are beside it. On a GPU the kernel of `fused.py` does what it covers, where Triton is installed.
     """
+    if runs_fused(student_logits.device, mixture, keep_log_q):
+        return Step(*fused_step(student_logits, teacher_logits, noise, position, mixture))
     height = rows_at_once(student_logits.shape[1], student_logits.device)
-    if len(position) <= height:
-        return _step(student_logits, teacher_logits, noise, position, mixture, keep_log_q)
-    slices = [slice(first, first + height) for first in range(0, len(position), height)]
+    slices = [slice(first, first + height) for first in range(0, max(1, len(position)), height)]
     parts = [_step(student_logits[i], teacher_logits[i], noise[i], position[i], mixture, keep_log_q) for i in slices]
-    return Step.concatenate(parts)
+    return parts[0] if len(parts) == 1 else Step.concatenate(parts)
 
 
 def rows_at_once(vocab: int, device: torch.device) -> int:
     """How many rows are worked on together."""
-    if device.type != "cpu":
+    if namespace(device) is torch:
         return 1 << 30
     return max(1, (_DIRECT_CHUNK if vocab <= WIDEST else _TILED_CHUNK) // max(1, vocab))
 
 
 def pair_of(student_logits: Float[Tensor, "rows vocab"], *arguments: Any) -> Pair:
     """The class of pair that suits the vocabulary and the device, whatever the number of rows."""
-    direct = student_logits.device.type == "cpu" and student_logits.shape[1] <= WIDEST
+    direct = namespace(student_logits.device) is np and student_logits.shape[1] <= WIDEST
     return (DirectPair if direct else TiledPair)(student_logits, *arguments)
 
 
 def _step(
     student_logits: Float[Tensor, "rows vocab"],
     teacher_logits: Float[Tensor, "rows vocab"],
-    noise: Float32[Tensor, "rows vocab"],
+    noise: Noise,
     position: Int[Tensor, " rows"],
     mixture: MixtureConfig,
     keep_log_q: bool,
@@ -119,17 +137,11 @@ def _step(
     alpha, clamped = choose_alpha(pair, position, mixture)
     pair.restore(alpha)
     at = pair.moments(alpha)
-    token, log_q_token, log_q = _draw(pair, noise, mixture, keep_log_q)
+    token, log_q_token, log_q = _draw(pair, noise_tensor(noise, pair.vocab), mixture, keep_log_q)
     if not pair.none(pair.bad):
         token.masked_fill_(tensor_of(pair.bad), 0)
-    columns = [
-        alpha,
-        clamped,
-        *_distances(pair, at),
-        *pair.token_log_p(token),
-        log_q_token,
-        pair.disjoint & (alpha > 0),
-    ]
+    token_log_p = [*pair.token_log_p(token), log_q_token]
+    columns = [alpha, clamped, *distances(pair, at), *token_log_p, pair.disjoint & (alpha > 0)]
     return Step(token, _trace(pair, columns), tensor_of(pair.bad_student), tensor_of(pair.bad_teacher), log_q)
 
 
@@ -161,7 +173,7 @@ def choose_alpha(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureCon
     return xp.asarray(xp.asarray(alpha, dtype=xp.float32), dtype=xp.float64), clamped
 
 
-def _distances(pair: Pair, at: Moments) -> list[Rows]:
+def distances(pair: Pair, at: Moments) -> list[Rows]:
     """KL of q to student and teacher, ESS to both, and its entropy."""
     xp = pair.xp
     kl_student, kl_teacher, entropy = at_least(stack([at.kl_student, at.kl_teacher, pair.entropy()]), 0.0)

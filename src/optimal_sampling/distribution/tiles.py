@@ -32,6 +32,7 @@ __all__ = [
     "rows_of",
     "stack",
     "tensor_of",
+    "uses_numpy",
     "workspace",
 ]
 
@@ -50,14 +51,19 @@ Rows: TypeAlias = Any
 _LANES = 64  # numbers that a vectorised loop takes at once
 
 
+def uses_numpy(device: torch.device) -> bool:
+    """Whether `Rows` on this device are ndarrays. Asked nowhere else, so that tests can have tensors on a CPU."""
+    return device.type == "cpu"
+
+
 def namespace(device: torch.device) -> Any:
     """numpy on a CPU, else torch: what `Rows` on this device are computed with."""
-    return np if device.type == "cpu" else torch
+    return np if uses_numpy(device) else torch
 
 
 def rows_of(x: Tensor) -> Rows:
     """The same memory as `Rows`."""
-    return x.numpy() if x.device.type == "cpu" else x
+    return x.numpy() if uses_numpy(x.device) else x
 
 
 def tensor_of(x: Rows) -> Tensor:
@@ -84,7 +90,7 @@ def at_most(x: Rows, most: float) -> Rows:
 
 def argmax(y: Float[Tensor, "n width"]) -> Int64[Tensor, " n"]:
     """First of the largest. NumPy's is twenty times as fast on a CPU."""
-    if y.device.type == "cpu":
+    if uses_numpy(y.device):
         return torch.from_numpy(y.numpy().argmax(-1))
     return y.argmax(-1)
 
@@ -118,7 +124,7 @@ class Workspace:
 
     def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
         self.rows, self.vocab, self.device = rows, vocab, device
-        cpu = device.type == "cpu"
+        cpu = uses_numpy(device)
         padded = -(-vocab // _LANES) * _LANES
         width = min(padded, TILE) if cpu else padded
         height = max(1, TILE // padded) if cpu else max(1, rows)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.pair import Moments, Pair
-from optimal_sampling.distribution.step import _distances, choose_alpha, pair_of, rows_at_once
+from optimal_sampling.distribution.step import choose_alpha, distances, pair_of, rows_at_once
 from optimal_sampling.distribution.tiles import Rows, at_least, stack, tensor_of
 from optimal_sampling.engines.vllm.options import RequestOptions
 from optimal_sampling.types import TRACE_FIELDS
@@ -140,7 +140,7 @@ def _mixed_rows(
     columns = [
         alpha,
         clamped,
-        *(_distances(pair, at) if full else _divergences(pair, at)),
+        *(distances(pair, at) if full else _divergences(pair, at)),
         *pair.offset,
         at.F,
         pair.disjoint & (alpha > 0),
@@ -156,7 +156,7 @@ def _mixed_rows(
 
 
 def _divergences(pair: Pair, at: Moments) -> list[Rows]:
-    """`_distances` without what costs another pass over the vocabulary: NaN for both ESS."""
+    """`distances` without what costs another pass over the vocabulary: NaN for both ESS."""
     where, nothing = pair.xp.where, pair.full(float("nan"))
     kl_student, kl_teacher = at_least(at.kl_student, 0.0), at_least(at.kl_teacher, 0.0)
     if not pair.none(pair.floored):
