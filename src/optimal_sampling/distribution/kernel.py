@@ -246,7 +246,7 @@ def _look(student, teacher, alpha, at_s, at_t, gap, vocab, scale, BLOCK: tl.cons
 
 @triton.jit
 def _settled(slope, curvature):
-    return tl.abs(slope) <= _TOLERANCE * tl.maximum(curvature, 1.0)
+    return tl.abs(slope) <= tl.maximum(curvature, 1.0) * _TOLERANCE
 
 
 @triton.jit
