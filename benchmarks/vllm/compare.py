@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens drawn per sequence")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each engine; `nested` has one, of 8 tokens")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each engine; nested has one, of 8 tokens")
     parser.add_argument("--drafts", type=int, default=5, help="draft tokens")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     arguments = parser.parse_args()

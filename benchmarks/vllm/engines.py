@@ -16,10 +16,13 @@ from typing import Any
 
 __all__ = ["ENGINES", "Setup"]
 
-ENGINES = ("teacher", "student", "lockstep", "lockstep + alpha", "drafts", "teacher + drafts", "local", "nested")
+ENGINES = ("teacher", "student", "lockstep", "drafts", "teacher + drafts", "local", "nested")
 
-Run = Callable[[int, int, int], int]
-"""(batch, new tokens of each sequence, repeat) -> tokens drawn, all of them whatever they are."""
+Run = Callable[[int, int, int, str], int]
+"""(batch, new tokens of each sequence, repeat, trace level) -> tokens drawn, all of them whatever they are.
+
+Only vLLM with both models in it has alpha statistics to trace.
+"""
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,17 @@ def prompts(setup: Setup, batch: int, repeat: int) -> list[list[int]]:
     return [[1 + (i * 7919 + j * 104729 + repeat * 31) % top for j in range(setup.prompt)] for i in range(batch)]
 
 
-def vllm_run(setup: Setup, core: Any, extra: dict[str, Any] | None = None) -> Run:
+def vllm_run(setup: Setup, core: Any) -> Run:
     """All requests at once, stepped until they are done."""
+    from optimal_sampling.config import MixtureConfig
+    from optimal_sampling.engines.vllm.options import RequestOptions
     from vllm import SamplingParams
 
-    def run(batch: int, new: int, repeat: int) -> int:
+    def run(batch: int, new: int, repeat: int, trace: str) -> int:
+        extra = RequestOptions(trace=trace).extra_args(MixtureConfig()) if trace != "off" else None
         params = SamplingParams(max_tokens=new, ignore_eos=True, detokenize=False, extra_args=extra)
         for i, ids in enumerate(prompts(setup, batch, repeat)):
-            core.add_request(f"{batch}-{new}-{repeat}-{i}", {"prompt_token_ids": ids}, params)
+            core.add_request(f"{batch}-{new}-{repeat}-{trace}-{i}", {"prompt_token_ids": ids}, params)
         count = 0
         while core.has_unfinished_requests():
             count += sum(len(done.outputs[0].token_ids) for done in core.step() if done.finished)
@@ -120,7 +126,7 @@ def local_run(setup: Setup) -> Run:
     options = EngineConfig(batch_size=setup.batch, batch_invariant=False, draft_tokens=0)
     engine = open_engine("local", models, MixtureConfig(), options, vocabulary_of(setup))
 
-    def run(batch: int, new: int, repeat: int) -> int:
+    def run(batch: int, new: int, repeat: int, trace: str) -> int:
         requests = [
             Request(f"{repeat}-{i}", 0, 0, tuple(ids), tuple(ids), new)
             for i, ids in enumerate(prompts(setup, batch, repeat))
@@ -156,11 +162,7 @@ def open_engine(setup: Setup) -> Run:
         return local_run(setup)
     if setup.engine == "nested":
         return nested_run(setup)
-    from optimal_sampling.config import MixtureConfig
-    from optimal_sampling.engines.vllm.options import RequestOptions
-
-    trace = "alpha" if setup.engine == "lockstep + alpha" else "off"
-    return vllm_run(setup, composite_core(setup), RequestOptions(trace=trace).extra_args(MixtureConfig()))
+    return vllm_run(setup, composite_core(setup))
 
 
 def main() -> None:
@@ -169,9 +171,10 @@ def main() -> None:
     run = open_engine(setup)
     print("READY", flush=True)
     for line in sys.stdin:
-        batch, new, repeat = map(int, line.split())
+        *numbers, trace = line.split()
+        batch, new, repeat = map(int, numbers)
         wall, cpu = time.perf_counter(), time.process_time()
-        tokens = run(batch, new, repeat)
+        tokens = run(batch, new, repeat, trace)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         print("DONE " + json.dumps({"tokens": tokens, "wall": wall, "cpu": cpu}), flush=True)
 

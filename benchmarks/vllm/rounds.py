@@ -38,10 +38,10 @@ class Worker:
         self.setup, self.process, self.log = setup, process, log
         self._answer("READY")
 
-    def run(self, work: Work, repeat: int) -> dict[str, float]:
+    def run(self, work: Work, repeat: int, trace: str = "off") -> dict[str, float]:
         """Milliseconds per token of each sequence."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{work[0]} {work[1]} {repeat}\n")
+        self.process.stdin.write(f"{work[0]} {work[1]} {repeat} {trace}\n")
         self.process.stdin.flush()
         done = json.loads(self._answer("DONE"))
         return {name: 1000 * done[name] / done["tokens"] * work[0] for name in ("wall", "cpu")}
@@ -96,19 +96,30 @@ def _rounds(workers: Sequence[Worker], works: Sequence[Work], repeats: int, time
             worker.run((work[0], min(8, work[1])), -1 - works.index(work))
         for repeat in range(repeats):
             for worker in workers:
-                name, slow = worker.setup.engine, worker.setup.engine == "nested"
-                if slow and repeat:
-                    continue
-                done = worker.run((work[0], min(8, work[1]) if slow else work[1]), repeat)
-                times.setdefault(name, {}).setdefault(work, []).append(done)
-                print(f"{work} {repeat + 1}/{repeats} {name}: {done}", file=sys.stderr, flush=True)
+                for name, done in _turn(worker, work, repeat):
+                    times.setdefault(name, {}).setdefault(work, []).append(done)
+                    print(f"{work} {repeat + 1}/{repeats} {name}: {done}", file=sys.stderr, flush=True)
+
+
+def _turn(worker: Worker, work: Work, repeat: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """One engine's turn. Lockstep has two, with and without alpha statistics, first the one and then the other."""
+    name = worker.setup.engine
+    if name == "nested":  # so slow that a few tokens tell
+        if repeat == 0:
+            yield name, worker.run((work[0], min(8, work[1])), repeat)
+    elif name == "lockstep":
+        rows = [("lockstep", "off"), ("lockstep + alpha", "alpha")]
+        for row, trace in rows[:: -1 if repeat % 2 else 1]:
+            yield row, worker.run(work, repeat, trace)
+    else:
+        yield name, worker.run(work, repeat)
 
 
 def ratios(times: Times, clock: str) -> dict[str, dict[Work, float]]:
     """Throughput relative to other rows of the table: the median over repeats that lie side by side."""
     pairs = {f"{name} / teacher": (name, ("teacher",)) for name in times if name not in ("teacher", "student")}
     pairs |= {f"{name} / ideal": (name, ("teacher", "student")) for name in times if name.startswith("lockstep")}
-    pairs["alpha statistics, cost"] = ("lockstep + alpha", ("lockstep",))
+    pairs["cost of alpha statistics"] = ("lockstep + alpha", ("lockstep",))
     result: dict[str, dict[Work, float]] = {}
     for title, (name, others) in pairs.items():
         if not {name, *others} <= times.keys():

@@ -123,21 +123,27 @@ def test_clients_that_go_away_leave_nothing_behind(client, server, vocabulary):
 
 
 async def sixty_four(address):
-    """64 streams at once; every third is left after its second piece, every fifth has another student prompt."""
+    """64 streams at once; every third is left after its second piece, every fifth has another student prompt.
+
+    Every other one asks for statistics.
+    """
     import openai
 
     async def one(client, i):
         extra = {"student_prompt": f"{i}+{i}=?", "alpha_min": 0.1} if i % 5 == 0 else {}
+        extra["alpha_stats"] = i % 2 == 0
         prompt = f"{i}*3+4=? take your time"
         stream = await client.completions.create(
             model="toy-teacher", prompt=prompt, max_tokens=120, stream=True, extra_body={"ignore_eos": True, **extra}
         )
-        pieces = 0
-        async for _ in stream:
-            pieces += 1
+        pieces, last = 0, None
+        async for piece in stream:
+            pieces, last = pieces + 1, piece
             if i % 3 == 0 and pieces == 2:
                 await stream.close()
                 return "left"
+        if i % 2 == 0 and last.choices[0].alpha_stats["count"] != 120:
+            return "wrong statistics"
         return "done" if pieces >= 100 else f"{pieces} pieces"
 
     async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key=KEY, timeout=300, max_retries=0) as client:
