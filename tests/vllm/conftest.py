@@ -28,3 +28,7 @@ def folders(tmp_path_factory):
     from tests.vllm.tiny import save_all
 
     return save_all(tmp_path_factory.mktemp("models"))
+
+
+if HAS_VLLM:
+    from tests.vllm.serving import client, server, vocabulary  # noqa: F401

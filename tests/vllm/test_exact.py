@@ -12,8 +12,7 @@ import torch
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.naive import naive_step
 from optimal_sampling.types import ALPHA_METHODS, Request
-from tests.engines.conformance import by_key
-from tests.vllm.tiny import CONTEXT, STOP, Pair, all_rows, log_softmax
+from tests.vllm.tiny import CONTEXT, Pair, log_softmax
 
 LIMIT = 1e-5  # largest error of a log-probability above e^-20
 
@@ -179,62 +178,6 @@ def test_log_probabilities_of_a_prompt(wide):
     for place in range(1, len(ids)):
         wanted = expected_rows(pair, MixtureConfig(), ids[:place], ids[:place], [0])[0][ids[place]]
         assert done[0].prompt_logprobs[place][ids[place]].logprob == pytest.approx(wanted, abs=LIMIT)
-
-
-@pytest.mark.parametrize("draft_tokens", [0, 2])
-def test_two_hundred_mixed_requests_under_preemption(folders, draft_tokens):
-    """Guards: records of one request in another's, after preemption, chunks of prompts and reordering (needs.md 16)."""
-    pair = Pair(folders["student"], folders["teacher"])
-    random.seed(0)
-    requests = []
-    for i in range(200):
-        student = tuple(random.choices(range(1, 12), k=random.randint(1, 50)))
-        teacher = student if i % 3 == 0 else tuple(random.choices(range(1, 12), k=random.randint(1, 50)))
-        requests.append(Request(f"r{i}", 0, 7, student, teacher, random.randint(1, 40)))
-    # 18 blocks of 32 tokens for 32 requests at once: they cannot all stay.
-    settings = {"max_num_batched_tokens": 96, "num_gpu_blocks_override": 18}
-    with contextlib.closing(pair.open(draft_tokens, 32, **settings)) as engine:
-        preempted = count_preemptions(engine)
-        done = by_key(engine.with_mixture(MixtureConfig(alpha_min=0.0, temperature=0.9)).generate(requests))
-        assert preempted() > 10
-    assert len(done) == 200
-    for completion in done.values():
-        assert completion.finish_reason in ("stop", "length"), completion.error
-        assert len(completion.trace) == len(completion.token_ids)
-        assert (completion.token_ids[-1] in STOP) == (completion.finish_reason == "stop")
-        prompts = {"student": completion.request.student_prompt_ids, "teacher": completion.request.teacher_prompt_ids}
-        rows = {
-            role: [log_softmax(row / 0.9) for row in all_rows(getattr(pair, role), prompt, completion.token_ids)]
-            for role, prompt in prompts.items()
-        }
-        assert_trace(completion, rows["student"], rows["teacher"])
-
-
-def assert_trace(completion, student, teacher, limit=2e-5):
-    """`student`, `teacher`: log-probabilities before each token, of the reference."""
-    for place, token in enumerate(completion.token_ids):
-        log_s, log_t = student[place], teacher[place]
-        alpha = completion.trace["alpha"][place]
-        log_q = log_softmax((1 - alpha) * log_s + alpha * log_t)
-        kl_student, kl_teacher = ((np.exp(log_q) * (log_q - log_p)).sum() for log_p in (log_s, log_t))
-        assert completion.trace["log_p_student"][place] == pytest.approx(log_s[token], abs=limit)
-        assert completion.trace["log_p_teacher"][place] == pytest.approx(log_t[token], abs=limit)
-        assert completion.trace["log_q"][place] == pytest.approx(log_q[token], abs=limit)
-        assert completion.trace["kl_student"][place] == pytest.approx(kl_student, abs=limit)
-        assert kl_student == pytest.approx(kl_teacher, rel=1e-3, abs=limit)
-
-
-def count_preemptions(engine):
-    scheduler = engine.core.engine_core.engine_core.scheduler
-    count = [0]
-    preempt = scheduler._preempt_request
-
-    def counted(*args, **kwargs):
-        count[0] += 1
-        return preempt(*args, **kwargs)
-
-    scheduler._preempt_request = counted
-    return lambda: count[0]
 
 
 def test_nan_ends_a_completion_and_names_the_model(folders, tmp_path):

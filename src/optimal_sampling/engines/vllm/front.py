@@ -5,7 +5,6 @@ Names of arguments and of outputs are those of the documents this project comes 
 
 from __future__ import annotations
 
-import statistics
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any, cast
 
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
 from optimal_sampling.engines.vllm.engine import VllmEngine
+from optimal_sampling.engines.vllm.traces import alpha_summary
 from optimal_sampling.errors import ConfigError, PromptError
 from optimal_sampling.types import AlphaMethod, Completion, Request, prompt_id
 from optimal_sampling.vocabulary import PromptRenderer, RenderedPrompt, Vocabulary
@@ -209,21 +209,8 @@ def _alpha_stats(completions: Sequence[Completion | None]) -> dict[str, Any]:
     ]
     history = [alpha for each in columns for alpha in each["alpha"]]
     clamped = [flag for each in columns for flag in each["clamped"]]
-    per_request = [{**_summary(each["alpha"], each["clamped"]), **each} for each in columns]
-    return {**_summary(history, clamped), "history": history, "per_request": per_request}
-
-
-def _summary(alpha: Sequence[float], clamped: Sequence[float]) -> dict[str, float]:
-    """Plain numbers; NaN where there is no token."""
-    nothing = float("nan")
-    return {
-        "mean": statistics.fmean(alpha) if alpha else nothing,
-        "std": statistics.pstdev(alpha) if alpha else nothing,
-        "min": min(alpha, default=nothing),
-        "max": max(alpha, default=nothing),
-        "count": len(alpha),
-        "clamped": statistics.fmean(clamped) if clamped else nothing,
-    }
+    per_request = [{**alpha_summary(each["alpha"], each["clamped"]), **each} for each in columns]
+    return {**alpha_summary(history, clamped), "history": history, "per_request": per_request}
 
 
 def _check_prompts(prompts: Sequence[str], theta_prompts: Sequence[str] | None, max_tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 Plain ASGI; knows HTTP and the options of the mixture, nothing of vLLM. A request passes as it is, with our fields
 turned into `vllm_xargs` and the stop ids of both models added, or it is answered here with an error as OpenAI's are.
+Answers pass unchanged but where a request asks for alpha statistics, see report.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.engines.vllm.options import OPTIONS, OTHER_IDS, RequestOptions, mixture_from
+from optimal_sampling.engines.vllm.options import OPTIONS, OTHER_IDS, RequestOptions, TraceLevel, mixture_from
+from optimal_sampling.engines.vllm.report import FIELD, AlphaReport, Fetch, Named
+from optimal_sampling.engines.vllm.traces import Rows
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.vocabulary import Vocabulary
 
@@ -79,27 +82,35 @@ class Gate:
         try:
             if scope["type"] != "http":
                 raise Refusal(404, "this server speaks HTTP only")
-            receive = await self._admit(scope, receive)
+            receive, send = await self._admit(scope, receive, send)
         except Refusal as refusal:
             await _answer(scope, send, refusal)
             return
         await self.app(scope, receive, send)
 
-    async def _admit(self, scope: Message, receive: Receive) -> Receive:
+    async def _admit(self, scope: Message, receive: Receive, send: Send) -> tuple[Receive, Send]:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path == _OPEN:
-            return receive
+            return receive, send
         _check_key(scope, self.settings.api_key)
         if path not in _PASSED and not path.startswith(_PREFIXES):
             raise Refusal(404, f"there is no route {path}")
         if scope["method"] != "POST":
-            return receive
+            return receive, send
         body = await _read(receive, self.settings.max_body_bytes)
+        replaced = {b"content-length"}
         if path in _GENERATE:
-            body = json.dumps(admit_body(_parse(body), _GENERATE[path], self.settings)).encode()
-        headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
+            parsed = _parse(body)
+            named = named_for_report(parsed, _GENERATE[path])
+            admitted = admit_body(parsed, _GENERATE[path], self.settings)
+            if named is not None:
+                admitted |= named.fields()
+                send = AlphaReport(named, _fetch_from(scope), send)
+                replaced.add(b"x-request-id")  # it would win over the name
+            body = json.dumps(admitted).encode()
+        headers = [(name, value) for name, value in scope["headers"] if name.lower() not in replaced]
         scope["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
-        return _replay(body, receive)
+        return _replay(body, receive), send
 
 
 def admit_body(body: Mapping[str, Any], chat: bool, settings: GateSettings) -> dict[str, Any]:
@@ -121,7 +132,8 @@ def admit_body(body: Mapping[str, Any], chat: bool, settings: GateSettings) -> d
     xargs = result.get("vllm_xargs") or {}
     if not isinstance(xargs, Mapping) or {OPTIONS, OTHER_IDS, "optimal_sampling_teacher_ids"} & xargs.keys():
         raise Refusal(400, "vllm_xargs must be an object without our own keys; use the fields", "vllm_xargs")
-    options = RequestOptions(mixture, "mixture" if alone else "teacher", "off", ids)
+    trace: TraceLevel = "alpha" if result.pop(FIELD, False) else "off"
+    options = RequestOptions(mixture, "mixture" if alone else "teacher", trace, ids)
     result["vllm_xargs"] = {**xargs, **options.extra_args(settings.mixture)}
     if not result.get("ignore_eos"):
         stops = result.get("stop_token_ids") or []
@@ -129,6 +141,30 @@ def admit_body(body: Mapping[str, Any], chat: bool, settings: GateSettings) -> d
             raise Refusal(400, "stop_token_ids must be a list", "stop_token_ids")
         result["stop_token_ids"] = [*stops, *sorted(settings.vocabulary.stop_ids)]
     return result
+
+
+def named_for_report(body: Mapping[str, Any], chat: bool) -> Named | None:
+    """A name for a request that asks for alpha statistics. Raises Refusal."""
+    asked = body.get(FIELD, False)
+    if not isinstance(asked, bool) and asked != "history":
+        raise Refusal(400, f'{FIELD} must be true, false or "history"', FIELD)
+    if not asked:
+        return None
+    if body.get("echo") or body.get("use_optimal_sampling") is False:
+        raise Refusal(400, f"{FIELD} is of tokens drawn from q*: not with echo, and not of the teacher alone", FIELD)
+    return Named(chat, body.get("n") or 1, asked == "history")
+
+
+def _fetch_from(scope: Message) -> Fetch:
+    """Traces of vLLM's worker."""
+
+    async def fetch(beginnings: list[str]) -> dict[str, tuple[Rows, str]]:
+        client = scope["app"].state.engine_client
+        [taken] = await client.collective_rpc("take_named_traces", args=(beginnings,))
+        result: dict[str, tuple[Rows, str]] = taken
+        return result
+
+    return fetch
 
 
 def _check_limits(body: Mapping[str, Any], settings: GateSettings) -> None:

@@ -91,20 +91,29 @@ def mix(
     with torch.inference_mode(False), torch.no_grad():
         student = None if student_logits is None else student_logits[:, :vocab_size]
         teacher = teacher_logits[:, :vocab_size]
-        out = torch.full((count, width), -torch.inf, dtype=torch.float32, device=teacher.device)
-        columns = len(_KNOWN) + len(_ENDS)
-        values = torch.full((count, columns), torch.nan, dtype=torch.float64, device=teacher.device)
         options = [RequestOptions(default)] * count if rows is None else [row.options for row in rows]
         position = torch.tensor([max(row.position, 0) for row in rows] if rows else [1] * count, device=teacher.device)
-        for (mixture, mode, full), index in _groups(options).items():
+        parts = []
+        groups = _groups(options)
+        for (mixture, mode, full), index in groups.items():
             where = slice(None) if len(index) == count else torch.tensor(index, device=teacher.device)
             if mode == "teacher" or student is None:
-                scores, known = _teacher_rows(teacher[where], mixture.temperature)
+                parts.append(_teacher_rows(teacher[where], mixture.temperature))
             else:
-                scores, known = _mixed_rows(student[where], teacher[where], position[where], mixture, full)
-            out[where, :vocab_size] = scores
-            values[where] = known
-        return out, Mixed(student, teacher, values, [each.mixture.temperature for each in options])
+                parts.append(_mixed_rows(student[where], teacher[where], position[where], mixture, full))
+        scores, values = _in_order(parts, list(groups.values()))
+        if width > vocab_size:
+            scores = torch.nn.functional.pad(scores, (0, width - vocab_size), value=-torch.inf)
+        return scores, Mixed(student, teacher, values, [each.mixture.temperature for each in options])
+
+
+def _in_order(parts: Sequence[tuple[Tensor, Tensor]], places: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Scores and values of all rows; those of a single group are in order, and are not copied."""
+    if len(parts) == 1:
+        return parts[0]
+    scores, values = (torch.cat(each) for each in zip(*parts, strict=True))
+    order = torch.tensor([row for index in places for row in index], device=scores.device).argsort()
+    return scores[order], values[order]
 
 
 def _groups(options: Sequence[RequestOptions]) -> dict[tuple[MixtureConfig, str, bool], list[int]]:

@@ -264,3 +264,7 @@ class OptimalSamplingWorker(PlatformWorker):  # type: ignore[misc]
     def take_traces(self, request_ids: list[str]) -> dict[str, tuple[list[list[float]], str]]:
         """Traces and errors of finished requests; they are forgotten here. For vLLM's `collective_rpc`."""
         return self.model_runner.traces.take(request_ids)  # type: ignore[no-any-return]
+
+    def take_named_traces(self, beginnings: list[str]) -> dict[str, tuple[list[list[float]], str]]:
+        """`take_traces` of the requests whose names begin so."""
+        return self.model_runner.traces.take_named(beginnings)  # type: ignore[no-any-return]
