@@ -219,7 +219,7 @@ def test_side_by_side_draws_the_same():
     """Guards: the branch that a GPU takes for plain decoding, where both models' work is queued at once."""
     engine = engine_of(tiny_model(1, layers=1), tiny_model(2, layers=3), draft_tokens=0)
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=30)
-    expected = [(c.token_ids, c.trace) for c in engine.generate(requests)]
+    expected = list(engine.generate(requests))
     joined = []
 
     class Beside(Overlap):
@@ -232,5 +232,17 @@ def test_side_by_side_draws_the_same():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "Overlap", Beside)
-        assert [(c.token_ids, c.trace) for c in engine.generate(requests)] == expected
+        assert same(expected, engine.generate(requests))
     assert len(joined) == engine.last_run.rounds
+
+
+@pytest.mark.parametrize("mode", ["mixture", "teacher"])
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+def test_noise_made_by_a_kernel_is_the_same_noise(mode, draft_tokens, monkeypatch):
+    """Guards: the keys and positions that a GPU's kernel gets in place of the noise, in another order."""
+    engine = engine_of(tiny_model(1, layers=1), tiny_model(2, layers=3), draft_tokens=draft_tokens)
+    engine = engine.with_mixture(mode=mode)
+    requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=30)
+    expected = {c.request.id: c.token_ids for c in engine.generate(requests)}
+    monkeypatch.setattr(drawing, "runs_fused", lambda device: True)
+    assert {c.request.id: c.token_ids for c in engine.generate(requests)} == expected

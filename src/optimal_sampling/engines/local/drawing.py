@@ -21,7 +21,8 @@ from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
 from optimal_sampling.config import EngineConfig, MixtureConfig
-from optimal_sampling.distribution import Step, draft, gumbel, keys_tensor, step
+from optimal_sampling.distribution import NoiseKeys, Step, draft, gumbel, keys_tensor, step
+from optimal_sampling.distribution.fused import runs_fused
 from optimal_sampling.distribution.single import single_step
 from optimal_sampling.engines.local.clock import Clock
 from optimal_sampling.engines.local.drafting import DraftPolicy, PerRound
@@ -84,14 +85,15 @@ class Drawn:
 
 
 class Noise:
-    """Gumbel noise of a round's positions, made at once where it is small."""
+    """Gumbel noise of a round's positions, made at once where it is small; where a kernel makes it, only its keys."""
 
     def __init__(self, rows: list[Sequence], width: int, vocab: int, device: torch.device) -> None:
         self._keys = to_device(keys_tensor([s.request.noise_key for s in rows]).numpy(), device)
         self._first = to_device(np.array([len(s.output) for s in rows]), device)
         self._vocab = vocab
+        self._by_kernel = runs_fused(device)
         self._made: list[Float32[Tensor, "rows vocab"]] = []
-        if width > 1 and len(rows) * width * vocab <= BLOCK:
+        if not self._by_kernel and width > 1 and len(rows) * width * vocab <= BLOCK:
             keys, positions = self._keys.repeat(width), self.positions(width).T.reshape(-1)
             self._made = list(gumbel(keys, positions, vocab).view(width, len(rows), vocab))
 
@@ -99,17 +101,24 @@ class Noise:
         """Of the tokens in their completions."""
         return self._first[:, None] + torch.arange(width, device=self._first.device)
 
-    def at(self, offset: int) -> Float32[Tensor, "rows vocab"]:
+    def at(self, offset: int) -> Float32[Tensor, "rows vocab"] | NoiseKeys:
         """Noise of every row's next token but `offset`."""
+        if self._by_kernel:
+            return NoiseKeys(self._keys, self._first + offset)
+        return self._tensor_at(offset)
+
+    def _tensor_at(self, offset: int) -> Float32[Tensor, "rows vocab"]:
         while len(self._made) <= offset:
             self._made.append(gumbel(self._keys, self._first + len(self._made), self._vocab))
         return self._made[offset]
 
-    def upto(self, width: int) -> Float32[Tensor, "tokens vocab"]:
+    def upto(self, width: int) -> Float32[Tensor, "tokens vocab"] | NoiseKeys:
         """Noise of rows * width tokens, row by row."""
+        if self._by_kernel:
+            return NoiseKeys(self._keys.repeat_interleave(width), self.positions(width).reshape(-1))
         if width == 1:
-            return self.at(0)
-        return torch.stack([self.at(i) for i in range(width)], 1).flatten(0, 1)
+            return self._tensor_at(0)
+        return torch.stack([self._tensor_at(i) for i in range(width)], 1).flatten(0, 1)
 
 
 class Drawer:

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.distribution import kernel_note
 from optimal_sampling.engines.base import Engine
 from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts
 from optimal_sampling.engines.local.drawing import Drawer, RunSetting
@@ -216,6 +217,8 @@ class LocalEngine(Engine):
             "kv_memory": f"{self.memory_budget() / GIB:.2f} GiB",
             "attention": self.pair.attention,
         }
+        if self.device.type == "cuda":
+            notes["mixture"] = kernel_note(self.device, self.mixture).removeprefix("mixture kernel: ")
         if self.pair.paged:
             notes["cuda_graphs"] = self._graphs_note()
         rows = self._setting().options.batch_size
