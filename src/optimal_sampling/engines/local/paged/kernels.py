@@ -1,6 +1,6 @@
 """Flash Attention over runs of pages: which kernel there is, and how it is called.
 
-A kernel gets the queries of all segments, flat, and a layer's whole memory; a `Batch` says where each segment's keys
+A kernel gets the queries of all segments, flat, and a layer's whole memory; a `PagedPlan` says where each segment's keys
 start and how many it sees.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from optimal_sampling.engines.local.attention import Call
@@ -23,8 +24,8 @@ from optimal_sampling.errors import ConfigError, MissingDependencyError
 
 __all__ = ["Choice", "Kernel", "PagedPlan", "choose_kernel", "flash_attn", "varlen"]
 
-Kernel: TypeAlias = Callable[[Call, Tensor, Tensor, Batch], Tensor]
-"""(call, keys [all, heads, dim], values, batch) -> [tokens, heads, dim]."""
+Kernel: TypeAlias = "Callable[[Call, Tensor, Tensor, PagedPlan], Tensor]"
+"""(call, keys [all, heads, dim], values, plan) -> [tokens, heads, dim]."""
 
 WIDEST_HEAD = 256
 
@@ -38,12 +39,28 @@ class PagedPlan:
     kernel: Kernel
     layers_called: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """What kernels take, made once and not per layer."""
+        self.query_ends, self.key_starts = self.batch.query_ends.int(), self.batch.key_starts.int()
+        self.keys_used = self.batch.keys_used.int()
+
+    @cached_property
+    def page_table(self) -> Int32[Tensor, "segments pages"]:
+        """Pages of each segment's row, as many as the longest has; what lies behind a row's end is never read."""
+        pages = torch.arange(-(-self.batch.shape.max_keys // PAGE), device=self.key_starts.device, dtype=torch.int32)
+        return (self.key_starts[:-1, None] // PAGE + pages).clamp(max=self.cache.pages)
+
+    @cached_property
+    def key_ends(self) -> Int32[Tensor, " segments+1"]:
+        """Cumulative numbers of keys, from 0."""
+        return torch.nn.functional.pad(self.keys_used.cumsum(0), (1, 0)).int()
+
     def attend(
         self, call: Call, key: Float[Tensor, "kv_heads tokens dim"], value: Float[Tensor, "kv_heads tokens dim"]
     ) -> Float[Tensor, "tokens heads dim"]:
         """Store the tokens of this forward pass, then let every segment see its row."""
         self.cache.write(call.layer, self.batch.write, key.transpose(0, 1), value.transpose(0, 1))
-        return self.kernel(call, *self.cache.memory(call.layer), self.batch)
+        return self.kernel(call, *self.cache.memory(call.layer), self)
 
 
 def _window(call: Call) -> tuple[int, int]:
@@ -51,48 +68,45 @@ def _window(call: Call) -> tuple[int, int]:
     return (-1 if call.window is None else call.window - 1, 0)
 
 
-def varlen(call: Call, keys: Tensor, values: Tensor, batch: Batch) -> Tensor:
+def varlen(call: Call, keys: Tensor, values: Tensor, plan: PagedPlan) -> Tensor:
     """PyTorch's own Flash Attention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    shape = batch.shape
+    shape = plan.batch.shape
     output = varlen_attn(
         call.query.transpose(0, 1).contiguous(),
         keys,
         values,
-        batch.query_ends,
-        batch.key_starts,
+        plan.query_ends,
+        plan.key_starts,
         shape.max_queries,
         shape.max_keys,
         scale=call.scaling,
         window_size=_window(call),
         enable_gqa=call.query.shape[0] != keys.shape[1],
-        seqused_k=batch.keys_used,
+        seqused_k=plan.keys_used,
     )
     assert isinstance(output, Tensor)
     return output
 
 
-def flash_attn(call: Call, keys: Tensor, values: Tensor, batch: Batch) -> Tensor:
+def flash_attn(call: Call, keys: Tensor, values: Tensor, plan: PagedPlan) -> Tensor:
     """The flash-attn package, which takes the number of keys only beside a table of pages."""
     from flash_attn import flash_attn_varlen_func
 
-    shape = batch.shape
-    pages = torch.arange(-(-shape.max_keys // PAGE), device=keys.device, dtype=torch.int32)
-    ends = torch.nn.functional.pad(batch.keys_used.cumsum(0), (1, 0)).int()
-    table = batch.key_starts[:-1, None] // PAGE + pages
+    shape = plan.batch.shape
     output: Tensor = flash_attn_varlen_func(
         call.query.transpose(0, 1).contiguous(),
         keys.view(-1, PAGE, *keys.shape[1:]),
         values.view(-1, PAGE, *values.shape[1:]),
-        batch.query_ends,
-        ends,
+        plan.query_ends,
+        plan.key_ends,
         shape.max_queries,
         shape.max_keys,
         softmax_scale=call.scaling,
         causal=True,
         window_size=_window(call),
-        block_table=table.clamp(max=len(keys) // PAGE - 1),  # pages behind a row's last are never read
+        block_table=plan.page_table,
     )
     return output
 

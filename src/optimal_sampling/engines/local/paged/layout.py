@@ -55,17 +55,17 @@ class Batch:
     @property
     def query_ends(self) -> Int[Tensor, " segments+1"]:
         """Cumulative numbers of queries, from 0."""
-        return self._part(2 * self.shape.tokens, self.shape.segments + 1).int()
+        return self._part(2 * self.shape.tokens, self.shape.segments + 1)
 
     @property
     def key_starts(self) -> Int[Tensor, " segments+1"]:
         """Flat index of each segment's first key; the last number means nothing."""
-        return self._part(2 * self.shape.tokens + self.shape.segments + 1, self.shape.segments + 1).int()
+        return self._part(2 * self.shape.tokens + self.shape.segments + 1, self.shape.segments + 1)
 
     @property
     def keys_used(self) -> Int[Tensor, " segments"]:
         """Number of keys that each segment's last query sees."""
-        return self._part(2 * self.shape.tokens + 2 * self.shape.segments + 2, self.shape.segments).int()
+        return self._part(2 * self.shape.tokens + 2 * self.shape.segments + 2, self.shape.segments)
 
 
 def lay_out(
