@@ -11,8 +11,9 @@ from optimal_sampling.engines.local import drawing
 from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts, LinearCost, Lookup, PerRound
 from optimal_sampling.engines.local.overlap import Overlap
 from optimal_sampling.errors import ConfigError
+from optimal_sampling.types import Request
 from tests.engines.conformance import Harness, requests_of
-from tests.engines.local.conftest import CONTEXT, engine_of, tiny_model, vocabulary
+from tests.engines.local.conftest import CONTEXT, VOCAB, engine_of, tiny_model, vocabulary
 from tests.engines.local.test_engine import PROMPTS, same
 
 
@@ -246,3 +247,22 @@ def test_noise_made_by_a_kernel_is_the_same_noise(mode, draft_tokens, monkeypatc
     expected = {c.request.id: c.token_ids for c in engine.generate(requests)}
     monkeypatch.setattr(drawing, "runs_fused", lambda device: True)
     assert {c.request.id: c.token_ids for c in engine.generate(requests)} == expected
+
+
+def test_looked_up_ids_outside_the_vocabulary_are_not_drafted():
+    """Guards: a draft that no verification could accept, or that another model's embedding does not have."""
+    model = tiny_model(2, layers=2, vocab=VOCAB + 4)
+    engine = engine_of(model, model, draft_tokens=4)
+    prompt = (3, 5, VOCAB + 1, 7) * 6 + (3,)
+    seen = []
+
+    class Watching(drawing.Drawer):
+        def draw(self, plan, rows):
+            drawn = super().draw(plan, rows)
+            seen.append(drawn.drafts)
+            return drawn
+
+    engine.drawer = Watching
+    requests = [Request(str(i), 0, 0, (1, 2), prompt, 12) for i in range(6)]
+    assert same(engine.with_mixture(draft_tokens=0).generate(requests), engine.generate(requests))
+    assert max(int(d.max()) for d in seen if d.numel()) < VOCAB

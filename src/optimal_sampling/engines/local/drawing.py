@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -200,14 +201,20 @@ class Drawer:
         """Drafts of equal length for every row; rows with fewer are filled up with what will be rejected."""
         if most < 1:
             return [[] for _ in rows], []
-        found = [s.lookup.propose(s.output, most) if ready else [] for s, ready in zip(rows, plan.ready, strict=True)]
+        pairs = zip(rows, plan.ready, strict=True)
+        found = [self._shared_ids(s.lookup.propose(s.output, most)) if ready else [] for s, ready in pairs]
         expected = PerRound(self.policy, plan.ready)
         insist = self.policy.forced() is not None
         for i in range(max(map(len, found))):
             if not expected.wants([self.LOOKED_UP if i < len(f) else 0.0 for f in found], insist=insist):
                 break
+        assert all(0 <= token < self.setting.vocab_size for f in found for token in f)
         filled = [(f + [0] * expected.drafted)[: expected.drafted] for f in found]
         return filled, [list(c) for c in expected.confidences]
+
+    def _shared_ids(self, ids: list[int]) -> list[int]:
+        """Up to the first id that cannot be drawn: a prompt may hold ids outside the shared vocabulary."""
+        return list(takewhile(lambda token: token < self.setting.vocab_size, ids))
 
     LOOKED_UP = 0.85
     """Class of confidence of a draft that was looked up."""

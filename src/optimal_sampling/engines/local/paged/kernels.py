@@ -1,7 +1,7 @@
 """Flash Attention over runs of pages: which kernel there is, and how it is called.
 
-A kernel gets the queries of all segments, flat, and a layer's whole memory; a `PagedPlan` says where each segment's keys
-start and how many it sees.
+A kernel gets the queries of all segments, flat, and a layer's whole memory; a `PagedPlan` says where each segment's
+keys start and how many it sees.
 """
 
 from __future__ import annotations
