@@ -185,6 +185,7 @@ class VllmEngine(Engine):
         config = self.core.vllm_config
         notes = {
             "vllm": vllm_version(),
+            "model_runner": "second" if config.use_v2_model_runner else "first",
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "kv_blocks": f"{config.cache_config.num_gpu_blocks} of {config.cache_config.block_size} tokens",
             "draws": "by vLLM, from q*; seeded per request",
