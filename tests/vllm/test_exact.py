@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 from pathlib import Path
 
@@ -79,6 +80,12 @@ def drafted(folders):
 
 def some_ids(count, seed):
     return torch.randint(1, 2048, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_notes_name_the_model_runner(wide):
+    """Guards: tests of one runner that ran on the other."""
+    asked = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+    assert wide[1].notes()["model_runner"] == ("second" if asked else "first")
 
 
 LENGTHS = [(20, 20), (20, 7), (33, 33), (50, 12), (300, 40), (60, 3), (3, 60), (40, 300), (1, 129)]
