@@ -14,7 +14,9 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 if HAS_VLLM and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-    from tests.vllm import interpreter  # noqa: F401
+    from tests.vllm.interpreter import install
+
+    install()
 
 
 def pytest_collection_modifyitems(items):
