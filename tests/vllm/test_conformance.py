@@ -15,6 +15,7 @@ def harness_of(pair, draft_tokens=0, **settings):
         logits=pair.logits,
         prompts=PROMPTS,
         context_length=CONTEXT,
+        samples=1000 if SECOND_RUNNER else 3000,  # an interpreted step takes a second or more
     )
     harness.base = base
     return harness
