@@ -33,7 +33,9 @@ _REFUSED = {
     "kv_sharing_fast_prefill": "sharing KV caches between layers",
     "enable_prompt_embeds": "prompts that are embeddings",
     "enable_dbo": "splitting batches",
-    "watermark_config": "watermarks, whose draws are not independent ones from q*",
+    "ubatch_size": "splitting batches",
+    "watermark_config": "watermarks: their draws are not independent ones from q*",
+    "enable_trace_replay": "tokens that are given, not drawn",
 }
 _OURS = {
     "model": "model_teacher",
