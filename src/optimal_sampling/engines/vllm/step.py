@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from optimal_sampling.config import MixtureConfig
 from optimal_sampling.engines.base import bad_logits_message
 from optimal_sampling.engines.vllm.lanes import Lane, Span, lane_of
 from optimal_sampling.engines.vllm.mixing import Row
@@ -33,6 +34,15 @@ class Tenant:
     """Of the prompt that vLLM plans for."""
     other_role: str = ""
     other_ids: Tensor | None = None
+
+    @classmethod
+    def of(cls, new: Any, default: MixtureConfig) -> Tenant:
+        """From vLLM's data of a new request."""
+        extra = new.sampling_params.extra_args or {}
+        options = RequestOptions.read(extra, new.sampling_params.temperature, default)
+        role = "student" if OTHER_IDS in extra else "teacher" if TEACHER_IDS in extra else ""
+        ids = extra.get(OTHER_IDS, extra.get(TEACHER_IDS))
+        return cls(options, len(new.prompt_token_ids), role, None if ids is None else torch.tensor(ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,9 @@ class StepMixin:
         self.tenants: dict[str, Tenant] = {}
         self.traces = TraceStore()
         self._parts: list[Part] = []
+        self._needs_student = False
+        self._apart: set[str] = set()
+        """Roles whose tokens in this step are not those of vLLM's plan."""
         self._rows: list[Row] = []
         self._first_rows: list[int] = []
 
@@ -79,18 +92,16 @@ class StepMixin:
         running = scheduler_output.scheduled_cached_reqs
         computed = dict(zip(running.req_ids, running.num_computed_tokens, strict=True))
         for new in scheduler_output.scheduled_new_reqs:
-            extra = new.sampling_params.extra_args or {}
-            options = RequestOptions.read(extra, new.sampling_params.temperature, default)
-            role = "student" if OTHER_IDS in extra else "teacher" if TEACHER_IDS in extra else ""
-            ids = extra.get(OTHER_IDS, extra.get(TEACHER_IDS))
-            other_ids = None if ids is None else torch.tensor(ids)
-            self.tenants[new.req_id] = Tenant(options, len(new.prompt_token_ids), role, other_ids)
+            self.tenants[new.req_id] = Tenant.of(new, default)
             computed[new.req_id] = new.num_computed_tokens
         drafts = scheduler_output.scheduled_spec_decode_tokens
         self._parts = [
             Part(name, self.tenants[name], scheduled, computed[name], len(drafts.get(name, ())))
             for name, scheduled in scheduler_output.num_scheduled_tokens.items()
         ]
+        tenants = [part.tenant for part in self._parts]
+        self._needs_student = any(tenant.options.mode == "mixture" for tenant in tenants)
+        self._apart = {tenant.other_role for tenant in tenants} - {""}
 
     def _announce(self: Any, request_ids: Sequence[str]) -> None:
         """Put the step into the runner's order, and tell the model what the rows of logits are for."""
@@ -104,27 +115,23 @@ class StepMixin:
 
     # ------------------------------------------------------------------------------------------ two prompts
 
-    def _needs_student(self: Any) -> bool:
-        return any(part.tenant.options.mode == "mixture" for part in self._parts)
-
     def _is_common(self: Any) -> bool:
         """Whether both models run, over the same tokens: then the step is as vLLM planned it."""
-        return self._needs_student() and all(not part.tenant.other_role for part in self._parts)
+        return self._needs_student and not self._apart
 
     def _forward_apart(self: Any, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Hidden states of both models, each over its own tokens, at the places of vLLM's flat batch. 0 elsewhere.
 
         A model that follows vLLM's plan goes first: some attention backends keep one plan, and a lane makes its own.
         """
-        apart = {part.tenant.other_role for part in self._parts}
         sizes = self.get_model().hidden_sizes
         hidden = {
             role: torch.zeros(len(input_ids), size, dtype=self.model_config.dtype, device=self.device)
             for role, size in sizes.items()
         }
-        for role in sorted(sizes, key=apart.__contains__):
-            if role == "teacher" or self._needs_student():
-                forward = self._lane_forward if role in apart else self._own_forward
+        for role in sorted(sizes, key=self._apart.__contains__):
+            if role == "teacher" or self._needs_student:
+                forward = self._lane_forward if role in self._apart else self._own_forward
                 forward(role, input_ids, positions, hidden[role])
         return torch.cat([hidden["teacher"], hidden["student"]], -1)
 
