@@ -112,20 +112,6 @@ def test_drafts_change_no_distribution(drafted, lengths):
     assert_rows(rows, expected_rows(pair, mixture, student_ids, teacher_ids, tokens))
 
 
-@pytest.mark.slow
-def test_compiled_models(folders):
-    """Guards: a compiled graph of one model used for the other, or one that holds the first batch's lengths."""
-    pair = Pair(folders["wide_student"], folders["wide_teacher"], 2048, 4096)
-    mixture = MixtureConfig(alpha_min=0.0)
-    settings = {"enforce_eager": False, "max_num_batched_tokens": 64, "max_logprobs": -1}
-    with contextlib.closing(pair.open(0, 16, **settings)) as engine:
-        for lengths in ((20, 20), (50, 12), (3, 90)):
-            teacher_ids = some_ids(lengths[0], 1)
-            student_ids = teacher_ids if lengths == (20, 20) else some_ids(lengths[1], 2)
-            tokens, rows = full_rows(engine, mixture, student_ids, teacher_ids)
-            assert_rows(rows, expected_rows(pair, mixture, student_ids, teacher_ids, tokens))
-
-
 MIXTURES = [
     *(MixtureConfig(alpha_method=method, alpha_min=0.0, schedule_tokens=3) for method in ALPHA_METHODS),
     MixtureConfig(),
@@ -234,6 +220,19 @@ def test_context_of_the_longer_prompt(folders):
         [done] = engine.generate([Request("a", 0, 0, tuple([1] * (CONTEXT - 2)), (1, 2), 50)])
         assert done.finish_reason in ("stop", "length")
         assert len(done.token_ids) <= 2
+
+
+def test_compiled_models(folders):
+    """Guards: a compiled graph of one model used for the other, or one that holds the first batch's lengths."""
+    pair = Pair(folders["wide_student"], folders["wide_teacher"], 2048, 4096)
+    mixture = MixtureConfig(alpha_min=0.0)
+    settings = {"enforce_eager": False, "max_num_batched_tokens": 64, "max_logprobs": -1}
+    with contextlib.closing(pair.open(0, 16, **settings)) as engine:
+        for lengths in ((20, 20), (50, 12), (3, 90)):
+            teacher_ids = some_ids(lengths[0], 1)
+            student_ids = teacher_ids if lengths == (20, 20) else some_ids(lengths[1], 2)
+            tokens, rows = full_rows(engine, mixture, student_ids, teacher_ids)
+            assert_rows(rows, expected_rows(pair, mixture, student_ids, teacher_ids, tokens))
 
 
 def test_options_survive_the_way_through_json():
