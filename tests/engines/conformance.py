@@ -23,6 +23,8 @@ class Harness:
     prompts: list[tuple[list[int], list[int]]]
     """(student's, teacher's) prompt ids, of different lengths and contents."""
     context_length: int
+    samples: int = 3000
+    """Of the chi-square."""
 
 
 def log_softmax(x):
@@ -121,9 +123,10 @@ class EngineConformance:
         assert p_q > 1e-3
         assert p_teacher < 1e-6
 
-    def chi_square(self, harness, mixture, samples=3000):
+    def chi_square(self, harness, mixture):
         """p-values of the first two tokens of many samples, against q* and against the teacher alone."""
         student, teacher = harness.prompts[0]
+        samples = harness.samples
         requests = [Request("chi", j, 1, tuple(student), tuple(teacher), 2) for j in range(samples)]
         engine = harness.open(mixture, 256)
         seen = {}

@@ -13,6 +13,11 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+if HAS_VLLM and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    from tests.vllm.interpreter import install
+
+    install()
+
 
 def pytest_collection_modifyitems(items):
     """vLLM and what it imports warn of their own plans; those warnings are not ours to mend."""

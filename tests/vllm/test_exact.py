@@ -12,7 +12,7 @@ import torch
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.naive import naive_step
 from optimal_sampling.types import ALPHA_METHODS, Request
-from tests.vllm.tiny import CONTEXT, Pair, log_softmax
+from tests.vllm.tiny import CONTEXT, SECOND_RUNNER, Pair, log_softmax
 
 LIMIT = 1e-5  # largest error of a log-probability above e^-20
 
@@ -79,6 +79,11 @@ def drafted(folders):
 
 def some_ids(count, seed):
     return torch.randint(1, 2048, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_notes_name_the_model_runner(wide):
+    """Guards: tests of one runner that ran on the other."""
+    assert wide[1].notes()["model_runner"] == ("second" if SECOND_RUNNER else "first")
 
 
 LENGTHS = [(20, 20), (20, 7), (33, 33), (50, 12), (300, 40), (60, 3), (3, 60), (40, 300), (1, 129)]
@@ -215,6 +220,19 @@ def test_context_of_the_longer_prompt(folders):
         [done] = engine.generate([Request("a", 0, 0, tuple([1] * (CONTEXT - 2)), (1, 2), 50)])
         assert done.finish_reason in ("stop", "length")
         assert len(done.token_ids) <= 2
+
+
+def test_compiled_models(folders):
+    """Guards: a compiled graph of one model used for the other, or one that holds the first batch's lengths."""
+    pair = Pair(folders["wide_student"], folders["wide_teacher"], 2048, 4096)
+    mixture = MixtureConfig(alpha_min=0.0)
+    settings = {"enforce_eager": False, "max_num_batched_tokens": 64, "max_logprobs": -1}
+    with contextlib.closing(pair.open(0, 16, **settings)) as engine:
+        for lengths in ((20, 20), (50, 12), (3, 90)):
+            teacher_ids = some_ids(lengths[0], 1)
+            student_ids = teacher_ids if lengths == (20, 20) else some_ids(lengths[1], 2)
+            tokens, rows = full_rows(engine, mixture, student_ids, teacher_ids)
+            assert_rows(rows, expected_rows(pair, mixture, student_ids, teacher_ids, tokens))
 
 
 def test_options_survive_the_way_through_json():

@@ -186,6 +186,7 @@ def test_failed_prompts_leave_empty_rows(sampler):
         ({"tensor_parallel_size": 2}, "several devices"),
         ({"quantization": "fp8"}, "quantised"),
         ({"enable_lora": True}, "LoRA"),
+        ({"watermark_config": {"key": 1}}, "watermarks"),
         ({"speculative_config": {}}, "draft_tokens"),
         ({"max_model_length": 9}, "did you mean 'max_model_len'"),
         ({"alpha_method": "best"}, "unknown alpha method"),

@@ -1,6 +1,7 @@
 """Tiny random models on disk, an engine on two of them, and their float32 reference in Transformers."""
 
 import functools
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,9 @@ import transformers
 
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
 from optimal_sampling.vocabulary import Vocabulary
+
+SECOND_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+"""Whether this session's tests run on vLLM's second model runner."""
 
 VOCAB, CONTEXT, STOP = 12, 96, frozenset({0})
 PROMPTS = [

@@ -6,7 +6,7 @@ that, a row is mixed by the engine's own configuration at temperature 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,8 @@ class OptimalSamplingForCausalLM(nn.Module):
         """Rows of the next `compute_logits`, where it is known what they are for."""
         self.mixed: Mixed | None = None
         """What is known of the rows of the last one, for whoever set `expected`."""
+        self.forward_apart: Callable[[Tensor, Tensor], Tensor] | None = None
+        """Stands in for the next `forward`, where the models see different tokens."""
 
     def embed_input_ids(self, input_ids: Int[Tensor, " tokens"]) -> Tensor:
         """The teacher's embeddings; vLLM asks for them, `forward` does not."""
@@ -96,7 +98,10 @@ class OptimalSamplingForCausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Float[Tensor, "tokens hidden"]:
-        """Both models over the same tokens."""
+        """Both models over the same tokens, if nobody has set `forward_apart`."""
+        apart, self.forward_apart = self.forward_apart, None
+        if apart is not None:
+            return apart(input_ids, positions)
         return torch.cat([self.teacher(input_ids, positions), self.student(input_ids, positions)], -1)
 
     def compute_logits(self, hidden_states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows width"]:

@@ -1,7 +1,7 @@
 """`VllmEngine`: a composite model in vLLM, behind the contract of engines/base.py.
 
-vLLM draws, with a generator per request: the same request gives the same tokens as far as vLLM's seeds go, which is
-not under speculation and not where a batch changes the last bits of logits.
+vLLM draws, with a seed per request: the same request gives the same tokens as far as vLLM's seeds go. On its first
+model runner that is not under speculation, on neither where a batch changes the last bits of logits.
 """
 
 from __future__ import annotations
@@ -185,12 +185,14 @@ class VllmEngine(Engine):
         config = self.core.vllm_config
         notes = {
             "vllm": vllm_version(),
+            "model_runner": "second" if config.use_v2_model_runner else "first",
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "kv_blocks": f"{config.cache_config.num_gpu_blocks} of {config.cache_config.block_size} tokens",
             "draws": "by vLLM, from q*; seeded per request",
         }
         if config.speculative_config is not None:
-            notes["draws"] = "by vLLM, from q*, with drafts: lossless, and not reproducible by seed"
+            seeds = "seeded per request" if config.use_v2_model_runner else "and not reproducible by seed"
+            notes["draws"] = f"by vLLM, from q*, with drafts: lossless, {seeds}"
             notes["draft_tokens"] = str(config.speculative_config.num_speculative_tokens)
         return notes
 

@@ -33,6 +33,9 @@ _REFUSED = {
     "kv_sharing_fast_prefill": "sharing KV caches between layers",
     "enable_prompt_embeds": "prompts that are embeddings",
     "enable_dbo": "splitting batches",
+    "ubatch_size": "splitting batches",
+    "watermark_config": "watermarks: their draws are not independent ones from q*",
+    "enable_trace_replay": "tokens that are given, not drawn",
 }
 _OURS = {
     "model": "model_teacher",
@@ -58,11 +61,17 @@ def draft_tokens_of(options: EngineConfig) -> int:
 
 
 def prepare_environment() -> None:
-    """What has to be set before vLLM is imported. Raises ConfigError where the caller has set something else."""
+    """Make the composite model known to vLLM. Raises ConfigError where vLLM's own settings cannot work."""
     check_version()
-    if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("0", "false", "False"):
-        raise ConfigError("the vLLM engine runs on vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
     register()
+    from vllm.triton_utils import HAS_TRITON
+
+    from vllm import envs
+
+    if envs.VLLM_USE_V2_MODEL_RUNNER and not HAS_TRITON:
+        raise ConfigError(
+            "vLLM's second model runner needs Triton, which does not run here: unset VLLM_USE_V2_MODEL_RUNNER"
+        )
 
 
 def engine_arguments(
