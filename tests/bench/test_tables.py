@@ -14,7 +14,7 @@ from optimal_sampling.bench.shapes import ShapeBench
 from optimal_sampling.bench.speed import IDEAL
 from optimal_sampling.config import ModelConfig
 from optimal_sampling.engines.local import engine
-from optimal_sampling.engines.local.paged.cache import PAGE
+from optimal_sampling.engines.local.paged.cache import PAGE, SPARE
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Completion, Request, TokenTrace
 
@@ -106,14 +106,14 @@ def test_the_table_of_large_shapes_with_pages(pages, monkeypatch):
     assert all(c["complete"] for c in result["cells"])
     assert "skipped: " not in text
     assert result["admission"]["finished"] == 4
-    assert result["admission"]["kv_gib"] == 4 * 2 * PAGE * (2 * 2 * 2 * 16 * 4) / 2**30
+    assert result["admission"]["kv_gib"] == 4 * 2 * SPARE * PAGE * (2 * 2 * 2 * 16 * 4) / 2**30
 
 
 def test_caches_of_pages_are_measured_by_what_is_taken(pages):
     """Guards: the whole memory, which is there from the start, shown as what a batch needs."""
     pair = ShapeBench(MODELS, "tiny", "tiny", prompt_tokens=5)
     [whole, tight] = memory.measure_memory(pair, (Size(4, 300),), silent)
-    assert whole.kv_mib == 4 * 2 * 2 * PAGE * (2 * 2 * 2 * 16 * 4) / 2**20
+    assert whole.kv_mib == 4 * 2 * SPARE * PAGE * (2 * 2 * 2 * 16 * 4) / 2**20
     assert tight.finished == 4
     assert tight.preemptions > 0
     assert tight.kv_mib <= tight.budget_mib

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -51,10 +52,13 @@ class LoadedPair:
     @classmethod
     def of(cls, models: dict[str, Any], vocab_size: int, options: EngineConfig) -> LoadedPair:
         """Models by role, made ready to run. Raises ModelError, ConfigError, MissingDependencyError."""
+        device = next(iter(models.values())).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # streams, events and kernels go to the current one
         runners, note = prepare_pair(models, vocab_size, options)
         pair = cls(runners, len(models) == 2 and models["student"] is models["teacher"], note)
-        device = next(iter(runners.values())).device
         if device.type == "cuda":
+            torch.cuda.empty_cache()
             pair.memory = int(MEMORY_SHARE["cuda"] * torch.cuda.mem_get_info(device)[0])
         return pair
 
@@ -239,8 +243,12 @@ class LocalEngine(Engine):
 
     def close(self) -> None:
         """Drop the models."""
+        for runner in self.pair.runners.values():
+            if isinstance(runner, PagedRunner):
+                runner.drop_caches()
         self.pair.runners.clear()
         if torch.cuda.is_available():
+            gc.collect()  # recorded graphs and their runner know each other
             torch.cuda.empty_cache()
 
 

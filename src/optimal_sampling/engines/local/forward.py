@@ -30,6 +30,8 @@ class ModelRunner:
         self.bytes_per_token = bytes_per_token
         """Of the KV cache, for one token of one slot."""
         self.vocab_size = vocab_size
+        self.settled = True
+        """Whether all passes since this was last set to True cost what such passes always will."""
         self.rules = rules
         self.device: torch.device = model.device
         self.embeddings: int = model.get_input_embeddings().weight.shape[0]

@@ -39,6 +39,7 @@ class Lane:
         if isinstance(self.cache, PagedCache):
             assert isinstance(self.runner, PagedRunner)
             self.runner.return_cache(self.cache)
+            self.cache = KVCache()  # whoever keeps the run is not to keep its memory
         elif isinstance(self.cache, KVCache):
             self.cache.reshape(0, 0)
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
 __all__ = ["Overlap"]
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all runs: PyTorch has few streams, and hands them out in turn."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Overlap:
@@ -22,7 +29,7 @@ class Overlap:
 
     def __init__(self, device: torch.device) -> None:
         self.works = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self.works else None  # type: ignore[no-untyped-call]
+        self._stream = _second_stream(device) if self.works else None
 
     @contextmanager
     def beside(self) -> Iterator[None]:

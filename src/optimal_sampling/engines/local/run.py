@@ -88,13 +88,15 @@ class Run:
         started = time.perf_counter()
         rows = self.scheduler.running
         self._prepare(plan, rows)
+        for lane in self.lanes:
+            lane.runner.settled = True
         drawn = self.drawer.draw(plan, rows)
         self.rounds += 1
         for context, chunks in enumerate(plan.chunks):
             for chunk in chunks:
                 rows[chunk.slot].cached[context] += len(chunk.ids)
         done = self._emit(plan, rows, drawn)
-        if not any(plan.chunks):
+        if not any(plan.chunks) and all(lane.runner.settled for lane in self.lanes):
             steps, verification = drawn.clock.laps()
             rest = time.perf_counter() - started - steps - verification
             self.policy.observe_round(drawn.width, len(rows), steps, verification, rest)

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from optimal_sampling.engines.local.kv_cache import Cache
 from optimal_sampling.engines.local.paged.runs import Runs
+from optimal_sampling.engines.local.shapes import round_up
 
 __all__ = ["PAGE", "PagedCache"]
 
 PAGE = 256
 """Tokens per page: the smallest that the flash-attn package takes."""
+SPARE = 4
+"""Pages to which a row is rounded up while there are enough."""
 
 
 class PagedCache(Cache):
@@ -37,7 +40,9 @@ class PagedCache(Cache):
 
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make room for these numbers of tokens in rows 0, 1, ...; what the rows hold is kept, other rows are freed."""
-        for copy in self.runs.resize([-(-length // PAGE) for length in lengths]):
+        pages = [-(-length // PAGE) for length in lengths]
+        roomy = [round_up(count, SPARE) for count in pages]  # rows of equal length would all move at once
+        for copy in self.runs.resize(roomy if sum(roomy) <= self.pages else pages):
             source = slice(copy.source * PAGE, (copy.source + copy.pages) * PAGE)
             target = slice(copy.target * PAGE, (copy.target + copy.pages) * PAGE)
             for memory in self._memories():

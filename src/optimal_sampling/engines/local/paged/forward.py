@@ -94,6 +94,7 @@ class PagedRunner(ModelRunner):
             logits, plan = self._run(cache, Batch(shape, ids, to_device(numbers, self.device)))
             return self._cut(logits, rows, width, width), plan
         batch, padded_width = self._padded(cache, tokens, start, idle)
+        self.settled &= self.graphs[cache].settled(batch.shape)
         logits = self.graphs[cache](batch)
         return self._cut(logits, rows, width, padded_width), None
 

@@ -29,17 +29,27 @@ OUTPUT_ROWS = 256
 
 
 class CudaRecorder:
-    """Records CUDA graphs. Those of one recorder share their memory, so they must not run at the same time."""
+    """Records CUDA graphs. Those of one recorder share their memory, so they must not run at the same time.
+
+    Each recorder records on a stream of its own: libraries keep a workspace per stream, and graphs of two models that
+    had one between them would overwrite it when they run side by side.
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: Any = None
 
     def __call__(self, forward: Callable[[], None]) -> Callable[[], object]:
         """See `Recorder`. What libraries do at their first call cannot be recorded: call `forward` before."""
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
-            forward()
+        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                forward()
+        except RuntimeError:
+            torch.cuda.set_stream(current)  # a recording that fails does not go back to it
+            raise
         return graph.replay
 
 
@@ -72,6 +82,10 @@ class Graphs:
 
     def __len__(self) -> int:
         return len(self._recorded)
+
+    def settled(self, shape: Shape) -> bool:
+        """Whether a pass of this shape costs from now on what it costs now."""
+        return shape in self._recorded or bool(self.off) or len(self._recorded) >= MOST_GRAPHS
 
     def __call__(self, batch: Batch) -> Tensor:
         """The result of `forward`, the same in either way."""

@@ -68,6 +68,11 @@ def _window(call: Call) -> tuple[int, int]:
     return (-1 if call.window is None else call.window - 1, 0)
 
 
+def _varlen_window(call: Call, queries: int) -> tuple[int, int]:
+    """A row's only query sees all keys in any case. Only when told so does the kernel share keys and split them."""
+    return (-1, -1) if queries == 1 and call.window is None else _window(call)
+
+
 def varlen(call: Call, keys: Tensor, values: Tensor, plan: PagedPlan) -> Tensor:
     """PyTorch's own Flash Attention."""
     from torch.nn.attention.varlen import varlen_attn
@@ -82,7 +87,7 @@ def varlen(call: Call, keys: Tensor, values: Tensor, plan: PagedPlan) -> Tensor:
         shape.max_queries,
         shape.max_keys,
         scale=call.scaling,
-        window_size=_window(call),
+        window_size=_varlen_window(call, shape.max_queries),
         enable_gqa=call.query.shape[0] != keys.shape[1],
         seqused_k=plan.keys_used,
     )
