@@ -5,6 +5,8 @@ A pair borrows the buffers of its thread's workspace: only the newest of a shape
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
@@ -16,6 +18,7 @@ from optimal_sampling.distribution.tiles import (
     Block,
     Rows,
     argmax,
+    dot,
     rows_of,
     stack,
     tensor_of,
@@ -36,45 +39,56 @@ class TiledPair(Pair):
         self.space.shift.zero_()
         self._relative = False
         self.models = self.space.both[:, :, : self.vocab]
-        for block in self.space.blocks:
-            for logits, kept in zip(self._logits, block.inside, strict=True):
-                if logits.dtype == torch.float32 and temperature == 1:
-                    torch.clamp(logits[block.rows, block.columns], min=FLOOR, out=kept)
-                else:
-                    kept.copy_(logits[block.rows, block.columns])
-                    kept.mul_(1 / temperature).clamp_(min=FLOOR)
-            self.xp.amax(block.inside_rows, -1, out=block.per_model_rows)
-        self.largest = self.xp.amax(self.space.per_model_rows, -1)
+        self._shifted = 0.0
+        self._shift(self._copied)
 
     def _measure(self) -> None:
-        for block in self.space.blocks:
-            self.xp.amax(block.inside_rows, -1, out=block.per_model_rows)
-        self.largest = self.xp.amax(self.space.per_model_rows, -1)
+        self._shift(lambda block, model: block.inside[model])
+
+    def _shift(self, source: Callable[[Block, int], Tensor]) -> None:
+        """Shift every row of `source` by its largest, into `models`, and sum its exp: while it is near the cache."""
+        space, xp = self.space, self.xp
+        self._deep = []
+        for band in space.bands:
+            rows = band[0].rows
+            sources = [[self._bounded(block, model, source) for model in (0, 1)] for block in band]
+            top, least = xp.amax(space.most[:, rows], -1), xp.amin(space.least[:, rows], -1)
+            usual = (top > FLOOR / 2) & (top < float("inf"))  # else bad, or a student without the teacher's support
+            space.maximum_rows[:, rows, 0] = top = xp.where(usual, top, 0 * space.maximum_rows[:, rows, 0])
+            deep = not self.on_cpu or not bool((least - top >= LEAST).all())
+            for block, models in zip(band, sources, strict=True):
+                for x, maximum, kept in zip(models, block.maximum, block.inside, strict=True):
+                    torch.sub(x, maximum, out=kept)
+                terms = torch.clamp(block.both, min=LEAST, out=block.scratch) if deep else block.both
+                torch.sum(torch.exp(terms, out=block.scratch), -1, out=block.per_model)
+                self._deep.append(deep)
+        self.largest, floored = xp.amax(space.most, -1), xp.amin(space.least, -1) < FLOOR / 2
+        self.floored = floored[0] | floored[1]
+        self._shifted = self._shifted + space.maximum_rows[..., 0]
+
+    def _copied(self, block: Block, model: int) -> Tensor:
+        """A model's logits in one block, divided by the temperature; no copy where they can be used as they are."""
+        logits = self._logits[model][block.rows, block.columns]
+        if logits.dtype == torch.float32 and self._temperature == 1:
+            return logits
+        return block.inside[model].copy_(logits).mul_(1 / self._temperature)
+
+    def _bounded(self, block: Block, model: int, source: Callable[[Block, int], Tensor]) -> Tensor:
+        """A model in one block, no less than FLOOR; and its largest and least."""
+        x, least = source(block, model), block.least[model]
+        rows = rows_of(x)
+        self.xp.amax(rows, -1, out=block.most[model])
+        self.xp.amin(rows, -1, out=least)
+        if self.on_cpu and (least >= FLOOR).all():
+            return x
+        return torch.clamp(x, min=FLOOR, out=block.inside[model])
 
     def _normalise(self) -> None:
-        space, xp = self.space, self.xp
-        maximum = self.largest
-        self.no_student = maximum[0] < FLOOR / 2
-        maximum = xp.where(maximum < FLOOR / 2, 0.0 * maximum, maximum)  # a student without the teacher's support
-        space.maximum.copy_(tensor_of(maximum)[..., None])
-        least, self._deep = [], []
-        for block in space.blocks:
-            block.inside.sub_(block.maximum)
-            least.append(xp.amin(block.inside_rows, -1))
-            self._deep.append(not self.on_cpu or bool((least[-1] < LEAST).any()))
-            terms = torch.clamp(block.both, min=LEAST, out=block.scratch[:2]) if self._deep[-1] else block.both
-            torch.exp(terms, out=block.scratch[:2])
-            torch.sum(block.scratch[:2], -1, out=block.per_model)
-        log_z = xp.log(space.per_model_rows.sum(-1, dtype=xp.float64))
+        xp = self.xp
+        self.no_student = self.largest[0] < FLOOR / 2
+        log_z = xp.log(self.space.per_model_rows.sum(-1, dtype=xp.float64))
         self.log_z = (log_z[0], log_z[1])
-        self.offset = (maximum[0] + log_z[0], maximum[1] + log_z[1])
-        floored = self._by_row(least) < FLOOR / 2
-        self.floored = floored[0] | floored[1]
-
-    def _by_row(self, of_blocks: list[Rows]) -> Rows:
-        """Least over the tiles of a row, from one [2, n] per block."""
-        whole = self.xp.concatenate(of_blocks, -1) if of_blocks else self.xp.zeros((2, 0))
-        return self.xp.amin(whole.reshape(2, self.rows, -1), -1) if self.space.tiles > 1 else whole
+        self.offset = (self._shifted[0] + log_z[0], self._shifted[1] + log_z[1])
 
     def _moments(self, alpha: Rows, changed: Rows) -> Moments:
         self.space.weight_rows[:, 0] = alpha
@@ -103,7 +117,7 @@ class TiledPair(Pair):
 
     def _sums(self, block: Block, deep: bool, relative: Rows | bool | None = None) -> None:
         """Sums of w, w x, w d, w d^2 and w d^3, with x = (1-alpha) student + alpha teacher and w = exp(x - shift)."""
-        w, x, d, dd, ddd = block.scratch
+        x, w = block.x, block.w
         torch.lerp(block.student, block.teacher, block.weight, out=x)
         if relative is not None:
             x[:, block.inner.stop :] = FLOOR
@@ -112,11 +126,12 @@ class TiledPair(Pair):
             torch.exp(torch.sub(x, block.shift, out=w).clamp_(min=LEAST), out=w)
         else:
             torch.exp(x.clamp_(min=LEAST) if deep else x, out=w)
-        torch.sub(block.teacher, block.student, out=d)
-        torch.mul(d, d, out=dd)
-        torch.mul(dd, d, out=ddd)
-        block.scratch[1:].mul_(w)
-        torch.sum(block.scratch, -1, out=block.sums)
+        torch.sum(w, -1, out=block.sums[0])
+        dot(block.w_rows, block.x_rows, out=block.sums_rows[1])
+        d = torch.sub(block.teacher, block.student, out=x)
+        torch.sum(w.mul_(d), -1, out=block.sums[2])
+        torch.sum(w.mul_(d), -1, out=block.sums[3])
+        dot(block.w_rows, block.x_rows, out=block.sums_rows[4])
 
     def _collect(self, alpha: Rows) -> Moments:
         """Add up the tiles of each row."""
@@ -152,7 +167,7 @@ class TiledPair(Pair):
         space.betas_rows[..., 0] = betas
         for block in space.blocks:
             if not self.none(needed[block.rows]):
-                x = block.scratch[:2]
+                x = block.scratch
                 torch.lerp(block.student, block.teacher, block.betas, out=x)
                 x[..., block.inner.stop :] = FLOOR
                 torch.amax(x, -1, out=block.shift_per_model)
@@ -164,7 +179,7 @@ class TiledPair(Pair):
 
     def _scores(self, block: Block) -> Float32[Tensor, "n width"]:
         """x = log q + log_sum of one block at the alpha of the last `moments`, in the block's scratch."""
-        x = block.scratch[0]
+        x = block.x
         torch.lerp(block.student, block.teacher, block.weight, out=x)
         return x[:, block.inner]
 
@@ -177,7 +192,7 @@ class TiledPair(Pair):
         winners = []
         for block in self.space.blocks:
             x = self._scores(block)
-            y = torch.add(x, noise[block.rows, block.columns], out=block.scratch[1][:, block.inner])
+            y = torch.add(x, noise[block.rows, block.columns], out=block.w[:, block.inner])
             best = argmax(y)[:, None]
             winners.append((best[:, 0] + block.columns.start, x.gather(-1, best), y.gather(-1, best)))
         if not winners:
