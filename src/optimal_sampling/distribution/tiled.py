@@ -51,17 +51,14 @@ class TiledPair(Pair):
         self._deep = []
         for band in space.bands:
             rows = band[0].rows
-            sources = [[self._bounded(block, model, source) for model in (0, 1)] for block in band]
+            sources = [self._ranged(block, source) for block in band]
             top, least = xp.amax(space.most[:, rows], -1), xp.amin(space.least[:, rows], -1)
             usual = (top > FLOOR / 2) & (top < float("inf"))  # else bad, or a student without the teacher's support
             space.maximum_rows[:, rows, 0] = top = xp.where(usual, top, 0 * space.maximum_rows[:, rows, 0])
-            deep = not self.on_cpu or not bool((least - top >= LEAST).all())
+            deep = not self.on_cpu or not bool((least - top >= LEAST).all())  # true for NaN
+            self._deep += [deep] * len(band)
             for block, models in zip(band, sources, strict=True):
-                for x, maximum, kept in zip(models, block.maximum, block.inside, strict=True):
-                    torch.sub(x, maximum, out=kept)
-                terms = torch.clamp(block.both, min=LEAST, out=block.scratch) if deep else block.both
-                torch.sum(torch.exp(terms, out=block.scratch), -1, out=block.per_model)
-                self._deep.append(deep)
+                self._exponentiate(block, models, deep)
         self.largest, floored = xp.amax(space.most, -1), xp.amin(space.least, -1) < FLOOR / 2
         self.floored = floored[0] | floored[1]
         self._shifted = self._shifted + space.maximum_rows[..., 0]
@@ -73,15 +70,20 @@ class TiledPair(Pair):
             return logits
         return block.inside[model].copy_(logits).mul_(1 / self._temperature)
 
-    def _bounded(self, block: Block, model: int, source: Callable[[Block, int], Tensor]) -> Tensor:
-        """A model in one block, no less than FLOOR; and its largest and least."""
-        x, least = source(block, model), block.least[model]
-        rows = rows_of(x)
-        self.xp.amax(rows, -1, out=block.most[model])
-        self.xp.amin(rows, -1, out=least)
-        if self.on_cpu and (least >= FLOOR).all():
-            return x
-        return torch.clamp(x, min=FLOOR, out=block.inside[model])
+    def _ranged(self, block: Block, source: Callable[[Block, int], Tensor]) -> list[Tensor]:
+        """Both models in one block; notes their largest and least."""
+        models = [source(block, 0), source(block, 1)]
+        for x, most, least in zip(models, block.most, block.least, strict=True):
+            rows = rows_of(x)
+            self.xp.amax(rows, -1, out=most)
+            self.xp.amin(rows, -1, out=least)
+        return models
+
+    def _exponentiate(self, block: Block, models: list[Tensor], deep: bool) -> None:
+        for x, maximum, kept in zip(models, block.maximum, block.inside, strict=True):
+            torch.sub(torch.clamp(x, min=FLOOR, out=kept) if deep else x, maximum, out=kept)
+        terms = torch.clamp(block.both, min=LEAST, out=block.scratch) if deep else block.both
+        torch.sum(torch.exp(terms, out=block.scratch), -1, out=block.per_model)
 
     def _normalise(self) -> None:
         xp = self.xp
@@ -165,17 +167,28 @@ class TiledPair(Pair):
         known = ((betas == 0) | (betas == 1)) & ~(self.student_misses | self.teacher_misses)
         needed = ~(known[0] & known[1])
         space.betas_rows[..., 0] = betas
+        space.shift_per_model.zero_()
         for block in space.blocks:
             if not self.none(needed[block.rows]):
-                x = block.scratch
-                torch.lerp(block.student, block.teacher, block.betas, out=x)
-                x[..., block.inner.stop :] = FLOOR
-                torch.amax(x, -1, out=block.shift_per_model)
-                x.sub_(block.shift_per_model[..., None]).clamp_(min=LEAST).exp_()
-                torch.sum(x, -1, out=block.per_model)
+                self._partition(block, None if self.on_cpu else True)
+        sums = space.per_model_rows.sum(-1)
+        far = needed & ~((sums > _UNDERFLOW) & (sums < float("inf")))
+        for block in [] if self.none(far) or not self.on_cpu else space.blocks:
+            if far[:, block.rows].any():
+                self._partition(block, far[:, block.rows])
         totals, top = self._totals(space.per_model_rows, rows_of(space.shift_per_model))
         F = xp.where(known, 0.0, xp.log(totals) + top - self.log_z[0] - betas * self.gap)
         return F[0], F[1]
+
+    def _partition(self, block: Block, relative: Rows | bool | None) -> None:
+        """Sums of exp(x - shift) at both betas, where `relative` with the largest x as shift."""
+        x = torch.lerp(block.student, block.teacher, block.betas, out=block.scratch)
+        if relative is not None:
+            x[..., block.inner.stop :] = FLOOR
+            torch.amax(x, -1, out=block.shift_per_model)
+            rows_of(block.shift_per_model)[...] *= relative
+            x.sub_(block.shift_per_model[..., None])
+        torch.sum(x.clamp_(min=LEAST).exp_(), -1, out=block.per_model)
 
     def _scores(self, block: Block) -> Float32[Tensor, "n width"]:
         """x = log q + log_sum of one block at the alpha of the last `moments`, in the block's scratch."""
@@ -189,15 +202,16 @@ class TiledPair(Pair):
 
     def draw(self, noise: Float32[Tensor, "rows vocab"]) -> tuple[Int64[Tensor, " rows"], Rows]:
         """See `Pair`."""
-        winners = []
+        tokens, winners = [], []
         for block in self.space.blocks:
-            x = self._scores(block)
-            y = torch.add(x, noise[block.rows, block.columns], out=block.w[:, block.inner])
-            best = argmax(y)[:, None]
-            winners.append((best[:, 0] + block.columns.start, x.gather(-1, best), y.gather(-1, best)))
-        if not winners:
+            y = block.w[:, block.inner]
+            torch.add(self._scores(block), noise[block.rows, block.columns], out=y)
+            best = argmax(y)
+            tokens.append(best + block.columns.start)
+            winners.append(block.scratch.gather(-1, best.expand(2, -1)[..., None]))  # of x and y
+        if not tokens:
             return torch.zeros(0, dtype=torch.int64, device=self.device), self._log_sum
-        token, score, value = (torch.cat([w.reshape(-1) for w in part]) for part in zip(*winners, strict=True))
+        token, (score, value) = torch.cat(tokens), torch.cat(winners, 1)[..., 0]
         if self.space.tiles > 1:
             shape = self.rows, self.space.tiles
             tile = value.view(shape).argmax(-1, keepdim=True)

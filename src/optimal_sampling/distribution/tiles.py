@@ -43,7 +43,7 @@ FLOOR = -1e18
 LEAST = -87.0
 """exp of less is no normal float32, and slow: terms are cut here. A sum that matters is at least e^50 times larger."""
 
-TILE = 1 << 16
+TILE = 5 << 14
 """Numbers per block. Smaller ones would fit the second-level cache, but then the calls cost more than the work."""
 
 Rows: TypeAlias = Any
