@@ -39,7 +39,7 @@ class TiledPair(Pair):
         self.space.shift.zero_()
         self._relative = False
         self.models = self.space.both[:, :, : self.vocab]
-        self._shifted = 0.0
+        self._shifted: Rows = 0.0
         self._shift(self._copied)
 
     def _measure(self) -> None:

@@ -139,9 +139,9 @@ class Workspace:
         self.rows, self.vocab, self.device = rows, vocab, device
         cpu = uses_numpy(device)
         padded = -(-vocab // _LANES) * _LANES
-        width = min(padded, TILE) if cpu else padded
+        self.tiles = -(-padded // TILE) if cpu else 1
+        width = -(-padded // (self.tiles * _LANES)) * _LANES  # equal tiles
         height = max(1, TILE // padded) if cpu else max(1, rows)
-        self.tiles = -(-padded // width)
 
         def empty(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
