@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from optimal_sampling.distribution.solver import ABOVE, BELOW, MAX_PASSES, TOLERANCE, solve_kl_symmetry
 from optimal_sampling.distribution.step import pair_of
+from optimal_sampling.distribution.tiled import TiledPair
 
 
 @np.errstate(all="ignore")
@@ -118,3 +119,25 @@ def test_large_vocabulary():
     at = pair.moments(alpha)
     assert np.abs(at.kl_student - at.kl_teacher).max() < 1e-6
     assert np.abs(at.kl_student + at.F).max() < 1e-6
+
+
+@np.errstate(all="ignore")
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.8])
+def test_partitions_of_far_models(alpha):
+    """Guards: sums for the ESS that overflow or vanish in float32, alone or beside a row where they do not."""
+    g = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 4, 5000, generator=g) * torch.tensor([1.0, 20.0, 60.0, 200.0])[:, None]
+    pair = TiledPair(*logits)
+    got = np.log(pair.ess(pair.moments(pair.full(alpha))))
+    s, t = logits.double().log_softmax(-1)
+    exact = float(np.float32(alpha))
+
+    def partition(beta):
+        return torch.logsumexp((1 - beta) * s + beta * t, -1).numpy()
+
+    want = [2 * partition(exact) - partition(2 * exact - k) for k in (0, 1)]
+    near = np.array(want) > -600  # no float64 holds less
+    assert near[:, :2].all()
+    np.testing.assert_allclose(got[near], np.array(want)[near], rtol=1e-5, atol=1e-5)
+    alone = TiledPair(*logits[:, :1])
+    assert (np.log(alone.ess(alone.moments(alone.full(alpha))))[:, 0] == got[:, 0]).all()

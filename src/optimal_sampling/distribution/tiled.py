@@ -5,6 +5,8 @@ A pair borrows the buffers of its thread's workspace: only the newest of a shape
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
@@ -16,6 +18,7 @@ from optimal_sampling.distribution.tiles import (
     Block,
     Rows,
     argmax,
+    dot,
     rows_of,
     stack,
     tensor_of,
@@ -36,45 +39,58 @@ class TiledPair(Pair):
         self.space.shift.zero_()
         self._relative = False
         self.models = self.space.both[:, :, : self.vocab]
-        for block in self.space.blocks:
-            for logits, kept in zip(self._logits, block.inside, strict=True):
-                if logits.dtype == torch.float32 and temperature == 1:
-                    torch.clamp(logits[block.rows, block.columns], min=FLOOR, out=kept)
-                else:
-                    kept.copy_(logits[block.rows, block.columns])
-                    kept.mul_(1 / temperature).clamp_(min=FLOOR)
-            self.xp.amax(block.inside_rows, -1, out=block.per_model_rows)
-        self.largest = self.xp.amax(self.space.per_model_rows, -1)
+        self._shifted: Rows = 0.0
+        self._shift(self._copied)
 
     def _measure(self) -> None:
-        for block in self.space.blocks:
-            self.xp.amax(block.inside_rows, -1, out=block.per_model_rows)
-        self.largest = self.xp.amax(self.space.per_model_rows, -1)
+        self._shift(lambda block, model: block.inside[model])
+
+    def _shift(self, source: Callable[[Block, int], Tensor]) -> None:
+        """Shift every row of `source` by its largest, into `models`, and sum its exp: while it is near the cache."""
+        space, xp = self.space, self.xp
+        self._deep = []
+        for band in space.bands:
+            rows = band[0].rows
+            sources = [self._ranged(block, source) for block in band]
+            top, least = xp.amax(space.most[:, rows], -1), xp.amin(space.least[:, rows], -1)
+            usual = (top > FLOOR / 2) & (top < float("inf"))  # else bad, or a student without the teacher's support
+            space.maximum_rows[:, rows, 0] = top = xp.where(usual, top, 0 * space.maximum_rows[:, rows, 0])
+            deep = not self.on_cpu or not bool((least - top >= LEAST).all())  # true for NaN
+            self._deep += [deep] * len(band)
+            for block, models in zip(band, sources, strict=True):
+                self._exponentiate(block, models, deep)
+        self.largest, floored = xp.amax(space.most, -1), xp.amin(space.least, -1) < FLOOR / 2
+        self.floored = floored[0] | floored[1]
+        self._shifted = self._shifted + space.maximum_rows[..., 0]
+
+    def _copied(self, block: Block, model: int) -> Tensor:
+        """A model's logits in one block, divided by the temperature; no copy where they can be used as they are."""
+        logits = self._logits[model][block.rows, block.columns]
+        if logits.dtype == torch.float32 and self._temperature == 1:
+            return logits
+        return block.inside[model].copy_(logits).mul_(1 / self._temperature)
+
+    def _ranged(self, block: Block, source: Callable[[Block, int], Tensor]) -> list[Tensor]:
+        """Both models in one block; notes their largest and least."""
+        models = [source(block, 0), source(block, 1)]
+        for x, most, least in zip(models, block.most, block.least, strict=True):
+            rows = rows_of(x)
+            self.xp.amax(rows, -1, out=most)
+            self.xp.amin(rows, -1, out=least)
+        return models
+
+    def _exponentiate(self, block: Block, models: list[Tensor], deep: bool) -> None:
+        for x, maximum, kept in zip(models, block.maximum, block.inside, strict=True):
+            torch.sub(torch.clamp(x, min=FLOOR, out=kept) if deep else x, maximum, out=kept)
+        terms = torch.clamp(block.both, min=LEAST, out=block.scratch) if deep else block.both
+        torch.sum(torch.exp(terms, out=block.scratch), -1, out=block.per_model)
 
     def _normalise(self) -> None:
-        space, xp = self.space, self.xp
-        maximum = self.largest
-        self.no_student = maximum[0] < FLOOR / 2
-        maximum = xp.where(maximum < FLOOR / 2, 0.0 * maximum, maximum)  # a student without the teacher's support
-        space.maximum.copy_(tensor_of(maximum)[..., None])
-        least, self._deep = [], []
-        for block in space.blocks:
-            block.inside.sub_(block.maximum)
-            least.append(xp.amin(block.inside_rows, -1))
-            self._deep.append(not self.on_cpu or bool((least[-1] < LEAST).any()))
-            terms = torch.clamp(block.both, min=LEAST, out=block.scratch[:2]) if self._deep[-1] else block.both
-            torch.exp(terms, out=block.scratch[:2])
-            torch.sum(block.scratch[:2], -1, out=block.per_model)
-        log_z = xp.log(space.per_model_rows.sum(-1, dtype=xp.float64))
+        xp = self.xp
+        self.no_student = self.largest[0] < FLOOR / 2
+        log_z = xp.log(self.space.per_model_rows.sum(-1, dtype=xp.float64))
         self.log_z = (log_z[0], log_z[1])
-        self.offset = (maximum[0] + log_z[0], maximum[1] + log_z[1])
-        floored = self._by_row(least) < FLOOR / 2
-        self.floored = floored[0] | floored[1]
-
-    def _by_row(self, of_blocks: list[Rows]) -> Rows:
-        """Least over the tiles of a row, from one [2, n] per block."""
-        whole = self.xp.concatenate(of_blocks, -1) if of_blocks else self.xp.zeros((2, 0))
-        return self.xp.amin(whole.reshape(2, self.rows, -1), -1) if self.space.tiles > 1 else whole
+        self.offset = (self._shifted[0] + log_z[0], self._shifted[1] + log_z[1])
 
     def _moments(self, alpha: Rows, changed: Rows) -> Moments:
         self.space.weight_rows[:, 0] = alpha
@@ -103,7 +119,7 @@ class TiledPair(Pair):
 
     def _sums(self, block: Block, deep: bool, relative: Rows | bool | None = None) -> None:
         """Sums of w, w x, w d, w d^2 and w d^3, with x = (1-alpha) student + alpha teacher and w = exp(x - shift)."""
-        w, x, d, dd, ddd = block.scratch
+        x, w = block.x, block.w
         torch.lerp(block.student, block.teacher, block.weight, out=x)
         if relative is not None:
             x[:, block.inner.stop :] = FLOOR
@@ -112,11 +128,12 @@ class TiledPair(Pair):
             torch.exp(torch.sub(x, block.shift, out=w).clamp_(min=LEAST), out=w)
         else:
             torch.exp(x.clamp_(min=LEAST) if deep else x, out=w)
-        torch.sub(block.teacher, block.student, out=d)
-        torch.mul(d, d, out=dd)
-        torch.mul(dd, d, out=ddd)
-        block.scratch[1:].mul_(w)
-        torch.sum(block.scratch, -1, out=block.sums)
+        torch.sum(w, -1, out=block.sums[0])
+        dot(block.w_rows, block.x_rows, out=block.sums_rows[1])
+        d = torch.sub(block.teacher, block.student, out=x)
+        torch.sum(w.mul_(d), -1, out=block.sums[2])
+        torch.sum(w.mul_(d), -1, out=block.sums[3])
+        dot(block.w_rows, block.x_rows, out=block.sums_rows[4])
 
     def _collect(self, alpha: Rows) -> Moments:
         """Add up the tiles of each row."""
@@ -150,21 +167,32 @@ class TiledPair(Pair):
         known = ((betas == 0) | (betas == 1)) & ~(self.student_misses | self.teacher_misses)
         needed = ~(known[0] & known[1])
         space.betas_rows[..., 0] = betas
+        space.shift_per_model.zero_()
         for block in space.blocks:
             if not self.none(needed[block.rows]):
-                x = block.scratch[:2]
-                torch.lerp(block.student, block.teacher, block.betas, out=x)
-                x[..., block.inner.stop :] = FLOOR
-                torch.amax(x, -1, out=block.shift_per_model)
-                x.sub_(block.shift_per_model[..., None]).clamp_(min=LEAST).exp_()
-                torch.sum(x, -1, out=block.per_model)
+                self._partition(block, None if self.on_cpu else True)
+        sums = space.per_model_rows.sum(-1)
+        far = needed & ~((sums > _UNDERFLOW) & (sums < float("inf")))
+        for block in [] if self.none(far) or not self.on_cpu else space.blocks:
+            if far[:, block.rows].any():
+                self._partition(block, far[:, block.rows])
         totals, top = self._totals(space.per_model_rows, rows_of(space.shift_per_model))
         F = xp.where(known, 0.0, xp.log(totals) + top - self.log_z[0] - betas * self.gap)
         return F[0], F[1]
 
+    def _partition(self, block: Block, relative: Rows | bool | None) -> None:
+        """Sums of exp(x - shift) at both betas, where `relative` with the largest x as shift."""
+        x = torch.lerp(block.student, block.teacher, block.betas, out=block.scratch)
+        if relative is not None:
+            x[..., block.inner.stop :] = FLOOR
+            torch.amax(x, -1, out=block.shift_per_model)
+            rows_of(block.shift_per_model)[...] *= relative
+            x.sub_(block.shift_per_model[..., None])
+        torch.sum(x.clamp_(min=LEAST).exp_(), -1, out=block.per_model)
+
     def _scores(self, block: Block) -> Float32[Tensor, "n width"]:
         """x = log q + log_sum of one block at the alpha of the last `moments`, in the block's scratch."""
-        x = block.scratch[0]
+        x = block.x
         torch.lerp(block.student, block.teacher, block.weight, out=x)
         return x[:, block.inner]
 
@@ -174,15 +202,16 @@ class TiledPair(Pair):
 
     def draw(self, noise: Float32[Tensor, "rows vocab"]) -> tuple[Int64[Tensor, " rows"], Rows]:
         """See `Pair`."""
-        winners = []
+        tokens, winners = [], []
         for block in self.space.blocks:
-            x = self._scores(block)
-            y = torch.add(x, noise[block.rows, block.columns], out=block.scratch[1][:, block.inner])
-            best = argmax(y)[:, None]
-            winners.append((best[:, 0] + block.columns.start, x.gather(-1, best), y.gather(-1, best)))
-        if not winners:
+            y = block.w[:, block.inner]
+            torch.add(self._scores(block), noise[block.rows, block.columns], out=y)
+            best = argmax(y)
+            tokens.append(best + block.columns.start)
+            winners.append(block.scratch.gather(-1, best.expand(2, -1)[..., None]))  # of x and y
+        if not tokens:
             return torch.zeros(0, dtype=torch.int64, device=self.device), self._log_sum
-        token, score, value = (torch.cat([w.reshape(-1) for w in part]) for part in zip(*winners, strict=True))
+        token, (score, value) = torch.cat(tokens), torch.cat(winners, 1)[..., 0]
         if self.space.tiles > 1:
             shape = self.rows, self.space.tiles
             tile = value.view(shape).argmax(-1, keepdim=True)

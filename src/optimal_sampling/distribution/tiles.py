@@ -28,6 +28,7 @@ __all__ = [
     "argmax",
     "at_least",
     "at_most",
+    "dot",
     "namespace",
     "rows_of",
     "stack",
@@ -42,7 +43,7 @@ FLOOR = -1e18
 LEAST = -87.0
 """exp of less is no normal float32, and slow: terms are cut here. A sum that matters is at least e^50 times larger."""
 
-TILE = 1 << 16
+TILE = 5 << 14
 """Numbers per block. Smaller ones would fit the second-level cache, but then the calls cost more than the work."""
 
 Rows: TypeAlias = Any
@@ -95,28 +96,40 @@ def argmax(y: Float[Tensor, "n width"]) -> Int64[Tensor, " n"]:
     return y.argmax(-1)
 
 
+def dot(x: Rows, y: Rows, out: Rows) -> None:
+    """Sum of x y over the last axis. NumPy's takes a third of a product and its sum."""
+    if isinstance(x, Tensor):
+        torch.sum(x * y, -1, out=out)
+    else:
+        np.vecdot(x, y, out=out)
+
+
 @dataclass(frozen=True)
 class Block:
     """Views of one block: `width` padded columns of n rows. `scratch` is shared by all blocks."""
 
     rows: slice
-    tile: int
     columns: slice  # of the unpadded vocabulary
     inner: slice  # the unpadded columns of this block
-    inside: Float32[Tensor, "2 n inner"]
-    inside_rows: Rows  # the same memory
+    inside: list[Float32[Tensor, "n inner"]]  # student, teacher
     both: Float32[Tensor, "2 n width"]  # student, teacher
     student: Float32[Tensor, "n width"]
     teacher: Float32[Tensor, "n width"]
     weight: Float32[Tensor, "n 1"]
     betas: Float32[Tensor, "2 n 1"]
     shift: Float32[Tensor, "n 1"]
-    maximum: Float32[Tensor, "2 n 1"]
+    maximum: list[Float32[Tensor, "n 1"]]
+    most: list[Rows]
+    least: list[Rows]
     per_model: Float32[Tensor, "2 n"]
-    per_model_rows: Rows
     shift_per_model: Float32[Tensor, "2 n"]
-    sums: Float32[Tensor, "5 n"]
-    scratch: Float32[Tensor, "5 n width"]
+    sums: list[Float32[Tensor, " n"]]
+    sums_rows: list[Rows]
+    scratch: Float32[Tensor, "2 n width"]
+    x: Float32[Tensor, "n width"]  # the first half of scratch
+    x_rows: Rows
+    w: Float32[Tensor, "n width"]  # the second
+    w_rows: Rows
 
 
 class Workspace:
@@ -126,9 +139,9 @@ class Workspace:
         self.rows, self.vocab, self.device = rows, vocab, device
         cpu = uses_numpy(device)
         padded = -(-vocab // _LANES) * _LANES
-        width = min(padded, TILE) if cpu else padded
+        self.tiles = -(-padded // TILE) if cpu else 1
+        width = -(-padded // (self.tiles * _LANES)) * _LANES  # equal tiles
         height = max(1, TILE // padded) if cpu else max(1, rows)
-        self.tiles = -(-padded // width)
 
         def empty(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
@@ -138,38 +151,46 @@ class Workspace:
         self.weight, self.betas, self.maximum = empty(rows, 1), empty(2, rows, 1), empty(2, rows, 1)
         self.shift, self.sums = empty(rows, self.tiles), empty(5, rows, self.tiles)
         self.per_model, self.shift_per_model = empty(2, rows, self.tiles), empty(2, rows, self.tiles)
-        self.weight_rows, self.betas_rows = rows_of(self.weight), rows_of(self.betas)
+        self.most, self.least = rows_of(empty(2, rows, self.tiles)), rows_of(empty(2, rows, self.tiles))
+        self.weight_rows, self.betas_rows, self.maximum_rows = map(rows_of, (self.weight, self.betas, self.maximum))
         self.shift_rows, self.sums_rows, self.per_model_rows = map(rows_of, (self.shift, self.sums, self.per_model))
-        scratch = empty(5 * min(height, max(rows, 1)) * width)
-        self.blocks = [
-            self._block(slice(row, min(row + height, rows)), tile, width, scratch)
+        scratch = empty(2 * min(height, max(rows, 1)) * width)
+        self.bands = [
+            [self._block(slice(row, min(row + height, rows)), tile, width, scratch) for tile in range(self.tiles)]
             for row in range(0, rows, height)
-            for tile in range(self.tiles)
         ]
+        """Blocks of the same rows."""
+        self.blocks = [block for band in self.bands for block in band]
 
     def _block(self, rows: slice, tile: int, width: int, scratch: Tensor) -> Block:
         both = self.both[:, rows, tile * width : (tile + 1) * width]
         columns = slice(tile * width, min((tile + 1) * width, self.vocab))
-        inside = both[:, :, : columns.stop - columns.start]
+        inner = slice(0, columns.stop - columns.start)
+        scratch = scratch[: both.numel()].view(both.shape)
+        sums = self.sums[:, rows, tile].unbind()
         return Block(
             rows=rows,
-            tile=tile,
             columns=columns,
-            inner=slice(0, columns.stop - columns.start),
-            inside=inside,
-            inside_rows=rows_of(inside),
+            inner=inner,
+            inside=[both[0, :, inner], both[1, :, inner]],
             both=both,
             student=both[0],
             teacher=both[1],
             weight=self.weight[rows],
             betas=self.betas[:, rows],
             shift=self.shift[rows, tile : tile + 1],
-            maximum=self.maximum[:, rows],
+            maximum=[self.maximum[0, rows], self.maximum[1, rows]],
+            most=[self.most[0, rows, tile], self.most[1, rows, tile]],
+            least=[self.least[0, rows, tile], self.least[1, rows, tile]],
             per_model=self.per_model[:, rows, tile],
-            per_model_rows=rows_of(self.per_model[:, rows, tile]),
             shift_per_model=self.shift_per_model[:, rows, tile],
-            sums=self.sums[:, rows, tile],
-            scratch=scratch[: 5 * both[0].numel()].view(5, *both.shape[1:]),
+            sums=list(sums),
+            sums_rows=[rows_of(part) for part in sums],
+            scratch=scratch,
+            x=scratch[0],
+            x_rows=rows_of(scratch[0]),
+            w=scratch[1],
+            w_rows=rows_of(scratch[1]),
         )
 
 
