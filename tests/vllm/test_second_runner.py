@@ -24,7 +24,7 @@ EXACT = (
 RECORDS = "(TestLockstep or TestThreeDrafts) and ((answered_once and 64) or alpha_and_divergences or own_prompt)"
 
 
-@pytest.mark.skipif(SECOND_RUNNER, reason="this session runs on the second runner as a whole")
+@pytest.mark.skipif(SECOND_RUNNER, reason="this run is on the second runner as a whole")
 @pytest.mark.parametrize(("file", "chosen"), [("test_exact", EXACT), ("test_conformance", RECORDS)])
 def test_a_part_of_these_tests_on_the_second_runner(file, chosen):
     """Guards: log-probabilities, options, prompts, drafts and traces that only hold on the first runner."""

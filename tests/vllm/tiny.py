@@ -12,7 +12,7 @@ from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
 from optimal_sampling.vocabulary import Vocabulary
 
 SECOND_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
-"""Whether this session's tests run on vLLM's second model runner."""
+"""Whether the tests of this run go to vLLM's second model runner."""
 
 VOCAB, CONTEXT, STOP = 12, 96, frozenset({0})
 PROMPTS = [
