@@ -62,7 +62,7 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
     from optimal_sampling.engines.vllm.launch import draft_tokens_of, engine_arguments, prepare_environment
     from optimal_sampling.vocabulary import Vocabulary
 
-    prepare_environment()
+    prepare_environment(config.options)
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 

@@ -329,6 +329,17 @@ def _bounded(free, low, high, disjoint, forced):
 
 
 @triton.jit
+def _store_models(out, at_s, at_t, log_z_s, log_z_t, bad_s, bad_t):
+    """What `mix` and `finish` need to know of both models' rows: columns 2 to 7."""
+    tl.store(out, at_s)
+    tl.store(out + 1, at_t)
+    tl.store(out + 2, log_z_s)
+    tl.store(out + 3, log_z_t)
+    tl.store(out + 4, bad_s)
+    tl.store(out + 5, bad_t)
+
+
+@triton.jit
 def solve(
     student, teacher, student_stride, teacher_stride, position, measured, solved, pieces, vocab, scale,
     first, also, low, high, alpha_min, alpha_max, start, end, tokens,
@@ -379,14 +390,9 @@ def solve(
     alpha, clamped = _bounded(free, alpha_min, alpha_max, shared == 0, forced)
 
     out = solved + row * SOLVED
+    _store_models(out + 2, at_s, at_t, log_z_s, log_z_t, bad_s, bad_t)
     tl.store(out, alpha)
     tl.store(out + 1, clamped)
-    tl.store(out + 2, at_s)
-    tl.store(out + 3, at_t)
-    tl.store(out + 4, log_z_s)
-    tl.store(out + 5, log_z_t)
-    tl.store(out + 6, bad_s)
-    tl.store(out + 7, bad_t)
     tl.store(out + 8, (alpha == 1) & only_t)
     tl.store(out + 9, (alpha == 0) & only_s)
     tl.store(out + 10, (shared == 0) & (alpha > 0))

@@ -136,10 +136,9 @@ class Drawer:
         """One round, without touching the sequences."""
         noise = Noise(rows, plan.width, self.setting.vocab_size, self.device)
         if len(self.lanes) == 2:
-            never_drafts = self.policy.most == 0  # else the policy has to know what each model costs by itself
-            return (self._side_by_side if never_drafts and self.overlap.works else self._with_student)(
-                plan, rows, noise
-            )
+            if self.overlap.works and self.policy.most == 0:  # else the policy has to know what each model costs
+                return self._side_by_side(plan, rows, noise)
+            return self._with_student(plan, rows, noise)
         return self._at_once(plan, rows, noise)
 
     def _with_student(self, plan: Round, rows: list[Sequence], noise: Noise) -> Drawn:

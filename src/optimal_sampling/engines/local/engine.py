@@ -174,8 +174,8 @@ class LocalEngine(Engine):
         """Pages of each cache: as many for one model as for the other."""
         if not self.pair.paged:
             return None
-        distinct = {id(runner): runner.bytes_per_token for role in self.roles if (runner := self.pair.runners[role])}
-        return max(1, memory // (PAGE * sum(distinct.values())) - 1)  # one is scratch
+        runners = {self.pair.runners[role] for role in self.roles}
+        return max(1, memory // (PAGE * sum(runner.bytes_per_token for runner in runners)) - 1)  # one is scratch
 
     def _setting(self) -> RunSetting:
         contexts = {"student": self.vocabulary.student_context, "teacher": self.vocabulary.teacher_context}

@@ -64,7 +64,7 @@ class VllmEngine(Engine):
         os.environ.setdefault(
             "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
         )  # scripts need no main guard, and no port is opened
-        prepare_environment()
+        prepare_environment(options)
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 

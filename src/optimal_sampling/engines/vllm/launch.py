@@ -60,8 +60,10 @@ def draft_tokens_of(options: EngineConfig) -> int:
     return 0 if options.draft_tokens == "auto" else options.draft_tokens
 
 
-def prepare_environment() -> None:
-    """Make the composite model known to vLLM. Raises ConfigError where vLLM's own settings cannot work."""
+def prepare_environment(options: EngineConfig) -> None:
+    """Make the composite model known to vLLM. Raises ConfigError where our options or vLLM's settings cannot work."""
+    if options.attention != "auto":
+        raise ConfigError(f"attention {options.attention!r} is the local engine's; vLLM chooses its own: leave it out")
     check_version()
     register()
     from vllm.triton_utils import HAS_TRITON
