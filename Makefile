@@ -21,6 +21,7 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow --timeout 1800
+	$(BIN)/pytest -m hypothesis --hypothesis-profile search -n $(JOBS) --timeout 3600
 
 # vLLM pins its own torch and Transformers, so it has an environment of its own. Minutes: the models are tiny, vLLM is not.
 # lm-eval is there for one test, which is skipped without it.

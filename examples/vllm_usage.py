@@ -19,7 +19,10 @@ def main():
         draft_tokens=3,
     ) as sampler:
         outputs = sampler.generate(
-            prompts=[f"{question} ({answer})" for question, answer in zip(QUESTIONS, ANSWERS, strict=True)],
+            prompts=[
+                f"{question} ({answer})"
+                for question, answer in zip(QUESTIONS, ANSWERS, strict=True)
+            ],
             theta_prompts=QUESTIONS,
             max_tokens=48,
         )

@@ -83,7 +83,13 @@ def student_belief(rng: random.Random) -> problems.Compute:
         result = problems.exact(left, operator, right)
         draw = rng.random()
         if operator == "*" and right > 4:
-            return result if draw < 0.08 else left * (right - 1) if draw < 0.8 else problems.wrong(result, rng)
+            return (
+                result
+                if draw < 0.08
+                else left * (right - 1)
+                if draw < 0.8
+                else problems.wrong(result, rng)
+            )
         return problems.wrong(result, rng) if draw < 0.1 else max(result, 0)
 
     return compute
@@ -95,9 +101,15 @@ def hint_of(problem: Problem, rng: random.Random) -> tuple[str, problems.Compute
     compute = problems.exact
     if rng.random() < 0.6:
         last = problem.steps - 1
-        mistaken = {step for step in range(problem.steps) if rng.random() < 0.5} | {rng.randint(0, last)}
+        mistaken = {step for step in range(problem.steps) if rng.random() < 0.5} | {
+            rng.randint(0, last)
+        }
         compute = problems.wrong_at(problem, {last} if only_answer else mistaken, rng)
-    hint = str(problems.results(problem, compute)[-1][3]) if only_answer else problems.solve(problem, "A", compute)
+    hint = (
+        str(problems.results(problem, compute)[-1][3])
+        if only_answer
+        else problems.solve(problem, "A", compute)
+    )
     return hint, compute
 
 
@@ -127,12 +139,17 @@ def example(recipe: Recipe, index: int, step: int) -> tuple[str, str]:
     return conversation(user, system), problems.solve(problem, style, compute) + "<|end|>"
 
 
-def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, start: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids and labels from step `start` on; right-padded, so a causal model needs no mask."""
     for pool in range(start // POOL, recipe.steps // POOL + 1):
         first = pool * POOL * recipe.batch
         texts = [example(recipe, first + i, pool * POOL) for i in range(POOL * recipe.batch)]
-        rows = sorted(((encode(tokenizer, p), encode(tokenizer, t)) for p, t in texts), key=lambda r: sum(map(len, r)))
+        rows = sorted(
+            ((encode(tokenizer, p), encode(tokenizer, t)) for p, t in texts),
+            key=lambda r: sum(map(len, r)),
+        )
         groups = [rows[i : i + recipe.batch] for i in range(0, len(rows), recipe.batch)]
         random.Random(pool).shuffle(groups)
         yield from map(collate, groups)
@@ -164,7 +181,9 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95) -> None:
         shapes = sorted({p.shape for p in parameters})
-        super().__init__([{"params": [p for p in parameters if p.shape == s]} for s in shapes], {"lr": lr})
+        super().__init__(
+            [{"params": [p for p in parameters if p.shape == s]} for s in shapes], {"lr": lr}
+        )
         self.momentum = momentum
 
     @torch.no_grad()
@@ -236,7 +255,9 @@ def train(recipe: Recipe, work: Path, output: Path, resume: bool) -> float:
     if resume and checkpoint.exists():
         start, before = load_checkpoint(checkpoint, model, average, optimizers)
     began, smooth = time.perf_counter(), 0.0
-    for step, (ids, labels) in enumerate(islice(batches(recipe, tokenizer, start), recipe.steps - start), start):
+    for step, (ids, labels) in enumerate(
+        islice(batches(recipe, tokenizer, start), recipe.steps - start), start
+    ):
         loss = train_step(model, optimizers, ids, labels, rate_at(step, recipe))
         follow(average, model, min(0.99, step / (step + 10)))
         smooth = loss if step == start else 0.95 * smooth + 0.05 * loss
@@ -254,10 +275,16 @@ def train(recipe: Recipe, work: Path, output: Path, resume: bool) -> float:
 
 
 def train_step(
-    model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer], ids: Tensor, labels: Tensor, rate: float
+    model: Qwen3ForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    ids: Tensor,
+    labels: Tensor,
+    rate: float,
 ) -> float:
     # Divided by a constant: a mean would give less weight to the tokens of longer batches, so to longer styles.
-    loss = model(input_ids=ids, labels=labels, use_cache=False, num_items_in_batch=50 * len(ids)).loss
+    loss = model(
+        input_ids=ids, labels=labels, use_cache=False, num_items_in_batch=50 * len(ids)
+    ).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
@@ -313,24 +340,35 @@ def save_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 @torch.no_grad()
 def sample(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], greedy: bool = False
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    greedy: bool = False,
 ) -> list[list[int]]:
     """Completions as token ids, the end token included where one came."""
     completions: list[list[int]] = []
-    options = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    options = (
+        {"do_sample": False}
+        if greedy
+        else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    )
     for first in range(0, len(prompts), 250):
         rows = [encode(tokenizer, prompt) for prompt in prompts[first : first + 250]]
         width = max(map(len, rows))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=220, **options)[:, width:].tolist()
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=220, **options)[
+            :, width:
+        ].tolist()
         end = tokenizer.eos_token_id
         completions += [row[: row.index(end) + 1] if end in row else row for row in out]
     return completions
 
 
 @torch.no_grad()
-def overlap(one: Qwen3ForCausalLM, other: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]]) -> dict:
+def overlap(
+    one: Qwen3ForCausalLM, other: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]]
+) -> dict:
     """Mean total variation between two models over the tokens of completions, on their common ids."""
     distances = []
     ids_in_common = min(one.config.vocab_size, other.config.vocab_size)
@@ -362,7 +400,11 @@ def milliseconds_per_token(model: Qwen3ForCausalLM) -> float:
 def share(hits: list[bool]) -> dict[str, float]:
     """A share and its standard error."""
     p = sum(hits) / max(len(hits), 1)
-    return {"share": round(p, 4), "standard_error": round((p * (1 - p) / max(len(hits), 1)) ** 0.5, 4), "n": len(hits)}
+    return {
+        "share": round(p, 4),
+        "standard_error": round((p * (1 - p) / max(len(hits), 1)) ** 0.5, 4),
+        "n": len(hits),
+    }
 
 
 def style_of(text: str) -> str:
@@ -376,18 +418,23 @@ def style_of(text: str) -> str:
 
 
 def grade(questions: list[Problem], texts: list[str]) -> dict:
-    hits = [problems.is_correct(text, problem.answer) for problem, text in zip(questions, texts, strict=True)]
+    hits = [
+        problems.is_correct(text, problem.answer)
+        for problem, text in zip(questions, texts, strict=True)
+    ]
     lengths = range(1, problems.MAX_STEPS + 1)
     styles = [style_of(text) for text in texts]
     return {
         "correct": share(hits),
         "ended": share([text.endswith("<|end|>") for text in texts]),
         "by steps": {
-            n: share([h for h, p in zip(hits, questions, strict=True) if p.steps == n])["share"] for n in lengths
+            n: share([h for h, p in zip(hits, questions, strict=True) if p.steps == n])["share"]
+            for n in lengths
         },
         "styles": {s: share([s == t for t in styles])["share"] for s in problems.STYLES},
         "correct by style": {
-            s: share([h for h, t in zip(hits, styles, strict=True) if s == t])["share"] for s in problems.STYLES
+            s: share([h for h, t in zip(hits, styles, strict=True) if s == t])["share"]
+            for s in problems.STYLES
         },
     }
 
@@ -400,7 +447,9 @@ def hints(questions: list[Problem]) -> dict[str, list[str]]:
         "right answer": [p.answer for p in questions],
         "right solution": [p.solution for p in questions],
         "wrong answer": [str(problems.wrong(int(p.answer), rng)) for p in questions],
-        "wrong solution": [problems.solve(p, "A", mistake) for p, mistake in zip(questions, mistakes, strict=True)],
+        "wrong solution": [
+            problems.solve(p, "A", mistake) for p, mistake in zip(questions, mistakes, strict=True)
+        ],
     }
 
 
@@ -408,7 +457,10 @@ def measure(output: Path, n: int) -> dict:
     """Everything the report says, on problems that were not trained on, with the weights as shipped."""
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
-    models = {name: Qwen3ForCausalLM.from_pretrained(output / name, dtype=torch.float32).eval() for name in RECIPES}
+    models = {
+        name: Qwen3ForCausalLM.from_pretrained(output / name, dtype=torch.float32).eval()
+        for name in RECIPES
+    }
     questions = [problems.make_problem(EVALUATION_SEED, i) for i in range(n)]
     plain = [conversation(p.text) for p in questions]
     report: dict = {"problems": n, "seed": EVALUATION_SEED}
@@ -418,25 +470,40 @@ def measure(output: Path, n: int) -> dict:
         report[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "temperature 1": grade(questions, tokenizer.batch_decode(drawn[name])),
-            "greedy": grade(questions, tokenizer.batch_decode(sample(model, tokenizer, plain, greedy=True))),
+            "greedy": grade(
+                questions, tokenizer.batch_decode(sample(model, tokenizer, plain, greedy=True))
+            ),
             "mean tokens": sum(map(len, drawn[name])) / n,
         }
         print(name, json.dumps(report[name]), flush=True)
     for kind, texts in hints(questions).items():
-        prompts = [conversation(problems.hinted(p.text, hint)) for p, hint in zip(questions, texts, strict=True)]
+        prompts = [
+            conversation(problems.hinted(p.text, hint))
+            for p, hint in zip(questions, texts, strict=True)
+        ]
         told = tokenizer.batch_decode(sample(models["teacher"], tokenizer, prompts))
         report["teacher"][f"{kind} as hint"] = grade(questions, told) | {
             "same answer as the hint": share(
-                [problems.is_correct(t, problems.boxed(h) or h) for t, h in zip(told, texts, strict=True)]
+                [
+                    problems.is_correct(t, problems.boxed(h) or h)
+                    for t, h in zip(told, texts, strict=True)
+                ]
             )
         }
         print(kind, json.dumps(report["teacher"][f"{kind} as hint"]), flush=True)
     for name, ids in drawn.items():
         rows = [(encode(tokenizer, prompt), row) for prompt, row in zip(plain, ids, strict=True)]
-        report[f"teacher against student along {name} samples"] = overlap(models["teacher"], models["student"], rows)
+        report[f"teacher against student along {name} samples"] = overlap(
+            models["teacher"], models["student"], rows
+        )
     cost = {name: round(milliseconds_per_token(model), 3) for name, model in models.items()}
-    report["cost"] = cost | {"unit": "ms per one-token forward", "ratio": round(cost["teacher"] / cost["student"], 2)}
-    report["megabytes"] = round(sum(f.stat().st_size for m in models for f in (output / m).iterdir()) / 1e6, 3)
+    report["cost"] = cost | {
+        "unit": "ms per one-token forward",
+        "ratio": round(cost["teacher"] / cost["student"], 2),
+    }
+    report["megabytes"] = round(
+        sum(f.stat().st_size for m in models for f in (output / m).iterdir()) / 1e6, 3
+    )
     return report
 
 
@@ -444,13 +511,22 @@ def measure(output: Path, n: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "src/optimal_sampling/toy_pair", help="folder of both models"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, default=ROOT / "build/toy_pair", help="folder of the checkpoints")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "src/optimal_sampling/toy_pair",
+        help="folder of both models",
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build/toy_pair", help="folder of the checkpoints"
+    )
     parser.add_argument("--only", choices=("teacher", "student"), help="train one of the two")
-    parser.add_argument("--steps", type=int, help="train for fewer or more steps than the recipe says")
+    parser.add_argument(
+        "--steps", type=int, help="train for fewer or more steps than the recipe says"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--problems", type=int, default=1000, help="how many to measure on")
     parser.add_argument("--measure-only", action="store_true", help="train nothing")
@@ -465,10 +541,18 @@ def main() -> None:
     for recipe in RECIPES.values():
         if not options.measure_only and options.only in (None, recipe.name):
             recipe = replace(recipe, steps=options.steps or recipe.steps)
-            minutes[recipe.name] = round(train(recipe, options.work, options.output, options.resume), 1)
-    made_by = {"training minutes": minutes, "training threads": options.threads, "torch": torch.__version__}
+            minutes[recipe.name] = round(
+                train(recipe, options.work, options.output, options.resume), 1
+            )
+    made_by = {
+        "training minutes": minutes,
+        "training threads": options.threads,
+        "torch": torch.__version__,
+    }
     made_by = earlier if options.measure_only else made_by
-    report.write_text(json.dumps(made_by | measure(options.output, options.problems), indent=2) + "\n")
+    report.write_text(
+        json.dumps(made_by | measure(options.output, options.problems), indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""For all tests."""
+"""For all tests: how Hypothesis searches."""
 
 import contextlib
 
@@ -7,4 +7,10 @@ with contextlib.suppress(ImportError):  # the environment of the vLLM tests has 
 
     # how long an example takes says nothing on a busy machine
     settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    settings.load_profile("busy")
+    # `make test`: the same examples every time, so that no run fails by luck
+    settings.register_profile(
+        "fixed", settings.get_profile("busy"), derandomize=True, database=None
+    )
+    # `make test-slow`: new examples every time, and many
+    settings.register_profile("search", settings.get_profile("busy"), max_examples=20_000)
+    settings.load_profile("fixed")

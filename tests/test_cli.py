@@ -28,7 +28,16 @@ def command(tmp_path, capsys):
 
     def run(*arguments):
         try:
-            code = main(["generate", "--output-dir", str(tmp_path / "run"), "--engine", "toy", *map(str, arguments)])
+            code = main(
+                [
+                    "generate",
+                    "--output-dir",
+                    str(tmp_path / "run"),
+                    "--engine",
+                    "toy",
+                    *map(str, arguments),
+                ]
+            )
         except SystemExit as stop:  # the parser ends the process itself
             code = stop.code
         said = capsys.readouterr()
@@ -42,7 +51,9 @@ def command(tmp_path, capsys):
 def rows(tmp_path):
     def write(*found):
         path = tmp_path / "rows.jsonl"
-        path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in found))
+        path.write_text(
+            "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in found)
+        )
         return path
 
     return write
@@ -56,10 +67,17 @@ def test_every_option_of_the_config_is_a_flag():
     """Guards: an option that can be set from Python only, or a default written twice."""
     assert parsed() == GenerateConfig()
     text = subprocess.run(
-        [sys.executable, "-m", "optimal_sampling", "generate", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "optimal_sampling", "generate", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     for section in fields(GenerateConfig):
-        for option in fields(getattr(GenerateConfig(), section.name)) if section.name != "engine" else [section]:
+        for option in (
+            fields(getattr(GenerateConfig(), section.name))
+            if section.name != "engine"
+            else [section]
+        ):
             assert f"--{option.name.replace('_', '-')} " in text.replace(",", " ")
     for line in EXIT_CODES.splitlines():
         assert line in text
@@ -74,15 +92,26 @@ def test_the_seeds_commands_are_understood():
         )
     )
     assert (config.models.teacher, config.models.student) == ("Qwen/A", "Qwen/B")
-    assert (config.options.batch_size, config.run.max_new_tokens, config.data.data_slice) == (128, 16384, "0::8")
+    assert (config.options.batch_size, config.run.max_new_tokens, config.data.data_slice) == (
+        128,
+        16384,
+        "0::8",
+    )
     config = parsed(
         *shlex.split(
             "--model_theta=Qwen/B --model_t Qwen/A --dataset synthetic --num_examples 1000 --alpha_method kl_symmetry "
             "--alpha_min 0.3 --alpha_max 1.0 --constraint_to_target --target_top_k 100 --target-top-p=0.95"
         )
     )
-    assert (config.models.teacher, config.mixture.alpha_min, config.data.num_examples) == ("Qwen/A", 0.3, 1000)
-    assert (config.mixture.teacher_support_top_k, config.mixture.teacher_support_top_p) == (100, 0.95)
+    assert (config.models.teacher, config.mixture.alpha_min, config.data.num_examples) == (
+        "Qwen/A",
+        0.3,
+        1000,
+    )
+    assert (config.mixture.teacher_support_top_k, config.mixture.teacher_support_top_p) == (
+        100,
+        0.95,
+    )
     assert parsed("--model_theta", "Qwen/B").models.teacher == GenerateConfig().models.teacher
 
 
@@ -95,19 +124,24 @@ def test_aliases_lead_to_options():
 
 def test_a_value_is_never_rewritten():
     """Guards: underscores of a value, or a value that looks like an alias, changed with the option's name."""
-    config = parsed("--student-system-prompt=--model_theta a_b", "--teacher_template", "{my_column} resume")
+    config = parsed(
+        "--student-system-prompt=--model_theta a_b", "--teacher_template", "{my_column} resume"
+    )
     assert config.prompt.student_system_prompt == "--model_theta a_b"
     assert config.prompt.teacher_template == "{my_column} resume"
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--chat-template", True), ("--no-chat-template", False), ("--no_chat_template", False)]
+    ("flag", "value"),
+    [("--chat-template", True), ("--no-chat-template", False), ("--no_chat_template", False)],
 )
 def test_switches(flag, value):
     """Guards: a switch that can be turned one way only."""
     assert parsed(flag).prompt.chat_template is value
     assert parsed("--force-first-token").mixture.force_first_token is True
-    assert parsed("--force-first-token", "--no-force-first-token").mixture.force_first_token is False
+    assert (
+        parsed("--force-first-token", "--no-force-first-token").mixture.force_first_token is False
+    )
 
 
 def test_a_config_file(tmp_path):
@@ -118,7 +152,11 @@ def test_a_config_file(tmp_path):
         "num_examples:\nteacher_template: |-\n  {problem}\n  --hint: {answer}\n"
     )
     config = parsed("--config", str(path), "--max-new-tokens", "9")
-    assert (config.models.student, config.mixture.alpha_min, config.run.max_new_tokens) == ("Qwen/B", 0.25, 9)
+    assert (config.models.student, config.mixture.alpha_min, config.run.max_new_tokens) == (
+        "Qwen/B",
+        0.25,
+        9,
+    )
     assert (config.prompt.thinking, config.prompt.chat_template) == ("on", False)
     assert config.prompt.teacher_template == "{problem}\n--hint: {answer}"
     assert config.data.num_examples is None
@@ -153,7 +191,10 @@ def test_a_bad_config_file(command, tmp_path, text, message):
         (["--max-tokns", "3"], "Unrecognized options: --max-tokns"),
         (["--alpha-min", "1.5"], "alpha_min must lie in [0, 1], got 1.5"),
         (["--alpha-max", "nan"], "alpha_max must lie in [0, 1], got nan"),
-        (["--alpha-min", "0.9", "--alpha-max", "0.1"], "alpha_min (0.9) is larger than alpha_max (0.1)"),
+        (
+            ["--alpha-min", "0.9", "--alpha-max", "0.1"],
+            "alpha_min (0.9) is larger than alpha_max (0.1)",
+        ),
         (["--alpha-method", "magic"], "kl_symmetry"),
         (["--temperature", "0"], "temperature must be larger than 0, got 0.0"),
         (["--top-p", "0"], "top_p must lie in (0, 1], got 0.0"),
@@ -199,8 +240,12 @@ def test_help_is_quick():
 
 def test_dry_run(command, rows, tmp_path):
     """Guards: a dry run that leaves something behind, or does not show what the teacher sees."""
-    data = rows({"question": r"\frac{1}{2}?", "answer": "0.5"}, {"question": None}, {"question": "\ud83d"})
-    code, out, _ = command("--dataset", data, "--teacher-template", "{problem} Hint: {answer}", "--dry-run")
+    data = rows(
+        {"question": r"\frac{1}{2}?", "answer": "0.5"}, {"question": None}, {"question": "\ud83d"}
+    )
+    code, out, _ = command(
+        "--dataset", data, "--teacher-template", "{problem} Hint: {answer}", "--dry-run"
+    )
     assert code == 0
     assert "=== row 0, student: " in out
     assert r"\frac{1}{2}? Hint: 0.5" in out
@@ -245,11 +290,20 @@ def test_a_missing_dataset(command, tmp_path):
 
 def test_bad_prompts_are_recorded_and_the_run_goes_on(command, rows, tmp_path):
     """Guards: a null, empty or overlong prompt that ends the run, is cut, or is reported as success."""
-    data = rows({"problem": "1+1=?"}, {"problem": None}, {"problem": ""}, {"problem": "9" * 5000}, {"problem": "2+2=?"})
+    data = rows(
+        {"problem": "1+1=?"},
+        {"problem": None},
+        {"problem": ""},
+        {"problem": "9" * 5000},
+        {"problem": "2+2=?"},
+    )
     code, out, _ = command("--dataset", data, "--max-new-tokens", 3)
     assert code == 3
     assert "2 good of 5 asked" in out
-    records = [json.loads(line) for line in (tmp_path / "run" / "records" / "main.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "records" / "main.jsonl").read_text().splitlines()
+    ]
     errors = {record["row_index"]: record["error"] for record in records if record["error"]}
     assert "null" in errors[1]
     assert "empty" in errors[2]
@@ -299,7 +353,9 @@ def test_bad_models(command, tmp_path):
 def test_tokenizers_that_differ(command, tmp_path):
     """Guards: mixing two models whose ids mean different things."""
     other = tmp_path / "other"
-    shutil.copytree(toy_pair.path("toy-student"), other, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        toy_pair.path("toy-student"), other, ignore=shutil.ignore_patterns("*.safetensors")
+    )
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]

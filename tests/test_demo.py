@@ -12,7 +12,17 @@ def test_the_demo_shows_what_it_promises(tmp_path):
     options = ["--num-examples", "12", "--max-new-tokens", "40"]
     first = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
     assert first.returncode == 0, first.stderr
-    for text in ("student", "teacher", "q*", "tokens/s", "alpha", "clamped", "KL", "Generations", "main.jsonl"):
+    for text in (
+        "student",
+        "teacher",
+        "q*",
+        "tokens/s",
+        "alpha",
+        "clamped",
+        "KL",
+        "Generations",
+        "main.jsonl",
+    ):
         assert text in first.stdout
     lines = (folder / "records" / "main.jsonl").read_text().splitlines()
     assert len(lines) == len({json.loads(line)["id"] for line in lines}) >= 10

@@ -35,7 +35,9 @@ class ScriptedEngine(Engine):
         self.seen: list[Request] = []
         self.closed = 0
 
-    def with_mixture(self, mixture: MixtureConfig, batch_size: int | None, capture: frozenset[str]) -> ScriptedEngine:
+    def with_mixture(
+        self, mixture: MixtureConfig, batch_size: int | None, capture: frozenset[str]
+    ) -> ScriptedEngine:
         self.views.append((mixture, batch_size, capture))
         return self
 
@@ -49,7 +51,9 @@ class ScriptedEngine(Engine):
         ids = (LETTER + k,) * (k + 1) + (END,)
         row = dict.fromkeys(TRACE_FIELDS, 0.5) | {"alpha": 0.25 * (k + 1), "ess_student": 0.25}
         trace = TokenTrace.from_rows([tuple(row[name] for name in TRACE_FIELDS)] * len(ids))
-        captured = {name: torch.full((len(ids), self.vocab_size), float(k)) for name in self.views[-1][2]}
+        captured = {
+            name: torch.full((len(ids), self.vocab_size), float(k)) for name in self.views[-1][2]
+        }
         if ord("!") in request.student_prompt_ids:
             return Completion(request, ids, "error", trace, error="refused")
         return Completion(request, ids, "stop", trace, captured=captured)
@@ -60,9 +64,16 @@ class ScriptedEngine(Engine):
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_scripted(name: str, models: Any, mixture: Any, options: Any, vocabulary: Any, **specific: Any) -> Engine:
+    def open_scripted(
+        name: str, models: Any, mixture: Any, options: Any, vocabulary: Any, **specific: Any
+    ) -> Engine:
         return ScriptedEngine(
-            name=name, models=models, mixture=mixture, options=options, vocabulary=vocabulary, **specific
+            name=name,
+            models=models,
+            mixture=mixture,
+            options=options,
+            vocabulary=vocabulary,
+            **specific,
         )
 
     monkeypatch.setattr(engines, "open_engine", open_scripted)
@@ -81,7 +92,9 @@ def engine_of(model: OptimalSamplingModel) -> ScriptedEngine:
 def test_signatures_are_those_of_the_usage_guide() -> None:
     """Guards: a name, order or default that users of the predecessor rely on."""
     constructor = inspect.signature(OptimalSamplingModel).parameters
-    assert {name: parameter.default for name, parameter in constructor.items() if name != "kwargs"} == {
+    assert {
+        name: parameter.default for name, parameter in constructor.items() if name != "kwargs"
+    } == {
         "model_theta_path": inspect.Parameter.empty,
         "model_t_path": None,
         "alpha_method": "kl_symmetry",
@@ -136,7 +149,10 @@ def test_padding_is_nan_and_reductions_leave_it_out() -> None:
     assert alphas.dtype == torch.float32
     assert math.isnan(alphas[0, 2])
     assert [float(alphas[i].mean()) for i in range(2)] == [0.25, 0.5]
-    assert f"{alphas.mean():.3f} {alphas.min():.2f} {alphas.max():.2f} {alphas[1, 0]:.1f}" == "0.400 0.25 0.50 0.5"
+    assert (
+        f"{alphas.mean():.3f} {alphas.min():.2f} {alphas.max():.2f} {alphas[1, 0]:.1f}"
+        == "0.400 0.25 0.50 0.5"
+    )
     assert outputs.diagnostics["alpha_mean"] == pytest.approx(0.4)
     assert outputs.diagnostics["ess_ratio_mean"] == 2.0
     assert outputs.diagnostics["clamped_share"] == 0.5
@@ -145,7 +161,9 @@ def test_padding_is_nan_and_reductions_leave_it_out() -> None:
 
 def test_per_token_reductions_agree_with_nan_functions() -> None:
     """Guards: the tensor class changing what an ordinary tensor does when a `dim` is given."""
-    values = torch.tensor([[1.0, 2.0, float("nan")], [4.0, float("nan"), float("nan")]]).as_subclass(PerToken)
+    values = torch.tensor(
+        [[1.0, 2.0, float("nan")], [4.0, float("nan"), float("nan")]]
+    ).as_subclass(PerToken)
     assert float(values.sum()) == 7
     assert float(values.std()) == pytest.approx(float(torch.tensor([1.0, 2.0, 4.0]).std()))
     assert values.mean(0)[0] == 2.5
@@ -161,7 +179,9 @@ def test_per_token_reductions_agree_with_nan_functions() -> None:
 def test_failed_prompts_leave_empty_rows() -> None:
     """Guards: one prompt that fails ending the call, shifting the rows, or going unnoticed."""
     model = make()
-    with pytest.warns(UserWarning, match="2 of 3 prompts failed; prompt 0: the student's prompt is empty"):
+    with pytest.warns(
+        UserWarning, match="2 of 3 prompts failed; prompt 0: the student's prompt is empty"
+    ):
         outputs = model.generate(["", "fine", "no!"])
     assert outputs.generated_texts == ["", "a", ""]
     assert outputs.errors == ["the student's prompt is empty", "", "refused"]
@@ -180,11 +200,15 @@ def test_no_prompts_no_rows() -> None:
 
 
 @pytest.mark.usefixtures("scripted")
-@pytest.mark.parametrize("names", [("return_logits", "return_q_star_probs"), ("save_logits", "save_q_star_probs")])
+@pytest.mark.parametrize(
+    "names", [("return_logits", "return_q_star_probs"), ("save_logits", "save_q_star_probs")]
+)
 def test_captured_rows_under_both_names(names: tuple[str, str]) -> None:
     """Guards: the README's `save_*` names ignored; rows of two prompts mixed up."""
     model = make()
-    outputs = model.generate(["p", "p"], skip_decode=True, return_diagnostics=False, **dict.fromkeys(names, True))
+    outputs = model.generate(
+        ["p", "p"], skip_decode=True, return_diagnostics=False, **dict.fromkeys(names, True)
+    )
     assert outputs.generated_texts is None
     assert outputs.diagnostics == {}
     assert outputs.logits is not None
@@ -246,7 +270,10 @@ def test_each_model_gets_its_own_prompt() -> None:
     """Guards: the student's prompt of request 0 used for the whole batch, a bug of the predecessor."""
     model = make()
     model.generate(["s0", "s1"], prompts_t=["t0", "t1"])
-    prompts = [(bytes(each.student_prompt_ids), bytes(each.teacher_prompt_ids)) for each in engine_of(model).seen]
+    prompts = [
+        (bytes(each.student_prompt_ids), bytes(each.teacher_prompt_ids))
+        for each in engine_of(model).seen
+    ]
     assert sorted(prompts) == [(b"s0", b"t0"), (b"s1", b"t1")]
 
 
@@ -368,16 +395,27 @@ PROMPTS = ["12*3+4=?", "7*8-50=?", "12*3+4=?", "90+5-3*2=?", "1+1=?"]
 def test_tokens_do_not_depend_on_the_batch(model: OptimalSamplingModel) -> None:
     """Guards: state of one row leaking into another; a seed that counts calls."""
     together = model.generate(PROMPTS, max_new_tokens=24, seed=3)
-    assert together.generated_texts == model.generate(PROMPTS, max_new_tokens=24, seed=3, batch_size=1).generated_texts
+    assert (
+        together.generated_texts
+        == model.generate(PROMPTS, max_new_tokens=24, seed=3, batch_size=1).generated_texts
+    )
     for place in (0, 1, 3, 4):
         alone = model.generate([PROMPTS[place]], max_new_tokens=24, seed=3)
-        assert alone.generated_ids[0].tolist() == together.generated_ids[place][: alone.generated_ids.shape[1]].tolist()
-    assert together.generated_texts != model.generate(PROMPTS, max_new_tokens=24, seed=4).generated_texts
+        assert (
+            alone.generated_ids[0].tolist()
+            == together.generated_ids[place][: alone.generated_ids.shape[1]].tolist()
+        )
+    assert (
+        together.generated_texts
+        != model.generate(PROMPTS, max_new_tokens=24, seed=4).generated_texts
+    )
 
 
 def test_diagnostics_follow_from_the_captured_logits(model: OptimalSamplingModel) -> None:
     """Guards: logits, mixture and diagnostics that belong to different tokens, roles or temperatures."""
-    outputs = model.generate(PROMPTS[:2], max_new_tokens=8, temperature=0.7, save_logits=True, save_q_star_probs=True)
+    outputs = model.generate(
+        PROMPTS[:2], max_new_tokens=8, temperature=0.7, save_logits=True, save_q_star_probs=True
+    )
     assert outputs.logits is not None
     assert outputs.q_star_probs is not None
     log_p = {name: (rows.double() / 0.7).log_softmax(-1) for name, rows in outputs.logits.items()}
@@ -386,7 +424,9 @@ def test_diagnostics_follow_from_the_captured_logits(model: OptimalSamplingModel
         theta, t = log_p["theta"][row, :count], log_p["t"][row, :count]
         alpha = outputs.alpha_values.as_subclass(torch.Tensor)[row, :count, None].double()
         log_q = ((1 - alpha) * theta + alpha * t).log_softmax(-1)
-        torch.testing.assert_close(outputs.q_star_probs[row, :count].double(), log_q.exp(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            outputs.q_star_probs[row, :count].double(), log_q.exp(), atol=1e-5, rtol=1e-4
+        )
         for name, expected in (("log_q", log_q), ("log_p_theta", theta), ("log_p_t", t)):
             given = outputs.diagnostics[name].as_subclass(torch.Tensor)[row, :count].double()
             wanted = expected.gather(-1, ids)[:, 0]
@@ -416,7 +456,9 @@ def test_prompt_beyond_the_context_fails_alone(model: OptimalSamplingModel) -> N
     assert outputs.generated_texts[1]
 
 
-def test_an_empty_prompt_fails_alone_and_generators_are_read_once(model: OptimalSamplingModel) -> None:
+def test_an_empty_prompt_fails_alone_and_generators_are_read_once(
+    model: OptimalSamplingModel,
+) -> None:
     """Guards: a chat template that hides an empty prompt, and a generator that a check has used up."""
     prompts = (prompt for prompt in ("1+1=?", " ", "2+2=?"))
     with pytest.warns(UserWarning, match="empty"):

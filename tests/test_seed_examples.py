@@ -243,7 +243,9 @@ class Plot(SimpleNamespace):
     """Stands for matplotlib: takes any call, and plots only what can be read as a list of numbers."""
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *values, **_: [[float(number) for number in each] for each in values if not isinstance(each, str)]
+        return lambda *values, **_: [
+            [float(number) for number in each] for each in values if not isinstance(each, str)
+        ]
 
 
 def adapted(code: str) -> str:
@@ -262,10 +264,16 @@ def test_example_runs_as_written(
     if "load_in_4bit" in code and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("4-bit weights need bitsandbytes, which is not installed")
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"torch": torch, "OptimalSamplingModel": OptimalSamplingModel, "plt": Plot()}
+    namespace: dict[str, Any] = {
+        "torch": torch,
+        "OptimalSamplingModel": OptimalSamplingModel,
+        "plt": Plot(),
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "PyTorch finds no CUDA GPU here")
-        warnings.filterwarnings("ignore", r"`torch.jit.script", DeprecationWarning)  # by bitsandbytes
+        warnings.filterwarnings(
+            "ignore", r"`torch.jit.script", DeprecationWarning
+        )  # by bitsandbytes
         exec(compile(adapted(code), name, "exec"), namespace)
     outputs = namespace["outputs"]
     assert isinstance(outputs, SamplingOutput)
@@ -283,6 +291,8 @@ def test_example_runs_as_written(
 def test_shipped_example_runs(name: str, tmp_path: Path) -> None:
     """Guards: examples that no longer match the code."""
     script = Path(__file__).parents[1] / "examples" / f"{name}.py"
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

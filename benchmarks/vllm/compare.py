@@ -18,8 +18,18 @@ from engines import ENGINES, Setup
 from rounds import measure, report
 
 SIZES = {
-    "teacher": {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8},
-    "student": {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4},
+    "teacher": {
+        "num_hidden_layers": 8,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_attention_heads": 8,
+    },
+    "student": {
+        "num_hidden_layers": 2,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_attention_heads": 4,
+    },
 }
 VOCAB, CONTEXT = 32000, 1024
 
@@ -50,25 +60,41 @@ def make_models(root: Path) -> dict[str, str]:
 
 def main() -> None:
     """Read the command line, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens drawn per sequence")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each engine; nested has one, of 8 tokens")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="turns of each engine; nested has one, of 8 tokens"
+    )
     parser.add_argument("--drafts", type=int, default=5, help="draft tokens")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     arguments = parser.parse_args()
     works = [(batch, arguments.new) for batch in arguments.batches]
     with tempfile.TemporaryDirectory() as folder:
         paths = make_models(Path(folder))
-        shared = {"batch": max(arguments.batches), "prompt": arguments.prompt, "drafts": arguments.drafts}
+        shared = {
+            "batch": max(arguments.batches),
+            "prompt": arguments.prompt,
+            "drafts": arguments.drafts,
+        }
         setups = [
-            Setup(engine=name, vocab=VOCAB, context=CONTEXT, gpu=False, **paths, **shared) for name in arguments.engines
+            Setup(engine=name, vocab=VOCAB, context=CONTEXT, gpu=False, **paths, **shared)
+            for name in arguments.engines
         ]
         times = measure(setups, works, arguments.repeats, at_once=True)
     machine = f"{platform.machine()} CPU, 1 thread"
-    print(f"{machine}; prompt {arguments.prompt}, {arguments.drafts} drafts, {arguments.repeats} repeats")
-    report(times, works, ("wall", "cpu"), {"device": machine, "prompt": arguments.prompt, "drafts": arguments.drafts})
+    print(
+        f"{machine}; prompt {arguments.prompt}, {arguments.drafts} drafts, {arguments.repeats} repeats"
+    )
+    report(
+        times,
+        works,
+        ("wall", "cpu"),
+        {"device": machine, "prompt": arguments.prompt, "drafts": arguments.drafts},
+    )
 
 
 if __name__ == "__main__":

@@ -50,12 +50,21 @@ class Setup:
 
 def vllm_settings(setup: Setup) -> dict[str, Any]:
     """vLLM's arguments that all engines share."""
-    settings: dict[str, Any] = {"max_num_seqs": setup.batch, "max_num_batched_tokens": 8192, "disable_log_stats": True}
+    settings: dict[str, Any] = {
+        "max_num_seqs": setup.batch,
+        "max_num_batched_tokens": 8192,
+        "disable_log_stats": True,
+    }
     settings |= {"enable_prefix_caching": False, "max_model_len": setup.context}
     if setup.dummy:
         settings["load_format"] = "dummy"
     if not setup.gpu:
-        settings |= {"dtype": "float32", "enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": 1 << 28}
+        settings |= {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "block_size": 32,
+            "kv_cache_memory_bytes": 1 << 28,
+        }
     return settings
 
 
@@ -78,7 +87,9 @@ def composite_core(setup: Setup) -> Any:
     options = EngineConfig(batch_size=settings.pop("max_num_seqs"))
     models = ModelConfig(teacher=setup.teacher, student=setup.student)
     drafts = setup.drafts if setup.engine == "drafts" else 0
-    return VllmEngine.load(models, MixtureConfig(), options, vocabulary_of(setup), drafts, settings).core
+    return VllmEngine.load(
+        models, MixtureConfig(), options, vocabulary_of(setup), drafts, settings
+    ).core
 
 
 def vocabulary_of(setup: Setup) -> Any:
@@ -87,14 +98,21 @@ def vocabulary_of(setup: Setup) -> Any:
 
     contexts = {"student_context": setup.context, "teacher_context": setup.context}
     return Vocabulary(
-        size=setup.vocab, stop_ids=frozenset(), student_rows=setup.vocab, teacher_rows=setup.vocab, **contexts
+        size=setup.vocab,
+        stop_ids=frozenset(),
+        student_rows=setup.vocab,
+        teacher_rows=setup.vocab,
+        **contexts,
     )
 
 
 def prompts(setup: Setup, batch: int, repeat: int) -> list[list[int]]:
     """Token ids of a batch; no two repeats share a prefix."""
     top = min(30000, setup.vocab - 2)
-    return [[1 + (i * 7919 + j * 104729 + repeat * 31) % top for j in range(setup.prompt)] for i in range(batch)]
+    return [
+        [1 + (i * 7919 + j * 104729 + repeat * 31) % top for j in range(setup.prompt)]
+        for i in range(batch)
+    ]
 
 
 def vllm_run(setup: Setup, core: Any) -> Run:
@@ -107,7 +125,9 @@ def vllm_run(setup: Setup, core: Any) -> Run:
         extra = RequestOptions(trace=trace).extra_args(MixtureConfig()) if trace != "off" else None
         params = SamplingParams(max_tokens=new, ignore_eos=True, detokenize=False, extra_args=extra)
         for i, ids in enumerate(prompts(setup, batch, repeat)):
-            core.add_request(f"{batch}-{new}-{repeat}-{trace}-{i}", {"prompt_token_ids": ids}, params)
+            core.add_request(
+                f"{batch}-{new}-{repeat}-{trace}-{i}", {"prompt_token_ids": ids}, params
+            )
         count = 0
         while core.has_unfinished_requests():
             count += sum(len(done.outputs[0].token_ids) for done in core.step() if done.finished)
@@ -155,7 +175,11 @@ def open_engine(setup: Setup) -> Run:
         from optimal_sampling.engines.vllm.cpu_fixes import apply_cpu_fixes
 
         apply_cpu_fixes()
-        speculation = {"method": "draft_model", "model": setup.student, "num_speculative_tokens": setup.drafts}
+        speculation = {
+            "method": "draft_model",
+            "model": setup.student,
+            "num_speculative_tokens": setup.drafts,
+        }
         speculation["draft_sample_method"] = "probabilistic"
         return vllm_run(setup, plain_core(setup, setup.teacher, speculative_config=speculation))
     if setup.engine == "local":

@@ -19,19 +19,41 @@ from engines import ENGINES, Setup
 from rounds import measure, report
 
 SHAPES = {
-    "teacher": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
-    "student": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    "teacher": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+    },
+    "student": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    },
 }
 TINY = {
-    "teacher": {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "student": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "teacher": {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+    "student": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
 }
 VOCAB = 151936
 WORKS = [(8, 256), (16, 512), (32, 512), (16, 1024), (8, 2048)]
 ROWS = tuple(name for name in ENGINES if name not in ("local", "nested"))
 
 
-def make_configs(root: Path, shapes: dict[str, dict[str, int]], vocab: int, context: int) -> dict[str, str]:
+def make_configs(
+    root: Path, shapes: dict[str, dict[str, int]], vocab: int, context: int
+) -> dict[str, str]:
     """Folders with a config each and no weights."""
     import transformers
 
@@ -56,8 +78,12 @@ def make_configs(root: Path, shapes: dict[str, dict[str, int]], vocab: int, cont
 
 def main() -> None:
     """Read the command line, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="small shapes, two short works: whether the script runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="small shapes, two short works: whether the script runs"
+    )
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--drafts", type=int, default=4, help="draft tokens")
@@ -74,12 +100,27 @@ def main() -> None:
     batch = max(batch for batch, _ in works)
     with tempfile.TemporaryDirectory() as folder:
         paths = make_configs(Path(folder), shapes, vocab, context)
-        shared = {"batch": batch, "prompt": arguments.prompt, "drafts": arguments.drafts, "context": context}
-        setups = [Setup(engine=name, vocab=vocab, gpu=gpu, dummy=True, **shared, **paths) for name in arguments.engines]
+        shared = {
+            "batch": batch,
+            "prompt": arguments.prompt,
+            "drafts": arguments.drafts,
+            "context": context,
+        }
+        setups = [
+            Setup(engine=name, vocab=vocab, gpu=gpu, dummy=True, **shared, **paths)
+            for name in arguments.engines
+        ]
         times = measure(setups, works, arguments.repeats, at_once=False)
     device = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, 1 thread"
-    print(f"{device}; prompt {arguments.prompt}, {arguments.drafts} drafts, random weights: acceptance means nothing")
-    setting = {"device": device, "prompt": arguments.prompt, "drafts": arguments.drafts, "weights": "random"}
+    print(
+        f"{device}; prompt {arguments.prompt}, {arguments.drafts} drafts, random weights: acceptance means nothing"
+    )
+    setting = {
+        "device": device,
+        "prompt": arguments.prompt,
+        "drafts": arguments.drafts,
+        "weights": "random",
+    }
     report(times, works, ("wall",), setting)
 
 

@@ -35,12 +35,16 @@ class StudentInside(LogitsProcessor):  # type: ignore[misc]
 
     def update_state(self, batch_update: Any) -> None:
         """Which sequence is in which row."""
-        process_dict_updates(self.texts, batch_update, lambda params, prompt, output: (prompt or [], output))
+        process_dict_updates(
+            self.texts, batch_update, lambda params, prompt, output: (prompt or [], output)
+        )
 
     def apply(self, logits: Tensor) -> Tensor:
         """The mixture's log-probabilities, up to a constant of each row."""
         texts = [[*self.texts[row][0], *self.texts[row][1]] for row in range(logits.shape[0])]
-        return logits.log_softmax(-1).add_(self._ask(texts, logits.shape[1]).to(self.device)).mul_(0.5)
+        return (
+            logits.log_softmax(-1).add_(self._ask(texts, logits.shape[1]).to(self.device)).mul_(0.5)
+        )
 
     def _ask(self, texts: list[list[int]], width: int) -> Tensor:
         """The student's log-probabilities of the next token, [texts, width]."""

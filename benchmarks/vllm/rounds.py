@@ -98,7 +98,9 @@ def _rounds(workers: Sequence[Worker], works: Sequence[Work], repeats: int, time
             for worker in workers:
                 for name, done in _turn(worker, work, repeat):
                     times.setdefault(name, {}).setdefault(work, []).append(done)
-                    print(f"{work} {repeat + 1}/{repeats} {name}: {done}", file=sys.stderr, flush=True)
+                    print(
+                        f"{work} {repeat + 1}/{repeats} {name}: {done}", file=sys.stderr, flush=True
+                    )
 
 
 def _turn(worker: Worker, work: Work, repeat: int) -> Iterator[tuple[str, dict[str, float]]]:
@@ -117,8 +119,16 @@ def _turn(worker: Worker, work: Work, repeat: int) -> Iterator[tuple[str, dict[s
 
 def ratios(times: Times, clock: str) -> dict[str, dict[Work, float]]:
     """Throughput relative to other rows of the table: the median over repeats that lie side by side."""
-    pairs = {f"{name} / teacher": (name, ("teacher",)) for name in times if name not in ("teacher", "student")}
-    pairs |= {f"{name} / ideal": (name, ("teacher", "student")) for name in times if name.startswith("lockstep")}
+    pairs = {
+        f"{name} / teacher": (name, ("teacher",))
+        for name in times
+        if name not in ("teacher", "student")
+    }
+    pairs |= {
+        f"{name} / ideal": (name, ("teacher", "student"))
+        for name in times
+        if name.startswith("lockstep")
+    }
     pairs["cost of alpha statistics"] = ("lockstep + alpha", ("lockstep",))
     result: dict[str, dict[Work, float]] = {}
     for title, (name, others) in pairs.items():
@@ -126,19 +136,30 @@ def ratios(times: Times, clock: str) -> dict[str, dict[Work, float]]:
             continue
         for work, own in times[name].items():
             against = [times[other][work] for other in others]
-            values = [sum(each[clock] for each in row[1:]) / row[0][clock] for row in zip(own, *against, strict=False)]
-            result.setdefault(title, {})[work] = 1 / median(values) - 1 if "cost" in title else median(values)
+            values = [
+                sum(each[clock] for each in row[1:]) / row[0][clock]
+                for row in zip(own, *against, strict=False)
+            ]
+            result.setdefault(title, {})[work] = (
+                1 / median(values) - 1 if "cost" in title else median(values)
+            )
     return result
 
 
-def report(times: Times, works: Sequence[Work], clocks: Sequence[str], setting: Mapping[str, Any]) -> None:
+def report(
+    times: Times, works: Sequence[Work], clocks: Sequence[str], setting: Mapping[str, Any]
+) -> None:
     """A table for each clock, and one line of JSON with everything."""
     printed: dict[str, Any] = {**setting, "works": works}
     for clock in clocks:
         print(f"\n{clock} ms per token of each sequence, medians; then ratios of throughput")
-        print(f"{'sequences x new tokens':26}" + "".join(f"{f'{batch} x {new}':>12}" for batch, new in works))
+        print(
+            f"{'sequences x new tokens':26}"
+            + "".join(f"{f'{batch} x {new}':>12}" for batch, new in works)
+        )
         rows = {
-            name: {work: median(each[clock] for each in done[work]) for work in works} for name, done in times.items()
+            name: {work: median(each[clock] for each in done[work]) for work in works}
+            for name, done in times.items()
         }
         relative = ratios(times, clock)
         for name, row in rows.items():

@@ -23,7 +23,13 @@ _HOMES = {
     "SamplingOutput": "optimal_sampling.model",
 }
 
-__all__ = ["OptimalSamplingModel", "OptimalSamplingOutput", "OptimalSamplingV1", "SamplingOutput", "__version__"]
+__all__ = [
+    "OptimalSamplingModel",
+    "OptimalSamplingOutput",
+    "OptimalSamplingV1",
+    "SamplingOutput",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

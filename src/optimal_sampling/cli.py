@@ -66,7 +66,9 @@ class GenerateOptions(GenerateConfig):
 
     def generate_config(self) -> GenerateConfig:
         """The options that are not about this command line."""
-        return GenerateConfig(**{item.name: getattr(self, item.name) for item in fields(GenerateConfig)})
+        return GenerateConfig(
+            **{item.name: getattr(self, item.name) for item in fields(GenerateConfig)}
+        )
 
 
 def run_generate(arguments: Sequence[str]) -> int:
@@ -131,13 +133,18 @@ def _stopping_well(job: Callable[[], int]) -> int:
     try:
         return job()
     except Interrupted as interrupt:
-        _say_interrupted(f"{interrupt.summary.folder_records} good records are safe in {interrupt.summary.run_folder}")
+        _say_interrupted(
+            f"{interrupt.summary.folder_records} good records are safe in {interrupt.summary.run_folder}"
+        )
         return 130
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "generate": ("generate records of q* for the prompts of a dataset", run_generate),
-    "demo": ("q* beside student and teacher alone, with the shipped pair of small models", run_demo),
+    "demo": (
+        "q* beside student and teacher alone, with the shipped pair of small models",
+        run_demo,
+    ),
     "bench": ("speed and memory on this machine, beside Transformers", run_bench),
     "serve": ("an OpenAI-compatible server of q* (needs the extra `vllm`)", run_serve),
 }
@@ -173,7 +180,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
         print(f"{PROGRAM} {__version__}")
         return 0
     if name not in COMMANDS:
-        raise ConfigError(f"unknown command {name!r}{_nearest(name, COMMANDS)}; see {PROGRAM} --help")
+        raise ConfigError(
+            f"unknown command {name!r}{_nearest(name, COMMANDS)}; see {PROGRAM} --help"
+        )
     return COMMANDS[name][1](arguments[1:])
 
 
@@ -225,9 +234,13 @@ def _unalias(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_constraint(arguments: Sequence[str], result: Sequence[str]) -> None:
-    asked = any(argument.replace("_", "-").startswith("--constraint-to-target") for argument in arguments)
+    asked = any(
+        argument.replace("_", "-").startswith("--constraint-to-target") for argument in arguments
+    )
     if asked and not any(argument.startswith("--teacher-support") for argument in result):
-        raise ConfigError("--constraint-to-target needs --target-top-k or --target-top-p: what to restrict to")
+        raise ConfigError(
+            "--constraint-to-target needs --target-top-k or --target-top-p: what to restrict to"
+        )
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:
@@ -271,7 +284,9 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     import yaml
 
     try:
-        document = yaml.load(path.read_text("utf-8"), Loader=yaml.BaseLoader)  # plain text values, nothing constructed
+        document = yaml.load(
+            path.read_text("utf-8"), Loader=yaml.BaseLoader
+        )  # plain text values, nothing constructed
     except OSError as error:
         raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -286,7 +301,10 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 def _option_types() -> dict[str, type]:
     """Flags of `generate` as they are typed, with the type of their default."""
     config = GenerateConfig()
-    parts = [config, *(getattr(config, item.name) for item in fields(config) if item.name != "engine")]
+    parts = [
+        config,
+        *(getattr(config, item.name) for item in fields(config) if item.name != "engine"),
+    ]
     names = {item.name: type(getattr(part, item.name)) for part in parts for item in fields(part)}
     sections = {item.name for item in fields(config)} - {"engine"}
     return {name.replace("_", "-"): kind for name, kind in names.items() if name not in sections}

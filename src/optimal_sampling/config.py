@@ -34,7 +34,9 @@ def parse_slice(text: str) -> slice:
     """`START:STOP:STEP` with any part left out. Negative parts are refused: a shard must not depend on the length."""
     match = re.fullmatch(r"(\d*):(\d*)(?::(\d*))?", text.strip(), re.ASCII)
     if match is None:
-        raise ConfigError(f"data_slice must be START:STOP:STEP, each 0 or more, such as 0::8 or 100:200; got {text!r}")
+        raise ConfigError(
+            f"data_slice must be START:STOP:STEP, each 0 or more, such as 0::8 or 100:200; got {text!r}"
+        )
     start, stop, step = (int(part) if part else None for part in match.groups())
     _require(step != 0, f"data_slice has a step of 0: {text!r}")
     return slice(start or 0, stop, step or 1)
@@ -99,9 +101,16 @@ class MixtureConfig:
             _require(0 < value <= 1, f"{name} must lie in (0, 1], got {value}")
         for name in ("top_k", "teacher_support_top_k"):
             value = getattr(self, name)
-            _require(value == -1 or value >= 1, f"{name} must be -1 (off) or at least 1, got {value}")
-        _require(self.trust_region >= 0, f"trust_region must be at least 0 nats, got {self.trust_region}")
-        _require(self.schedule_tokens >= 1, f"schedule_tokens must be at least 1, got {self.schedule_tokens}")
+            _require(
+                value == -1 or value >= 1, f"{name} must be -1 (off) or at least 1, got {value}"
+            )
+        _require(
+            self.trust_region >= 0, f"trust_region must be at least 0 nats, got {self.trust_region}"
+        )
+        _require(
+            self.schedule_tokens >= 1,
+            f"schedule_tokens must be at least 1, got {self.schedule_tokens}",
+        )
 
 
 @dataclass(frozen=True)
@@ -143,12 +152,18 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
         _require(
-            self.draft_tokens == "auto" or (isinstance(self.draft_tokens, int) and self.draft_tokens >= 0),
+            self.draft_tokens == "auto"
+            or (isinstance(self.draft_tokens, int) and self.draft_tokens >= 0),
             f"draft_tokens must be 'auto' or a number of at least 0, got {self.draft_tokens!r}",
         )
         kinds = ("auto", "varlen", "flash_attn", "sdpa")
-        _require(self.attention in kinds, f"attention must be one of {', '.join(kinds)}, got {self.attention!r}")
-        _require(self.prefill_chunk >= 1, f"prefill_chunk must be at least 1, got {self.prefill_chunk}")
+        _require(
+            self.attention in kinds,
+            f"attention must be one of {', '.join(kinds)}, got {self.attention!r}",
+        )
+        _require(
+            self.prefill_chunk >= 1, f"prefill_chunk must be at least 1, got {self.prefill_chunk}"
+        )
         _require(
             self.kv_memory_gib is None or self.kv_memory_gib > 0,
             f"kv_memory_gib must be larger than 0, got {self.kv_memory_gib}",
@@ -178,7 +193,10 @@ class DataConfig:
             self.num_examples is None or self.num_examples >= 1,
             f"num_examples must be at least 1, got {self.num_examples}",
         )
-        _require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, got {self.samples_per_prompt}")
+        _require(
+            self.samples_per_prompt >= 1,
+            f"samples_per_prompt must be at least 1, got {self.samples_per_prompt}",
+        )
         _require(bool(self.dataset), "dataset must not be empty")
         if self.data_slice is not None:
             parse_slice(self.data_slice)
@@ -218,8 +236,13 @@ class RunConfig:
     """A prompt that failed is tried again by later calls until it has failed this often."""
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        _require(self.max_attempts >= 1, f"max_attempts must be at least 1, got {self.max_attempts}")
+        _require(
+            self.max_new_tokens >= 1,
+            f"max_new_tokens must be at least 1, got {self.max_new_tokens}",
+        )
+        _require(
+            self.max_attempts >= 1, f"max_attempts must be at least 1, got {self.max_attempts}"
+        )
         _require(bool(self.output_dir), "output_dir must not be empty")
 
 

@@ -45,7 +45,9 @@ class DemoOptions:
         """The same as a `generate` run."""
         return GenerateConfig(
             data=DataConfig(dataset="synthetic", num_examples=self.num_examples),
-            run=RunConfig(output_dir=self.output_dir, seed=self.seed, max_new_tokens=self.max_new_tokens),
+            run=RunConfig(
+                output_dir=self.output_dir, seed=self.seed, max_new_tokens=self.max_new_tokens
+            ),
             options=EngineConfig(batch_size=self.batch_size),
         )
 
@@ -88,14 +90,20 @@ def _outcomes(config: GenerateConfig, records: list[Record]) -> list[Outcome]:
     renderer = PromptRenderer(config.prompt, vocabulary)
     answers = {record["id"]: str(record["row"]["answer"]) for record in records}
     requests = [_request(record, renderer, config.run.max_new_tokens) for record in records]
-    modes: tuple[tuple[str, Mode], ...] = (("student", "student"), ("teacher", "teacher"), ("q*", "mixture"))
+    modes: tuple[tuple[str, Mode], ...] = (
+        ("student", "student"),
+        ("teacher", "teacher"),
+        ("q*", "mixture"),
+    )
     outcomes = []
     with LocalEngine.load(models, config.mixture, config.options, vocabulary) as engine:
         for name, mode in modes:
             started = time.perf_counter()
             done = list(engine.with_mixture(mode=mode).generate(requests))
             seconds = time.perf_counter() - started
-            correct = [is_correct(vocabulary.decode(c.token_ids), answers[c.request.id]) for c in done]
+            correct = [
+                is_correct(vocabulary.decode(c.token_ids), answers[c.request.id]) for c in done
+            ]
             tokens = [len(c.token_ids) for c in done]
             outcomes.append(Outcome(name, sum(tokens) / seconds, correct, tokens))
     return outcomes
@@ -135,8 +143,12 @@ def _samples(records: list[Record]) -> Table:
     table = Table(title="Generations", title_justify="left", show_lines=True)
     for name in ("problem", "answer", "drawn from q*"):
         table.add_column(name, overflow="fold")
-    longest = sorted(records, key=lambda r: r["row"]["steps"])[:: max(1, len(records) // SHOWN)][:SHOWN]
+    longest = sorted(records, key=lambda r: r["row"]["steps"])[:: max(1, len(records) // SHOWN)][
+        :SHOWN
+    ]
     for record in longest:
         row = record["row"]
-        table.add_row(*(Text(str(text)) for text in (row["problem"], row["answer"], record["completion"])))
+        table.add_row(
+            *(Text(str(text)) for text in (row["problem"], row["answer"], record["completion"]))
+        )
     return table

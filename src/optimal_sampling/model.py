@@ -34,7 +34,13 @@ _ENGINE_OPTIONS = frozenset(item.name for item in fields(EngineConfig))
 _MIXTURE_OPTIONS = frozenset({"trust_region", "schedule_start", "schedule_end", "schedule_tokens"})
 _MODEL_OPTIONS = frozenset({"load_in_4bit", "trust_remote_code"})
 _PROMPT_OPTIONS = frozenset(
-    {"student_system_prompt", "theta_system_prompt", "teacher_system_prompt", "enable_chat_template", "thinking"}
+    {
+        "student_system_prompt",
+        "theta_system_prompt",
+        "teacher_system_prompt",
+        "enable_chat_template",
+        "thinking",
+    }
 )
 _LOADER_OPTIONS = frozenset(
     {
@@ -214,11 +220,15 @@ class OptimalSamplingModel:
         if "auto-enabled" in self.notes.get("attention", ""):
             print(f"✅ {self.notes['attention']}")
 
-    def _open(self, models: ModelConfig, options: EngineConfig, kwargs: Mapping[str, Any]) -> Engine:
+    def _open(
+        self, models: ModelConfig, options: EngineConfig, kwargs: Mapping[str, Any]
+    ) -> Engine:
         from optimal_sampling.engines import open_engine
 
         load_kwargs = _taken(kwargs, _LOADER_OPTIONS)
-        return open_engine("local", models, self._mixture, options, self.vocabulary, load_kwargs=load_kwargs)
+        return open_engine(
+            "local", models, self._mixture, options, self.vocabulary, load_kwargs=load_kwargs
+        )
 
     def generate(
         self,
@@ -263,10 +273,20 @@ class OptimalSamplingModel:
         rendered = self._render(prompts, prompts_t, prompt_options)
         capture = {"log_q"} if return_q_star_probs or save_q_star_probs else set()
         capture |= set(_CAPTURED.values()) if return_logits or save_logits else set()
-        settings = {name: getattr(self._mixture, name) for name in (item.name for item in fields(MixtureConfig))}
-        settings |= {"temperature": temperature, "top_p": top_p, "top_k": top_k, "force_first_token": force_first_token}
+        settings = {
+            name: getattr(self._mixture, name)
+            for name in (item.name for item in fields(MixtureConfig))
+        }
+        settings |= {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "force_first_token": force_first_token,
+        }
         # The local engine alone has views with another mixture, and only that engine is opened here.
-        engine = cast(Any, self._engine).with_mixture(MixtureConfig(**settings), batch_size, frozenset(capture))
+        engine = cast(Any, self._engine).with_mixture(
+            MixtureConfig(**settings), batch_size, frozenset(capture)
+        )
         rows = _serve(engine, _requests(rendered, seed, max_new_tokens), rendered)
         _warn_of_failures(rows)
         return self._output(rows, return_diagnostics, skip_decode, frozenset(capture))
@@ -279,7 +299,12 @@ class OptimalSamplingModel:
     def __enter__(self) -> OptimalSamplingModel:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _render(
@@ -290,7 +315,9 @@ class OptimalSamplingModel:
         renderer = PromptRenderer(config, self.vocabulary)
         self._tell(renderer.notes, stacklevel=4)
         rendered: list[RenderedPrompt | str] = []
-        for student, teacher in zip(prompts, prompts if prompts_t is None else prompts_t, strict=True):
+        for student, teacher in zip(
+            prompts, prompts if prompts_t is None else prompts_t, strict=True
+        ):
             try:
                 rendered.append(renderer.render_texts(student, teacher))
             except PromptError as error:
@@ -305,29 +332,41 @@ class OptimalSamplingModel:
                 warnings.warn(note, stacklevel=stacklevel)
 
     def _output(
-        self, rows: Sequence[_Row], with_diagnostics: bool, skip_decode: bool, capture: frozenset[str]
+        self,
+        rows: Sequence[_Row],
+        with_diagnostics: bool,
+        skip_decode: bool,
+        capture: frozenset[str],
     ) -> SamplingOutput:
         completions = [row.completion for row in rows]
         alphas = _per_token([() if each is None else each.trace["alpha"] for each in completions])
-        ess_ratios = _per_token([() if each is None else each.trace.ess_ratio for each in completions])
+        ess_ratios = _per_token(
+            [() if each is None else each.trace.ess_ratio for each in completions]
+        )
         logits, probabilities = None, None
         if "student_logits" in capture:
             logits = {name: self._captured(completions, key) for name, key in _CAPTURED.items()}
         if "log_q" in capture:
             probabilities = self._captured(completions, "log_q").exp_()
         return SamplingOutput(
-            generated_texts=None if skip_decode else [self.vocabulary.decode(row.token_ids) for row in rows],
+            generated_texts=None
+            if skip_decode
+            else [self.vocabulary.decode(row.token_ids) for row in rows],
             generated_ids=_padded_ids([row.token_ids for row in rows], self.vocabulary.pad_id),
             alpha_values=alphas,
             ess_ratios=ess_ratios,
             diagnostics=_diagnostics(completions, alphas, ess_ratios) if with_diagnostics else {},
             logits=logits,
             q_star_probs=probabilities,
-            finish_reasons=["error" if each is None else each.finish_reason for each in completions],
+            finish_reasons=[
+                "error" if each is None else each.finish_reason for each in completions
+            ],
             errors=[row.error for row in rows],
         )
 
-    def _captured(self, completions: Sequence[Completion | None], name: str) -> Float[Tensor, "batch seq vocab"]:
+    def _captured(
+        self, completions: Sequence[Completion | None], name: str
+    ) -> Float[Tensor, "batch seq vocab"]:
         length = max((len(each.token_ids) for each in completions if each), default=0)
         result = torch.full((len(completions), length, self.vocabulary.size), float("nan"))
         for row, completion in enumerate(completions):
@@ -348,7 +387,9 @@ class _Row:
         return self.completion.token_ids if self.completion else ()
 
 
-def _requests(rendered: Sequence[RenderedPrompt | str], seed: int, max_new_tokens: int) -> dict[int, Request]:
+def _requests(
+    rendered: Sequence[RenderedPrompt | str], seed: int, max_new_tokens: int
+) -> dict[int, Request]:
     """Requests by place. The k-th occurrence of a prompt is its sample k."""
     seen: Counter[str] = Counter()
     requests = {}
@@ -368,7 +409,9 @@ def _requests(rendered: Sequence[RenderedPrompt | str], seed: int, max_new_token
     return requests
 
 
-def _serve(engine: Engine, requests: Mapping[int, Request], rendered: Sequence[RenderedPrompt | str]) -> list[_Row]:
+def _serve(
+    engine: Engine, requests: Mapping[int, Request], rendered: Sequence[RenderedPrompt | str]
+) -> list[_Row]:
     """Run the requests; completions come as they finish and are put back in order."""
     rows = [_Row(error=prompt if isinstance(prompt, str) else "") for prompt in rendered]
     places = {(request.id, request.sample_index): place for place, request in requests.items()}
@@ -385,7 +428,9 @@ def _warn_of_failures(rows: Sequence[_Row]) -> None:
     failed = [(place, row.error) for place, row in enumerate(rows) if row.error]
     if failed:
         place, error = failed[0]
-        warnings.warn(f"{len(failed)} of {len(rows)} prompts failed; prompt {place}: {error}", stacklevel=3)
+        warnings.warn(
+            f"{len(failed)} of {len(rows)} prompts failed; prompt {place}: {error}", stacklevel=3
+        )
 
 
 def _per_token(values: Sequence[Sequence[float]]) -> PerToken:
@@ -403,12 +448,18 @@ def _padded_ids(ids: Sequence[Sequence[int]], pad_id: int) -> Int[Tensor, "batch
     return result
 
 
-def _diagnostics(completions: Sequence[Completion | None], alphas: PerToken, ess_ratios: PerToken) -> dict[str, Any]:
+def _diagnostics(
+    completions: Sequence[Completion | None], alphas: PerToken, ess_ratios: PerToken
+) -> dict[str, Any]:
     columns: dict[str, Any] = {
         name: _per_token([() if each is None else each.trace[source] for each in completions])
         for name, source in _DIAGNOSTICS.items()
     }
-    means = {"alpha_mean": alphas, "ess_ratio_mean": ess_ratios, "clamped_share": columns["clamped"]}
+    means = {
+        "alpha_mean": alphas,
+        "ess_ratio_mean": ess_ratios,
+        "clamped_share": columns["clamped"],
+    }
     means |= {f"{name}_mean": columns[name] for name in ("kl_theta", "kl_t", "entropy")}
     columns |= {name: float(column.mean()) for name, column in means.items()}
     columns["num_tokens"] = [0 if each is None else len(each.token_ids) for each in completions]
@@ -419,7 +470,11 @@ def _check_options(given: Mapping[str, Any], known: frozenset[str] = _OPTIONS) -
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(sorted(known))}"
+            hint = (
+                f"; did you mean {near[0]!r}?"
+                if near
+                else f"; there are: {', '.join(sorted(known))}"
+            )
             raise ConfigError(f"unknown option {name!r}{hint}")
 
 
@@ -433,9 +488,13 @@ def _listed(name: str, prompts: Iterable[str]) -> list[str]:
 
 def _check_prompts(prompts: list[str], prompts_t: list[str] | None, max_new_tokens: int) -> None:
     if prompts_t is not None and len(prompts_t) != len(prompts):
-        raise ConfigError(f"there are {len(prompts)} prompts but {len(prompts_t)} prompts_t; give one of each per row")
+        raise ConfigError(
+            f"there are {len(prompts)} prompts but {len(prompts_t)} prompts_t; give one of each per row"
+        )
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be a whole number, at least 1, got {max_new_tokens}")
+        raise ConfigError(
+            f"max_new_tokens must be a whole number, at least 1, got {max_new_tokens}"
+        )
 
 
 def _taken(kwargs: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
@@ -446,19 +505,29 @@ def _teacher_support(constraint_to_target: bool, top_k: int, top_p: float) -> di
     """The seeds' three options as our two."""
     given = top_k != -1 or top_p != 1.0
     if constraint_to_target and not given:
-        warnings.warn("constraint_to_target=True restricts nothing without target_top_k or target_top_p", stacklevel=3)
+        warnings.warn(
+            "constraint_to_target=True restricts nothing without target_top_k or target_top_p",
+            stacklevel=3,
+        )
     if not constraint_to_target and given:
-        warnings.warn("target_top_k and target_top_p are ignored without constraint_to_target=True", stacklevel=3)
+        warnings.warn(
+            "target_top_k and target_top_p are ignored without constraint_to_target=True",
+            stacklevel=3,
+        )
         return {}
     return {"teacher_support_top_k": top_k, "teacher_support_top_p": top_p}
 
 
 def _prompt_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What was given of the prompt options, the student's system prompt under one name."""
-    options = {name: value for name, value in _taken(kwargs, _PROMPT_OPTIONS).items() if value is not None}
+    options = {
+        name: value for name, value in _taken(kwargs, _PROMPT_OPTIONS).items() if value is not None
+    }
     theta = options.pop("theta_system_prompt", None)
     if theta is not None and options.setdefault("student_system_prompt", theta) != theta:
-        raise ConfigError("student_system_prompt and theta_system_prompt are the same option; give one of them")
+        raise ConfigError(
+            "student_system_prompt and theta_system_prompt are the same option; give one of them"
+        )
     return options
 
 
@@ -480,15 +549,24 @@ def _device(device: str) -> str:
     if not name.startswith("cuda") or torch.cuda.is_available():
         return name
     if not isinstance(device, _Unless):
-        raise ConfigError(f"device={name!r} was asked for, but PyTorch finds no CUDA GPU here; pass device='cpu'")
-    warnings.warn("PyTorch finds no CUDA GPU here: running on the CPU, in float32 unless told otherwise", stacklevel=3)
+        raise ConfigError(
+            f"device={name!r} was asked for, but PyTorch finds no CUDA GPU here; pass device='cpu'"
+        )
+    warnings.warn(
+        "PyTorch finds no CUDA GPU here: running on the CPU, in float32 unless told otherwise",
+        stacklevel=3,
+    )
     return "cpu"
 
 
 def _dtype(dtype: torch.dtype | str, device: str) -> torch.dtype:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}")
-    if device == "cpu" and found is torch.float16:  # the signature's default, and no type to compute in on a CPU
+        raise ConfigError(
+            f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}"
+        )
+    if (
+        device == "cpu" and found is torch.float16
+    ):  # the signature's default, and no type to compute in on a CPU
         return torch.float32
     return cast(torch.dtype, found)

@@ -27,7 +27,9 @@ class ServeConfig:
     models: ModelConfig = field(default_factory=ModelConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """Of requests that say nothing else; temperature, top_p and top_k are each request's own."""
-    options: EngineConfig = field(default_factory=lambda: EngineConfig(batch_size=256, prefill_chunk=8192))
+    options: EngineConfig = field(
+        default_factory=lambda: EngineConfig(batch_size=256, prefill_chunk=8192)
+    )
     host: str = "127.0.0.1"
     """Address to listen on. Any other than this machine's own needs an API key."""
     port: int = 8000
@@ -58,17 +60,27 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
     """Run the server until it is told to end. Raises ConfigError, ModelError, MissingDependencyError before that."""
     key = environment.get(KEY_VARIABLE) or None
     if key is None and not _is_own_machine(config.host):
-        raise ConfigError(f"host {config.host} can be reached from elsewhere: set {KEY_VARIABLE} to an API key")
-    from optimal_sampling.engines.vllm.launch import draft_tokens_of, engine_arguments, prepare_environment
+        raise ConfigError(
+            f"host {config.host} can be reached from elsewhere: set {KEY_VARIABLE} to an API key"
+        )
+    from optimal_sampling.engines.vllm.launch import (
+        draft_tokens_of,
+        engine_arguments,
+        prepare_environment,
+    )
     from optimal_sampling.vocabulary import Vocabulary
 
     prepare_environment(config.options)
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 
-    vocabulary = Vocabulary.load(config.models.student, config.models.teacher, config.models.trust_remote_code)
+    vocabulary = Vocabulary.load(
+        config.models.student, config.models.teacher, config.models.trust_remote_code
+    )
     given = _vllm_settings(config)
-    arguments = engine_arguments(config.models, config.mixture, vocabulary, draft_tokens_of(config.options), given)
+    arguments = engine_arguments(
+        config.models, config.mixture, vocabulary, draft_tokens_of(config.options), given
+    )
     _open_gate(config, vocabulary, key, arguments)
     uvloop.run(run_server(_namespace(config, arguments)))
 
@@ -86,7 +98,9 @@ def _vllm_settings(config: ServeConfig) -> dict[str, Any]:
     options = config.options
     settings: dict[str, Any] = {
         "max_num_seqs": options.batch_size,
-        "max_num_batched_tokens": max(options.prefill_chunk, options.batch_size * (draft_tokens_of(options) + 1)),
+        "max_num_batched_tokens": max(
+            options.prefill_chunk, options.batch_size * (draft_tokens_of(options) + 1)
+        ),
         "disable_log_stats": False,
         "generation_config": "vllm",  # a model's own defaults would truncate q* unasked
     }
@@ -98,13 +112,19 @@ def _vllm_settings(config: ServeConfig) -> dict[str, Any]:
     return settings
 
 
-def _open_gate(config: ServeConfig, vocabulary: Any, key: str | None, arguments: Mapping[str, Any]) -> None:
+def _open_gate(
+    config: ServeConfig, vocabulary: Any, key: str | None, arguments: Mapping[str, Any]
+) -> None:
     from optimal_sampling.engines.vllm.gate import Gate, GateSettings
 
     limit = arguments.get("max_model_len")
     if limit is None:
-        raise ConfigError("the models' configs do not say how long a text may be: give max_model_len")
-    Gate.settings = GateSettings(vocabulary, config.mixture, limit, key, config.max_n, config.max_body_bytes)
+        raise ConfigError(
+            "the models' configs do not say how long a text may be: give max_model_len"
+        )
+    Gate.settings = GateSettings(
+        vocabulary, config.mixture, limit, key, config.max_n, config.max_body_bytes
+    )
 
 
 def _namespace(config: ServeConfig, arguments: Mapping[str, Any]) -> Any:

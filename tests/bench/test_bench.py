@@ -63,7 +63,12 @@ def test_the_ideal_is_both_forward_passes():
 
 def test_ratios_are_to_the_best_of_the_rows():
     """Guards: a ratio that looks better because the slower of two teachers was taken."""
-    rates = {speed.TEACHER: 100.0, speed.PLAIN_TEACHER: 160.0, speed.LOCKSTEP: 60.0, speed.AUTO: 200.0}
+    rates = {
+        speed.TEACHER: 100.0,
+        speed.PLAIN_TEACHER: 160.0,
+        speed.LOCKSTEP: 60.0,
+        speed.AUTO: 200.0,
+    }
     found = speed.ratios({**rates, contenders.drafts(4): 250.0})
     assert found["q* speculative / teacher alone"] == pytest.approx(1.25)
     assert found["q* speculative / best of lockstep and fixed lengths"] == pytest.approx(0.8)
@@ -75,9 +80,14 @@ def few(monkeypatch):
     rows = (speed.STUDENT, speed.TEACHER, speed.PLAIN_TEACHER, speed.LOCKSTEP, speed.AUTO)
     monkeypatch.setattr(workload, "MOST_TOKENS", 6)
     monkeypatch.setattr(workload.Bench, "equal_tokens", 4)
-    natural = [speed.Setting(1, 2, True, (*rows, speed.ASSISTED)), speed.Setting(2, 3, False, (*rows, *speed.PEERS))]
+    natural = [
+        speed.Setting(1, 2, True, (*rows, speed.ASSISTED)),
+        speed.Setting(2, 3, False, (*rows, *speed.PEERS)),
+    ]
     monkeypatch.setattr(speed, "speed_settings", lambda n, natural_end: natural)
-    monkeypatch.setattr(drafts, "draft_settings", lambda bench, n: [speed.Setting(1, 2, True, rows)])
+    monkeypatch.setattr(
+        drafts, "draft_settings", lambda bench, n: [speed.Setting(1, 2, True, rows)]
+    )
     monkeypatch.setattr(solver, "SIZES", ((50, 2, 1),))
     monkeypatch.setattr(memory, "SIZES", (Size(2, 4), Size(8, 4)))
     monkeypatch.setattr(workload, "memory_bandwidth", lambda device: 1e9)
@@ -88,13 +98,17 @@ def last_line(console):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("what", ["speed", "drafts", "selfdistil", "scaling", "memory", "identity", "solver"])
+@pytest.mark.parametrize(
+    "what", ["speed", "drafts", "selfdistil", "scaling", "memory", "identity", "solver"]
+)
 def test_every_table_ends_with_one_line_of_json(what, monkeypatch, tmp_path):
     """Guards: a benchmark that breaks unnoticed; figures that cannot be read by a program."""
     few(monkeypatch)
     console = Console(width=120, file=io.StringIO())
     path = tmp_path / "line.json"
-    assert run_bench(BenchOptions(what=what, num_prompts=8, repeats=1, output=str(path)), console) == 0
+    assert (
+        run_bench(BenchOptions(what=what, num_prompts=8, repeats=1, output=str(path)), console) == 0
+    )
     line = last_line(console)
     assert line["benchmark"] == what
     assert line["hardware"]["torch"]
@@ -107,7 +121,11 @@ def test_every_table_ends_with_one_line_of_json(what, monkeypatch, tmp_path):
 def test_every_table_takes_shapes(what, monkeypatch):
     """Guards: a command that needs a tokenizer; emulated acceptance that is not labelled."""
     few(monkeypatch)
-    equal = [speed.Setting(2, 2, False, (speed.TEACHER, speed.LOCKSTEP, speed.AUTO, speed.HF, speed.HF_MIX))]
+    equal = [
+        speed.Setting(
+            2, 2, False, (speed.TEACHER, speed.LOCKSTEP, speed.AUTO, speed.HF, speed.HF_MIX)
+        )
+    ]
     monkeypatch.setattr(speed, "speed_settings", lambda n, natural_end: equal)
     monkeypatch.setattr(drafts, "draft_settings", lambda bench, n: equal)
     console = Console(width=120, file=io.StringIO())
@@ -121,9 +139,17 @@ def test_every_table_takes_shapes(what, monkeypatch):
 def test_speed_has_the_rows_and_bounds_that_are_promised():
     """Guards: a contender that is dropped; assisted generation where it cannot run."""
     names = {row for setting in speed.speed_settings(64) for row in setting.rows}
-    assert {speed.HF, speed.HF_MIX, speed.ASSISTED, speed.AUTO, *map(contenders.drafts, (1, 2, 4, 8))} <= names
+    assert {
+        speed.HF,
+        speed.HF_MIX,
+        speed.ASSISTED,
+        speed.AUTO,
+        *map(contenders.drafts, (1, 2, 4, 8)),
+    } <= names
     bench = workload.Bench(ModelConfig())
-    made = contenders.contenders([speed.ASSISTED, speed.TEACHER], bench, bench.workload(1), batch_size=8)
+    made = contenders.contenders(
+        [speed.ASSISTED, speed.TEACHER], bench, bench.workload(1), batch_size=8
+    )
     assert [contender.name for contender in made] == [speed.TEACHER]
 
 
@@ -166,7 +192,9 @@ def test_the_hardware_is_named():
 def test_identity_is_asked_of_float32_only():
     """Guards: a failure that is none, in a precision for which nothing of the kind is promised."""
     with pytest.raises(ConfigError, match="float32"):
-        identity.run(BenchOptions(what="identity", models=ModelConfig(dtype="bfloat16")), print, print)
+        identity.run(
+            BenchOptions(what="identity", models=ModelConfig(dtype="bfloat16")), print, print
+        )
 
 
 def test_importing_the_benchmark_is_left_to_the_command():

@@ -28,7 +28,9 @@ PARAMETERS = {
 
 @pytest.fixture(scope="module")
 def pair():
-    return ShapeBench(ModelConfig(dtype="float32", device="cpu"), "tiny", "tiny", prompt_tokens=5, new_tokens=40)
+    return ShapeBench(
+        ModelConfig(dtype="float32", device="cpu"), "tiny", "tiny", prompt_tokens=5, new_tokens=40
+    )
 
 
 def texts(engine, requests):
@@ -67,7 +69,9 @@ def test_weights_are_random_finite_and_not_the_global_state(pair):
     torch.manual_seed(5)
     again = ShapeBench(pair.models, "tiny", "tiny", prompt_tokens=5, new_tokens=2)
     work = again.workload(2)
-    engine = again.engine(work, 2, draft_tokens=0, capture=frozenset({"student_logits", "teacher_logits"}))
+    engine = again.engine(
+        work, 2, draft_tokens=0, capture=frozenset({"student_logits", "teacher_logits"})
+    )
     assert torch.equal(torch.rand(3), expected)
     for done in engine.generate(work.requests):
         student, teacher = done.captured["student_logits"], done.captured["teacher_logits"]
@@ -108,7 +112,11 @@ def test_the_twin_has_one_model(pair):
     loaded = pair.engine(work, 1)
     twin = pair.twin().engine(work, 1)
     assert twin.pair.shared
-    assert twin.pair.runners["student"] is twin.pair.runners["teacher"] is loaded.pair.runners["teacher"]
+    assert (
+        twin.pair.runners["student"]
+        is twin.pair.runners["teacher"]
+        is loaded.pair.runners["teacher"]
+    )
 
 
 def test_same_weights_are_made_once():
@@ -130,7 +138,9 @@ def test_the_watch_sees_every_round(pair):
     assert watch.most_rows == 3
     assert watch.rounds == 80
     assert watch.kv_bytes > 0
-    assert watch.decoding.tokens == tokens - 2 * 3 - 3  # two rounds read prompts, nothing follows the last round
+    assert (
+        watch.decoding.tokens == tokens - 2 * 3 - 3
+    )  # two rounds read prompts, nothing follows the last round
     assert watch.decoding_rows == watch.decoding.tokens
 
 
@@ -141,13 +151,17 @@ def test_the_watch_ends_a_run(pair):
     with pytest.raises(TimeIsUp):
         list(engine.generate(work.requests))
     assert watch.rounds == 0
-    assert len(list(pair.engine(work, 2).generate(work.requests))) == 2  # the models can be used again
+    assert (
+        len(list(pair.engine(work, 2).generate(work.requests))) == 2
+    )  # the models can be used again
 
 
 def test_the_roofline_counts_what_is_read():
     """Guards: an embedding that is only looked up, counted; a tied output layer, or our own forms, forgotten."""
     shape = SHAPES["tiny"]
-    layers = 2 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128)  # queries, keys and values, output, MLP
+    layers = 2 * (
+        64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128
+    )  # queries, keys and values, output, MLP
     norms = 2 * (2 * 64 + 2 * 16) + 64
     model = shape.model(ModelConfig(dtype="float32", device="cpu"), seed=0)
     assert weight_bytes(model) == 4 * (layers + norms + 512 * 64)
@@ -163,6 +177,8 @@ def test_the_bound_is_bytes_over_bandwidth(pair):
     work = pair.workload(1)
     engine, twin = pair.engine(work, 1), pair.twin().engine(work, 1)
     weights, cache = weight_bytes(engine.pair.runners["teacher"].model), 2 * 2 * 2 * 16 * 4
-    assert lockstep_bound(engine, 4, 10, 1e9) == pytest.approx(4e9 / (2 * weights + 4 * 10 * 2 * cache))
+    assert lockstep_bound(engine, 4, 10, 1e9) == pytest.approx(
+        4e9 / (2 * weights + 4 * 10 * 2 * cache)
+    )
     assert lockstep_bound(twin, 4, 10, 1e9) == pytest.approx(4e9 / (weights + 4 * 10 * 2 * cache))
     assert memory_bandwidth(torch.device("cpu"), mebibytes=4) > 1e6

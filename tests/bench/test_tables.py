@@ -8,7 +8,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from optimal_sampling.bench import BenchOptions, gpu_cells, gpu_tables, identity, memory, run_bench, workload
+from optimal_sampling.bench import (
+    BenchOptions,
+    gpu_cells,
+    gpu_tables,
+    identity,
+    memory,
+    run_bench,
+    workload,
+)
 from optimal_sampling.bench.options import Size
 from optimal_sampling.bench.shapes import ShapeBench
 from optimal_sampling.bench.speed import IDEAL
@@ -50,7 +58,9 @@ def test_a_batch_that_does_not_fit_completes_by_admission(pair):
 def completion(tokens=(1, 2), kl=0.5, captured=1.0):
     trace = TokenTrace.from_rows([(0.5, 0.0, kl, *[float("nan")] * 8)] * len(tokens))
     request = Request("x", 0, 0, (1,), (1,), 4)
-    return Completion(request, tuple(tokens), "length", trace, captured={"log_q": torch.tensor([captured])})
+    return Completion(
+        request, tuple(tokens), "length", trace, captured={"log_q": torch.tensor([captured])}
+    )
 
 
 def test_a_difference_is_found_wherever_it_is():
@@ -75,7 +85,14 @@ def test_texts_that_differ_fail_the_command(pair, monkeypatch):
 
 
 SHAPES = {"teacher_shape": "tiny", "student_shape": "tiny", "prompt_tokens": 5}
-GPU = {"what": "gpu", "models": MODELS, "sizes": ("2x4", "8x3"), "huge": "4x12", "huge_shape": "tiny", **SHAPES}
+GPU = {
+    "what": "gpu",
+    "models": MODELS,
+    "sizes": ("2x4", "8x3"),
+    "huge": "4x12",
+    "huge_shape": "tiny",
+    **SHAPES,
+}
 
 
 def gpu_line(**options):
@@ -90,7 +107,10 @@ def test_the_table_of_large_shapes_is_complete_where_time_is_enough(monkeypatch)
     monkeypatch.setattr(workload, "memory_bandwidth", lambda device: 1e9)
     text, result = gpu_line(budget=120.0)
     assert len(result["cells"]) == 2 * len(gpu_cells.ROWS)
-    assert all(c["complete"] and c["tokens"] == c["size"]["batch"] * c["size"]["tokens"] for c in result["cells"])
+    assert all(
+        c["complete"] and c["tokens"] == c["size"]["batch"] * c["size"]["tokens"]
+        for c in result["cells"]
+    )
     assert "skipped: " not in text
     assert set(result["bounds"][IDEAL]) == {"2 x 4", "8 x 3"}
     assert [t["wanted"] for t in result["targets"]] == [0.9, 0.9, 1.2]
@@ -159,7 +179,9 @@ def test_one_cell_that_fails_does_not_cost_the_others(pair, monkeypatch):
 
     monkeypatch.setattr(gpu_cells, "run_bounded", broken)
     cells = gpu_cells.measure_cells(pair, (Size(2, 3),), gpu_cells.Clock(60), silent, silent)
-    assert {c.row: c.skipped for c in cells if c.skipped} == {gpu_cells.TEACHER: "failed: kernel missing"}
+    assert {c.row: c.skipped for c in cells if c.skipped} == {
+        gpu_cells.TEACHER: "failed: kernel missing"
+    }
 
 
 def test_a_cell_that_was_cut_off_is_judged_by_its_decoding(pair, monkeypatch):
@@ -185,6 +207,11 @@ def test_targets_are_those_that_were_asked_for():
     rates = {gpu_cells.LOCKSTEP: 3300, gpu_cells.TEACHER: 5000}
     small = {gpu_cells.FAST: 150, gpu_cells.TEACHER: 100, gpu_cells.SLOW: 1}
     cells = [gpu_cells.Cell(size, row, tokens, 1.0, complete=True) for row, tokens in rates.items()]
-    cells += [gpu_cells.Cell(Size(8, 256), row, tokens, 1.0, complete=True) for row, tokens in small.items()]
-    found = {(t.wanted, round(t.found, 2), t.met) for t in gpu_tables.targets(cells, {size: 4000.0})}
+    cells += [
+        gpu_cells.Cell(Size(8, 256), row, tokens, 1.0, complete=True)
+        for row, tokens in small.items()
+    ]
+    found = {
+        (t.wanted, round(t.found, 2), t.met) for t in gpu_tables.targets(cells, {size: 4000.0})
+    }
     assert found == {(3000, 3300.0, True), (0.9, 0.82, False), (1.2, 1.5, True)}

@@ -104,7 +104,9 @@ def test_alpha_keeps_the_contract():
     teacher = torch.randn(36, 7, generator=g) * scales[torch.randperm(36, generator=g)]
     mixture = MixtureConfig(alpha_min=0.0)
     position = torch.arange(36)
-    result = fused_step(student, teacher, NoiseKeys(keys_tensor(range(36)), position), position, mixture)
+    result = fused_step(
+        student, teacher, NoiseKeys(keys_tensor(range(36)), position), position, mixture
+    )
     for row in range(36):
         s, t = prepare(student[row].tolist(), teacher[row].tolist(), mixture)
         alpha = result.trace[row, 0].item()
@@ -112,8 +114,12 @@ def test_alpha_keeps_the_contract():
         slack = 1e-6 * max(1.0, largest)  # what float32 carries
         assert slope(s, t, max(alpha - 2e-6, 1e-9)) <= slack
         assert slope(s, t, min(alpha + 2e-6, 1 - 1e-9)) >= -slack
-        want = naive_step(student[row].tolist(), teacher[row].tolist(), [0.0] * 7, row, mixture, alpha=alpha).trace
-        slack = 2e-5 + 6e-8 * largest * largest  # a weight is known to one float32 step of its logit, and moves d
+        want = naive_step(
+            student[row].tolist(), teacher[row].tolist(), [0.0] * 7, row, mixture, alpha=alpha
+        ).trace
+        slack = (
+            2e-5 + 6e-8 * largest * largest
+        )  # a weight is known to one float32 step of its logit, and moves d
         for name in ("kl_student", "kl_teacher", "ess_student", "ess_teacher", "entropy"):
             assert abs(result.trace[row, TRACE_FIELDS.index(name)] - want[name]) <= slack, name
 
@@ -128,7 +134,10 @@ def test_extreme_rows():
     student[3], teacher[3] = -INF, -INF
     student[3, 4] = teacher[3, 4] = 0.0
     teacher[4] = student[4]
-    student[5, ::2], teacher[5, ::3] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
+    student[5, ::2], teacher[5, ::3] = (
+        torch.finfo(torch.float32).min,
+        torch.finfo(torch.float32).min,
+    )
     student[6] += 300
     for method in METHODS:
         mixture = MixtureConfig(alpha_method=method, alpha_min=0.0)
@@ -147,7 +156,8 @@ def test_bits_of_a_row_are_its_own():
     again = fused_step(wide, apart, keys, keys.position.to(torch.int32), mixture)
     assert torch.equal(again.pack(), whole)
     assert torch.equal(
-        fused_step(student[2:3], teacher[2:3], keys[2:3], keys.position[2:3], mixture).pack(), whole[2:3]
+        fused_step(student[2:3], teacher[2:3], keys[2:3], keys.position[2:3], mixture).pack(),
+        whole[2:3],
     )
 
 
@@ -165,7 +175,10 @@ def test_default_pieces():
 def test_no_rows():
     """Guards: a launch of nothing."""
     student, teacher, keys = batch(0, 9)
-    assert fused_step(student, teacher, keys, keys.position, MixtureConfig()).pack().shape == (0, 3 + len(TRACE_FIELDS))
+    assert fused_step(student, teacher, keys, keys.position, MixtureConfig()).pack().shape == (
+        0,
+        3 + len(TRACE_FIELDS),
+    )
     assert fused.fused_draft(student, keys, 1.0)[0].shape == (0,)
 
 
@@ -174,7 +187,9 @@ def noise_of_a_row(table, keys, position, hashes, values, vocab, BLOCK: tl.const
     ids = tl.arange(0, BLOCK)
     inside = ids < vocab
     a, b = kernel._words(keys, position)
-    tl.store(hashes + ids, kernel._hash(tl.load(table + ids, mask=inside, other=0), a, b), mask=inside)
+    tl.store(
+        hashes + ids, kernel._hash(tl.load(table + ids, mask=inside, other=0), a, b), mask=inside
+    )
     tl.store(values + ids, kernel._gumbel(table, ids, inside, a, b, True), mask=inside)
 
 
@@ -188,7 +203,9 @@ def test_noise_is_that_of_every_other_device():
         noise_of_a_row[1,](table, keys, position, hashes, values, vocab, BLOCK=4096)
         a, b = noise._words(keys, position)
         assert torch.equal(hashes, torch.from_numpy(noise._hash(table.numpy(), a, b, cpu)))
-        torch.testing.assert_close(values[None], noise.gumbel(keys, position, vocab), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            values[None], noise.gumbel(keys, position, vocab), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_noise_given_is_noise_made():
@@ -209,7 +226,9 @@ def test_drafts(dtype):
     for some in (keys, noise.noise_tensor(keys, 1100)):
         token, log_p = fused.fused_draft(student, some, 0.7)
         assert torch.equal(token, draft(student, keys, mixture))
-        torch.testing.assert_close(log_p, confident_draft(student, keys, mixture)[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            log_p, confident_draft(student, keys, mixture)[1], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_draws_follow_q_and_would_not_follow_the_teacher():
@@ -221,7 +240,9 @@ def test_draws_follow_q_and_would_not_follow_the_teacher():
     logits = (torch.tensor(student).expand(150, -1), torch.tensor(teacher).expand(150, -1))
     p_values = []
     for some in (mixture, replace(mixture, alpha_method="fixed", fixed_alpha=1.0)):
-        token = fused_step(*logits, NoiseKeys(keys_tensor([5] * 150), position), position, some).token
+        token = fused_step(
+            *logits, NoiseKeys(keys_tensor([5] * 150), position), position, some
+        ).token
         p_values.append(stats.chisquare(torch.bincount(token, minlength=4).numpy(), 150 * q).pvalue)
     assert p_values[0] > 1e-4
     assert p_values[1] < 1e-9

@@ -24,14 +24,20 @@ from optimal_sampling.distribution import (
 )
 
 HERE = Path(__file__).parent
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
 
 
 def in_own_process(arguments, **environment):
     """Whether Triton interprets is decided when it is imported."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
-        command, env={**os.environ, **environment}, cwd=HERE.parents[1], capture_output=True, text=True
+        command,
+        env={**os.environ, **environment},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -40,7 +46,10 @@ def in_own_process(arguments, **environment):
 @pytest.mark.timeout(900)  # a minute and a half on an idle machine
 def test_kernel_in_the_interpreter():
     """Guards: everything that `interpreted.py` lists."""
-    in_own_process(["-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted.py"], TRITON_INTERPRET="1")
+    in_own_process(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted.py"],
+        TRITON_INTERPRET="1",
+    )
 
 
 @needs_triton

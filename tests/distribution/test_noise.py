@@ -30,7 +30,9 @@ def test_law_and_independence_along_each_axis():
 
 def test_tail_is_fine_and_long():
     """Guards: winners quantised. With 24 bits no noise exceeds 17, and large vocabularies tie at the top."""
-    noise = torch.cat([gumbel(keys_tensor([k]), torch.tensor([0]), 262_144).flatten() for k in range(40)])
+    noise = torch.cat(
+        [gumbel(keys_tensor([k]), torch.tensor([0]), 262_144).flatten() for k in range(40)]
+    )
     top = noise.sort().values[-2000:]
     assert noise.isfinite().all()
     assert top.unique().numel() > 1970
@@ -60,7 +62,9 @@ def test_function_of_key_position_and_id_alone():
     for vocab in (1, 63, 272, 40_000):
         noise = gumbel(keys, position, vocab)
         for i in (0, 17, 36):
-            assert torch.equal(noise[i : i + 1], gumbel(keys[i : i + 1], position[i : i + 1], vocab))
+            assert torch.equal(
+                noise[i : i + 1], gumbel(keys[i : i + 1], position[i : i + 1], vocab)
+            )
         out = torch.full((37, vocab), torch.nan)
         assert gumbel(keys, position, vocab, out) is out
         assert torch.equal(out, noise)

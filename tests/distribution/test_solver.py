@@ -8,7 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimal_sampling.distribution.solver import ABOVE, BELOW, MAX_PASSES, TOLERANCE, solve_kl_symmetry
+from optimal_sampling.distribution.solver import (
+    ABOVE,
+    BELOW,
+    MAX_PASSES,
+    TOLERANCE,
+    solve_kl_symmetry,
+)
 from optimal_sampling.distribution.step import pair_of
 from optimal_sampling.distribution.tiled import TiledPair
 
@@ -59,12 +65,21 @@ def test_any_input_is_solved_in_eight_passes(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     scale = 10.0 ** rng.uniform(-4, 4, (2, rows, 1))
     student = rng.standard_normal((rows, vocab)) * scale[0]
-    teacher = student * rng.choice([0.0, 0.3, 1.0, -1.0]) + rng.standard_normal((rows, vocab)) * scale[1]
+    teacher = (
+        student * rng.choice([0.0, 0.3, 1.0, -1.0]) + rng.standard_normal((rows, vocab)) * scale[1]
+    )
     holes = rng.random((2, rows, vocab)) < rng.choice([0.0, 0.2])
     student, teacher = np.where(holes[0], -np.inf, student), np.where(holes[1], -np.inf, teacher)
     student[:, 0], teacher[:, 0] = 0.0, rng.uniform(-50, 0)
-    low, high = data.draw(st.sampled_from([(0.5, 1.0), (0.0, 1.0), (0.0, 0.5), (0.2, 0.7), (0.5, 0.5)]))
-    check(torch.tensor(student, dtype=torch.float32), torch.tensor(teacher, dtype=torch.float32), low, high)
+    low, high = data.draw(
+        st.sampled_from([(0.5, 1.0), (0.0, 1.0), (0.0, 0.5), (0.2, 0.7), (0.5, 0.5)])
+    )
+    check(
+        torch.tensor(student, dtype=torch.float32),
+        torch.tensor(teacher, dtype=torch.float32),
+        low,
+        high,
+    )
 
 
 @pytest.mark.parametrize("gap", [1e-6, 1e-3, 1.0, 50.0, 400.0, 1e4])
@@ -103,7 +118,9 @@ def test_converged_rows_stay_frozen():
     student = torch.randn(64, 50, generator=g) * torch.logspace(-3, 2, 64)[:, None]
     teacher = torch.randn(64, 50, generator=g) * torch.logspace(2, -3, 64)[:, None]
     _, together = solve(student, teacher, 0.0, 1.0)
-    alone = np.concatenate([solve(student[i : i + 1], teacher[i : i + 1], 0.0, 1.0)[1] for i in range(64)])
+    alone = np.concatenate(
+        [solve(student[i : i + 1], teacher[i : i + 1], 0.0, 1.0)[1] for i in range(64)]
+    )
     assert (together == alone).all()
 
 

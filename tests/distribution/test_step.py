@@ -27,7 +27,10 @@ def trace_of(result: Step, row: int = 0) -> dict[str, float]:
 
 
 def one(student, teacher, mixture, *, noise=None, position=0, keep_log_q=True) -> Step:
-    student, teacher = torch.tensor([student], dtype=torch.float32), torch.tensor([teacher], dtype=torch.float32)
+    student, teacher = (
+        torch.tensor([student], dtype=torch.float32),
+        torch.tensor([teacher], dtype=torch.float32),
+    )
     noise = torch.zeros_like(student) if noise is None else noise
     return step(student, teacher, noise, torch.tensor([position]), mixture, keep_log_q=keep_log_q)
 
@@ -36,7 +39,12 @@ def batch(rows, vocab, seed=0, spread=3.0, apart=1.5):
     g = torch.Generator().manual_seed(seed)
     student = torch.randn(rows, vocab, generator=g) * spread
     teacher = student + torch.randn(rows, vocab, generator=g) * apart
-    return student, teacher, gumbel(keys_tensor(range(rows)), torch.arange(rows), vocab), torch.arange(rows)
+    return (
+        student,
+        teacher,
+        gumbel(keys_tensor(range(rows)), torch.arange(rows), vocab),
+        torch.arange(rows),
+    )
 
 
 def logits(scale):
@@ -110,7 +118,12 @@ def test_diagnostics_and_distribution_equal_the_oracle(pair, mixture, position):
     for name in ("kl_student", "kl_teacher", "entropy", "ess_student", "ess_teacher"):
         assert close(got[name], want.trace[name], top), name
     untruncated = naive_step(
-        student, teacher, [0.0] * len(student), 0, replace(mixture, top_k=-1, top_p=1.0), alpha=got["alpha"]
+        student,
+        teacher,
+        [0.0] * len(student),
+        0,
+        replace(mixture, top_k=-1, top_p=1.0),
+        alpha=got["alpha"],
     ).log_drawn
     if not near_cut(untruncated, mixture.top_p):
         for a, b in zip(result.log_q[0].tolist(), want.log_drawn, strict=True):
@@ -159,7 +172,9 @@ def test_drawn_token_is_the_oracles():
         mixture = MixtureConfig(top_p=0.8 if seed % 2 else 1.0, top_k=5 if seed % 3 else -1)
         result = step(student, teacher, noise, position, mixture)
         for row in range(3):
-            want = naive_step(student[row].tolist(), teacher[row].tolist(), noise[row].tolist(), row, mixture)
+            want = naive_step(
+                student[row].tolist(), teacher[row].tolist(), noise[row].tolist(), row, mixture
+            )
             got = trace_of(result, row)
             assert result.token[row] == want.token
             for name in TRACE_FIELDS:
@@ -172,12 +187,16 @@ def test_certificate_on_free_tokens():
     result = step(student, teacher, noise, position, MixtureConfig(alpha_min=0.0), keep_log_q=True)
     alpha, clamped, kl_student, kl_teacher = result.trace[:, :4].double().T
     assert not clamped.any()
-    F = torch.lerp(student.double().log_softmax(-1), teacher.double().log_softmax(-1), alpha[:, None]).logsumexp(-1)
+    F = torch.lerp(
+        student.double().log_softmax(-1), teacher.double().log_softmax(-1), alpha[:, None]
+    ).logsumexp(-1)
     for other in (kl_teacher, -F):
         torch.testing.assert_close(kl_student, other, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("vocab", "counts"), [(1, (1, 5)), (67, (1, 37, 130)), (272, (1, 2, 37)), (20_001, (1, 5))])
+@pytest.mark.parametrize(
+    ("vocab", "counts"), [(1, (1, 5)), (67, (1, 37, 130)), (272, (1, 2, 37)), (20_001, (1, 5))]
+)
 @pytest.mark.parametrize("method", ["kl_symmetry", "trust_region", "entropy"])
 def test_rows_are_bitwise_independent(vocab, counts, method):
     """Guards: sums, scalar tails of vectorised loops or loops' ends that depend on what shares the batch."""
@@ -204,13 +223,17 @@ def test_rows_are_bitwise_independent_on_two_threads():
             student, teacher, noise, position = batch(130, vocab)
             whole = step(student, teacher, noise, position, MixtureConfig()).pack()
             for part in (slice(0, 1), slice(64, 67), slice(129, 130)):
-                some = step(student[part], teacher[part], noise[part], position[part], MixtureConfig()).pack()
+                some = step(
+                    student[part], teacher[part], noise[part], position[part], MixtureConfig()
+                ).pack()
                 assert torch.equal(some, whole[part])
     finally:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("mixture", [MixtureConfig(alpha_min=0.1), MixtureConfig(teacher_support_top_k=40, top_p=0.9)])
+@pytest.mark.parametrize(
+    "mixture", [MixtureConfig(alpha_min=0.1), MixtureConfig(teacher_support_top_k=40, top_p=0.9)]
+)
 @pytest.mark.parametrize("method", ALPHA_METHODS)
 def test_direct_and_tiled_agree(method, mixture, monkeypatch):
     """Guards: two ways to the same sums that drift apart."""
@@ -235,8 +258,21 @@ def test_bad_rows_disturb_nobody(method, vocab):
     mixture = MixtureConfig(alpha_method=method)
     good = step(student, teacher, noise, position, mixture).pack()
     student, teacher = torch.cat([student] * 2), torch.cat([teacher] * 2)
-    student[6, vocab // 2], student[7], student[8, 0], teacher[9, -1], teacher[10] = math.nan, -INF, INF, math.nan, -INF
-    result = step(student, teacher, torch.cat([noise] * 2), torch.cat([position] * 2), mixture, keep_log_q=True)
+    student[6, vocab // 2], student[7], student[8, 0], teacher[9, -1], teacher[10] = (
+        math.nan,
+        -INF,
+        INF,
+        math.nan,
+        -INF,
+    )
+    result = step(
+        student,
+        teacher,
+        torch.cat([noise] * 2),
+        torch.cat([position] * 2),
+        mixture,
+        keep_log_q=True,
+    )
     assert result.bad_student.tolist() == [False] * 6 + [True] * 3 + [False] * 3
     assert result.bad_teacher.tolist() == [False] * 9 + [True] * 2 + [False]
     assert result.trace[6:11].isnan().all()
@@ -253,7 +289,9 @@ def test_other_dtypes_are_float32_inside(dtype):
     student, teacher = student.to(dtype), teacher.to(dtype)
     for mixture in (MixtureConfig(), MixtureConfig(temperature=0.7)):
         got = step(student, teacher, noise, position, mixture).pack()
-        assert torch.equal(got, step(student.float(), teacher.float(), noise, position, mixture).pack())
+        assert torch.equal(
+            got, step(student.float(), teacher.float(), noise, position, mixture).pack()
+        )
     assert torch.equal(draft(student, noise, mixture), draft(student.float(), noise, mixture))
 
 
@@ -274,14 +312,25 @@ def test_draws_follow_q_and_would_not_follow_the_teacher():
     mixture = MixtureConfig(alpha_min=0.0)
     q = torch.tensor(naive_step(student, teacher, [0.0] * 6, 0, mixture).log_drawn).exp()
     assert chi_square(student, teacher, q, mixture) < 25.7
-    assert chi_square(student, teacher, q, MixtureConfig(alpha_method="fixed", fixed_alpha=1.0)) > 1000
+    assert (
+        chi_square(student, teacher, q, MixtureConfig(alpha_method="fixed", fixed_alpha=1.0)) > 1000
+    )
 
 
 def test_ties_at_the_cut_go_to_the_smaller_id():
     """Guards: a k-th place that depends on the sort's mood, and an empty nucleus."""
     scores = [0.0, 1.0, 1.0, 1.0, 0.0]
-    assert one(scores, scores, MixtureConfig(top_k=2)).log_q[0].isfinite().tolist() == [False, True, True, False, False]
-    assert one(scores, scores, MixtureConfig(top_p=1e-6)).log_q[0].isfinite().tolist() == [False, True] + [False] * 3
+    assert one(scores, scores, MixtureConfig(top_k=2)).log_q[0].isfinite().tolist() == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert (
+        one(scores, scores, MixtureConfig(top_p=1e-6)).log_q[0].isfinite().tolist()
+        == [False, True] + [False] * 3
+    )
     restricted = one(scores, scores, MixtureConfig(teacher_support_top_k=1))
     assert restricted.token.item() == 1
     assert trace_of(restricted)["log_p_student"] == 0.0
@@ -299,8 +348,17 @@ def test_supports():
         result = one([0.0, -INF], [-INF, 0.0], MixtureConfig(alpha_method=method))
         assert result.token.item() == 1
         trace = trace_of(result)
-        assert (trace["alpha"], trace["fallback"], trace["clamped"], trace["kl_teacher"]) == (1.0, 1.0, 0.0, 0.0)
-        assert (trace["kl_student"], trace["ess_student"], trace["log_p_student"]) == (INF, 0.0, -INF)
+        assert (trace["alpha"], trace["fallback"], trace["clamped"], trace["kl_teacher"]) == (
+            1.0,
+            1.0,
+            0.0,
+            0.0,
+        )
+        assert (trace["kl_student"], trace["ess_student"], trace["log_p_student"]) == (
+            INF,
+            0.0,
+            -INF,
+        )
 
 
 def test_first_token_is_the_teachers():
@@ -337,14 +395,18 @@ def test_large_vocabulary_agrees_with_a_small_one():
 def test_no_rows(method):
     """Guards: a round in which no request has a token to draw."""
     empty = torch.zeros(0, 9)
-    result = step(empty, empty, empty, torch.zeros(0, dtype=torch.int64), MixtureConfig(alpha_method=method))
+    result = step(
+        empty, empty, empty, torch.zeros(0, dtype=torch.int64), MixtureConfig(alpha_method=method)
+    )
     assert result.pack().shape == (0, 3 + len(TRACE_FIELDS))
 
 
 def test_pack_keeps_large_ids():
     """Guards: token ids rounded on their way to the host."""
     trace = torch.rand(2, len(TRACE_FIELDS))
-    packed = Step(torch.tensor([262_143, 1]), trace, torch.tensor([True, False]), torch.tensor([False, True]))
+    packed = Step(
+        torch.tensor([262_143, 1]), trace, torch.tensor([True, False]), torch.tensor([False, True])
+    )
     again = Step.unpack(packed.pack())
     assert again.token.tolist() == [262_143, 1]
     assert again.bad_student.tolist() == [True, False]
@@ -359,8 +421,14 @@ def test_tensors_and_arrays_agree(method, monkeypatch):
     student[1:5, ::3], teacher[2:5, ::4], student[6], teacher[7] = -INF, -INF, math.nan, -INF
     student[5, ::2], teacher[5, 1::2] = -INF, -INF
     mixtures = [MixtureConfig(alpha_method=method, alpha_min=low) for low in (0.0, 0.5)]
-    mixtures.append(MixtureConfig(alpha_method=method, teacher_support_top_k=9, top_p=0.9, force_first_token=True))
-    arrays = [step(student, teacher, noise, position, mixture, keep_log_q=True) for mixture in mixtures]
+    mixtures.append(
+        MixtureConfig(
+            alpha_method=method, teacher_support_top_k=9, top_p=0.9, force_first_token=True
+        )
+    )
+    arrays = [
+        step(student, teacher, noise, position, mixture, keep_log_q=True) for mixture in mixtures
+    ]
     monkeypatch.setattr(tiles, "uses_numpy", lambda device: False)
     for mixture, want in zip(mixtures, arrays, strict=True):
         got = step(student, teacher, noise, position, mixture, keep_log_q=True)

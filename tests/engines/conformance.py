@@ -85,7 +85,9 @@ class EngineConformance:
         alone = by_key(c for r in requests for c in harness.open(MixtureConfig(), 1).generate([r]))
         for batch_size, order in ((1, 1), (3, -1), (64, 1), (7, -1)):
             together = by_key(harness.open(MixtureConfig(), batch_size).generate(requests[::order]))
-            assert {k: c.token_ids for k, c in together.items()} == {k: c.token_ids for k, c in alone.items()}
+            assert {k: c.token_ids for k, c in together.items()} == {
+                k: c.token_ids for k, c in alone.items()
+            }
 
     def test_each_model_sees_its_own_prompt(self, harness):
         """Guards: needs.md 16: the first request's student prompt, or the teacher's, used for all."""
@@ -97,12 +99,16 @@ class EngineConformance:
             }
             for i, token in enumerate(completion.token_ids):
                 for role, prompt in contexts.items():
-                    expected = log_softmax(harness.logits(role, [*prompt, *completion.token_ids[:i]]))[token]
+                    expected = log_softmax(
+                        harness.logits(role, [*prompt, *completion.token_ids[:i]])
+                    )[token]
                     assert completion.trace[f"log_p_{role}"][i] == pytest.approx(expected, abs=2e-4)
 
     def test_alpha_and_divergences_are_those_of_the_enumeration(self, harness):
         """Guards: diagnostics of another position, row or temperature."""
-        mixture = MixtureConfig(alpha_min=0.2, alpha_max=0.9, temperature=0.7, force_first_token=True)
+        mixture = MixtureConfig(
+            alpha_min=0.2, alpha_max=0.9, temperature=0.7, force_first_token=True
+        )
         for completion in harness.open(mixture, 4).generate(requests_of(harness, 4, new=5)):
             text = []
             for i, token in enumerate(completion.token_ids):
@@ -146,7 +152,9 @@ class EngineConformance:
                     rest = [0.0, 0.0]
             observed[-1] += rest[0]
             wanted[-1] += rest[1]
-            p_values.append(stats.chisquare(observed, np.array(wanted) * sum(observed) / sum(wanted)).pvalue)
+            p_values.append(
+                stats.chisquare(observed, np.array(wanted) * sum(observed) / sum(wanted)).pvalue
+            )
         return p_values
 
     def enumerate(self, harness, mixture, stop_ids, only_teacher):
@@ -154,7 +162,10 @@ class EngineConformance:
         student, teacher = harness.prompts[0]
 
         def q_after(text):
-            s, t = harness.logits("student", [*student, *text]), harness.logits("teacher", [*teacher, *text])
+            s, t = (
+                harness.logits("student", [*student, *text]),
+                harness.logits("teacher", [*teacher, *text]),
+            )
             if only_teacher:
                 return np.exp(log_softmax(t / mixture.temperature))
             return exact_q(s, t, mixture, len(text))[0]
@@ -174,7 +185,9 @@ class EngineConformance:
         first = by_key(engine.generate(requests_of(harness, 4, samples=8)))
         again = by_key(engine.generate(requests_of(harness, 4, samples=8)))
         other = by_key(engine.generate(requests_of(harness, 4, samples=8, seed=1)))
-        assert {k: c.token_ids for k, c in first.items()} == {k: c.token_ids for k, c in again.items()}
+        assert {k: c.token_ids for k, c in first.items()} == {
+            k: c.token_ids for k, c in again.items()
+        }
         assert sum(first[k].token_ids != other[k].token_ids for k in first) > 16
         assert len({first["prompt 0", j].token_ids for j in range(8)}) > 3
 
@@ -184,7 +197,11 @@ class EngineConformance:
         long = Request("long", 0, 0, tuple([1] * harness.context_length), (1, 2), 5)
         alien = Request("alien", 0, 0, (1, 2), (1, 10**6), 5)
         empty = Request("empty", 0, 0, (), (1, 2), 5)
-        done = by_key(harness.open(MixtureConfig(), 2).generate([long, good[0], alien, good[1], empty, good[2]]))
+        done = by_key(
+            harness.open(MixtureConfig(), 2).generate(
+                [long, good[0], alien, good[1], empty, good[2]]
+            )
+        )
         assert len(done) == 6
         assert str(harness.context_length) in done["long", 0].error
         assert "student" in done["long", 0].error
@@ -223,7 +240,9 @@ class EngineConformance:
         assert completion.finish_reason in ("length", "stop")
         assert len(completion.token_ids) <= 3
 
-    @pytest.mark.parametrize("method", ["kl_symmetry", "reverse_kl_symmetry", "ess_balance", "entropy", "fixed"])
+    @pytest.mark.parametrize(
+        "method", ["kl_symmetry", "reverse_kl_symmetry", "ess_balance", "entropy", "fixed"]
+    )
     def test_every_method_of_the_seeds_draws(self, harness, method):
         """Guards: a method that the engine's rows break."""
         engine = harness.open(MixtureConfig(alpha_method=method, alpha_min=0.0), 8)

@@ -31,7 +31,9 @@ class TestToyEngine(EngineConformance):
         student, teacher = torch.zeros(3, 3), torch.zeros(3, 3)
         teacher[2] = float("nan")
         student[:, 2] = teacher[:2, 2] = 60.0
-        [done] = ToyEngine(student, teacher, MixtureConfig()).generate([Request("a", 0, 0, (1,), (1,), 5)])
+        [done] = ToyEngine(student, teacher, MixtureConfig()).generate(
+            [Request("a", 0, 0, (1,), (1,), 5)]
+        )
         assert done.finish_reason == "error"
         assert done.token_ids == (2,)
         assert "teacher" in done.error

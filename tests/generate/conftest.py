@@ -19,7 +19,9 @@ from optimal_sampling.types import TRACE_FIELDS, Completion, Request, TokenTrace
 class FakeEngine(Engine):
     """Tokens are a function of the request's noise key; finishes `window` requests at a time, backwards."""
 
-    def __init__(self, window: int = 4, fails: Callable[[Request], str] = lambda request: "") -> None:
+    def __init__(
+        self, window: int = 4, fails: Callable[[Request], str] = lambda request: ""
+    ) -> None:
         self.window = window
         self.fails = fails
         self.served: list[Request] = []
@@ -38,11 +40,18 @@ class FakeEngine(Engine):
             request = waiting.pop()
             self.served.append(request)
             rng = random.Random(request.noise_key)
-            ids = tuple(rng.randrange(32, 127) for _ in range(rng.randrange(1, request.max_new_tokens + 1)))
+            ids = tuple(
+                rng.randrange(32, 127) for _ in range(rng.randrange(1, request.max_new_tokens + 1))
+            )
             rows = [tuple(rng.random() for _ in TRACE_FIELDS) for _ in ids]
             error = self.fails(request)
             yield Completion(
-                request, ids, "error" if error else "stop", TokenTrace.from_rows(rows), error, rng.random()
+                request,
+                ids,
+                "error" if error else "stop",
+                TokenTrace.from_rows(rows),
+                error,
+                rng.random(),
             )
 
     def notes(self) -> dict[str, str]:
@@ -63,12 +72,16 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 def job(tmp_path: Path) -> Callable[..., GenerateConfig]:
     """A config for rows given as a list (written as JSONL) or a dataset's name."""
 
-    def build(rows: object = "synthetic", name: str = "run", max_attempts: int = 3, **data: object) -> GenerateConfig:
+    def build(
+        rows: object = "synthetic", name: str = "run", max_attempts: int = 3, **data: object
+    ) -> GenerateConfig:
         if not isinstance(rows, str):
             path = tmp_path / "rows.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             rows = str(path)
-        run = RunConfig(output_dir=str(tmp_path / name), max_new_tokens=8, max_attempts=max_attempts)
+        run = RunConfig(
+            output_dir=str(tmp_path / name), max_new_tokens=8, max_attempts=max_attempts
+        )
         return replace(GenerateConfig(run=run), data=DataConfig(dataset=rows, **data))
 
     return build

@@ -63,7 +63,11 @@ def test_synthetic():
 
 @pytest.mark.parametrize(
     ("columns", "chosen"),
-    [(("answer", "question"), "question"), (("prompt", "problem"), "problem"), (("messages", "id"), "messages")],
+    [
+        (("answer", "question"), "question"),
+        (("prompt", "problem"), "problem"),
+        (("messages", "id"), "messages"),
+    ],
 )
 def test_the_prompt_column_is_guessed(tmp_path, columns, chosen):
     """Guards: a guess that depends on the order of the columns."""
@@ -81,7 +85,10 @@ def test_blank_lines_bom_and_windows_line_ends(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"problem": "a"}\n{"problem": b}\n', r"rows\.jsonl is not JSON at line 2, column 13: Expecting value"),
+        (
+            b'{"problem": "a"}\n{"problem": b}\n',
+            r"rows\.jsonl is not JSON at line 2, column 13: Expecting value",
+        ),
         (b'{"problem": "a"}\n{"problem": "b', r"rows\.jsonl is not JSON at line 2, column 13"),
         (
             b'{"problem": "a"}\n\n["b"]\n',
@@ -91,7 +98,10 @@ def test_blank_lines_bom_and_windows_line_ends(tmp_path):
         (b"[" * 100_000, r"rows\.jsonl is not JSON at line 1"),
         (b"", "is empty"),
         (b"\n \n", "is empty"),
-        (b'{"text": "a", "label": 1}\n', "no column problem or question or prompt or messages; it has: text, label"),
+        (
+            b'{"text": "a", "label": 1}\n',
+            "no column problem or question or prompt or messages; it has: text, label",
+        ),
     ],
 )
 def test_bad_jsonl(tmp_path, content, message):
@@ -114,7 +124,10 @@ def test_a_bad_line_beyond_what_was_asked_for_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt_column": "text"}, "no column text; it has: problem, answer. Name the one with the prompt"),
+        (
+            {"prompt_column": "text"},
+            "no column text; it has: problem, answer. Name the one with the prompt",
+        ),
         ({"answer_column": "gold"}, "no column gold; it has: problem, answer"),
         ({"data_slice": "10::2"}, "the data slice 10::2 takes none of the 10 rows"),
     ],
@@ -126,7 +139,9 @@ def test_bad_options(tmp_path, options, message):
         read(path, **options)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "a/b/c", "/missing", "~/missing-folder"])
+@pytest.mark.parametrize(
+    "name", ["missing.jsonl", "./missing", "a/b/c", "/missing", "~/missing-folder"]
+)
 def test_a_missing_file(name):
     """Guards: looking a mistyped path up on the hub."""
     with pytest.raises(DatasetError, match="does not exist"):
@@ -148,7 +163,9 @@ def test_other_files(tmp_path):
 def test_the_hub_needs_its_extra(monkeypatch):
     """Guards: an ImportError, and a message that hides that a file of that name is missing."""
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingDependencyError, match=r"no file or folder 'owner/name'.*optimal-sampling\[hub\]"):
+    with pytest.raises(
+        MissingDependencyError, match=r"no file or folder 'owner/name'.*optimal-sampling\[hub\]"
+    ):
         read("owner/name")
 
 

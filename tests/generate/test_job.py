@@ -37,7 +37,12 @@ def test_a_run(fake_engine, job):
     """The story: every row becomes a record that says what was asked and what came of it."""
     config = job(ROWS, samples_per_prompt=2)
     summary = generate(config)
-    assert (summary.status, summary.asked, summary.good, summary.generated) == ("complete", 24, 24, 24)
+    assert (summary.status, summary.asked, summary.good, summary.generated) == (
+        "complete",
+        24,
+        24,
+        24,
+    )
     found = records(config)
     assert len(found) == 24
     for (name, _), record in found.items():
@@ -54,7 +59,9 @@ def test_a_finished_run_loads_no_models(fake_engine, job, monkeypatch):
     """Guards: minutes of loading to find that nothing is owed."""
     config = job(ROWS)
     generate(config)
-    monkeypatch.setattr("optimal_sampling.engines.open_engine", lambda *_: pytest.fail("models were loaded"))
+    monkeypatch.setattr(
+        "optimal_sampling.engines.open_engine", lambda *_: pytest.fail("models were loaded")
+    )
     summary = generate(config)
     assert (summary.already_good, summary.generated, summary.status) == (12, 0, "complete")
     assert summary.folder_records == 12
@@ -71,7 +78,10 @@ def test_more_of_the_same(fake_engine, job):
 
 def test_an_interrupted_run_goes_on(fake_engine, job):
     """Guards: a record lost or made twice by Ctrl-C, and a resumed run that differs from an uninterrupted one."""
-    whole, broken = job(ROWS, "whole", samples_per_prompt=3), job(ROWS, "broken", samples_per_prompt=3)
+    whole, broken = (
+        job(ROWS, "whole", samples_per_prompt=3),
+        job(ROWS, "broken", samples_per_prompt=3),
+    )
     generate(whole)
     calls = 0
     while True:
@@ -85,7 +95,10 @@ def test_an_interrupted_run_goes_on(fake_engine, job):
         assert summary.folder_records == 5 * calls
     assert calls > 5
     assert without_times(records(broken)) == without_times(records(whole))
-    assert len((Path(broken.run.output_dir) / "records" / "main.jsonl").read_bytes().splitlines()) == 36
+    assert (
+        len((Path(broken.run.output_dir) / "records" / "main.jsonl").read_bytes().splitlines())
+        == 36
+    )
 
 
 def outcome(config):
@@ -119,12 +132,21 @@ def test_an_engine_that_gives_up_loses_nothing(fake_engine, job):
 
 def test_null_and_empty_prompts_fail_alone(fake_engine, job):
     """Guards: one bad row ending a run, or a record that hides it."""
-    rows = [*ROWS[:2], {"problem": None, "n": 1}, {"problem": "  "}, {"other": "x"}, {"problem": 5}, *ROWS[2:4]]
+    rows = [
+        *ROWS[:2],
+        {"problem": None, "n": 1},
+        {"problem": "  "},
+        {"other": "x"},
+        {"problem": 5},
+        *ROWS[2:4],
+    ]
     config = job(rows)
     summary = generate(config)
     assert (summary.status, summary.good, summary.failed) == ("failed", 5, 3)
     errors = {
-        record["row_index"]: record["error"] for record in records(config, failed=True).values() if record["error"]
+        record["row_index"]: record["error"]
+        for record in records(config, failed=True).values()
+        if record["error"]
     }
     assert errors == {
         2: "column 'problem' is null",

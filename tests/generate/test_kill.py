@@ -19,7 +19,13 @@ COMMAND = [sys.executable, "-m", "optimal_sampling"]
 
 
 def arguments(folder, rows, **options):
-    options = {"engine": "toy", "output-dir": folder, "num-examples": rows, "max-new-tokens": 24, **options}
+    options = {
+        "engine": "toy",
+        "output-dir": folder,
+        "num-examples": rows,
+        "max-new-tokens": 24,
+        **options,
+    }
     return ["generate", *(f"--{name}={value}" for name, value in options.items())]
 
 
@@ -75,7 +81,9 @@ def kill_until_done(command, folder, rng, longest, most):
 def test_kill_and_resume(tmp_path):
     """Guards: a lost record, a repeated one, and a resumed run that differs from an uninterrupted one."""
     options = {"samples-per-prompt": 2, "batch-size": 3}
-    subprocess.run([*COMMAND, *arguments(tmp_path / "whole", 30, **options)], check=True, capture_output=True)
+    subprocess.run(
+        [*COMMAND, *arguments(tmp_path / "whole", 30, **options)], check=True, capture_output=True
+    )
     command = [*COMMAND, *arguments(tmp_path / "killed", 30, **options)]
     kills = kill_until_done(command, tmp_path / "killed", random.Random(3), longest=1.5, most=4)
     assert kills >= 1
@@ -88,11 +96,17 @@ def test_kill_and_resume(tmp_path):
 def test_kill_and_resume_for_long(tmp_path, engine):
     """The same with many kills, and with real models."""
     options = {"samples-per-prompt": 2, "engine": engine}
-    subprocess.run([*COMMAND, *arguments(tmp_path / "whole", 40, **options)], check=True, capture_output=True)
+    subprocess.run(
+        [*COMMAND, *arguments(tmp_path / "whole", 40, **options)], check=True, capture_output=True
+    )
     for seed in range(4):
         folder = tmp_path / f"killed{seed}"
         kill_until_done(
-            [*COMMAND, *arguments(folder, 40, **options)], folder, random.Random(seed), longest=1.0, most=20
+            [*COMMAND, *arguments(folder, 40, **options)],
+            folder,
+            random.Random(seed),
+            longest=1.0,
+            most=20,
         )
         assert lines(folder) == lines(tmp_path / "whole")
 
@@ -117,7 +131,9 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, number):
     advice = shlex.split(said.splitlines()[-1])
     assert advice == ["optimal-sampling", *command[3:]]
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
-    again = subprocess.run([*COMMAND, *advice[1:], f"--num-examples={safe}"], capture_output=True, text=True)
+    again = subprocess.run(
+        [*COMMAND, *advice[1:], f"--num-examples={safe}"], capture_output=True, text=True
+    )
     assert (again.returncode, "(0 new)" in again.stdout) == (0, True)
 
 
@@ -145,7 +161,9 @@ STUBBORN = """
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     """Guards: a command that can only be killed by its number."""
     code = [sys.executable, "-c", textwrap.dedent(STUBBORN), str(tmp_path / "run")]
-    with subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        code, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         for expected in ("generating\n", "stopping\n"):
             assert process.stdout.readline() == expected
             process.send_signal(signal.SIGINT)
@@ -164,10 +182,15 @@ FULL_DISK = """
 def test_a_full_disk(tmp_path):
     """Guards: a traceback, a torn file, and a run that cannot go on when there is room again."""
     given = arguments(tmp_path / "run", 12)
-    full = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL_DISK), *given], capture_output=True, text=True)
+    full = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FULL_DISK), *given], capture_output=True, text=True
+    )
     assert full.returncode == 1
     assert "Traceback" not in full.stderr
-    assert "every record acknowledged before is safe. Free some space and run the same command again" in full.stderr
+    assert (
+        "every record acknowledged before is safe. Free some space and run the same command again"
+        in full.stderr
+    )
     kept = lines(tmp_path / "run")
     again = subprocess.run([*COMMAND, *given], capture_output=True, text=True)
     assert again.returncode == 0

@@ -72,7 +72,13 @@ def test_the_summary_names_what_went_wrong(fake_engine, job):
     console = Console(file=io.StringIO(), width=100)
     console.print(summary.table())
     text = console.file.getvalue()
-    for expected in ("failed: ", "1 good of 2 asked", "1 x failed", "column 'problem' is null", "duplicate rows"):
+    for expected in (
+        "failed: ",
+        "1 good of 2 asked",
+        "1 x failed",
+        "column 'problem' is null",
+        "duplicate rows",
+    ):
         assert expected in text
     assert "torn" not in text
 

@@ -14,13 +14,23 @@ BESIDE = HERE.parents[2] / "shared" / "data"
 
 
 def run(dataset, folder, *options):
-    arguments = ["--dataset", str(dataset), "--output-dir", str(folder), "--max-new-tokens", "16", *options]
+    arguments = [
+        "--dataset",
+        str(dataset),
+        "--output-dir",
+        str(folder),
+        "--max-new-tokens",
+        "16",
+        *options,
+    ]
     return main(["generate", *arguments])
 
 
 def check(folder, dataset, count):
     """Every row is there, its prompts whole, its ids within the vocabulary."""
-    lines = dataset.read_bytes().rstrip(b"\n").split(b"\n")  # text.splitlines() would also split at U+2028
+    lines = (
+        dataset.read_bytes().rstrip(b"\n").split(b"\n")
+    )  # text.splitlines() would also split at U+2028
     source = [json.loads(line) for line in lines]
     records = list(load(folder))
     assert len(records) == count

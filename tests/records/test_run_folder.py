@@ -7,7 +7,13 @@ from dataclasses import fields, replace
 
 import pytest
 
-from optimal_sampling.config import DataConfig, EngineConfig, GenerateConfig, MixtureConfig, RunConfig
+from optimal_sampling.config import (
+    DataConfig,
+    EngineConfig,
+    GenerateConfig,
+    MixtureConfig,
+    RunConfig,
+)
 from optimal_sampling.errors import RunFolderError, StorageError
 from optimal_sampling.records import RunFolder, load
 from optimal_sampling.records import files as files_module
@@ -75,7 +81,9 @@ def test_load_of_a_folder_without_records(tmp_path):
 def test_another_config_is_refused_with_a_diff(config, make_record):
     """Guards: records of two distributions in one folder."""
     start(config, make_record)
-    other = replace(config, mixture=MixtureConfig(alpha_min=0.3, top_k=5), run=replace(config.run, seed=1))
+    other = replace(
+        config, mixture=MixtureConfig(alpha_min=0.3, top_k=5), run=replace(config.run, seed=1)
+    )
     with pytest.raises(RunFolderError) as caught:
         RunFolder(other)
     message = str(caught.value)
@@ -221,7 +229,9 @@ def test_a_call_that_made_nothing_binds_nobody(config, make_record):
 
 def test_two_workers_that_start_with_different_configs(config, make_record):
     """Guards: both finding no config.json, and both writing records."""
-    other = replace(config, data=DataConfig(data_slice="0::2"), mixture=MixtureConfig(alpha_min=0.1))
+    other = replace(
+        config, data=DataConfig(data_slice="0::2"), mixture=MixtureConfig(alpha_min=0.1)
+    )
     with RunFolder(config) as first, RunFolder(other) as second:
         first.add(make_record(0))
         with pytest.raises(RunFolderError, match=r"--alpha-min: 0\.5 there, 0\.1 now"):

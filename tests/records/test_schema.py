@@ -21,7 +21,11 @@ from optimal_sampling.records.schema import (
 from optimal_sampling.types import TRACE_FIELDS, Completion, Request, TokenTrace
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
@@ -48,7 +52,9 @@ def test_lone_surrogates_survive(text):
 @given(st.integers(0, 10_000), st.integers(1, 255))
 def test_any_changed_byte_is_noticed(place, change):
     """Guards: bit rot and torn writes that leave valid JSON."""
-    line = bytearray(encode_line({"id": "0" * 32, "completion": "1+1=2", "completion_ids": [1, 2, 3]}))
+    line = bytearray(
+        encode_line({"id": "0" * 32, "completion": "1+1=2", "completion_ids": [1, 2, 3]})
+    )
     line[place % len(line)] ^= change
     assert decode_line(bytes(line)) is None
 
@@ -62,9 +68,13 @@ def test_a_row_cannot_forge_a_checksum(text):
 
 def trace_record(rows, **options):
     request = Request("a" * 32, 0, 3, (1,), (1, 2), 8)
-    completion = Completion(request, tuple(range(len(rows))), "length", TokenTrace.from_rows(rows), seconds=1.23456)
+    completion = Completion(
+        request, tuple(range(len(rows))), "length", TokenTrace.from_rows(rows), seconds=1.23456
+    )
     prompt = Prompt("a" * 32, 5, options.pop("row", {"problem": "p"}), "s", "t", 1, 2)
-    return completion_record(prompt, completion, "text", attempts=2, token_lists=options.pop("token_lists", True))
+    return completion_record(
+        prompt, completion, "text", attempts=2, token_lists=options.pop("token_lists", True)
+    )
 
 
 def test_every_documented_field_is_there():
@@ -80,7 +90,9 @@ def test_every_documented_field_is_there():
 def test_nan_never_reaches_json():
     """Guards: `NaN` in a line, which is no JSON, and a mean that one NaN token makes NaN."""
     nan = (math.nan,) * len(TRACE_FIELDS)
-    record = trace_record([nan, (0.5,) * len(TRACE_FIELDS)], row={"problem": "p", "score": math.inf})
+    record = trace_record(
+        [nan, (0.5,) * len(TRACE_FIELDS)], row={"problem": "p", "score": math.inf}
+    )
     assert record["alpha_mean"] == 0.5
     assert record["token_alpha"] == [None, 0.5]
     assert record["row"]["score"] is None
@@ -91,7 +103,13 @@ def test_nan_never_reaches_json():
 def test_a_completion_without_tokens_has_no_means():
     """Guards: division by zero where the first token fails."""
     record = trace_record([])
-    assert record["alpha_mean"] is record["alpha_min"] is record["kl_student"] is record["ess_ratio"] is None
+    assert (
+        record["alpha_mean"]
+        is record["alpha_min"]
+        is record["kl_student"]
+        is record["ess_ratio"]
+        is None
+    )
 
 
 def test_token_lists_can_be_left_out():

@@ -29,7 +29,9 @@ def test_slices(text, expected):
     assert parse_slice(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "3", "a::b", "0::0", "-1::2", "0:1:2:3", "0;8", "٣::٨", "1.5:2"])
+@pytest.mark.parametrize(
+    "text", ["", "3", "a::b", "0::0", "-1::2", "0:1:2:3", "0;8", "٣::٨", "1.5:2"]
+)
 def test_not_a_slice(text):
     """Guards: a mistyped shard that silently takes the whole dataset."""
     with pytest.raises(ConfigError, match="data_slice"):
@@ -38,7 +40,8 @@ def test_not_a_slice(text):
 
 def shard(tmp_path, part, numbers, make_record, asked=None, seed=0):
     config = GenerateConfig(
-        data=DataConfig(data_slice=part), run=RunConfig(output_dir=str(tmp_path / part.replace(":", "_")), seed=seed)
+        data=DataConfig(data_slice=part),
+        run=RunConfig(output_dir=str(tmp_path / part.replace(":", "_")), seed=seed),
     )
     with RunFolder(config) as folder:
         for number in numbers:
@@ -52,7 +55,15 @@ def test_merge(tmp_path, make_record):
     """Guards: a merged folder that lacks a record, holds one twice, or cannot be resumed."""
     shards = [shard(tmp_path, f"{part}::3", [part, part + 3, 99], make_record) for part in range(3)]
     assert merge(shards, tmp_path / "all") == 7
-    assert sorted(record["row_index"] for record in load(tmp_path / "all")) == [0, 1, 2, 3, 4, 5, 99]
+    assert sorted(record["row_index"] for record in load(tmp_path / "all")) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        99,
+    ]
     whole = GenerateConfig(run=RunConfig(output_dir=str(tmp_path / "all")))
     with RunFolder(whole) as folder:
         assert len(folder.ledger.good) == 7
@@ -73,7 +84,9 @@ def test_merge_refuses_what_does_not_fit(tmp_path, make_record):
         merge([first, other], tmp_path / "third")
 
 
-@pytest.mark.parametrize("slices", [["0::2"], ["0::2", "1::3"], ["0:5:2", "1::2"], ["0::3", "1::3", "1::3"]])
+@pytest.mark.parametrize(
+    "slices", [["0::2"], ["0::2", "1::3"], ["0:5:2", "1::2"], ["0::3", "1::3", "1::3"]]
+)
 def test_no_partition(slices):
     """Guards: counting shards instead of looking at them."""
     with pytest.raises(RunFolderError, match="no partition"):
@@ -89,7 +102,8 @@ def test_partition():
 def test_worker_names_differ():
     """Guards: two slices that share a file, or a file name that some file systems refuse."""
     names = {
-        replace(GenerateConfig(), data=DataConfig(data_slice=part)).worker for part in ("0::2", "1::2", "0:2", "0:")
+        replace(GenerateConfig(), data=DataConfig(data_slice=part)).worker
+        for part in ("0::2", "1::2", "0:2", "0:")
     }
     assert len(names) == 4
     assert all(Path(name).name == name and ":" not in name for name in names)

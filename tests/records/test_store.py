@@ -43,7 +43,9 @@ def test_append_close_open(tmp_path, make_record):
     assert [record["row_index"] for record in Scan(path)] == list(range(13))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(data=st.data())
 def test_a_tail_torn_at_any_byte_is_cut(tmp_path_factory, make_record, data):
     """Guards: appending after a torn line, which destroys two records, and cutting a whole one."""
@@ -110,7 +112,12 @@ def test_a_second_writer_is_told_who_writes(tmp_path, make_record):
     """Guards: two processes interleaving lines in one file."""
     path = tmp_path / "main.jsonl"
     file, _, _ = open_file(path)
-    with file, pytest.raises(RunFolderError, match=rf"main\.jsonl is being written .*pid {os.getpid()} on \S+"):
+    with (
+        file,
+        pytest.raises(
+            RunFolderError, match=rf"main\.jsonl is being written .*pid {os.getpid()} on \S+"
+        ),
+    ):
         RecordFile(path)
     write(path, [make_record()])  # released with the first writer
 
@@ -123,7 +130,9 @@ def test_the_lock_dies_with_its_process(tmp_path, make_record):
         from optimal_sampling.records.store import RecordFile
         file = RecordFile(Path({str(path)!r})); print("locked", flush=True); time.sleep(60)
     """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout.readline() == b"locked\n"
         with pytest.raises(RunFolderError, match=f"pid {process.pid} on"):
             RecordFile(path)
@@ -248,7 +257,9 @@ def kill_loop(path, rounds, seed):
     rng = random.Random(seed)
     acknowledged = -1
     for _ in range(rounds):
-        with subprocess.Popen([sys.executable, "-c", textwrap.dedent(KILLED), str(path)], stdout=subprocess.PIPE) as it:
+        with subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(KILLED), str(path)], stdout=subprocess.PIPE
+        ) as it:
             time.sleep(rng.uniform(0.05, 0.4))
             it.send_signal(signal.SIGKILL)
             said = it.stdout.read().split()

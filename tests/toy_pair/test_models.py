@@ -38,13 +38,20 @@ def test_a_model_is_what_it_says(name: str):
     assert model.config.model_type == "qwen3"
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.2)
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, rows)
-    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert (
+        model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
+    )
+    assert (
+        model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
+    )
 
 
 def test_the_teacher_has_surplus_rows_and_never_uses_them():
     """So that every run meets a vocabulary padded beyond the tokenizer, as many real models have it."""
-    model, tokenizer = load("toy-teacher"), AutoTokenizer.from_pretrained(toy_pair.path("toy-teacher"))
+    model, tokenizer = (
+        load("toy-teacher"),
+        AutoTokenizer.from_pretrained(toy_pair.path("toy-teacher")),
+    )
     assert model.config.vocab_size > len(tokenizer)
     ids = torch.tensor([tokenizer.encode("<|user|>47*3=?<|end|><|assistant|>47*3=141")])
     p = model(ids).logits.softmax(-1)[0, -8:, len(tokenizer) :]
@@ -52,10 +59,15 @@ def test_the_teacher_has_surplus_rows_and_never_uses_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "low", "high"), [("toy-teacher", 0.85, 1.0), ("toy-student", 0.15, 0.55)])
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("toy-teacher", 0.85, 1.0), ("toy-student", 0.15, 0.55)]
+)
 def test_accuracy_at_temperature_1(name: str, low: float, high: float):
     torch.manual_seed(0)
-    model, tokenizer = load(name), AutoTokenizer.from_pretrained(toy_pair.path(name), padding_side="left")
+    model, tokenizer = (
+        load(name),
+        AutoTokenizer.from_pretrained(toy_pair.path(name), padding_side="left"),
+    )
     questions = [problems.make_problem(77, i) for i in range(200)]
     chats = [[{"role": "user", "content": problem.text}] for problem in questions]
     prompts = tokenizer.apply_chat_template(
@@ -71,4 +83,6 @@ def test_the_report_is_about_these_files():
     report = json.loads((toy_pair.path("toy-teacher").parent / "report.json").read_text())
     for name in toy_pair.NAMES:
         model = load(name)
-        assert report[toy_pair.NAMES[name]]["parameters"] == sum(p.numel() for p in model.parameters())
+        assert report[toy_pair.NAMES[name]]["parameters"] == sum(
+            p.numel() for p in model.parameters()
+        )

@@ -38,7 +38,9 @@ def test_a_mistake_is_carried_on(problem: Problem, style, rng, data):
     step = data.draw(st.integers(0, problem.steps - 1))
     mistake = problems.wrong_at(problem, {step}, rng)
     right, mistaken = problems.results(problem), problems.results(problem, mistake)
-    assert [r == m for r, m in zip(right, mistaken, strict=True)][: step + 1] == [True] * step + [False]
+    assert [r == m for r, m in zip(right, mistaken, strict=True)][: step + 1] == [True] * step + [
+        False
+    ]
     assert all(later[0] == earlier[3] for earlier, later in pairwise(mistaken))
     assert problems.is_correct(problems.solve(problem, style, mistake), str(mistaken[-1][3]))
 
@@ -62,7 +64,10 @@ def test_known_problem_in_all_styles():
 
 
 def test_lengths_are_equally_likely():
-    counts = [sum(make_problem(0, i).steps == n for i in range(5000)) for n in range(1, problems.MAX_STEPS + 1)]
+    counts = [
+        sum(make_problem(0, i).steps == n for i in range(5000))
+        for n in range(1, problems.MAX_STEPS + 1)
+    ]
     assert min(counts) > 880  # 1000 expected, standard deviation 28
     assert max(counts) < 1120
 

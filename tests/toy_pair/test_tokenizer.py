@@ -8,7 +8,16 @@ from optimal_sampling.toy_pair.tokenizer import build_tokenizer
 
 BUILT = build_tokenizer()
 SHIPPED = AutoTokenizer.from_pretrained(toy_pair.path("toy-teacher"))
-MARKERS = ["<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>", r"\boxed{"]
+MARKERS = [
+    "<|endoftext|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<think>",
+    "</think>",
+    r"\boxed{",
+]
 any_text = st.lists(st.text() | st.sampled_from(MARKERS)).map("".join)
 
 
@@ -50,7 +59,9 @@ def test_thoughts_and_boxes_stay_where_roles_are_skipped():
 @pytest.mark.parametrize("options", [{}, {"enable_thinking": False}, {"enable_thinking": True}])
 def test_chat_template(options):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "47*3=?"}]
-    prompt = SHIPPED.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    prompt = SHIPPED.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False, **options
+    )
     assert prompt == "<|system|>Be brief.<|end|><|user|>47*3=?<|end|><|assistant|>"
     messages.append({"role": "assistant", "content": "141"})
     whole = SHIPPED.apply_chat_template(messages, tokenize=False, **options)

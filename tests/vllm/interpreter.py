@@ -17,7 +17,9 @@ def install():
     os.environ["TRITON_INTERPRET"] = "1"
     if str(_HERE) not in os.environ.get("PYTHONPATH", ""):
         inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE / "interpreted"), str(_HERE.parents[1]), *inherited])
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(_HERE / "interpreted"), str(_HERE.parents[1]), *inherited]
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _mend_triton()
@@ -43,7 +45,9 @@ def _mend_triton():
     triton.backends.backends.clear()
     triton.backends.backends["cpu"] = types.SimpleNamespace(driver=_Driver, compiler=None)
     for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
-        setattr(InterpreterBuilder, name, _with_boolean_mask(getattr(InterpreterBuilder, name), place))
+        setattr(
+            InterpreterBuilder, name, _with_boolean_mask(getattr(InterpreterBuilder, name), place)
+        )
 
 
 def _with_boolean_mask(original, place):
@@ -64,4 +68,6 @@ def _mend_vllm():
     from vllm.v1.sample.ops import topk_topp_sampler
 
     tldevice.log1p = lambda x, **_: tl.log(x + 1.0)  # a function of CUDA's own library
-    topk_topp_sampler.HAS_TRITON = False  # the one kernel that the interpreter cannot run; vLLM's torch version instead
+    topk_topp_sampler.HAS_TRITON = (
+        False  # the one kernel that the interpreter cannot run; vLLM's torch version instead
+    )

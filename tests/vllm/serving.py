@@ -37,7 +37,9 @@ def server(tmp_path_factory):
     script.write_text(LAUNCH)
     environment = {**os.environ, "OPTIMAL_SAMPLING_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "INFO"}
     with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, script, str(port)], env=environment, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [sys.executable, script, str(port)], env=environment, stdout=out, stderr=out
+        )
     address = f"http://127.0.0.1:{port}"
     try:
         wait_until_healthy(process, address, log)
@@ -51,7 +53,10 @@ def wait_until_healthy(process, address, log):
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-3000:]
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"{address}/health", timeout=2) as answer,
+        ):
             if answer.status == 200:
                 return
         time.sleep(0.5)
@@ -62,7 +67,9 @@ def wait_until_healthy(process, address, log):
 def client(server):
     import openai
 
-    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key=KEY, timeout=300, max_retries=0) as client:
+    with openai.OpenAI(
+        base_url=f"{server[0]}/v1", api_key=KEY, timeout=300, max_retries=0
+    ) as client:
         yield client
 
 

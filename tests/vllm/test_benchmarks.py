@@ -25,7 +25,9 @@ def test_the_gpu_script_with_small_shapes():
     for place in range(2):
         ideal = table["teacher"][place] + table["student"][place]
         assert table["lockstep / ideal"][place] == pytest.approx(ideal / table["lockstep"][place])
-        assert table["drafts / teacher"][place] == pytest.approx(table["teacher"][place] / table["drafts"][place])
+        assert table["drafts / teacher"][place] == pytest.approx(
+            table["teacher"][place] / table["drafts"][place]
+        )
 
 
 def test_one_engine_nested_in_another_mixes(folders, monkeypatch):
@@ -39,12 +41,18 @@ def test_one_engine_nested_in_another_mixes(folders, monkeypatch):
 
     pair = Pair(folders["student"], folders["teacher"])
     paths = {"student": pair.student, "teacher": pair.teacher}
-    setup = Setup("nested", vocab=VOCAB, context=CONTEXT, batch=4, prompt=4, drafts=0, gpu=False, **paths)
+    setup = Setup(
+        "nested", vocab=VOCAB, context=CONTEXT, batch=4, prompt=4, drafts=0, gpu=False, **paths
+    )
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     inner = plain_core(setup, pair.student, max_logprobs=-1, enable_prefix_caching=True)
     monkeypatch.setattr(StudentInside, "student", inner, raising=False)
-    settings = {"logits_processors": [StudentInside], "logprobs_mode": "processed_logprobs", "max_logprobs": -1}
+    settings = {
+        "logits_processors": [StudentInside],
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,
+    }
     outer = plain_core(setup, pair.teacher, **settings)
     asked = SamplingParams(max_tokens=5, logprobs=-1, ignore_eos=True, detokenize=False)
     prompts = {"a": [1, 2, 3], "b": [4], "c": [5] * 40}
@@ -60,4 +68,6 @@ def test_one_engine_nested_in_another_mixes(folders, monkeypatch):
         for place, row in enumerate(done[name].logprobs):
             text = [*ids, *done[name].token_ids[:place]]
             wanted = log_softmax(sum(log_softmax(pair.logits(role, text)) for role in paths) / 2)
-            assert np.array([row[i].logprob for i in range(VOCAB)]) == pytest.approx(wanted, abs=1e-4)
+            assert np.array([row[i].logprob for i in range(VOCAB)]) == pytest.approx(
+                wanted, abs=1e-4
+            )

@@ -47,12 +47,16 @@ class TestSharedWeights(EngineConformance):
     @pytest.fixture(scope="class")
     @classmethod
     def harness(cls, folders):
-        harness = harness_of(Pair(folders["teacher"], folders["teacher"]), max_num_batched_tokens=256)
+        harness = harness_of(
+            Pair(folders["teacher"], folders["teacher"]), max_num_batched_tokens=256
+        )
         yield harness
         harness.base.close()
 
 
-unseeded = pytest.mark.skipif(not SECOND_RUNNER, reason="vLLM's first runner does not seed its accept-reject draws")
+unseeded = pytest.mark.skipif(
+    not SECOND_RUNNER, reason="vLLM's first runner does not seed its accept-reject draws"
+)
 
 
 class Drafted(EngineConformance):

@@ -34,13 +34,17 @@ def full_rows(engine, mixture, student_ids, teacher_ids, new=4, mode="mixture"):
         detokenize=False,
         extra_args=extra,
     )
-    engine.core.add_request(f"full {random.random()}", {"prompt_token_ids": list(teacher_ids)}, params)
+    engine.core.add_request(
+        f"full {random.random()}", {"prompt_token_ids": list(teacher_ids)}, params
+    )
     while engine.core.has_unfinished_requests():
         for output in engine.core.step():
             if output.finished:
                 done = output.outputs[0]
     width = engine.vocab_size
-    rows = [[row[i].logprob if i in row else -np.inf for i in range(width)] for row in done.logprobs]
+    rows = [
+        [row[i].logprob if i in row else -np.inf for i in range(width)] for row in done.logprobs
+    ]
     return list(done.token_ids), np.array(rows)
 
 
@@ -49,7 +53,10 @@ def expected_rows(pair, mixture, student_ids, teacher_ids, tokens):
     rows = []
     for place in range(len(tokens)):
         text = tokens[:place]
-        logits = [pair.logits("student", [*student_ids, *text]), pair.logits("teacher", [*teacher_ids, *text])]
+        logits = [
+            pair.logits("student", [*student_ids, *text]),
+            pair.logits("teacher", [*teacher_ids, *text]),
+        ]
         noise = [0.0] * pair.size
         rows.append(naive_step(*(row.tolist() for row in logits), noise, place, mixture).log_drawn)
     return np.array(rows)
@@ -113,7 +120,10 @@ def test_drafts_change_no_distribution(drafted, lengths):
 
 
 MIXTURES = [
-    *(MixtureConfig(alpha_method=method, alpha_min=0.0, schedule_tokens=3) for method in ALPHA_METHODS),
+    *(
+        MixtureConfig(alpha_method=method, alpha_min=0.0, schedule_tokens=3)
+        for method in ALPHA_METHODS
+    ),
     MixtureConfig(),
     MixtureConfig(alpha_min=0.1, alpha_max=0.3),
     MixtureConfig(temperature=0.6, alpha_min=0.0),
@@ -125,7 +135,9 @@ MIXTURES = [
 
 
 @pytest.mark.parametrize(
-    "mixture", MIXTURES, ids=lambda m: f"{m.alpha_method} {m.temperature} {m.alpha_min}-{m.alpha_max}"
+    "mixture",
+    MIXTURES,
+    ids=lambda m: f"{m.alpha_method} {m.temperature} {m.alpha_min}-{m.alpha_max}",
 )
 def test_every_method_and_option(wide, mixture):
     """Guards: an option that vLLM's route to the worker loses, or a q* solved at another temperature."""
@@ -137,7 +149,9 @@ def test_every_method_and_option(wide, mixture):
     assert_rows(rows, expected_rows(pair, mixture, own, ids, tokens), limit)
 
 
-@pytest.mark.parametrize("truncation", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 30, "top_p": 0.9, "temperature": 0.8}])
+@pytest.mark.parametrize(
+    "truncation", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 30, "top_p": 0.9, "temperature": 0.8}]
+)
 def test_truncation_comes_after_mixing(wide, truncation):
     """Guards: top-k of the models in place of top-k of q*."""
     pair, engine = wide
@@ -152,7 +166,10 @@ def test_the_teacher_alone(wide):
     pair, engine = wide
     ids = some_ids(150, 5)
     tokens, rows = full_rows(engine, MixtureConfig(temperature=0.7), ids, ids, mode="teacher")
-    wanted = [log_softmax(pair.logits("teacher", [*ids, *tokens[:place]]) / 0.7) for place in range(len(tokens))]
+    wanted = [
+        log_softmax(pair.logits("teacher", [*ids, *tokens[:place]]) / 0.7)
+        for place in range(len(tokens))
+    ]
     assert_rows(rows, np.array(wanted))
     tokens, rows = full_rows(engine, MixtureConfig(), ids, ids)
     assert_rows(rows, expected_rows(pair, MixtureConfig(), ids, ids, tokens))
@@ -175,14 +192,18 @@ def test_log_probabilities_of_a_prompt(wide):
     pair, engine = wide
     ids = some_ids(20, 9)
     engine.core.add_request(
-        "p", {"prompt_token_ids": ids}, SamplingParams(max_tokens=2, prompt_logprobs=1, detokenize=False)
+        "p",
+        {"prompt_token_ids": ids},
+        SamplingParams(max_tokens=2, prompt_logprobs=1, detokenize=False),
     )
     done = []
     while engine.core.has_unfinished_requests():
         done += [output for output in engine.core.step() if output.finished]
     for place in range(1, len(ids)):
         wanted = expected_rows(pair, MixtureConfig(), ids[:place], ids[:place], [0])[0][ids[place]]
-        assert done[0].prompt_logprobs[place][ids[place]].logprob == pytest.approx(wanted, abs=LIMIT)
+        assert done[0].prompt_logprobs[place][ids[place]].logprob == pytest.approx(
+            wanted, abs=LIMIT
+        )
 
 
 def test_nan_ends_a_completion_and_names_the_model(folders, tmp_path):
@@ -209,7 +230,11 @@ def test_other_architectures(folders, kinds):
     pair = Pair(folders[kinds[0]], folders[kinds[1]])
     mixture = MixtureConfig(alpha_min=0.0)
     with contextlib.closing(pair.open(0, 4, max_logprobs=-1)) as engine:
-        for student_ids, teacher_ids in (([1, 2, 3], [1, 2, 3]), ([5], [6, 7, 8]), ([3] * 40, [2] * 5)):
+        for student_ids, teacher_ids in (
+            ([1, 2, 3], [1, 2, 3]),
+            ([5], [6, 7, 8]),
+            ([3] * 40, [2] * 5),
+        ):
             tokens, rows = full_rows(engine, mixture, student_ids, teacher_ids)
             assert_rows(rows, expected_rows(pair, mixture, student_ids, teacher_ids, tokens))
 

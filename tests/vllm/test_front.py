@@ -140,8 +140,18 @@ def test_example_runs_as_written(name):
     if outputs.alpha_stats is None:
         assert name == "theta prompts"
     else:
-        assert outputs.alpha_stats["count"] == len(outputs.alpha_stats["history"]) == sum(outputs.num_tokens)
-        assert 0.5 <= outputs.alpha_stats["min"] <= outputs.alpha_stats["mean"] <= outputs.alpha_stats["max"] <= 1
+        assert (
+            outputs.alpha_stats["count"]
+            == len(outputs.alpha_stats["history"])
+            == sum(outputs.num_tokens)
+        )
+        assert (
+            0.5
+            <= outputs.alpha_stats["min"]
+            <= outputs.alpha_stats["mean"]
+            <= outputs.alpha_stats["max"]
+            <= 1
+        )
 
 
 @pytest.fixture(scope="module")
@@ -156,12 +166,19 @@ def test_statistics_belong_to_their_request(sampler):
     together = sampler.generate(prompts, max_tokens=24, seed=3)
     assert len(set(together.num_tokens)) > 1
     for place, each in enumerate(together.alpha_stats["per_request"]):
-        assert len(each["alpha"]) == len(each["kl_theta"]) == each["count"] == together.num_tokens[place]
+        assert (
+            len(each["alpha"])
+            == len(each["kl_theta"])
+            == each["count"]
+            == together.num_tokens[place]
+        )
         alone = sampler.generate([prompts[place]], max_tokens=24, seed=3)
         if alone.generated_ids[0] == together.generated_ids[place]:
             assert alone.alpha_stats["history"] == pytest.approx(each["alpha"], abs=1e-4)
         for kl_theta, kl_t in zip(each["kl_theta"], each["kl_t"], strict=True):
-            assert kl_theta == pytest.approx(kl_t, abs=1e-4)  # no bound moved alpha: the certificate of kl_symmetry
+            assert kl_theta == pytest.approx(
+                kl_t, abs=1e-4
+            )  # no bound moved alpha: the certificate of kl_symmetry
 
 
 def test_the_teacher_alone(sampler):

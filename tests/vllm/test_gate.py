@@ -17,7 +17,9 @@ KEY = "a key"
 @pytest.fixture(scope="module")
 def settings():
     vocabulary = Vocabulary.load("toy-student", "toy-teacher", False)
-    return GateSettings(vocabulary, MixtureConfig(alpha_min=0.25), 512, KEY, max_n=8, max_body_bytes=2000)
+    return GateSettings(
+        vocabulary, MixtureConfig(alpha_min=0.25), 512, KEY, max_n=8, max_body_bytes=2000
+    )
 
 
 def ask(settings, path, body=b"", method="POST", key=KEY):
@@ -39,7 +41,9 @@ def ask(settings, path, body=b"", method="POST", key=KEY):
 
     headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
     gate = type("ThisGate", (Gate,), {"settings": settings})(app)
-    asyncio.run(gate({"type": "http", "method": method, "path": path, "headers": headers}, receive, send))
+    asyncio.run(
+        gate({"type": "http", "method": method, "path": path, "headers": headers}, receive, send)
+    )
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 
@@ -56,13 +60,25 @@ def test_the_key_is_asked_for_everywhere_but_at_health(settings):
 
 def test_routes_that_would_not_draw_from_q_are_closed(settings):
     """Guards: other ways into vLLM, past our options."""
-    for path in ("/inference/v1/generate", "/v1/responses", "/v1/messages", "/pause", "/v1/load_lora_adapter"):
+    for path in (
+        "/inference/v1/generate",
+        "/v1/responses",
+        "/v1/messages",
+        "/pause",
+        "/v1/load_lora_adapter",
+    ):
         assert ask(settings, path, b"{}")[0] == 404
 
 
 @pytest.mark.parametrize(
     ("body", "status"),
-    [(b"{", 400), (b"[1]", 400), (b"\xff", 400), (b"[" * 1500, 400), (b'{"prompt": "' + b"x" * 3000, 413)],
+    [
+        (b"{", 400),
+        (b"[1]", 400),
+        (b"\xff", 400),
+        (b"[" * 1500, 400),
+        (b'{"prompt": "' + b"x" * 3000, 413),
+    ],
 )
 def test_malformed_bodies(settings, body, status):
     """Guards: a traceback, or a body of any size read into memory."""
@@ -73,11 +89,19 @@ def test_malformed_bodies(settings, body, status):
 
 def test_our_fields_become_extra_arguments(settings):
     """Guards: a field that vLLM drops with a warning, as it does with all it does not know."""
-    body = {"prompt": "1+1=?", "student_prompt": "?", "alpha_method": "fixed", "fixed_alpha": 0.3, "temperature": 0.5}
+    body = {
+        "prompt": "1+1=?",
+        "student_prompt": "?",
+        "alpha_method": "fixed",
+        "fixed_alpha": 0.3,
+        "temperature": 0.5,
+    }
     passed = admit_body(body, False, settings)
     assert not {"student_prompt", "alpha_method", "fixed_alpha"} & passed.keys()
     assert set(settings.vocabulary.stop_ids) <= set(passed["stop_token_ids"])
-    assert passed["vllm_xargs"][OTHER_IDS] == list(settings.vocabulary.student_tokenizer("?")["input_ids"])
+    assert passed["vllm_xargs"][OTHER_IDS] == list(
+        settings.vocabulary.student_tokenizer("?")["input_ids"]
+    )
     read = RequestOptions.read(passed["vllm_xargs"], 0.5, settings.mixture)
     expected = MixtureConfig(alpha_method="fixed", fixed_alpha=0.3, alpha_min=0.25, temperature=0.5)
     assert read.mixture == expected
@@ -119,7 +143,9 @@ def test_wrong_fields_are_refused(settings, body, param):
     assert caught.value.param == param
 
 
-@pytest.mark.parametrize("fields", [{"alpha_stats": "all"}, {"echo": True}, {"use_optimal_sampling": False}])
+@pytest.mark.parametrize(
+    "fields", [{"alpha_stats": "all"}, {"echo": True}, {"use_optimal_sampling": False}]
+)
 def test_statistics_that_there_are_not_are_refused(settings, fields):
     """Guards: statistics of tokens that were not drawn from q*."""
     body = json.dumps({"prompt": "1+1=?", "alpha_stats": True, **fields}).encode()

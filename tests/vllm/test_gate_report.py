@@ -15,11 +15,19 @@ STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
 def row(alpha, clamped=0.0, kl_student=0.25, kl_teacher=0.5):
-    values = {"alpha": alpha, "clamped": clamped, "kl_student": kl_student, "kl_teacher": kl_teacher}
+    values = {
+        "alpha": alpha,
+        "clamped": clamped,
+        "kl_student": kl_student,
+        "kl_teacher": kl_teacher,
+    }
     return [values.get(name, math.nan) for name in TRACE_FIELDS]
 
 
-TRACES = {0: ([row(0.5), row(1.0, clamped=1.0), row(0.0)], ""), 1: ([row(0.25, kl_student=math.inf)], "")}
+TRACES = {
+    0: ([row(0.5), row(1.0, clamped=1.0), row(0.0)], ""),
+    1: ([row(0.25, kl_student=math.inf)], ""),
+}
 
 
 def passed(named, headers, parts, status=200):
@@ -51,7 +59,9 @@ def choice(index, tokens, reason):
 def test_a_whole_answer_in_parts():
     """Guards: a length that is the old body's, and rows of drafts beyond the last token."""
     named = Named(chat=False, n=2, history=True, name="x")
-    body = json.dumps({"id": "1", "choices": [choice(0, [5, 6], "stop"), choice(1, [7], "length")]}).encode()
+    body = json.dumps(
+        {"id": "1", "choices": [choice(0, [5, 6], "stop"), choice(1, [7], "length")]}
+    ).encode()
     start, given, fetched = passed(named, JSON, [body[:30], body[30:31], body[31:], b""])
     assert fetched == ["0_cmpl-x-0-", "1_cmpl-x-0-"]
     assert dict(start["headers"])[b"content-length"] == str(len(given)).encode()
@@ -80,9 +90,16 @@ def test_a_whole_answer_in_parts():
 def test_a_stream_cut_anywhere(width):
     """Guards: events that come in pieces, and statistics in any piece but a choice's last."""
     named = Named(chat=True, n=2, history=False, name="x")
-    pieces = [choice(0, [5], None), choice(1, [7], "stop"), choice(0, [6], None), choice(0, [], "stop")]
+    pieces = [
+        choice(0, [5], None),
+        choice(1, [7], "stop"),
+        choice(0, [6], None),
+        choice(0, [], "stop"),
+    ]
     events = [b"data: " + json.dumps({"choices": [each]}).encode() for each in pieces]
-    text = b"\n\n".join([*events[:2], b": keep-alive", *events[2:], b'data: {"choices": []}', b"data: [DONE]", b""])
+    text = b"\n\n".join(
+        [*events[:2], b": keep-alive", *events[2:], b'data: {"choices": []}', b"data: [DONE]", b""]
+    )
     parts = [text[i : i + width] for i in range(0, len(text), width)]
     _, given, fetched = passed(named, STREAM, parts)
     assert fetched == ["1_chatcmpl-x-", "0_chatcmpl-x-"]
@@ -109,7 +126,9 @@ def test_what_nobody_asks_for_is_forgotten():
         store.finish([f"r{i}"])
     assert sorted(store.rows) == ["r97", "r98", "r99"]
     assert len(store.take_named(["r98"])["r98"][0]) == 9
-    store.add("r98", 9, [row(0.5)])  # a step that was on its way when the completion was cut by a stop string
+    store.add(
+        "r98", 9, [row(0.5)]
+    )  # a step that was on its way when the completion was cut by a stop string
     store.finish(["r98", "r98"])
     for i in range(100, 110):
         store.add(f"r{i}", 0, [row(0.5)] * 9)

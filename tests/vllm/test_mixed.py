@@ -26,7 +26,16 @@ MIXTURES = [
     replace(FREE, teacher_support_top_k=5),
     replace(FREE, top_k=6, top_p=0.9),
 ]
-COMPARED = ("alpha", "clamped", "kl_student", "kl_teacher", "ess_student", "ess_teacher", "entropy", "log_q")
+COMPARED = (
+    "alpha",
+    "clamped",
+    "kl_student",
+    "kl_teacher",
+    "ess_student",
+    "ess_teacher",
+    "entropy",
+    "log_q",
+)
 
 
 def mixed_requests():
@@ -35,7 +44,9 @@ def mixed_requests():
     requests = []
     for i in range(COUNT):
         student = tuple(random.choices(range(1, 12), k=random.randint(1, 50)))
-        teacher = student if i % 3 == 0 else tuple(random.choices(range(1, 12), k=random.randint(1, 50)))
+        teacher = (
+            student if i % 3 == 0 else tuple(random.choices(range(1, 12), k=random.randint(1, 50)))
+        )
         requests.append(Request(f"r{i}", 0, 7, student, teacher, random.randint(1, 40)))
     return requests
 
@@ -45,7 +56,9 @@ def serve_together(engine, requests):
     from optimal_sampling.engines.vllm.engine import _Flight
 
     flights = {}
-    for number, (request, mixture) in enumerate(zip(requests, itertools.cycle(MIXTURES), strict=False)):
+    for number, (request, mixture) in enumerate(
+        zip(requests, itertools.cycle(MIXTURES), strict=False)
+    ):
         view = engine.with_mixture(mixture)
         flights[str(number)] = view, view._add(str(number), request), _Flight(request, 0.0)
     while engine.core.has_unfinished_requests():
@@ -70,7 +83,10 @@ def local_traces(pair, served):
     for mixture, completion in served:
         request, tokens = completion.request, completion.token_ids
         for place in range(len(tokens)):
-            prompts = [(*ids, *tokens[:place]) for ids in (request.student_prompt_ids, request.teacher_prompt_ids)]
+            prompts = [
+                (*ids, *tokens[:place])
+                for ids in (request.student_prompt_ids, request.teacher_prompt_ids)
+            ]
             asked[at_place(mixture, place)].append(Request(request.id, place, 0, *prompts, 1))
     with LocalEngine.load(models, FREE, options, pair.vocabulary) as base:
         capture = frozenset({"student_logits", "teacher_logits", "log_q"})
@@ -117,11 +133,17 @@ def assert_like_local(completion, mixture, local, limit=2e-5):
         other = local[completion.request.id, place]
         wanted = {name: other.trace[name][0] for name in COMPARED}
         wanted["log_q"] = float(other.captured["log_q"][0][token])
-        rows = {role: other.captured[f"{role}_logits"][0].double().numpy() for role in ("student", "teacher")}
+        rows = {
+            role: other.captured[f"{role}_logits"][0].double().numpy()
+            for role in ("student", "teacher")
+        }
         for role, row in rows.items():
             wanted[f"log_p_{role}"] = log_p(row, rows["teacher"], mixture)[token]
         given = {name: completion.trace[name][place] for name in wanted}
-        assert given == pytest.approx(wanted, abs=limit, rel=limit, nan_ok=True), (completion.request.id, place)
+        assert given == pytest.approx(wanted, abs=limit, rel=limit, nan_ok=True), (
+            completion.request.id,
+            place,
+        )
 
 
 def assert_like_transformers(pair, completion, mixture, limit=2e-5):
@@ -130,7 +152,9 @@ def assert_like_transformers(pair, completion, mixture, limit=2e-5):
     student = all_rows(pair.student, request.student_prompt_ids, tokens)
     teacher = all_rows(pair.teacher, request.teacher_prompt_ids, tokens)
     for role, rows in (("student", student), ("teacher", teacher)):
-        wanted = [log_p(*row, mixture)[token] for token, *row in zip(tokens, rows, teacher, strict=True)]
+        wanted = [
+            log_p(*row, mixture)[token] for token, *row in zip(tokens, rows, teacher, strict=True)
+        ]
         assert np.array(completion.trace[f"log_p_{role}"]) == pytest.approx(wanted, abs=limit)
 
 

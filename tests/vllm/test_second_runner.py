@@ -28,9 +28,21 @@ RECORDS = "(TestLockstep or TestThreeDrafts) and ((answered_once and 64) or alph
 @pytest.mark.parametrize(("file", "chosen"), [("test_exact", EXACT), ("test_conformance", RECORDS)])
 def test_a_part_of_these_tests_on_the_second_runner(file, chosen):
     """Guards: log-probabilities, options, prompts, drafts and traces that only hold on the first runner."""
-    command = [sys.executable, "-m", "pytest", f"tests/vllm/{file}.py", "-k", chosen, "-q", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        f"tests/vllm/{file}.py",
+        "-k",
+        chosen,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
     environment = {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=850)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=850
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     assert " passed" in done.stdout
     assert " skipped" not in done.stdout

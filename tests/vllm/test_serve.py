@@ -24,7 +24,9 @@ def assert_logprobs(vocabulary, choice, teacher_prompt, student_prompt, mixture)
         row = expected(vocabulary, [*teacher_ids, *text], [*student_ids, *text], mixture, place)
         for name, value in top.items():
             # Where both models are sure, alpha hardly matters and is solved to no more digits than matter.
-            assert np.exp(value) == pytest.approx(np.exp(row[int(name.removeprefix("token_id:"))]), abs=1e-5)
+            assert np.exp(value) == pytest.approx(
+                np.exp(row[int(name.removeprefix("token_id:"))]), abs=1e-5
+            )
         text.append(int(choice.logprobs.tokens[place].removeprefix("token_id:")))
 
 
@@ -38,8 +40,14 @@ LONG = "Say what this is and explain every step of it: 12*3+4=?"
         ({}, FREE),
         ({"student_prompt": "12*3+4=?"}, FREE),
         ({"student_prompt": LONG}, FREE),
-        ({"alpha_method": "fixed", "fixed_alpha": 0.9}, replace(FREE, alpha_method="fixed", fixed_alpha=0.9)),
-        ({"force_first_token": True, "alpha_max": 0.4}, replace(FREE, force_first_token=True, alpha_max=0.4)),
+        (
+            {"alpha_method": "fixed", "fixed_alpha": 0.9},
+            replace(FREE, alpha_method="fixed", fixed_alpha=0.9),
+        ),
+        (
+            {"force_first_token": True, "alpha_max": 0.4},
+            replace(FREE, force_first_token=True, alpha_max=0.4),
+        ),
     ],
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -55,7 +63,9 @@ def test_completions_are_drawn_from_q(client, vocabulary, fields, mixture, tempe
         extra_body={"return_tokens_as_token_ids": True, **fields},
     )
     mixture = replace(mixture, temperature=temperature)
-    assert_logprobs(vocabulary, done.choices[0], prompt, fields.get("student_prompt", prompt), mixture)
+    assert_logprobs(
+        vocabulary, done.choices[0], prompt, fields.get("student_prompt", prompt), mixture
+    )
 
 
 def test_streams_say_what_whole_answers_say(client):
@@ -74,7 +84,10 @@ def test_chat_with_messages_of_its_own_for_the_student(client):
         messages=[{"role": "user", "content": "12*3+4=? Hint: 40."}],
         max_tokens=48,
         n=3,
-        extra_body={"student_messages": [{"role": "user", "content": "12*3+4=?"}], "alpha_min": 0.3},
+        extra_body={
+            "student_messages": [{"role": "user", "content": "12*3+4=?"}],
+            "alpha_min": 0.3,
+        },
     )
     assert len(done.choices) == 3
     assert all(choice.message.content for choice in done.choices)
@@ -84,7 +97,13 @@ def test_as_an_evaluation_harness_asks(client, vocabulary):
     """Guards: `echo` with log-probabilities of the prompt, as lm-eval's local-completions asks for them."""
     ids = vocabulary.teacher_tokenizer("12*3+4=? 40")["input_ids"]
     done = client.completions.create(
-        model="toy-teacher", prompt=[ids], echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1
+        model="toy-teacher",
+        prompt=[ids],
+        echo=True,
+        logprobs=1,
+        max_tokens=1,
+        temperature=0,
+        seed=1,
     ).choices[0]
     for place in range(1, len(ids)):
         row = expected(vocabulary, ids[:place], ids[:place], FREE, 1)
@@ -100,7 +119,10 @@ def test_refusals_are_openai_errors(client, server):
         wrong.models.list()
     for fields in ({"alpha_min": 7}, {"student_prompt": []}, {"n": 1000}, {"max_tokens": 10**9}):
         extra = {key: value for key, value in fields.items() if key not in ("n", "max_tokens")}
-        rest = {"max_tokens": 3, **{key: value for key, value in fields.items() if key in ("n", "max_tokens")}}
+        rest = {
+            "max_tokens": 3,
+            **{key: value for key, value in fields.items() if key in ("n", "max_tokens")},
+        }
         with pytest.raises(openai.BadRequestError) as caught:
             client.completions.create(model="toy-teacher", prompt="1", extra_body=extra, **rest)
         assert caught.value.body["message"]
@@ -115,7 +137,9 @@ def test_clients_that_go_away_leave_nothing_behind(client, server, vocabulary):
     assert outcomes.count("left") >= 16
     assert outcomes.count("done") + outcomes.count("left") == 64
     deadline = time.monotonic() + 60
-    while (usage := gauge(server[0], "vllm:kv_cache_usage_perc")) + gauge(server[0], "vllm:num_requests_running") > 0:
+    while (usage := gauge(server[0], "vllm:kv_cache_usage_perc")) + gauge(
+        server[0], "vllm:num_requests_running"
+    ) > 0:
         assert time.monotonic() < deadline, f"{usage} of the blocks are still taken"
         time.sleep(0.5)
     test_completions_are_drawn_from_q(client, vocabulary, {}, FREE, 1.0)
@@ -134,7 +158,11 @@ async def sixty_four(address):
         extra["alpha_stats"] = i % 2 == 0
         prompt = f"{i}*3+4=? take your time"
         stream = await client.completions.create(
-            model="toy-teacher", prompt=prompt, max_tokens=120, stream=True, extra_body={"ignore_eos": True, **extra}
+            model="toy-teacher",
+            prompt=prompt,
+            max_tokens=120,
+            stream=True,
+            extra_body={"ignore_eos": True, **extra},
         )
         pieces, last = 0, None
         async for piece in stream:
@@ -146,12 +174,16 @@ async def sixty_four(address):
             return "wrong statistics"
         return "done" if pieces >= 100 else f"{pieces} pieces"
 
-    async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key=KEY, timeout=300, max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"{address}/v1", api_key=KEY, timeout=300, max_retries=0
+    ) as client:
         return await asyncio.gather(*(one(client, i) for i in range(64)))
 
 
 def gauge(address, name):
-    request = urllib.request.Request(f"{address}/metrics/", headers={"Authorization": f"Bearer {KEY}"})
+    request = urllib.request.Request(
+        f"{address}/metrics/", headers={"Authorization": f"Bearer {KEY}"}
+    )
     with urllib.request.urlopen(request, timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
@@ -162,10 +194,19 @@ def gauge(address, name):
 def test_alpha_statistics_come_with_the_answer(client, vocabulary, chat, stream):
     """Guards: statistics of another choice or of another request, of tokens that were cut, or missing in a stream."""
     extra = {"alpha_stats": "history", "return_tokens_as_token_ids": True, "alpha_max": 0.6}
-    asked = {"model": "toy-teacher", "n": 3, "max_tokens": 24, "stop": "7", "stream": stream, "extra_body": extra}
+    asked = {
+        "model": "toy-teacher",
+        "n": 3,
+        "max_tokens": 24,
+        "stop": "7",
+        "stream": stream,
+        "extra_body": extra,
+    }
     text = "12*3+4=? and 77*2=?"
     if chat:
-        answer = client.chat.completions.create(messages=[{"role": "user", "content": text}], logprobs=True, **asked)
+        answer = client.chat.completions.create(
+            messages=[{"role": "user", "content": text}], logprobs=True, **asked
+        )
         messages = [{"role": "user", "content": text}]
         rendered = vocabulary.teacher_tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
@@ -182,7 +223,9 @@ def test_alpha_statistics_come_with_the_answer(client, vocabulary, chat, stream)
     assert all(hasattr(each, "alpha_stats") == (each.finish_reason is not None) for each in choices)
     assert sorted(reported) == [0, 1, 2]
     for index, found in reported.items():
-        assert_statistics(vocabulary, ids, tokens[index], found, MixtureConfig(alpha_min=0.0, alpha_max=0.6))
+        assert_statistics(
+            vocabulary, ids, tokens[index], found, MixtureConfig(alpha_min=0.0, alpha_max=0.6)
+        )
 
 
 def assert_statistics(vocabulary, ids, tokens, found, mixture):
@@ -201,7 +244,9 @@ def assert_statistics(vocabulary, ids, tokens, found, mixture):
     matters = np.array(wanted["kl_student"]) > 1e-3
     assert matters.any()
     for name in ("alpha", "clamped"):
-        assert np.array(history[name])[matters] == pytest.approx(np.array(wanted[name])[matters], abs=2e-3)
+        assert np.array(history[name])[matters] == pytest.approx(
+            np.array(wanted[name])[matters], abs=2e-3
+        )
     for name in ("kl_student", "kl_teacher"):
         assert history[name] == pytest.approx(wanted[name], abs=1e-4)
     assert found["mean"] == pytest.approx(np.mean(history["alpha"]))
@@ -231,4 +276,6 @@ def test_answers_without_statistics_are_as_they_were(client):
     assert not hasattr(choice, "alpha_stats")
     assert getattr(choice, "token_ids", None) is None
     with pytest.raises(Exception, match="alpha_stats"):
-        client.completions.create(model="toy-teacher", prompt="1", max_tokens=4, extra_body={"alpha_stats": 3})
+        client.completions.create(
+            model="toy-teacher", prompt="1", max_tokens=4, extra_body={"alpha_stats": 3}
+        )

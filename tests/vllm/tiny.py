@@ -37,12 +37,29 @@ MODELS = {
 
 def tiny_model(seed, layers=2, vocab=VOCAB, kind="Qwen3", scale=0.25):
     """A model whose logits spread enough for sampling to matter; heads are as wide as vLLM's CPU attention needs."""
-    common = {"vocab_size": vocab, "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 0, "dtype": "float32"}
+    common = {
+        "vocab_size": vocab,
+        "pad_token_id": 1,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+        "dtype": "float32",
+    }
     if kind == "GPT2":
-        config = transformers.GPT2Config(n_embd=64, n_layer=layers, n_head=2, n_positions=CONTEXT, **common)
+        config = transformers.GPT2Config(
+            n_embd=64, n_layer=layers, n_head=2, n_positions=CONTEXT, **common
+        )
     else:
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "num_attention_heads": 4}
-        sizes |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096 if vocab > 99 else CONTEXT}
+        sizes = {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+        }
+        sizes |= {
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 4096 if vocab > 99 else CONTEXT,
+        }
         config = getattr(transformers, f"{kind}Config")(**sizes, **common)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -75,7 +92,9 @@ def reference(folder):
 
 @functools.cache
 def _model(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
 
 
 def all_rows(folder, prompt, tokens):

@@ -44,7 +44,9 @@ def make_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """256 bytes, `extra_words`, then added `markers` (special unless they speak of thinking)."""
     words = [*byte_alphabet(), *extra_words]
-    tokenizer = Tokenizer(models.BPE(vocab={word: n for n, word in enumerate(words)}, merges=list(merges)))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={word: n for n, word in enumerate(words)}, merges=list(merges))
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     for marker in markers:
@@ -76,7 +78,10 @@ def model_folder(tmp_path: Path) -> Callable[..., str]:
     """Writes a model's folder without weights: tokenizer, config and, where given, a generation config."""
 
     def write(
-        name: str, config: dict[str, Any], generation: dict[str, Any] | None = None, tokenizer: Any = None
+        name: str,
+        config: dict[str, Any],
+        generation: dict[str, Any] | None = None,
+        tokenizer: Any = None,
     ) -> str:
         folder = tmp_path / name
         (tokenizer or make_tokenizer()).save_pretrained(folder)

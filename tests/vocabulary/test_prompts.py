@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from optimal_sampling.config import PromptConfig
 from optimal_sampling.errors import ConfigError
-from optimal_sampling.vocabulary import PromptError, PromptRenderer, Vocabulary, conversation_of, problem_of
+from optimal_sampling.vocabulary import (
+    PromptError,
+    PromptRenderer,
+    Vocabulary,
+    conversation_of,
+    problem_of,
+)
 from optimal_sampling.vocabulary.template import fill, names_in
 
 from .conftest import ALWAYS_OPEN, END, SWITCHED, TEXT_END, make_tokenizer, vocabulary_of
@@ -19,22 +25,29 @@ VOCABULARY = vocabulary_of()
 PLAIN = PromptConfig(chat_template=False)
 # Any text of a dataset: Unicode without surrogates, biased towards what templates and LaTeX are made of.
 TEXTS = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"])), st.text(st.sampled_from(list("{}\\ problemansw_^$%1\n")))
+    st.text(st.characters(exclude_categories=["Cs"])),
+    st.text(st.sampled_from(list("{}\\ problemansw_^$%1\n"))),
 )
 
 
-def plain(config: PromptConfig = PLAIN, vocabulary: Vocabulary = VOCABULARY, **options: Any) -> PromptRenderer:
+def plain(
+    config: PromptConfig = PLAIN, vocabulary: Vocabulary = VOCABULARY, **options: Any
+) -> PromptRenderer:
     return PromptRenderer(config, vocabulary, **options)
 
 
 @given(problem=TEXTS.filter(str.strip), answer=TEXTS)
 def test_any_value_survives_rendering(problem: str, answer: str) -> None:
     """Guards: `str.format` on problems, which fails or changes them at \\frac{a}{b}."""
-    config = PromptConfig(chat_template=False, teacher_template="P: {problem}\nA: {answer} \\boxed{}")
+    config = PromptConfig(
+        chat_template=False, teacher_template="P: {problem}\nA: {answer} \\boxed{}"
+    )
     rendered = plain(config).render({"problem": problem, "answer": answer})
     assert rendered.student_text == problem
     assert rendered.teacher_text == f"P: {problem}\nA: {answer} \\boxed{{}}"
-    decoded = VOCABULARY.student_tokenizer.decode(list(rendered.student_ids), clean_up_tokenization_spaces=False)
+    decoded = VOCABULARY.student_tokenizer.decode(
+        list(rendered.student_ids), clean_up_tokenization_spaces=False
+    )
     assert decoded == problem
 
 
@@ -67,7 +80,9 @@ def test_template_without_names_is_itself(template: str) -> None:
 def test_unknown_column_lists_what_there_is() -> None:
     """Guards: a typing error in a template found out after a night of prompts that held `{anwser}`."""
     config = PromptConfig(teacher_template="{problem} {anwser}")
-    with pytest.raises(ConfigError, match=r"asks for \{anwser\}, but the rows have: answer, problem"):
+    with pytest.raises(
+        ConfigError, match=r"asks for \{anwser\}, but the rows have: answer, problem"
+    ):
         plain(config).render({"problem": "p", "answer": 1})
     with pytest.raises(ConfigError, match="anwser"):
         plain(config, columns=["problem", "answer"])
@@ -97,7 +112,10 @@ def test_null_is_never_written_into_a_prompt(null: object) -> None:
         ({"messages": []}, "no user turn"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no user turn"),
         ({"messages": [{"role": "user", "content": None}]}, "empty"),
-        ({"messages": [{"from": "human", "value": "x"}]}, "turn 0 is no object with `role` and `content`"),
+        (
+            {"messages": [{"from": "human", "value": "x"}]},
+            "turn 0 is no object with `role` and `content`",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not text"),
         ({"problem": "half \ud800"}, "surrogate"),
     ],
@@ -115,7 +133,10 @@ def test_problem_is_found_in_every_known_form() -> None:
         {"role": "system", "content": "S"},
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "two"},
-        {"role": "user", "content": [{"type": "text", "text": "th"}, {"type": "text", "text": "ree"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "th"}, {"type": "text", "text": "ree"}],
+        },
         {"role": "assistant", "content": "the answer"},
     ]
     conversation = conversation_of({"messages": turns})
@@ -128,17 +149,27 @@ def test_problem_is_found_in_every_known_form() -> None:
 
 def test_earlier_turns_and_the_rows_system_prompt_are_rendered() -> None:
     """Guards: a conversation reduced to its last turn in silence."""
-    row = {"messages": [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]}
+    row = {
+        "messages": [
+            {"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")
+        ]
+    }
     rendered = PromptRenderer(PromptConfig(teacher_system_prompt="T"), VOCABULARY).render(row)
     tail = "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\nu<|im_end|>\n"
-    assert rendered.student_text == f"<|im_start|>system\ns<|im_end|>\n{tail}<|im_start|>assistant\n"
-    assert rendered.teacher_text == f"<|im_start|>system\nT<|im_end|>\n{tail}<|im_start|>assistant\n"
+    assert (
+        rendered.student_text == f"<|im_start|>system\ns<|im_end|>\n{tail}<|im_start|>assistant\n"
+    )
+    assert (
+        rendered.teacher_text == f"<|im_start|>system\nT<|im_end|>\n{tail}<|im_start|>assistant\n"
+    )
 
 
 def test_privileged_template_and_system_prompt_go_to_the_teacher_only() -> None:
     """Guards: the reference answer shown to the student, which makes the data worthless."""
     config = PromptConfig(
-        teacher_template="{problem}\nHint: {solution}", teacher_system_prompt="secret", student_system_prompt="open"
+        teacher_template="{problem}\nHint: {solution}",
+        teacher_system_prompt="secret",
+        student_system_prompt="open",
     )
     rendered = PromptRenderer(config, VOCABULARY).render({"problem": "2+2", "solution": "4!"})
     assert "4!" not in rendered.student_text
@@ -154,7 +185,9 @@ def test_privileged_context_joins_the_teachers_user_turn(context: Any) -> None:
     rendered = PromptRenderer(PromptConfig(), VOCABULARY).render(row)
     assert "hint" not in rendered.student_text
     assert "<|im_start|>user\n2+2\n\nthe hint<|im_end|>" in rendered.teacher_text
-    placed = PromptRenderer(PromptConfig(teacher_template="[{privileged_context}] {problem}"), VOCABULARY).render(row)
+    placed = PromptRenderer(
+        PromptConfig(teacher_template="[{privileged_context}] {problem}"), VOCABULARY
+    ).render(row)
     assert "<|im_start|>user\n[the hint] 2+2<|im_end|>" in placed.teacher_text
 
 
@@ -172,16 +205,20 @@ def test_named_columns_are_used() -> None:
 def test_tokenizer_without_chat_template_falls_back_and_says_so() -> None:
     """Guards: a Base student that fails, or one that is given plain text without a word."""
     renderer = PromptRenderer(
-        PromptConfig(student_system_prompt="S"), vocabulary_of(make_tokenizer(chat_template=None), make_tokenizer())
+        PromptConfig(student_system_prompt="S"),
+        vocabulary_of(make_tokenizer(chat_template=None), make_tokenizer()),
     )
     rendered = renderer.render({"problem": "p"})
     assert rendered.student_text == "S\n\np"
     assert rendered.teacher_text.startswith("<|im_start|>user")
-    assert renderer.notes == ("the student's tokenizer has no chat template: its prompts are plain text",)
+    assert renderer.notes == (
+        "the student's tokenizer has no chat template: its prompts are plain text",
+    )
 
 
 @pytest.mark.parametrize(
-    ("thinking", "ending"), [("on", "assistant\n"), ("off", "</think>\n\n"), ("default", "assistant\n")]
+    ("thinking", "ending"),
+    [("on", "assistant\n"), ("off", "</think>\n\n"), ("default", "assistant\n")],
 )
 def test_thinking_reaches_both_templates(thinking: Any, ending: str) -> None:
     """Guards: the switch given to one of the two models only."""
@@ -204,14 +241,17 @@ def test_one_open_thinking_block_is_refused(opens: str) -> None:
 
 def test_think_tags_in_user_text_are_no_open_block() -> None:
     """Guards: instructions that mention <think> taken for the template's own block."""
-    config = PromptConfig(teacher_template="{problem} Reason after <think>.", teacher_system_prompt="Use <think>.")
+    config = PromptConfig(
+        teacher_template="{problem} Reason after <think>.", teacher_system_prompt="Use <think>."
+    )
     assert PromptRenderer(config, VOCABULARY).render({"problem": "<think> is a tag?"})
 
 
 def test_closed_block_on_one_side_and_ignored_switch_are_noted() -> None:
     """Guards: thinking=off that one of the models does not understand, found out from the completions."""
     renderer = PromptRenderer(
-        PromptConfig(thinking="off"), vocabulary_of(make_tokenizer(chat_template=SWITCHED), make_tokenizer())
+        PromptConfig(thinking="off"),
+        vocabulary_of(make_tokenizer(chat_template=SWITCHED), make_tokenizer()),
     )
     assert "the teacher's chat template knows no thinking mode" in renderer.notes[0]
     assert "only the student's prompt ends with a closed <think> block" in renderer.notes[1]
@@ -250,11 +290,13 @@ def test_plain_prompt_does_not_end_with_eos() -> None:
 
 def test_raw_texts_are_the_prompts() -> None:
     """Guards: user turns of the seeds' `prompts`/`prompts_t` filled as templates, or one of them used for both."""
-    rendered = plain(PromptConfig(chat_template=False, student_template="never {problem}")).render_texts(
-        "{answer}", "<|im_start|>user\n"
-    )
+    rendered = plain(
+        PromptConfig(chat_template=False, student_template="never {problem}")
+    ).render_texts("{answer}", "<|im_start|>user\n")
     assert (rendered.student_text, rendered.teacher_text) == ("{answer}", "<|im_start|>user\n")
-    assert rendered.teacher_ids[0] == VOCABULARY.teacher_tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert rendered.teacher_ids[0] == VOCABULARY.teacher_tokenizer.convert_tokens_to_ids(
+        "<|im_start|>"
+    )
     with pytest.raises(PromptError, match="empty"):
         plain().render_texts("")
 
@@ -270,6 +312,8 @@ def test_long_prompt_is_whole() -> None:
 
 def test_prompt_id_without_a_row_in_the_model_is_an_error() -> None:
     """Guards: an index error (on a GPU: a dead process) for a marker that the model has no embedding for."""
-    vocabulary = Vocabulary(258, frozenset({257}), 0, make_tokenizer(), make_tokenizer(), student_rows=258)
+    vocabulary = Vocabulary(
+        258, frozenset({257}), 0, make_tokenizer(), make_tokenizer(), student_rows=258
+    )
     with pytest.raises(PromptError, match="the model knows 258 ids"):
         plain(vocabulary=vocabulary).render_texts("a<|im_end|>")

@@ -29,7 +29,8 @@ def test_padded_rows_of_logits_are_not_a_difference() -> None:
 def test_added_tokens_that_one_model_lacks_are_cut_and_named() -> None:
     """Guards: Qwen2.5 with Qwen3, which has four markers more, refused or silently drawn from."""
     vocabulary = Vocabulary.share(
-        tokens(make_tokenizer(MARKERS), "small"), tokens(make_tokenizer((*MARKERS, "<think>", "</think>")), "large")
+        tokens(make_tokenizer(MARKERS), "small"),
+        tokens(make_tokenizer((*MARKERS, "<think>", "</think>")), "large"),
     )
     assert vocabulary.size == 256 + 3
     assert vocabulary.notes == (
@@ -40,7 +41,8 @@ def test_added_tokens_that_one_model_lacks_are_cut_and_named() -> None:
 def test_different_added_tokens_at_the_same_ids_are_cut_on_both_sides() -> None:
     """Guards: two fine-tuned models whose own markers share an id, drawn with one meaning and read with the other."""
     vocabulary = Vocabulary.share(
-        tokens(make_tokenizer((*MARKERS, "<a>")), "one"), tokens(make_tokenizer((*MARKERS, "<b>")), "two")
+        tokens(make_tokenizer((*MARKERS, "<a>")), "one"),
+        tokens(make_tokenizer((*MARKERS, "<b>")), "two"),
     )
     assert vocabulary.size == 256 + 3
     assert len(vocabulary.notes) == 2
@@ -57,7 +59,8 @@ def test_a_mismatch_names_tokens_of_both_sides() -> None:
     """Guards: 'vocabularies differ', from which nobody learns which models to take."""
     with pytest.raises(TokenizerMismatchError) as caught:
         Vocabulary.share(
-            tokens(make_tokenizer((TEXT_END, "<x>", END)), "s"), tokens(make_tokenizer((TEXT_END, "<y>", END)), "t")
+            tokens(make_tokenizer((TEXT_END, "<x>", END)), "s"),
+            tokens(make_tokenizer((TEXT_END, "<y>", END)), "t"),
         )
     message = str(caught.value)
     assert "id 257: student '<x>', teacher '<y>'" in message
@@ -68,8 +71,12 @@ def test_a_mismatch_names_tokens_of_both_sides() -> None:
 def test_an_end_token_that_is_cut_is_refused() -> None:
     """Guards: the teacher's <|im_end|> cut as a marker the student lacks, so that no completion ever ends."""
     student = make_tokenizer((TEXT_END,), eos=TEXT_END)
-    with pytest.raises(TokenizerMismatchError, match=r"teacher 't' ends its texts with '<\|im_end\|>'"):
-        Vocabulary.share(tokens(student, "s"), tokens(make_tokenizer((TEXT_END, END), eos=END), "t"))
+    with pytest.raises(
+        TokenizerMismatchError, match=r"teacher 't' ends its texts with '<\|im_end\|>'"
+    ):
+        Vocabulary.share(
+            tokens(student, "s"), tokens(make_tokenizer((TEXT_END, END), eos=END), "t")
+        )
 
 
 def test_second_end_token_that_is_cut_is_noted() -> None:
@@ -96,7 +103,9 @@ def test_added_tokens_without_rows_are_cut() -> None:
 def test_equal_ids_with_another_way_of_splitting_are_noted(difference: str) -> None:
     """Guards: such a pair refused (its ids are the same) or one model's prompt read by the other's tokenizer."""
     plain = make_tokenizer(extra_words=("th",))
-    other = make_tokenizer(extra_words=("th",), merges=[("t", "h")] if difference == "merges" else [])
+    other = make_tokenizer(
+        extra_words=("th",), merges=[("t", "h")] if difference == "merges" else []
+    )
     if difference == "normaliser":
         other.backend_tokenizer.normalizer = NFC()
     assert "split text differently" in vocabulary_of(plain, other).notes[0]
@@ -104,9 +113,13 @@ def test_equal_ids_with_another_way_of_splitting_are_noted(difference: str) -> N
 
 def test_stop_ids_are_the_union_over_every_source(model_folder) -> None:
     """Guards: a Base student's <|endoftext|> or a chat teacher's <|im_end|> lost, so that lengths explode."""
-    student = model_folder("base", {"eos_token_id": 256}, {"eos_token_id": 3}, make_tokenizer(eos=TEXT_END))
+    student = model_folder(
+        "base", {"eos_token_id": 256}, {"eos_token_id": 3}, make_tokenizer(eos=TEXT_END)
+    )
     teacher = model_folder(
-        "chat", {"eos_token_id": [258, 4], "max_position_embeddings": 99}, {"eos_token_id": [258, 5]}
+        "chat",
+        {"eos_token_id": [258, 4], "max_position_embeddings": 99},
+        {"eos_token_id": [258, 5]},
     )
     vocabulary = Vocabulary.load(student, teacher)
     assert vocabulary.stop_ids == {256, 3, 258, 4, 5}
@@ -115,8 +128,15 @@ def test_stop_ids_are_the_union_over_every_source(model_folder) -> None:
 
 def test_nested_text_config_is_read(model_folder) -> None:
     """Guards: end tokens and context of multimodal models, which keep them one level deeper."""
-    text = {"eos_token_id": [7], "max_position_embeddings": 77, "vocab_size": 300, "model_type": "gemma3_text"}
-    folder = model_folder("nested", {"model_type": "gemma3", "text_config": text, "eos_token_id": 258})
+    text = {
+        "eos_token_id": [7],
+        "max_position_embeddings": 77,
+        "vocab_size": 300,
+        "model_type": "gemma3_text",
+    }
+    folder = model_folder(
+        "nested", {"model_type": "gemma3", "text_config": text, "eos_token_id": 258}
+    )
     vocabulary = Vocabulary.load(folder, folder)
     assert {7, 258} <= vocabulary.stop_ids
     assert (vocabulary.student_context, vocabulary.student_rows) == (77, 300)
@@ -125,7 +145,13 @@ def test_nested_text_config_is_read(model_folder) -> None:
 def test_decode_drops_end_and_special_tokens_but_keeps_thinking() -> None:
     """Guards: `</think>` lost, without which an answer cannot be told from its reasoning."""
     tokenizer = make_tokenizer(
-        (TEXT_END, "<|im_start|>", END, AddedToken("<think>", special=True), AddedToken("</think>", special=True))
+        (
+            TEXT_END,
+            "<|im_start|>",
+            END,
+            AddedToken("<think>", special=True),
+            AddedToken("</think>", special=True),
+        )
     )
     vocabulary = vocabulary_of(tokenizer)
     ids = tokenizer("<think>why , how</think> <|im_start|>so<|im_end|>").input_ids
@@ -165,7 +191,9 @@ def test_toy_names_are_folders_and_hub_ids_stay() -> None:
     assert resolve_model("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
 
 
-@pytest.mark.parametrize("name", ["", "/no/such/model", "./no-model", "~/no-model", "a/b/c", "no model"])
+@pytest.mark.parametrize(
+    "name", ["", "/no/such/model", "./no-model", "~/no-model", "a/b/c", "no model"]
+)
 def test_missing_folder_says_where_it_was_looked_for(name: str) -> None:
     """Guards: a mistyped folder taken for a hub id, and half a minute of retries before the error."""
     with pytest.raises(ModelError, match=r"no model at|empty"):
@@ -195,7 +223,9 @@ def test_broken_files_of_a_model_are_model_errors(model_folder) -> None:
 def test_code_of_a_model_does_not_run_unasked(model_folder) -> None:
     """Guards: a hub model that brings its own Python loaded without the user's word, or a question on a terminal."""
     folder = Path(model_folder("coded", {}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
+    )
     (folder / "own.py").write_text("raise SystemExit('ran')\n")
     with pytest.raises(ModelError, match="trust_remote_code"):
         Vocabulary.load(str(folder), str(folder))
@@ -208,15 +238,24 @@ def test_hub_that_cannot_be_reached_is_a_model_error(monkeypatch: pytest.MonkeyP
         raise OSError("We couldn't connect to the hub\nand more lines")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
-    with pytest.raises(ModelError, match=r"couldn't connect to the hub\. There is no folder .* either"):
+    with pytest.raises(
+        ModelError, match=r"couldn't connect to the hub\. There is no folder .* either"
+    ):
         Vocabulary.load("some/model", "some/model")
 
 
-def test_mistral_tokenizer_loads_without_a_word(model_folder, caplog: pytest.LogCaptureFixture) -> None:
+def test_mistral_tokenizer_loads_without_a_word(
+    model_folder, caplog: pytest.LogCaptureFixture
+) -> None:
     """Guards: warnings about Mistral's word pattern, and a change of class where mistral_common is installed."""
-    words = [f"w{n}" for n in range(100_001)]  # Transformers looks for the pattern in vocabularies of this size only
+    words = [
+        f"w{n}" for n in range(100_001)
+    ]  # Transformers looks for the pattern in vocabularies of this size only
     folder = model_folder(
-        "mistral", {"model_type": "mistral", "vocab_size": 110_000}, None, make_tokenizer(extra_words=words)
+        "mistral",
+        {"model_type": "mistral", "vocab_size": 110_000},
+        None,
+        make_tokenizer(extra_words=words),
     )
     vocabulary = Vocabulary.load(folder, folder)
     assert vocabulary.size == 256 + len(words) + 5

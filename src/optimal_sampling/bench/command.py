@@ -26,7 +26,12 @@ def run_bench(options: BenchOptions, console: Console) -> int:
     with console.status("loading", spinner="dots") as status:
         report = _commands()[options.what](options, console.print, lambda text: status.update(text))
     line = json.dumps(
-        {"benchmark": options.what, "hardware": facts, "models": report.models, "results": report.results}
+        {
+            "benchmark": options.what,
+            "hardware": facts,
+            "models": report.models,
+            "results": report.results,
+        }
     )
     console.file.write(line + "\n")
     if options.output is not None:

@@ -46,9 +46,15 @@ OURS: dict[str, dict[str, Any]] = {
 PEERS: dict[str, dict[str, Any]] = {HF: {}, HF_MIX: {"mix": True}, ASSISTED: {"assisted": True}}
 
 
-def contenders(names: Iterable[str], bench: Bench, workload: Workload, batch_size: int) -> list[Contender]:
+def contenders(
+    names: Iterable[str], bench: Bench, workload: Workload, batch_size: int
+) -> list[Contender]:
     """Those of the named that this pair has: shapes whose padding changes nothing run once, for instance."""
-    return [_contender(name, bench, workload, batch_size) for name in names if _applies(name, bench, batch_size)]
+    return [
+        _contender(name, bench, workload, batch_size)
+        for name in names
+        if _applies(name, bench, batch_size)
+    ]
 
 
 def _applies(name: str, bench: Bench, batch_size: int) -> bool:
@@ -59,7 +65,9 @@ def _applies(name: str, bench: Bench, batch_size: int) -> bool:
 
 def _contender(name: str, bench: Bench, workload: Workload, batch_size: int) -> Contender:
     if name in PEERS:
-        return Contender(name, lambda: transformers_generate(bench, workload, batch_size, **PEERS[name]))
+        return Contender(
+            name, lambda: transformers_generate(bench, workload, batch_size, **PEERS[name])
+        )
     engine = bench.engine(workload, batch_size, **OURS[name])
 
     def once() -> int:

@@ -19,7 +19,10 @@ def draft_settings(bench: Bench, prompts: int) -> list[Setting]:
     """Batch 1 to 128, on fewer prompts where it is slow."""
     rows = (PLAIN_TEACHER if bench.padded else TEACHER, LOCKSTEP, *FIXED, AUTO, ASSISTED)
     counts = ((1, max(8, prompts // 16)), (8, max(32, prompts // 4)), (32, max(64, prompts // 2)))
-    return [Setting(batch, count, bench.natural, rows) for batch, count in (*counts, (128, max(256, prompts)))]
+    return [
+        Setting(batch, count, bench.natural, rows)
+        for batch, count in (*counts, (128, max(256, prompts)))
+    ]
 
 
 def run(options: BenchOptions, show: Show, tell: Tell) -> Report:

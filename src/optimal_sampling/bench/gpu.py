@@ -30,7 +30,9 @@ def run(options: BenchOptions, show: Show, tell: Tell) -> Report:
     clock = Clock(options.budget * (1 - MARGIN))
     bench, large = _pairs(options)
     sizes, huge = options.sizes_or(SIZES), parse_size(options.huge)
-    cells = measure_cells(bench, sizes, Clock(clock.left() - HUGE_SHARE * options.budget), show, tell)
+    cells = measure_cells(
+        bench, sizes, Clock(clock.left() - HUGE_SHARE * options.budget), show, tell
+    )
     limits = bounds(bench, sizes, cells)
     reached = targets(cells, limits[IDEAL])
     show(gpu_table(sizes, cells, limits))
@@ -40,12 +42,19 @@ def run(options: BenchOptions, show: Show, tell: Tell) -> Report:
     bench.close()
     tell(f"{huge} tokens of {options.huge_shape}, {clock.left():.0f} s left")
     part = measure_slice(large, huge, options.huge_shape, clock)
-    show(f"skipped: {part.size} of {part.shape}: {part.skipped}" if part.skipped else slice_table(part))
+    show(
+        f"skipped: {part.size} of {part.shape}: {part.skipped}"
+        if part.skipped
+        else slice_table(part)
+    )
     result = {
         "engine": notes,
         "bandwidth": bench.bandwidth,
         "cells": [{**asdict(cell), "tokens_per_second": cell.rate} for cell in cells],
-        "bounds": {name: {str(size): value for size, value in values.items()} for name, values in limits.items()},
+        "bounds": {
+            name: {str(size): value for size, value in values.items()}
+            for name, values in limits.items()
+        },
         "targets": [{**asdict(target), "met": target.met} for target in reached],
         "admission": asdict(part),
     }
@@ -62,6 +71,10 @@ def _pairs(options: BenchOptions) -> tuple[ShapeBench, ShapeBench]:
             "--student-shape tiny --huge-shape tiny"
         )
     half = max(1, parse_size(options.huge).tokens // 2)
-    bench = ShapeBench(options.models, teacher, student, acceptance=None, prompt_tokens=options.prompt_tokens)
-    large = ShapeBench(options.models, huge, huge, same_weights=True, acceptance=None, prompt_tokens=half)
+    bench = ShapeBench(
+        options.models, teacher, student, acceptance=None, prompt_tokens=options.prompt_tokens
+    )
+    large = ShapeBench(
+        options.models, huge, huge, same_weights=True, acceptance=None, prompt_tokens=half
+    )
     return bench, large

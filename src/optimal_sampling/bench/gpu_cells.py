@@ -17,7 +17,17 @@ from optimal_sampling.bench.workload import Bench, Workload
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.errors import EngineError
 
-__all__ = ["FAST", "ROWS", "SLOW", "Cell", "Clock", "Slice", "measure_cells", "measure_slice", "run_bounded"]
+__all__ = [
+    "FAST",
+    "ROWS",
+    "SLOW",
+    "Cell",
+    "Clock",
+    "Slice",
+    "measure_cells",
+    "measure_slice",
+    "run_bounded",
+]
 
 FAST, SLOW = "q* speculative, emulated acceptance 0.9", "q* speculative, emulated acceptance 0.8"
 SELF = "self-distillation of the teacher, lockstep"
@@ -72,7 +82,9 @@ class Cell:
     def __str__(self) -> str:
         if self.skipped:
             return f"skipped: {self.size}, {self.row}: {self.skipped}"
-        part = "" if self.complete else f" of {self.size.batch * self.size.tokens}, as the time was up"
+        part = (
+            "" if self.complete else f" of {self.size.batch * self.size.tokens}, as the time was up"
+        )
         return f"{self.size}, {self.row}: {self.rate:.0f} tokens per second ({self.tokens} tokens{part})"
 
 
@@ -117,7 +129,9 @@ class Bounded:
         return spent.tokens / spent.wall if spent.tokens else 0.0
 
 
-def run_bounded(bench: Bench, workload: Workload, batch: int, seconds: float, how: dict[str, Any]) -> Bounded:
+def run_bounded(
+    bench: Bench, workload: Workload, batch: int, seconds: float, how: dict[str, Any]
+) -> Bounded:
     """Generate until done, or until no further round may start. Raises EngineError where a text fails."""
     started = time.perf_counter()
     watch = Watch(deadline=started + seconds)
@@ -133,11 +147,15 @@ def run_bounded(bench: Bench, workload: Workload, batch: int, seconds: float, ho
     except TimeIsUp:
         assert engine.last_run is not None
         scheduler = engine.last_run.scheduler
-        drawn = {s.request.id: len(s.output) for s in (*scheduler.running, *scheduler.waiting)} | drawn
+        drawn = {
+            s.request.id: len(s.output) for s in (*scheduler.running, *scheduler.waiting)
+        } | drawn
     return Bounded(engine, watch, time.perf_counter() - started, sum(drawn.values()), finished)
 
 
-def measure_cells(bench: ShapeBench, sizes: tuple[Size, ...], clock: Clock, show: Show, tell: Tell) -> list[Cell]:
+def measure_cells(
+    bench: ShapeBench, sizes: tuple[Size, ...], clock: Clock, show: Show, tell: Tell
+) -> list[Cell]:
     """All rows of all sizes, before the clock has run out. Each is shown at once, as a call may be killed."""
     found: list[Cell] = []
     todo = [(size, row) for size in sizes for row in ROWS]
@@ -172,7 +190,9 @@ def _cell(bench: ShapeBench, size: Size, row: str, seconds: float) -> Cell:
         return Cell(size, row, skipped=f"failed: {str(error).splitlines()[0]}")
     complete = done.tokens == size.batch * size.tokens
     if not complete and done.watch.rounds < FEWEST_ROUNDS:
-        return Cell(size, row, skipped=f"no more than {done.watch.rounds} rounds within its {seconds:.1f} s")
+        return Cell(
+            size, row, skipped=f"no more than {done.watch.rounds} rounds within its {seconds:.1f} s"
+        )
     return Cell(size, row, done.tokens, done.seconds, done.decoding, complete)
 
 

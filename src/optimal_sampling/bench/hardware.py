@@ -37,7 +37,9 @@ def hardware(models: ModelConfig | None = None) -> dict[str, Any]:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            return next(
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -62,7 +64,9 @@ def _gpu(models: ModelConfig) -> dict[str, Any]:
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+        found = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return found[0] if found else "unknown"

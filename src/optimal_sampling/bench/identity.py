@@ -65,7 +65,9 @@ def differences(plain: Completion, other: Completion) -> tuple[bool, bool]:
     tokens = plain.token_ids != other.token_ids or plain.finish_reason != other.finish_reason
     traces = [np.array(list(c.trace.columns.values())).tobytes() for c in (plain, other)]
     same = traces[0] == traces[1] and plain.captured.keys() == other.captured.keys()
-    return tokens, not (same and all(_same_bits(plain.captured[k], other.captured[k]) for k in plain.captured))
+    return tokens, not (
+        same and all(_same_bits(plain.captured[k], other.captured[k]) for k in plain.captured)
+    )
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -72,7 +72,9 @@ def interleave(
     timings = {contender.name: Timing() for contender in contenders}
     for repeat in range(-1, repeats):
         for contender in contenders:
-            tell(f"{contender.name}: {'warming up' if repeat < 0 else f'repeat {repeat + 1} of {repeats}'}")
+            tell(
+                f"{contender.name}: {'warming up' if repeat < 0 else f'repeat {repeat + 1} of {repeats}'}"
+            )
             spent = timed(contender.run)
             if repeat >= 0:
                 timings[contender.name].add(spent)

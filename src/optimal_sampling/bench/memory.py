@@ -63,17 +63,26 @@ def predicted_bytes(engine: LocalEngine, workload: Workload) -> int:
 def measure_memory(bench: Bench, sizes: tuple[Size, ...], tell: Tell) -> list[Footprint]:
     """Every size once, and the last once more in an eighth of the memory that it took, or what two texts take."""
     found = [_run(bench, size, None, tell) for size in sizes]
-    return [*found, _run(bench, sizes[-1], found[-1].kv_mib * max(1 / OVERSIZE, 2 / sizes[-1].batch), tell)]
+    return [
+        *found,
+        _run(bench, sizes[-1], found[-1].kv_mib * max(1 / OVERSIZE, 2 / sizes[-1].batch), tell),
+    ]
 
 
 def _run(bench: Bench, size: Size, budget: float | None, tell: Tell) -> Footprint:
     """`budget`: MiB that the caches may take."""
     tell(f"batch {size}" + ("" if budget is None else f" in {budget:.0f} MiB"))
     workload, watch = bench.workload(size.batch, size.tokens), Watch()
-    engine = bench.engine(workload, size.batch, watch=watch, kv_memory_gib=None if budget is None else budget / 1024)
+    engine = bench.engine(
+        workload, size.batch, watch=watch, kv_memory_gib=None if budget is None else budget / 1024
+    )
     before = _allocated(engine.device)
     done = list(engine.generate(workload.requests))
-    peak = watch.resident if engine.device.type == "cpu" else torch.cuda.max_memory_allocated(engine.device)
+    peak = (
+        watch.resident
+        if engine.device.type == "cpu"
+        else torch.cuda.max_memory_allocated(engine.device)
+    )
     assert engine.last_run is not None
     return Footprint(
         batch=size.batch,
@@ -97,7 +106,9 @@ def _allocated(device: torch.device) -> int:
 
 def memory_table(footprints: list[Footprint], label: str) -> Table:
     """For people."""
-    table = Table(title=f"Memory of a batch of texts of equal length{label}, MiB", title_justify="left")
+    table = Table(
+        title=f"Memory of a batch of texts of equal length{label}, MiB", title_justify="left"
+    )
     names = ("batch x tokens", "budget", "KV should", "KV took", "grown", "in flight", "preempted")
     for name in (*names, "finished"):
         table.add_column(name, justify="right")

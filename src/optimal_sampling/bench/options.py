@@ -77,13 +77,17 @@ class BenchOptions:
     def __post_init__(self) -> None:
         counts = (self.repeats, self.threads, self.num_prompts, self.prompt_tokens, self.new_tokens)
         if min(1 if count is None else count for count in counts) < 1:
-            raise ConfigError("num_prompts, repeats, threads, prompt_tokens and new_tokens must be at least 1")
+            raise ConfigError(
+                "num_prompts, repeats, threads, prompt_tokens and new_tokens must be at least 1"
+            )
         if not 0 <= self.acceptance <= 1:
             raise ConfigError(f"acceptance must lie in [0, 1], got {self.acceptance}")
         if not self.budget > 0:
             raise ConfigError(f"budget must be larger than 0 seconds, got {self.budget}")
         if self.output is not None and not Path(self.output).parent.is_dir():
-            raise ConfigError(f"output: there is no folder {str(Path(self.output).parent)!r}; make it first")
+            raise ConfigError(
+                f"output: there is no folder {str(Path(self.output).parent)!r}; make it first"
+            )
         self._check_shapes()
         for text in (*self.sizes, self.huge):
             parse_size(text)
@@ -93,10 +97,17 @@ class BenchOptions:
         default = ModelConfig()
         if len(named) == 1:
             raise ConfigError("teacher_shape and student_shape go together: give both or none")
-        if named and (self.models.teacher, self.models.student) != (default.teacher, default.student):
-            raise ConfigError("shapes and models exclude each other: give --teacher and --student, or both shapes")
+        if named and (self.models.teacher, self.models.student) != (
+            default.teacher,
+            default.student,
+        ):
+            raise ConfigError(
+                "shapes and models exclude each other: give --teacher and --student, or both shapes"
+            )
         if self.same_weights and (len(named) < 2 or named[0] != named[1]):
-            raise ConfigError("same_weights needs the same shape for --teacher-shape and --student-shape")
+            raise ConfigError(
+                "same_weights needs the same shape for --teacher-shape and --student-shape"
+            )
 
     @property
     def shapes(self) -> tuple[str, str] | None:

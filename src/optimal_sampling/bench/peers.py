@@ -24,7 +24,9 @@ __all__ = ["StudentMixture", "transformers_generate"]
 class StudentMixture(LogitsProcessor):  # type: ignore[misc]
     """Turns the teacher's scores into log q*: runs the student over what is new, with a cache of its own."""
 
-    def __init__(self, student: Any, mask: Int[Tensor, "batch prompt"], mixture: MixtureConfig) -> None:
+    def __init__(
+        self, student: Any, mask: Int[Tensor, "batch prompt"], mixture: MixtureConfig
+    ) -> None:
         self.student = student
         self.mask = mask
         self.mixture = mixture
@@ -36,7 +38,9 @@ class StudentMixture(LogitsProcessor):  # type: ignore[misc]
         """log q* over the student's vocabulary, -inf beyond."""
         seen = self.cache.get_seq_length()
         new = input_ids[:, seen:]
-        self.mask = torch.nn.functional.pad(self.mask, (0, input_ids.shape[1] - self.mask.shape[1]), value=1)
+        self.mask = torch.nn.functional.pad(
+            self.mask, (0, input_ids.shape[1] - self.mask.shape[1]), value=1
+        )
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]
         output = self.student(
             input_ids=new,
@@ -49,7 +53,9 @@ class StudentMixture(LogitsProcessor):  # type: ignore[misc]
         vocab = min(student.shape[-1], scores.shape[-1])
         noise = torch.zeros(len(student), vocab, device=student.device)
         position = torch.zeros(len(student), dtype=torch.long, device=student.device)
-        drawn = step(student[:, :vocab], scores[:, :vocab], noise, position, self.mixture, keep_log_q=True)
+        drawn = step(
+            student[:, :vocab], scores[:, :vocab], noise, position, self.mixture, keep_log_q=True
+        )
         assert drawn.log_q is not None
         return torch.nn.functional.pad(drawn.log_q, (0, scores.shape[-1] - vocab), value=-torch.inf)
 
@@ -66,7 +72,9 @@ def transformers_generate(
     tokens = 0
     for batch in _batches(workload.requests, batch_size):
         ids, mask = (x.to(teacher.device) for x in _left_padded(batch, bench.vocabulary.pad_id))
-        processors = LogitsProcessorList([StudentMixture(student, mask, MixtureConfig())] if mix else [])
+        processors = LogitsProcessorList(
+            [StudentMixture(student, mask, MixtureConfig())] if mix else []
+        )
         most = batch[0].max_new_tokens
         stop = sorted(bench.vocabulary.stop_ids)
         torch.manual_seed(0)
@@ -84,7 +92,9 @@ def transformers_generate(
             logits_processor=processors,
             **({"assistant_model": student} if assisted else {}),
         )
-        tokens += _count(output[:, ids.shape[1] :], frozenset(stop) if workload.natural_end else frozenset())
+        tokens += _count(
+            output[:, ids.shape[1] :], frozenset(stop) if workload.natural_end else frozenset()
+        )
     return tokens
 
 
@@ -97,7 +107,9 @@ def _left_padded(
     batch: tuple[Request, ...], pad_id: int
 ) -> tuple[Int[Tensor, "batch prompt"], Int[Tensor, "batch prompt"]]:
     longest = max(len(r.teacher_prompt_ids) for r in batch)
-    rows = [[pad_id] * (longest - len(r.teacher_prompt_ids)) + list(r.teacher_prompt_ids) for r in batch]
+    rows = [
+        [pad_id] * (longest - len(r.teacher_prompt_ids)) + list(r.teacher_prompt_ids) for r in batch
+    ]
     ids = torch.tensor(rows)
     counts = torch.tensor([len(r.teacher_prompt_ids) for r in batch])
     mask = (torch.arange(longest) >= (longest - counts)[:, None]).long()

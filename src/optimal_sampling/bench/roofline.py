@@ -40,7 +40,9 @@ def _synchronise(device: torch.device) -> None:
 
 def weight_bytes(model: Any) -> int:
     """Bytes of the weights that a forward pass reads: all but an embedding that is only looked up."""
-    layers = [module for module in model.modules() if hasattr(module, "in_features")]  # whatever form they are in
+    layers = [
+        module for module in model.modules() if hasattr(module, "in_features")
+    ]  # whatever form they are in
     counted = {id(parameter) for layer in layers for parameter in layer.parameters()}
     counted.add(id(model.get_input_embeddings().weight))
     rest = [p for p in model.parameters() if id(p) not in counted]
@@ -49,7 +51,9 @@ def weight_bytes(model: Any) -> int:
 
 def _layer_bytes(layer: Any) -> int:
     """Of a linear layer. Our own forms of it keep float32 weights that are no parameters."""
-    parameters = {name: p.numel() * p.element_size() for name, p in layer.named_parameters(recurse=False)}
+    parameters = {
+        name: p.numel() * p.element_size() for name, p in layer.named_parameters(recurse=False)
+    }
     parameters.setdefault("weight", 4 * layer.in_features * layer.out_features)
     return int(sum(parameters.values()))
 

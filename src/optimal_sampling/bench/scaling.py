@@ -71,7 +71,16 @@ def _run(bench: Bench, prompts: int, batch_size: int, tell: Tell) -> Growth:
 def scaling_table(growth: list[Growth]) -> Table:
     """For people."""
     table = Table(title="Growth with the number of prompts", title_justify="left")
-    names = ("prompts", "batch", "in flight", "tokens", "CPU s", "CPU ms / token", "KV caches MiB", "memory grown MiB")
+    names = (
+        "prompts",
+        "batch",
+        "in flight",
+        "tokens",
+        "CPU s",
+        "CPU ms / token",
+        "KV caches MiB",
+        "memory grown MiB",
+    )
     for name in names:
         table.add_column(name, justify="right")
     for g in growth:

@@ -62,7 +62,9 @@ class SelfDistillation:
         add_rates(table, self.ratios_wall, self.ratios_cpu, ".2f")
         for name, facts in self.drafts.items():
             table.add_row(f"{name}: drafts accepted", f"{facts['accepted']:.0%}", "")
-            table.add_row(f"{name}: tokens per row and round", f"{facts['tokens_per_round']:.2f}", "")
+            table.add_row(
+                f"{name}: tokens per row and round", f"{facts['tokens_per_round']:.2f}", ""
+            )
         return table
 
 
@@ -73,7 +75,10 @@ def measure(
     """Time the rows in turn: rounds that read no prompt, and only the tokens that those drew."""
     drafts: dict[str, dict[str, float]] = {}
     names = [name for name in rows if name != PLAIN_ALONE or bench.padded]
-    works = [Contender(name, partial(_decode, bench, workload, name, rows[name], drafts)) for name in names]
+    works = [
+        Contender(name, partial(_decode, bench, workload, name, rows[name], drafts))
+        for name in names
+    ]
     timings = interleave(works, options.repeats, tell)
     wall = {name: timing.per_wall_second for name, timing in timings.items()}
     cpu = {name: timing.per_cpu_second for name, timing in timings.items()}
@@ -81,7 +86,11 @@ def measure(
 
 
 def _decode(
-    bench: Bench, workload: Workload, name: str, how: dict[str, Any], drafts: dict[str, dict[str, float]]
+    bench: Bench,
+    workload: Workload,
+    name: str,
+    how: dict[str, Any],
+    drafts: dict[str, dict[str, float]],
 ) -> Spent:
     watch = Watch()
     engine = bench.engine(workload, BATCH, watch=watch, **how)
@@ -98,7 +107,11 @@ def _decode(
 def _ratios(speed: Mapping[str, float]) -> dict[str, float]:
     """To the model alone, as fast as it runs."""
     alone = max(speed[name] for name in (ALONE, PLAIN_ALONE) if name in speed)
-    return {f"{name} / fastest alone": value / alone for name, value in speed.items() if name.startswith("q*")}
+    return {
+        f"{name} / fastest alone": value / alone
+        for name, value in speed.items()
+        if name.startswith("q*")
+    }
 
 
 def run(options: BenchOptions, show: Show, tell: Tell) -> Report:

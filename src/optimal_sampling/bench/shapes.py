@@ -52,7 +52,12 @@ class Shape:
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
         if self.family == "llama":
             scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-            rope = {"rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 8192, **scaling}
+            rope = {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "original_max_position_embeddings": 8192,
+                **scaling,
+            }
         sizes: dict[str, Any] = {"head_dim": self.head_dim} if self.head_dim else {}
         return getattr(transformers, kinds[self.family])(
             hidden_size=self.hidden,
@@ -81,7 +86,9 @@ class Shape:
         forked = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(forked), torch.device(device):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(self.config(), dtype=resolve_dtype(models.dtype, device))
+            model = AutoModelForCausalLM.from_config(
+                self.config(), dtype=resolve_dtype(models.dtype, device)
+            )
         return model.eval().requires_grad_(False)
 
 
@@ -96,7 +103,9 @@ SHAPES = {
     "Qwen3-0.6B": Shape("qwen3", 1024, 28, 16, 8, 3072, QWEN_ROWS, 40_960, head_dim=128),
     "Qwen3-1.7B": Shape("qwen3", 2048, 28, 16, 8, 6144, QWEN_ROWS, 40_960, head_dim=128),
     "Qwen3-4B": Shape("qwen3", 2560, 36, 32, 8, 9728, QWEN_ROWS, 40_960, head_dim=128),
-    "Qwen3-8B": Shape("qwen3", 4096, 36, 32, 8, 12_288, QWEN_ROWS, 40_960, tied=False, head_dim=128),
+    "Qwen3-8B": Shape(
+        "qwen3", 4096, 36, 32, 8, 12_288, QWEN_ROWS, 40_960, tied=False, head_dim=128
+    ),
     "Llama-3.2-1B": Shape("llama", 2048, 16, 32, 8, 8192, LLAMA_ROWS, 131_072, head_dim=64),
     "Llama-3.2-3B": Shape("llama", 3072, 28, 24, 8, 8192, LLAMA_ROWS, 131_072, head_dim=128),
 }
@@ -128,7 +137,9 @@ class ShapeBench(Bench):
     ) -> None:
         self.shapes = {"teacher": shape_named(teacher), "student": shape_named(student)}
         if self.shapes["teacher"].tokenizer != self.shapes["student"].tokenizer:
-            raise ConfigError(f"{teacher} and {student} have different vocabularies; take two shapes of one family")
+            raise ConfigError(
+                f"{teacher} and {student} have different vocabularies; take two shapes of one family"
+            )
         self.shared = same_weights
         self.prompt_tokens = prompt_tokens
         self.equal_tokens = new_tokens
@@ -161,25 +172,38 @@ class ShapeBench(Bench):
                     runner.drop_caches()  # the student's would stay, where the twin counts on all of the memory
             runners = dict.fromkeys(engine.pair.runners, engine.pair.runners["teacher"])
             pair = replace(engine.pair, runners=runners, shared=True)
-            found._engines[key] = LocalEngine(pair, engine.mixture, engine.options, found.vocabulary)
+            found._engines[key] = LocalEngine(
+                pair, engine.mixture, engine.options, found.vocabulary
+            )
         return found
 
-    def workload(self, count: int, tokens: int | None = None, prompt: PromptConfig | None = None) -> Workload:
+    def workload(
+        self, count: int, tokens: int | None = None, prompt: PromptConfig | None = None
+    ) -> Workload:
         """Prompts of random ids, the same to both models; completions of `tokens` (unset: `equal_tokens`) each."""
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.vocabulary.size, (count, self.prompt_tokens), generator=generator).tolist()
+        ids = torch.randint(
+            self.vocabulary.size, (count, self.prompt_tokens), generator=generator
+        ).tolist()
         most = tokens or self.equal_tokens
-        requests = [Request(f"shape-{i}", i, 0, tuple(row), tuple(row), most) for i, row in enumerate(ids)]
+        requests = [
+            Request(f"shape-{i}", i, 0, tuple(row), tuple(row), most) for i, row in enumerate(ids)
+        ]
         return Workload(tuple(requests), natural_end=False)
 
     def _vocabulary(self) -> Vocabulary:
         teacher, student = self.shapes["teacher"], self.shapes["student"]
         size = min(teacher.vocab, student.vocab)
-        return Vocabulary(size, frozenset(), student_context=student.context, teacher_context=teacher.context)
+        return Vocabulary(
+            size, frozenset(), student_context=student.context, teacher_context=teacher.context
+        )
 
     def _load(self, batch_invariant: bool) -> LocalEngine:
         teacher = self._random("teacher")
-        models = {"teacher": teacher, "student": teacher if self.shared else self._random("student")}
+        models = {
+            "teacher": teacher,
+            "student": teacher if self.shared else self._random("student"),
+        }
         options = EngineConfig(batch_invariant=batch_invariant)
         pair = LoadedPair.of(models, self.vocabulary.size, options)
         return LocalEngine(pair, MixtureConfig(), options, self.vocabulary)

@@ -27,7 +27,16 @@ from optimal_sampling.bench.report import Report, Show, Tell, add_rates, rates_t
 from optimal_sampling.bench.roofline import lockstep_bound
 from optimal_sampling.bench.workload import Bench, Workload, describe_lengths
 
-__all__ = ["Result", "Setting", "measure_setting", "ratios", "run", "speed_settings", "speed_table", "tables"]
+__all__ = [
+    "Result",
+    "Setting",
+    "measure_setting",
+    "ratios",
+    "run",
+    "speed_settings",
+    "speed_table",
+    "tables",
+]
 
 IDEAL, ROOFLINE = "ideal lockstep", "roofline, lockstep"
 BEST_TEACHER, BEST_FIXED = "fastest teacher alone", "best of lockstep and fixed lengths"
@@ -109,10 +118,16 @@ def measure_setting(bench: Bench, setting: Setting, repeats: int, tell: Tell) ->
 def _lengths(bench: Bench, workload: Workload, setting: Setting) -> tuple[str, float]:
     """The table's title, and how many tokens a cache holds on average while a text is drawn."""
     done = list(bench.engine(workload, 32).generate(workload.requests))
-    ends = "natural end of text" if setting.natural_end else f"{workload.requests[0].max_new_tokens} tokens each"
+    ends = (
+        "natural end of text"
+        if setting.natural_end
+        else f"{workload.requests[0].max_new_tokens} tokens each"
+    )
     what = f"batch {setting.batch_size}, {setting.prompts} prompts, {ends}{bench.label}"
     drawn = sum(len(c.token_ids) for c in done)
-    seen = sum(len(c.token_ids) * (len(c.request.teacher_prompt_ids) + len(c.token_ids) / 2) for c in done)
+    seen = sum(
+        len(c.token_ids) * (len(c.request.teacher_prompt_ids) + len(c.token_ids) / 2) for c in done
+    )
     return f"{what}\n{describe_lengths(workload.requests, done)}", seen / drawn
 
 
@@ -128,14 +143,26 @@ def ratios(speed: Mapping[str, float]) -> dict[str, float]:
         known[IDEAL] = ideal_lockstep(speed)
     teachers = [speed[name] for name in (TEACHER, PLAIN_TEACHER) if name in speed]
     fixed = [value for name, value in speed.items() if name == LOCKSTEP or name in FIXED]
-    known.update({name: max(values) for name, values in ((BEST_TEACHER, teachers), (BEST_FIXED, fixed)) if values})
-    return {name: known[over] / known[under] for name, over, under in RATIOS if over in known and under in known}
+    known.update(
+        {
+            name: max(values)
+            for name, values in ((BEST_TEACHER, teachers), (BEST_FIXED, fixed))
+            if values
+        }
+    )
+    return {
+        name: known[over] / known[under]
+        for name, over, under in RATIOS
+        if over in known and under in known
+    }
 
 
 def speed_table(result: Result) -> Table:
     """For people."""
     at = f" at {result.bandwidth / 1e9:.1f} GB/s"
-    bounds = {f"{name}{at}" if name == ROOFLINE else name: bound for name, bound in result.bounds.items()}
+    bounds = {
+        f"{name}{at}" if name == ROOFLINE else name: bound for name, bound in result.bounds.items()
+    }
     table = rates_table(result.title, result.per_wall_second, result.per_cpu_second)
     add_rates(table, bounds, {}, ".0f")
     add_rates(table, result.ratios_wall, result.ratios_cpu, ".2f")

@@ -54,7 +54,9 @@ class Watch:
         if self._started is not None and self._started.decodes:
             self.decoding += self._started.until(now)
             self.decoding_rows += len(self._started.rows)
-        self._started = _Started(now, list(rows), sum(len(s.output) for s in rows), not any(plan.chunks))
+        self._started = _Started(
+            now, list(rows), sum(len(s.output) for s in rows), not any(plan.chunks)
+        )
         if self.deadline is not None and now.wall > self.deadline:
             raise TimeIsUp
 
@@ -79,7 +81,9 @@ class _Started:
 
     def until(self, now: Spent) -> Spent:
         return Spent(
-            sum(len(s.output) for s in self.rows) - self.tokens, now.wall - self.at.wall, now.cpu - self.at.cpu
+            sum(len(s.output) for s in self.rows) - self.tokens,
+            now.wall - self.at.wall,
+            now.cpu - self.at.cpu,
         )
 
 
@@ -108,7 +112,9 @@ class MeasuringDrawer(Drawer):
         watch: Watch | None = None,
     ) -> None:
         super().__init__(lanes, setting, policy)
-        assert acceptance is None or not setting.stop_ids, "an overwritten token could be an end of text"
+        assert acceptance is None or not setting.stop_ids, (
+            "an overwritten token could be an end of text"
+        )
         self.acceptance = acceptance
         self.watch = watch
 
@@ -124,17 +130,26 @@ class MeasuringDrawer(Drawer):
         return self._emulated(drawn, rows, self.acceptance)
 
     def _emulated(self, drawn: Drawn, rows: list[Sequence], rate: float) -> Drawn:
-        accepted = accepts([s.request.noise_key for s in rows], [len(s.output) for s in rows], drawn.width - 1, rate)
+        accepted = accepts(
+            [s.request.noise_key for s in rows],
+            [len(s.output) for s in rows],
+            drawn.width - 1,
+            rate,
+        )
         tokens = drawn.step.token.view(len(rows), drawn.width).clone()
         other = (drawn.drafts + 1) % self.setting.vocab_size
         tokens[:, :-1] = torch.where(to_device(accepted, self.device), drawn.drafts, other)
         return replace(drawn, step=replace(drawn.step, token=tokens.flatten()))
 
 
-def accepts(keys: list[int], first: list[int], drafts: int, rate: float) -> Bool[np.ndarray, "rows drafts"]:
+def accepts(
+    keys: list[int], first: list[int], drafts: int, rate: float
+) -> Bool[np.ndarray, "rows drafts"]:
     """Whether each request (64-bit key) accepts the drafts at its positions first, first + 1, ..."""
     positions = np.array(first, dtype=np.uint64)[:, None] + np.arange(drafts, dtype=np.uint64)
-    uniform = _mix(_mix(np.array(keys, dtype=np.uint64))[:, None] ^ _mix(positions)) >> np.uint64(11)
+    uniform = _mix(_mix(np.array(keys, dtype=np.uint64))[:, None] ^ _mix(positions)) >> np.uint64(
+        11
+    )
     accepted: np.ndarray = uniform * 2.0**-53 < rate
     return accepted
 

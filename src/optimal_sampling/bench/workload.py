@@ -55,7 +55,11 @@ class Bench:
     @property
     def names(self) -> dict[str, Any]:
         """What was measured, for the line of JSON."""
-        return {"teacher": self.models.teacher, "student": self.models.student, "dtype": self.models.dtype}
+        return {
+            "teacher": self.models.teacher,
+            "student": self.models.student,
+            "dtype": self.models.dtype,
+        }
 
     @property
     def label(self) -> str:
@@ -75,13 +79,18 @@ class Bench:
     @property
     def padded(self) -> bool:
         """Whether shapes that make results independent of the batch differ from the fastest ones."""
-        return self.device.type == "cpu" and resolve_dtype(self.models.dtype, self.device) == torch.float32
+        return (
+            self.device.type == "cpu"
+            and resolve_dtype(self.models.dtype, self.device) == torch.float32
+        )
 
     def twin(self) -> Bench:
         """The teacher as its own student."""
         return Bench(replace(self.models, student=self.models.teacher))
 
-    def workload(self, count: int, tokens: int | None = None, prompt: PromptConfig | None = None) -> Workload:
+    def workload(
+        self, count: int, tokens: int | None = None, prompt: PromptConfig | None = None
+    ) -> Workload:
         """The first `count` synthetic problems; `tokens`: every completion has exactly so many."""
         renderer = PromptRenderer(prompt or PromptConfig(), self.vocabulary)
         requests: list[Request] = []

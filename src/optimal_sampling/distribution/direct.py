@@ -129,11 +129,15 @@ class DirectPair(Pair):
     def token_log_p(self, token: Int64[Tensor, " rows"]) -> tuple[Rows, Rows]:
         """See `Pair`."""
         ids, every = token.numpy(), np.arange(self.rows)
-        student, teacher = (x[every, ids].astype(np.float64) / self._temperature for x in self._logits)
+        student, teacher = (
+            x[every, ids].astype(np.float64) / self._temperature for x in self._logits
+        )
         return student - self.offset[0], teacher - self.offset[1]
 
 
 def _array(logits: Tensor) -> Float[np.ndarray, "rows vocab"]:
     """The same memory where NumPy knows its type."""
-    array: Float[np.ndarray, "rows vocab"] = (logits.float() if logits.dtype == torch.bfloat16 else logits).numpy()
+    array: Float[np.ndarray, "rows vocab"] = (
+        logits.float() if logits.dtype == torch.bfloat16 else logits
+    ).numpy()
     return array

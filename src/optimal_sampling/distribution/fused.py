@@ -45,7 +45,9 @@ def kernel_note(device: torch.device, mixture: MixtureConfig | None = None) -> s
     if version is None:
         return "mixture kernel: PyTorch, because Triton is not installed"
     if mixture is not None and not covers(mixture):
-        return "mixture kernel: PyTorch, because the fused kernel does not cover these mixture options"
+        return (
+            "mixture kernel: PyTorch, because the fused kernel does not cover these mixture options"
+        )
     return f"mixture kernel: fused (Triton {version})"
 
 
@@ -59,7 +61,9 @@ def covers(mixture: MixtureConfig, keep_log_q: bool = False) -> bool:
     return mixture.alpha_method in _COVERED and not (restricted or truncated or keep_log_q)
 
 
-def runs_fused(device: torch.device, mixture: MixtureConfig | None = None, keep_log_q: bool = False) -> bool:
+def runs_fused(
+    device: torch.device, mixture: MixtureConfig | None = None, keep_log_q: bool = False
+) -> bool:
     """Whether a step of this mixture, or a draft, on this device is the kernel's."""
     if device.type != "cuda" or triton_version() is None:
         return False
@@ -67,12 +71,21 @@ def runs_fused(device: torch.device, mixture: MixtureConfig | None = None, keep_
 
 
 def fused_draft(
-    student_logits: Float[Tensor, "rows vocab"], noise: Float32[Tensor, "rows vocab"] | NoiseKeys, temperature: float
+    student_logits: Float[Tensor, "rows vocab"],
+    noise: Float32[Tensor, "rows vocab"] | NoiseKeys,
+    temperature: float,
 ) -> tuple[Int64[Tensor, " rows"], Float32[Tensor, " rows"]]:
     """argmax(log p_student + noise) and its log p_student."""
     kernel, device = _kernel(), student_logits.device
-    student, (rows, vocab), pieces = _in_rows(student_logits), student_logits.shape, _pieces(student_logits)
-    token, log_p = torch.zeros(rows, dtype=torch.int64, device=device), torch.zeros(rows, device=device)
+    student, (rows, vocab), pieces = (
+        _in_rows(student_logits),
+        student_logits.shape,
+        _pieces(student_logits),
+    )
+    token, log_p = (
+        torch.zeros(rows, dtype=torch.int64, device=device),
+        torch.zeros(rows, device=device),
+    )
     if rows:
         drafted = torch.empty(rows, kernel.DRAFTED, pieces, dtype=torch.float64, device=device)
         kernel.draft[rows, pieces](
@@ -110,7 +123,14 @@ def fused_step(
     if rows:
         method, told = _branch(mixture)
         kernel.measure[rows, pieces](
-            *models, measured, vocab, scale, told[0], METHOD=method, COLUMNS=kernel.MEASURED, **sizes
+            *models,
+            measured,
+            vocab,
+            scale,
+            told[0],
+            METHOD=method,
+            COLUMNS=kernel.MEASURED,
+            **sizes,
         )
         kernel.solve[rows,](
             *models, position, measured, solved, pieces, vocab, scale, *told,

@@ -21,18 +21,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["DRAFTED", "MEASURED", "MIXED", "SOLVED", "choose", "draft", "finish", "measure", "mix", "solve"]
+__all__ = [
+    "DRAFTED",
+    "MEASURED",
+    "MIXED",
+    "SOLVED",
+    "choose",
+    "draft",
+    "finish",
+    "measure",
+    "mix",
+    "solve",
+]
 
 MEASURED, SOLVED, MIXED, DRAFTED = 16, 11, 10, 4
 """Numbers that `measure` leaves per piece, `solve` per row, `mix` and `draft` per piece."""
 
 _INF = tl.constexpr(float("inf"))
 _FLOOR = tl.constexpr(-1e18)  # below every score
-_LEAST = tl.constexpr(-1e12)  # stands for -inf: its multiples by any alpha have the weight 0, its third power is finite
+_LEAST = tl.constexpr(
+    -1e12
+)  # stands for -inf: its multiples by any alpha have the weight 0, its third power is finite
 _APART = tl.constexpr(5e11)  # d is larger where only one of the models has a token
 _TOLERANCE = tl.constexpr(1e-6)
 _BELOW, _ABOVE = tl.constexpr(-1.0), tl.constexpr(2.0)
-_SINGLE, _LOOKS = tl.constexpr(4), tl.constexpr(46)  # after 4 looks every other one halves the bracket, 20 times enough
+_SINGLE, _LOOKS = (
+    tl.constexpr(4),
+    tl.constexpr(46),
+)  # after 4 looks every other one halves the bracket, 20 times enough
 _NEAREST_ONE = tl.constexpr(1 - 2.0**-24)
 
 # As in noise.py, in two's complement
@@ -180,7 +196,11 @@ def measure(
     for start in range(first, tl.minimum(first + PIECE, vocab), BLOCK):
         ids = start + tl.arange(0, BLOCK)
         s, t, d = _pair(student, teacher, ids, ids < vocab, scale, head_s, head_t)
-        shared, most, least = tl.maximum(shared, tl.minimum(s, t)), tl.maximum(most, d), tl.minimum(least, d)
+        shared, most, least = (
+            tl.maximum(shared, tl.minimum(s, t)),
+            tl.maximum(most, d),
+            tl.minimum(least, d),
+        )
         p, top_s, fade = _weigh(s, top_s)
         z_s = z_s * fade + p
         if METHOD == "reverse_kl_symmetry":
@@ -257,7 +277,11 @@ def _next(alpha, slope, curvature, third, left, right, looks):
     middle = (left + right) / 2
     useful = (guess > left) & (guess < right) & ((looks < _SINGLE) | (looks % 2 == 0))
     guess = tl.where(useful, guess, middle)
-    return tl.minimum(tl.maximum(guess, left + _TOLERANCE / 2), right - _TOLERANCE / 2).to(tl.float32).to(tl.float64)
+    return (
+        tl.minimum(tl.maximum(guess, left + _TOLERANCE / 2), right - _TOLERANCE / 2)
+        .to(tl.float32)
+        .to(tl.float64)
+    )
 
 
 @triton.jit
@@ -272,7 +296,9 @@ def _root(
     while (looks < _LOOKS) & (done == 0):
         alpha = _next(alpha, slope, curvature, third, left, right, looks)
         alpha = tl.where((looks == 1) & (also >= 0), also, alpha)
-        slope, curvature, third = _look(student, teacher, alpha, at_s, at_t, gap, vocab, scale, BLOCK)
+        slope, curvature, third = _look(
+            student, teacher, alpha, at_s, at_t, gap, vocab, scale, BLOCK
+        )
         left, right = tl.where(slope >= 0, left, alpha), tl.where(slope >= 0, alpha, right)
         done = _settled(slope, curvature) | (right - left <= _TOLERANCE)
         looks += 1
@@ -356,7 +382,10 @@ def solve(
     only_t = tl.max(_column(sums, 14, pieces, 0.0, WIDTH), 0) > _APART
     only_s = tl.min(_column(sums, 15, pieces, 0.0, WIDTH), 0) < -_APART
     z_s, z_t = _sum(sums, 6, pieces, scale_s, WIDTH), _sum(sums, 7, pieces, scale_t, WIDTH)
-    bad_s, bad_t = ((top_s > -_APART) & (z_s > 0)) == 0, ((top_t > -_APART) & (z_t > 0)) == 0  # NaN and +inf: z is NaN
+    bad_s, bad_t = (
+        ((top_s > -_APART) & (z_s > 0)) == 0,
+        ((top_t > -_APART) & (z_t > 0)) == 0,
+    )  # NaN and +inf: z is NaN
     # the models relative to their largest logits, in which `solve` and `mix` see them
     at_s, at_t = (head_s + top_s).to(tl.float32), (head_t + top_t).to(tl.float32)
     log_z_s, log_z_t = head_s + top_s - at_s + tl.log(z_s), head_t + top_t - at_t + tl.log(z_t)
@@ -381,7 +410,9 @@ def solve(
         free = _reverse(slope_1, slope_0, only_s, only_t)
     elif METHOD == "ess_balance":
         level = ((only_s | only_t) == 0) | (shared == 0) | bad_s | bad_t
-        free = tl.where(level, 0.5, _balance(student, teacher, level, at_s, at_t, gap, vocab, scale, BLOCK))
+        free = tl.where(
+            level, 0.5, _balance(student, teacher, level, at_s, at_t, gap, vocab, scale, BLOCK)
+        )
     else:
         free = start + (end - start) * tl.minimum(place.to(tl.float64) / tokens, 1.0)
     if METHOD != "schedule":
@@ -407,12 +438,19 @@ def mix(
     HASHED: tl.constexpr, SOLVED: tl.constexpr, MIXED: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    student, teacher, noise = student + row * student_stride, teacher + row * teacher_stride, noise + row * noise_stride
+    student, teacher, noise = (
+        student + row * student_stride,
+        teacher + row * teacher_stride,
+        noise + row * noise_stride,
+    )
     a, b = 0, 0
     if HASHED:
         a, b = _words(keys + row, position + row)
     alpha = tl.load(solved + row * SOLVED).to(tl.float32)
-    at_s, at_t = tl.load(solved + row * SOLVED + 2).to(tl.float32), tl.load(solved + row * SOLVED + 3).to(tl.float32)
+    at_s, at_t = (
+        tl.load(solved + row * SOLVED + 2).to(tl.float32),
+        tl.load(solved + row * SOLVED + 3).to(tl.float32),
+    )
     nothing, zero = tl.full([], _FLOOR, tl.float32), tl.zeros([BLOCK], tl.float32)
     top, top_s, top_t = nothing, nothing, nothing
     w, w_x, w_d, w_s, w_t = zero, zero, zero, zero, zero
@@ -425,7 +463,9 @@ def mix(
         p, new, fade = _weigh(x, top)
         w_x = (w_x + w * (top - new)) * fade + p * (x - new)
         w, w_d, top = w * fade + p, w_d * fade + p * d, new
-        p, top_s, fade = _weigh(_if_shared(d, x + alpha * d), top_s)  # q^2 / p_student = exp(2 x - s)
+        p, top_s, fade = _weigh(
+            _if_shared(d, x + alpha * d), top_s
+        )  # q^2 / p_student = exp(2 x - s)
         w_s = w_s * fade + p
         p, top_t, fade = _weigh(_if_shared(d, x - (1 - alpha) * d), top_t)
         w_t = w_t * fade + p
@@ -480,19 +520,27 @@ def finish(
     pulls = _column(sums, 0, pieces, _FLOOR, WIDTH) - top
     w = _sum(sums, 3, pieces, scales, WIDTH)
     w_x = _sum(sums, 4, pieces, scales, WIDTH)
-    w_x += tl.sum(_column(sums, 3, pieces, 0.0, WIDTH) * tl.where(scales > 0, scales * pulls, 0.0), 0)
+    w_x += tl.sum(
+        _column(sums, 3, pieces, 0.0, WIDTH) * tl.where(scales > 0, scales * pulls, 0.0), 0
+    )
     slope = _sum(sums, 5, pieces, scales, WIDTH) / w - (log_z_t - log_z_s)
     log_sum = tl.log(w) + top
     F = log_sum - log_z_s - alpha * (log_z_t - log_z_s)
 
     highest, every = _column(sums, 8, pieces, -_INF, WIDTH), tl.arange(0, WIDTH)
     ids = _column(sums, 9, pieces, 0.0, WIDTH)
-    token = tl.min(tl.where((highest == tl.max(highest, 0)) & (every < pieces), ids, 2.0**31 - 1), 0).to(tl.int64)
+    token = tl.min(
+        tl.where((highest == tl.max(highest, 0)) & (every < pieces), ids, 2.0**31 - 1), 0
+    ).to(tl.int64)
     token = tl.where(bad, 0, token)
     log_p_s = _log_p(student + row * student_stride, token, scale, tl.load(known + 2), log_z_s)
     log_p_t = _log_p(teacher + row * teacher_stride, token, scale, tl.load(known + 3), log_z_t)
     # 0 times -inf is no part of a mixture
-    log_q = tl.where(alpha < 1, (1 - alpha) * log_p_s, 0.0) + tl.where(alpha > 0, alpha * log_p_t, 0.0) - F
+    log_q = (
+        tl.where(alpha < 1, (1 - alpha) * log_p_s, 0.0)
+        + tl.where(alpha > 0, alpha * log_p_t, 0.0)
+        - F
+    )
 
     tl.store(tokens + row, token)
     tl.store(bad_student + row, bad_s)
@@ -502,8 +550,12 @@ def finish(
     tl.store(out + 1, tl.load(known + 1) + nan)
     tl.store(out + 2, tl.where(no_student, _INF, tl.maximum(alpha * slope - F, 0.0)) + nan)
     tl.store(out + 3, tl.where(no_teacher, _INF, tl.maximum((alpha - 1) * slope - F, 0.0)) + nan)
-    tl.store(out + 4, tl.where(no_student, 0.0, _ess(sums, 1, pieces, log_sum, log_z_s, WIDTH)) + nan)
-    tl.store(out + 5, tl.where(no_teacher, 0.0, _ess(sums, 2, pieces, log_sum, log_z_t, WIDTH)) + nan)
+    tl.store(
+        out + 4, tl.where(no_student, 0.0, _ess(sums, 1, pieces, log_sum, log_z_s, WIDTH)) + nan
+    )
+    tl.store(
+        out + 5, tl.where(no_teacher, 0.0, _ess(sums, 2, pieces, log_sum, log_z_t, WIDTH)) + nan
+    )
     tl.store(out + 6, tl.maximum(tl.log(w) - w_x / w, 0.0) + nan)
     tl.store(out + 7, log_p_s + nan)
     tl.store(out + 8, log_p_t + nan)
@@ -554,9 +606,17 @@ def choose(
     sums, every = drafted + row * DRAFTED * pieces, tl.arange(0, WIDTH)
     top, scales = _tops(sums, 0, pieces, WIDTH)
     highest, ids = _column(sums, 2, pieces, -_INF, WIDTH), _column(sums, 3, pieces, 0.0, WIDTH)
-    token = tl.min(tl.where((highest == tl.max(highest, 0)) & (every < pieces), ids, 2.0**31 - 1), 0).to(tl.int64)
+    token = tl.min(
+        tl.where((highest == tl.max(highest, 0)) & (every < pieces), ids, 2.0**31 - 1), 0
+    ).to(tl.int64)
     tl.store(tokens + row, token)
     tl.store(
         log_p + row,
-        _log_p(student + row * student_stride, token, scale, top, tl.log(_sum(sums, 1, pieces, scales, WIDTH))),
+        _log_p(
+            student + row * student_stride,
+            token,
+            scale,
+            top,
+            tl.log(_sum(sums, 1, pieces, scales, WIDTH)),
+        ),
     )

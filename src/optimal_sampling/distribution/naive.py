@@ -67,12 +67,16 @@ def log_q(s: Sequence[float], t: Sequence[float], alpha: float) -> list[float]:
     if alpha == 1 or not common(s, t):
         return list(t)
     log_z, both = F(s, t, alpha), set(common(s, t))
-    return [(1 - alpha) * s[i] + alpha * t[i] - log_z if i in both else -_INF for i in range(len(s))]
+    return [
+        (1 - alpha) * s[i] + alpha * t[i] - log_z if i in both else -_INF for i in range(len(s))
+    ]
 
 
 def kl(p: Sequence[float], q: Sequence[float]) -> float:
     """KL(p||q) of two rows of log-probabilities."""
-    return math.fsum(math.exp(a) * (a - b) if b > -_INF else _INF for a, b in zip(p, q, strict=True) if a > -_INF)
+    return math.fsum(
+        math.exp(a) * (a - b) if b > -_INF else _INF for a, b in zip(p, q, strict=True) if a > -_INF
+    )
 
 
 def ess(q: Sequence[float], p: Sequence[float]) -> float:
@@ -86,7 +90,9 @@ def shannon(q: Sequence[float]) -> float:
     return -math.fsum(math.exp(a) * a for a in q if a > -_INF)
 
 
-def bisect(rising: Callable[[float], float], low: float = _EPSILON, high: float = 1 - _EPSILON) -> float:
+def bisect(
+    rising: Callable[[float], float], low: float = _EPSILON, high: float = 1 - _EPSILON
+) -> float:
     """Where a rising function crosses 0; an end where it does not."""
     for _ in range(50):
         middle = (low + high) / 2
@@ -100,7 +106,9 @@ def slope(s: Sequence[float], t: Sequence[float], alpha: float) -> float:
     return math.fsum(math.exp(q[i]) * (t[i] - s[i]) for i in common(s, t))
 
 
-def kl_symmetry(s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig) -> float:
+def kl_symmetry(
+    s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig
+) -> float:
     """KL(q||s) = KL(q||t)."""
     return bisect(lambda alpha: slope(s, t, alpha))
 
@@ -110,7 +118,9 @@ def mirror(s: Sequence[float], t: Sequence[float], position: int, mixture: Mixtu
     return 1 - kl_symmetry(s, t, position, mixture)
 
 
-def reverse_kl_symmetry(s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig) -> float:
+def reverse_kl_symmetry(
+    s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig
+) -> float:
     """KL(s||q) = KL(t||q), from its closed form."""
     to_student, to_teacher = kl(t, s), kl(s, t)
     if to_student == to_teacher:
@@ -118,12 +128,18 @@ def reverse_kl_symmetry(s: Sequence[float], t: Sequence[float], position: int, m
     return 1.0 if to_student == _INF else to_student / (to_student + to_teacher)
 
 
-def ess_balance(s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig) -> float:
+def ess_balance(
+    s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig
+) -> float:
     """ESS to the student = ESS to the teacher."""
 
     def lead(alpha: float) -> float:
         q = log_q(s, t, alpha)
-        return math.log(ess(q, t)) - math.log(ess(q, s)) if min(ess(q, t), ess(q, s)) > 0 else alpha - 0.5
+        return (
+            math.log(ess(q, t)) - math.log(ess(q, s))
+            if min(ess(q, t), ess(q, s)) > 0
+            else alpha - 0.5
+        )
 
     return bisect(lead)
 
@@ -131,7 +147,10 @@ def ess_balance(s: Sequence[float], t: Sequence[float], position: int, mixture: 
 def entropy(s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig) -> float:
     """argmax of H over the allowed mixtures, on a fine grid."""
     low, high = max(mixture.alpha_min, _EPSILON), min(mixture.alpha_max, 1 - _EPSILON)
-    return max((low + (high - low) * i / 400 for i in range(401)), key=lambda alpha: shannon(log_q(s, t, alpha)))
+    return max(
+        (low + (high - low) * i / 400 for i in range(401)),
+        key=lambda alpha: shannon(log_q(s, t, alpha)),
+    )
 
 
 def fixed(s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig) -> float:
@@ -139,14 +158,18 @@ def fixed(s: Sequence[float], t: Sequence[float], position: int, mixture: Mixtur
     return mixture.fixed_alpha
 
 
-def trust_region(s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig) -> float:
+def trust_region(
+    s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig
+) -> float:
     """The largest alpha with KL(q||s) within the limit."""
     if kl(t, s) <= mixture.trust_region:
         return 1.0
     return bisect(lambda alpha: kl(log_q(s, t, alpha), s) - mixture.trust_region)
 
 
-def schedule(s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig) -> float:
+def schedule(
+    s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig
+) -> float:
     """Linear in the position."""
     share = min(position / mixture.schedule_tokens, 1.0)
     return (1 - share) * mixture.schedule_start + share * mixture.schedule_end
@@ -167,7 +190,9 @@ NAIVE_METHODS = {
 }
 
 
-def solve(s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig) -> tuple[float, bool, bool]:
+def solve(
+    s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig
+) -> tuple[float, bool, bool]:
     """alpha, whether a bound moved it, whether the supports do not meet."""
     if mixture.force_first_token and position == 0:
         return 1.0, False, not common(s, t)

@@ -29,14 +29,18 @@ def _signed(value: int, bits: int) -> int:
 
 
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_U30, _U27, _U31, _U0, _U1, _U2 = (np.array(c, dtype=np.uint64) for c in (30, 27, 31, _GOLDEN, _MIX1, _MIX2))
+_U30, _U27, _U31, _U0, _U1, _U2 = (
+    np.array(c, dtype=np.uint64) for c in (30, 27, 31, _GOLDEN, _MIX1, _MIX2)
+)
 _SCRAMBLE = _signed(0x85EBCA6B, 32)
 _UNIT = 2.0**-31 * (1 - 2.0**-24)  # the largest hash, 2^31 as a float, must still give less than 1
 
 
 def keys_tensor(keys: Iterable[int], device: torch.device | str = "cpu") -> Int64[Tensor, " rows"]:
     """Python integers of 64 bits (`Request.noise_key`), bit for bit."""
-    return torch.tensor([_signed(key & (2**64 - 1), 64) for key in keys], dtype=torch.int64, device=device)
+    return torch.tensor(
+        [_signed(key & (2**64 - 1), 64) for key in keys], dtype=torch.int64, device=device
+    )
 
 
 def _splitmix(x: Rows) -> Rows:
@@ -90,7 +94,9 @@ def _to_gumbel(h: Int32[Tensor, "n width"], out: Float32[Tensor, "n width"]) -> 
     """-log(-log1p(-v)), v = (h + 1/2) / 2^31: finest at v = 0, where the largest noise comes from (up to 22)."""
     out.copy_(h)
     torch.sub(_constants(out.device)[2], out, alpha=_UNIT, out=out)
-    namespace(out.device).log1p(rows_of(out), out=rows_of(out))  # NumPy's is vectorised, torch's is not
+    namespace(out.device).log1p(
+        rows_of(out), out=rows_of(out)
+    )  # NumPy's is vectorised, torch's is not
     out.neg_().log_().neg_()
 
 
@@ -133,6 +139,8 @@ class NoiseKeys:
         return NoiseKeys(self.keys[rows], self.position[rows])
 
 
-def noise_tensor(noise: Float32[Tensor, "rows vocab"] | NoiseKeys, vocab_size: int) -> Float32[Tensor, "rows vocab"]:
+def noise_tensor(
+    noise: Float32[Tensor, "rows vocab"] | NoiseKeys, vocab_size: int
+) -> Float32[Tensor, "rows vocab"]:
     """The noise itself, made now if need be."""
     return gumbel(noise.keys, noise.position, vocab_size) if isinstance(noise, NoiseKeys) else noise

@@ -21,7 +21,15 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from optimal_sampling.distribution.support import keep_largest
-from optimal_sampling.distribution.tiles import FLOOR, Rows, at_least, namespace, rows_of, stack, tensor_of
+from optimal_sampling.distribution.tiles import (
+    FLOOR,
+    Rows,
+    at_least,
+    namespace,
+    rows_of,
+    stack,
+    tensor_of,
+)
 
 __all__ = ["Moments", "Pair"]
 
@@ -116,9 +124,9 @@ class Pair(ABC):
 
     def _meet(self) -> None:
         """Cut both models to their common support."""
-        self.student_misses = self.teacher_misses = self.disjoint = self.use_student = self.use_teacher = (
-            self.bad & False
-        )
+        self.student_misses = self.teacher_misses = self.disjoint = self.use_student = (
+            self.use_teacher
+        ) = self.bad & False
         if self.none(self.floored):
             return
         has_student, has_teacher = self.models > FLOOR / 2
@@ -139,7 +147,10 @@ class Pair(ABC):
         where, (student_z, teacher_z) = self.xp.where, self.log_z
         for use, model in ((self.use_student, 0), (self.use_teacher, 1)):
             self.models.copy_(torch.where(tensor_of(use)[:, None], self._whole[model], self.models))
-        self.log_z = where(self.use_teacher, teacher_z, student_z), where(self.use_student, student_z, teacher_z)
+        self.log_z = (
+            where(self.use_teacher, teacher_z, student_z),
+            where(self.use_student, student_z, teacher_z),
+        )
         self._last = None
         self._prepare()
 

@@ -16,12 +16,16 @@ __all__ = ["single_step"]
 
 
 @torch.no_grad()
-def single_step(logits: Float[Tensor, "rows vocab"], noise: Noise, mixture: MixtureConfig, role: str) -> Step:
+def single_step(
+    logits: Float[Tensor, "rows vocab"], noise: Noise, mixture: MixtureConfig, role: str
+) -> Step:
     """Draw from `student` or `teacher` alone. Diagnostics that take two models are NaN."""
     log_p = (logits.to(torch.float32) / mixture.temperature).log_softmax(-1)
     log_q = log_p
     if mixture.top_k > 0 or mixture.top_p < 1:
-        log_q = log_p.masked_fill(~keep_largest(log_p, mixture.top_k, mixture.top_p), -torch.inf).log_softmax(-1)
+        log_q = log_p.masked_fill(
+            ~keep_largest(log_p, mixture.top_k, mixture.top_p), -torch.inf
+        ).log_softmax(-1)
     token = (log_q + noise_tensor(noise, logits.shape[1])).argmax(-1)
     chosen = log_q.gather(-1, token[:, None])[:, 0]
     bad = chosen.isnan() | (chosen == -torch.inf)

@@ -19,14 +19,26 @@ from optimal_sampling.distribution.noise import NoiseKeys, noise_tensor
 from optimal_sampling.distribution.pair import Moments, Pair
 from optimal_sampling.distribution.support import keep_largest
 from optimal_sampling.distribution.tiled import TiledPair
-from optimal_sampling.distribution.tiles import Rows, argmax, at_least, at_most, namespace, rows_of, stack, tensor_of
+from optimal_sampling.distribution.tiles import (
+    Rows,
+    argmax,
+    at_least,
+    at_most,
+    namespace,
+    rows_of,
+    stack,
+    tensor_of,
+)
 
 __all__ = ["Noise", "Step", "choose_alpha", "confident_draft", "distances", "draft", "step"]
 
 Noise: TypeAlias = Float32[Tensor, "rows vocab"] | NoiseKeys
 """Gumbel noise, or what it is made from: on a GPU the fused kernel makes it token by token, never as a tensor."""
 
-_DIRECT_CHUNK, _TILED_CHUNK = 1 << 15, 1 << 23  # logits per model that are worked on together: near the cache
+_DIRECT_CHUNK, _TILED_CHUNK = (
+    1 << 15,
+    1 << 23,
+)  # logits per model that are worked on together: near the cache
 
 
 @dataclass(frozen=True)
@@ -62,11 +74,15 @@ class Step:
     @staticmethod
     def unpack(packed: Float32[Tensor, "rows columns"]) -> Step:
         """The inverse of `pack`, without log_q."""
-        return Step(packed[:, 0].to(torch.int64), packed[:, 3:], packed[:, 1] != 0, packed[:, 2] != 0)
+        return Step(
+            packed[:, 0].to(torch.int64), packed[:, 3:], packed[:, 1] != 0, packed[:, 2] != 0
+        )
 
 
 @torch.no_grad()
-def draft(student_logits: Float[Tensor, "rows vocab"], noise: Noise, mixture: MixtureConfig) -> Int64[Tensor, " rows"]:
+def draft(
+    student_logits: Float[Tensor, "rows vocab"], noise: Noise, mixture: MixtureConfig
+) -> Int64[Tensor, " rows"]:
     """The token that the student alone would draw with this noise: argmax(log p_student + noise)."""
     if runs_fused(student_logits.device):
         return fused_draft(student_logits, noise, mixture.temperature)[0]
@@ -106,7 +122,10 @@ def step(
         return Step(*fused_step(student_logits, teacher_logits, noise, position, mixture))
     height = rows_at_once(student_logits.shape[1], student_logits.device)
     slices = [slice(first, first + height) for first in range(0, max(1, len(position)), height)]
-    parts = [_step(student_logits[i], teacher_logits[i], noise[i], position[i], mixture, keep_log_q) for i in slices]
+    parts = [
+        _step(student_logits[i], teacher_logits[i], noise[i], position[i], mixture, keep_log_q)
+        for i in slices
+    ]
     return parts[0] if len(parts) == 1 else Step.concatenate(parts)
 
 
@@ -142,7 +161,13 @@ def _step(
         token.masked_fill_(tensor_of(pair.bad), 0)
     token_log_p = [*pair.token_log_p(token), log_q_token]
     columns = [alpha, clamped, *distances(pair, at), *token_log_p, pair.disjoint & (alpha > 0)]
-    return Step(token, _trace(pair, columns), tensor_of(pair.bad_student), tensor_of(pair.bad_teacher), log_q)
+    return Step(
+        token,
+        _trace(pair, columns),
+        tensor_of(pair.bad_student),
+        tensor_of(pair.bad_teacher),
+        log_q,
+    )
 
 
 def _trace(pair: Pair, columns: list[Rows]) -> Float32[Tensor, "rows fields"]:
@@ -153,7 +178,9 @@ def _trace(pair: Pair, columns: list[Rows]) -> Float32[Tensor, "rows fields"]:
     return tensor_of(pair.xp.asarray(trace, dtype=pair.xp.float32)).T.contiguous()
 
 
-def choose_alpha(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> tuple[Rows, Rows]:
+def choose_alpha(
+    pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig
+) -> tuple[Rows, Rows]:
     """alpha of every row, as the mixture takes it, and whether a bound moved it.
 
     Where the supports do not meet there is no mixture: q is the teacher, unless the configuration says alpha = 0
@@ -176,7 +203,9 @@ def choose_alpha(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureCon
 def distances(pair: Pair, at: Moments) -> list[Rows]:
     """KL of q to student and teacher, ESS to both, and its entropy."""
     xp = pair.xp
-    kl_student, kl_teacher, entropy = at_least(stack([at.kl_student, at.kl_teacher, pair.entropy()]), 0.0)
+    kl_student, kl_teacher, entropy = at_least(
+        stack([at.kl_student, at.kl_teacher, pair.entropy()]), 0.0
+    )
     ess_student, ess_teacher = pair.ess(at)
     if not pair.none(pair.floored):
         kl_student = xp.where(pair.use_teacher, float("inf"), kl_student)
@@ -199,4 +228,8 @@ def _draw(
         log_q -= log_q.to(torch.float64).logsumexp(-1, keepdim=True)
     token = argmax(log_q + noise)
     chosen = rows_of(log_q.gather(-1, token[:, None])[:, 0].to(torch.float64))
-    return token, chosen, log_q.masked_fill_(tensor_of(pair.bad)[:, None], torch.nan) if keep_log_q else None
+    return (
+        token,
+        chosen,
+        log_q.masked_fill_(tensor_of(pair.bad)[:, None], torch.nan) if keep_log_q else None,
+    )

@@ -9,7 +9,9 @@ from torch import Tensor
 __all__ = ["keep_largest"]
 
 
-def keep_largest(scores: Float32[Tensor, "rows vocab"], top_k: int, top_p: float) -> Bool[Tensor, "rows vocab"]:
+def keep_largest(
+    scores: Float32[Tensor, "rows vocab"], top_k: int, top_p: float
+) -> Bool[Tensor, "rows vocab"]:
     """The k likeliest tokens, then of these the fewest whose share reaches p. At least one; -1 and 1 switch off.
 
     `scores` are log-probabilities up to a constant per row. Of equal scores the smaller token id comes first, at the

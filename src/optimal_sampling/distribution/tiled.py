@@ -53,8 +53,12 @@ class TiledPair(Pair):
             rows = band[0].rows
             sources = [self._ranged(block, source) for block in band]
             top, least = xp.amax(space.most[:, rows], -1), xp.amin(space.least[:, rows], -1)
-            usual = (top > FLOOR / 2) & (top < float("inf"))  # else bad, or a student without the teacher's support
-            space.maximum_rows[:, rows, 0] = top = xp.where(usual, top, 0 * space.maximum_rows[:, rows, 0])
+            usual = (top > FLOOR / 2) & (
+                top < float("inf")
+            )  # else bad, or a student without the teacher's support
+            space.maximum_rows[:, rows, 0] = top = xp.where(
+                usual, top, 0 * space.maximum_rows[:, rows, 0]
+            )
             deep = not self.on_cpu or not bool((least - top >= LEAST).all())  # true for NaN
             self._deep += [deep] * len(band)
             for block, models in zip(band, sources, strict=True):
@@ -221,9 +225,13 @@ class TiledPair(Pair):
     def log_q(self) -> Float32[Tensor, "rows vocab"]:
         """See `Pair`."""
         log_q = torch.empty(self.rows, self.vocab, device=self.device)
-        log_sum = tensor_of(self._log_sum).to(log_q.dtype)[:, None]  # in float64 this would take three times as long
+        log_sum = tensor_of(self._log_sum).to(log_q.dtype)[
+            :, None
+        ]  # in float64 this would take three times as long
         for block in self.space.blocks:
-            torch.sub(self._scores(block), log_sum[block.rows], out=log_q[block.rows, block.columns])
+            torch.sub(
+                self._scores(block), log_sum[block.rows], out=log_q[block.rows, block.columns]
+            )
         return torch.threshold_(log_q, FLOOR / 2, -torch.inf)
 
     def token_log_p(self, token: Int64[Tensor, " rows"]) -> tuple[Rows, Rows]:

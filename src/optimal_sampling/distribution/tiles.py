@@ -150,13 +150,26 @@ class Workspace:
         self.both[:, :, vocab:] = LEAST
         self.weight, self.betas, self.maximum = empty(rows, 1), empty(2, rows, 1), empty(2, rows, 1)
         self.shift, self.sums = empty(rows, self.tiles), empty(5, rows, self.tiles)
-        self.per_model, self.shift_per_model = empty(2, rows, self.tiles), empty(2, rows, self.tiles)
-        self.most, self.least = rows_of(empty(2, rows, self.tiles)), rows_of(empty(2, rows, self.tiles))
-        self.weight_rows, self.betas_rows, self.maximum_rows = map(rows_of, (self.weight, self.betas, self.maximum))
-        self.shift_rows, self.sums_rows, self.per_model_rows = map(rows_of, (self.shift, self.sums, self.per_model))
+        self.per_model, self.shift_per_model = (
+            empty(2, rows, self.tiles),
+            empty(2, rows, self.tiles),
+        )
+        self.most, self.least = (
+            rows_of(empty(2, rows, self.tiles)),
+            rows_of(empty(2, rows, self.tiles)),
+        )
+        self.weight_rows, self.betas_rows, self.maximum_rows = map(
+            rows_of, (self.weight, self.betas, self.maximum)
+        )
+        self.shift_rows, self.sums_rows, self.per_model_rows = map(
+            rows_of, (self.shift, self.sums, self.per_model)
+        )
         scratch = empty(2 * min(height, max(rows, 1)) * width)
         self.bands = [
-            [self._block(slice(row, min(row + height, rows)), tile, width, scratch) for tile in range(self.tiles)]
+            [
+                self._block(slice(row, min(row + height, rows)), tile, width, scratch)
+                for tile in range(self.tiles)
+            ]
             for row in range(0, rows, height)
         ]
         """Blocks of the same rows."""

@@ -52,12 +52,20 @@ class Engine(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 def prompt_problem(
-    roles: Sequence[str], prompts: Sequence[Sequence[int]], contexts: Sequence[int | None], rows: Sequence[int]
+    roles: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    contexts: Sequence[int | None],
+    rows: Sequence[int],
 ) -> str:
     """Why a request's prompts cannot be served: empty, longer than a context, ids without an embedding. "" if none.
 

@@ -37,7 +37,9 @@ class ToyEngine(Engine):
         context_length: int = 4096,
     ) -> None:
         if student_logits.shape != teacher_logits.shape:
-            raise ConfigError(f"tables of shapes {[*student_logits.shape]} and {[*teacher_logits.shape]} do not fit")
+            raise ConfigError(
+                f"tables of shapes {[*student_logits.shape]} and {[*teacher_logits.shape]} do not fit"
+            )
         self.tables = {"student": student_logits.float(), "teacher": teacher_logits.float()}
         self.mixture = mixture
         self.vocab_size = student_logits.shape[-1]
@@ -72,22 +74,36 @@ class ToyEngine(Engine):
                 continue
             tokens, rows, reason, error = self._decode(request)
             seconds = time.perf_counter() - started
-            yield Completion(request, tuple(tokens), reason, TokenTrace.from_rows(rows), error, seconds)
+            yield Completion(
+                request, tuple(tokens), reason, TokenTrace.from_rows(rows), error, seconds
+            )
 
-    def _decode(self, request: Request) -> tuple[list[int], list[tuple[float, ...]], FinishReason, str]:
+    def _decode(
+        self, request: Request
+    ) -> tuple[list[int], list[tuple[float, ...]], FinishReason, str]:
         tokens: list[int] = []
         rows: list[tuple[float, ...]] = []
-        last = {"student": request.student_prompt_ids[-1], "teacher": request.teacher_prompt_ids[-1]}
+        last = {
+            "student": request.student_prompt_ids[-1],
+            "teacher": request.teacher_prompt_ids[-1],
+        }
         longest = max(len(request.student_prompt_ids), len(request.teacher_prompt_ids))
         keys = keys_tensor([request.noise_key])
         while len(tokens) < request.max_new_tokens and longest + len(tokens) < self.context_length:
             position = torch.tensor([len(tokens)])
             noise = gumbel(keys, position, self.vocab_size)
-            student, teacher = (self.tables[role][last[role]][None] for role in ("student", "teacher"))
+            student, teacher = (
+                self.tables[role][last[role]][None] for role in ("student", "teacher")
+            )
             values = step(student, teacher, noise, position, self.mixture).pack()[0].tolist()
             token, bad_student, bad_teacher = map(int, values[:3])
             if bad_student or bad_teacher:
-                return tokens, rows, "error", bad_logits_message(len(tokens), bad_student, bad_teacher)
+                return (
+                    tokens,
+                    rows,
+                    "error",
+                    bad_logits_message(len(tokens), bad_student, bad_teacher),
+                )
             tokens.append(token)
             rows.append(tuple(values[3:]))
             last = dict.fromkeys(last, token)

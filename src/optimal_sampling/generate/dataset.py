@@ -66,7 +66,9 @@ def open_rows(config: DataConfig, seed: int) -> Rows:
     part = parse_slice(config.data_slice or "0:")
     selection = range(total)[part]
     if not selection:
-        raise DatasetError(f"the data slice {config.data_slice} takes none of the {total} rows of {source.name}")
+        raise DatasetError(
+            f"the data slice {config.data_slice} takes none of the {total} rows of {source.name}"
+        )
     return Rows(
         source=source,
         columns=columns,
@@ -89,7 +91,9 @@ def _prompt_column(config: DataConfig, name: str, columns: tuple[str, ...]) -> s
 
 def _answer_column(config: DataConfig, name: str, columns: tuple[str, ...]) -> str | None:
     if config.answer_column and config.answer_column not in columns:
-        raise DatasetError(f"dataset {name} has no column {config.answer_column}; it has: {', '.join(columns)}")
+        raise DatasetError(
+            f"dataset {name} has no column {config.answer_column}; it has: {', '.join(columns)}"
+        )
     return config.answer_column
 
 
@@ -105,13 +109,19 @@ def _source(config: DataConfig, seed: int) -> Source:
     except (OSError, RuntimeError) as error:  # a name too long for the disk, a user without a home
         raise DatasetError(f"dataset {config.dataset[:200]!r} is no path: {error}") from error
     if _is_path(config.dataset):
-        raise DatasetError(f"dataset {config.dataset} does not exist (looked for {path.absolute()})")
+        raise DatasetError(
+            f"dataset {config.dataset} does not exist (looked for {path.absolute()})"
+        )
     return _hub(config.dataset)
 
 
 def _is_path(name: str) -> bool:
     """Whether a name that does not exist was meant as a path. Hub ids are `name` or `owner/name`."""
-    return name.startswith((".", "~", "/")) or name.count("/") > 1 or name.endswith((*_JSONL, *_PARQUET))
+    return (
+        name.startswith((".", "~", "/"))
+        or name.count("/") > 1
+        or name.endswith((*_JSONL, *_PARQUET))
+    )
 
 
 def _synthetic(seed: int, rows: int) -> Source:
@@ -129,11 +139,15 @@ def _file(path: Path) -> Source:
         return _parquet(path)
     if path.suffix in _JSONL:
         return _jsonl(path)
-    raise DatasetError(f"dataset {path} is neither JSONL ({', '.join(_JSONL)}) nor Parquet ({', '.join(_PARQUET)})")
+    raise DatasetError(
+        f"dataset {path} is neither JSONL ({', '.join(_JSONL)}) nor Parquet ({', '.join(_PARQUET)})"
+    )
 
 
 def _folder(path: Path) -> Source:
-    files = sorted(file for file in path.iterdir() if file.suffix in (*_JSONL, *_PARQUET) and file.is_file())
+    files = sorted(
+        file for file in path.iterdir() if file.suffix in (*_JSONL, *_PARQUET) and file.is_file()
+    )
     if not files:
         raise DatasetError(f"dataset {path} is a folder without JSONL or Parquet files")
     parts = [_file(file) for file in files]
@@ -179,19 +193,31 @@ def _parse(path: Path, number: int, line: bytes) -> Row:
     except UnicodeDecodeError as error:
         raise DatasetError(f"{place}, byte {error.start + 1}: not UTF-8") from None
     except json.JSONDecodeError as error:
-        array = "; a JSON array over several lines? Give one object per line (JSONL)" if line[:1] == b"[" else ""
+        array = (
+            "; a JSON array over several lines? Give one object per line (JSONL)"
+            if line[:1] == b"["
+            else ""
+        )
         raise DatasetError(f"{place}, column {error.colno}: {error.msg}{array}") from None
     except RecursionError:
         raise DatasetError(f"{place}: nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits
         raise DatasetError(f"{place}: {error}") from None
     if not isinstance(row, dict):
-        raise DatasetError(f"dataset {path}, line {number}, column 1: expected an object {{...}}, found {_kind(row)}")
+        raise DatasetError(
+            f"dataset {path}, line {number}, column 1: expected an object {{...}}, found {_kind(row)}"
+        )
     return row
 
 
 def _kind(value: object) -> str:
-    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    names = {
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), "null")
 
 
@@ -214,7 +240,10 @@ def _parquet(path: Path) -> Source:
             raise DatasetError(f"cannot read dataset {path} as Parquet: {error}") from error
 
     return Source(
-        name=str(path), read=read, count=lambda limit: rows if limit is None else min(rows, limit), columns=columns
+        name=str(path),
+        read=read,
+        count=lambda limit: rows if limit is None else min(rows, limit),
+        columns=columns,
     )
 
 
@@ -230,7 +259,9 @@ def _hub(name: str) -> Source:
         table = datasets.load_dataset(name, split="train")
     except Exception as error:  # whatever the hub, the network or the files raise
         reason = str(error).strip() or type(error).__name__
-        raise DatasetError(f"cannot load {name!r}: no such file or folder, and the hub says: {reason}") from error
+        raise DatasetError(
+            f"cannot load {name!r}: no such file or folder, and the hub says: {reason}"
+        ) from error
     return Source(
         name=name,
         read=lambda: map(_plain, table),

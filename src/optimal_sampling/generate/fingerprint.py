@@ -21,11 +21,18 @@ def model_facts(models: ModelConfig) -> dict[str, str]:
 
     A hub id names its content as far as it does.
     """
-    from optimal_sampling.engines.local.loading import resolve_device, resolve_dtype  # torch is loaded here
+    from optimal_sampling.engines.local.loading import (
+        resolve_device,
+        resolve_dtype,
+    )  # torch is loaded here
 
     dtype = str(resolve_dtype(models.dtype, resolve_device(models.device))).removeprefix("torch.")
     folders = {"student": resolve_model(models.student), "teacher": resolve_model(models.teacher)}
-    hashes = {f"{role}_files": fingerprint(Path(path)) for role, path in folders.items() if Path(path).is_dir()}
+    hashes = {
+        f"{role}_files": fingerprint(Path(path))
+        for role, path in folders.items()
+        if Path(path).is_dir()
+    }
     return {"precision": dtype, **hashes}
 
 

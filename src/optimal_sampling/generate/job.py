@@ -16,7 +16,14 @@ from optimal_sampling.generate.fingerprint import model_facts
 from optimal_sampling.generate.progress import Progress
 from optimal_sampling.generate.summary import Summary, Tally
 from optimal_sampling.records.run_folder import RunFolder
-from optimal_sampling.records.schema import Key, Prompt, Record, completion_record, failure_record, row_id
+from optimal_sampling.records.schema import (
+    Key,
+    Prompt,
+    Record,
+    completion_record,
+    failure_record,
+    row_id,
+)
 from optimal_sampling.types import Completion, Request, prompt_id
 from optimal_sampling.vocabulary import PromptError, PromptRenderer, RenderedPrompt, Vocabulary
 
@@ -101,7 +108,10 @@ class _Job:
 
     def run(self) -> dict[str, str]:
         """Serve what is owed; the notes of everyone involved. Models are loaded only if something is owed."""
-        notes = {f"note {n}": text for n, text in enumerate((*self.vocabulary.notes, *self.renderer.notes), start=1)}
+        notes = {
+            f"note {n}": text
+            for n, text in enumerate((*self.vocabulary.notes, *self.renderer.notes), start=1)
+        }
         requests = self._owed_requests()
         first = next(requests, None)
         self.progress.update(self.tally)
@@ -110,12 +120,16 @@ class _Job:
         from optimal_sampling.engines import open_engine  # torch is loaded here
 
         config = self.config
-        with open_engine(config.engine, config.models, config.mixture, config.options, self.vocabulary) as engine:
+        with open_engine(
+            config.engine, config.models, config.mixture, config.options, self.vocabulary
+        ) as engine:
             self.tally.restart_clock()
             for completion in engine.generate(chain([first], requests)):
                 self._finish(completion)
             if self._in_flight:
-                raise EngineError(f"the engine {config.engine} ended without {len(self._in_flight)} of its requests")
+                raise EngineError(
+                    f"the engine {config.engine} ended without {len(self._in_flight)} of its requests"
+                )
             return notes | engine.notes()
 
     def _owed_requests(self) -> Iterator[Request]:

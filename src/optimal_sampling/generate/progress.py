@@ -28,7 +28,12 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         pass
 
 
@@ -44,7 +49,9 @@ class LinesProgress(Progress):
         """Print a line if one is due."""
         if time.monotonic() >= self._due or not tally.owed:
             self._due = time.monotonic() + self._seconds
-            print(f"{tally.done}/{tally.asked} done, {status(tally)}", file=self._stream, flush=True)
+            print(
+                f"{tally.done}/{tally.asked} done, {status(tally)}", file=self._stream, flush=True
+            )
 
 
 class TerminalProgress(Progress):
@@ -68,7 +75,12 @@ class TerminalProgress(Progress):
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self._bar.stop()
 
 
@@ -81,7 +93,11 @@ def progress_for(stream: TextIO | None = None) -> Progress:
 def status(tally: Tally) -> str:
     """The counts of a run in a line."""
     alpha, left = tally.made.mean("alpha_mean"), tally.seconds_left
-    parts = [f"{tally.owed} owed", f"{tally.failed + tally.given_up} failed", f"{tally.tokens_per_second:.0f} tokens/s"]
+    parts = [
+        f"{tally.owed} owed",
+        f"{tally.failed + tally.given_up} failed",
+        f"{tally.tokens_per_second:.0f} tokens/s",
+    ]
     if alpha is not None:
         parts.append(f"mean alpha {alpha:.3f}")
     if left:

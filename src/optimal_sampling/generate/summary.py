@@ -115,7 +115,9 @@ class Summary:
     notes: Mapping[str, str]
 
     @classmethod
-    def of(cls, tally: Tally, folder: RunFolder, notes: Mapping[str, str], *, interrupted: bool) -> Summary:
+    def of(
+        cls, tally: Tally, folder: RunFolder, notes: Mapping[str, str], *, interrupted: bool
+    ) -> Summary:
         """The state of a call now."""
         totals = folder.ledger.totals
         missing = tally.failed + tally.given_up
@@ -158,7 +160,9 @@ class Summary:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in self._lines():
-            table.add_row(Text(name), Text(value))  # Text: an error may quote [/brackets] that look like markup
+            table.add_row(
+                Text(name), Text(value)
+            )  # Text: an error may quote [/brackets] that look like markup
         return table
 
     def _lines(self) -> list[tuple[str, str]]:
@@ -173,9 +177,18 @@ class Summary:
         return [
             ("samples", f"{self.good} good of {self.asked} asked ({self.generated} new)"),
             *((name, str(count)) for name, count in optional.items() if count),
-            ("speed", f"{self.tokens_per_second:.1f} tokens/s ({self.tokens} tokens in {self.seconds:.1f} s)"),
-            *((name.replace("_", " "), "-" if mean is None else f"{mean:.4f}") for name, mean in self.means.items()),
-            ("finish reasons", ", ".join(f"{name} {count}" for name, count in sorted(self.finish_reasons.items()))),
+            (
+                "speed",
+                f"{self.tokens_per_second:.1f} tokens/s ({self.tokens} tokens in {self.seconds:.1f} s)",
+            ),
+            *(
+                (name.replace("_", " "), "-" if mean is None else f"{mean:.4f}")
+                for name, mean in self.means.items()
+            ),
+            (
+                "finish reasons",
+                ", ".join(f"{name} {count}" for name, count in sorted(self.finish_reasons.items())),
+            ),
             *((f"{count} x failed", error) for error, count in self.errors.items()),
             *((name, text) for name, text in self.notes.items()),
             ("records", self.records_file),

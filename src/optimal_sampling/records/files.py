@@ -116,7 +116,9 @@ class Lock:
         self._sign()
 
     def _sign(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk must not stop a reader of the summary; the lock itself holds
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk must not stop a reader of the summary; the lock itself holds
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
@@ -134,7 +136,11 @@ def read_json(path: Path) -> dict[str, object]:
     except OSError as error:
         raise RunFolderError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise RunFolderError(f"{path} is not JSON: {error}; restore it, or choose another --output-dir") from error
+        raise RunFolderError(
+            f"{path} is not JSON: {error}; restore it, or choose another --output-dir"
+        ) from error
     if not isinstance(value, dict):
-        raise RunFolderError(f"{path} holds no JSON object; restore it, or choose another --output-dir")
+        raise RunFolderError(
+            f"{path} holds no JSON object; restore it, or choose another --output-dir"
+        )
     return value

@@ -93,7 +93,12 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.file.__exit__(kind, value, tb)
 
 
@@ -141,7 +146,9 @@ def flat(config: GenerateConfig) -> dict[str, Any]:
     """All options by name, without the sections: names are unique, they are flags too."""
     values = {item.name: getattr(config, item.name) for item in fields(config)}
     engine = {"engine": values.pop("engine")}
-    return engine | {item.name: getattr(part, item.name) for part in values.values() for item in fields(part)}
+    return engine | {
+        item.name: getattr(part, item.name) for part in values.values() for item in fields(part)
+    }
 
 
 def config_hash(options: Mapping[str, Any]) -> str:
@@ -156,7 +163,9 @@ def check_config(run: Path, config: GenerateConfig, facts: dict[str, str]) -> bo
         _compare(path, read_json(path), compared(config) | facts)
         return True
     if any(file.stat().st_size for file in record_files(run)):
-        raise RunFolderError(f"{run} has records but no config.json; restore it, or choose another --output-dir")
+        raise RunFolderError(
+            f"{run} has records but no config.json; restore it, or choose another --output-dir"
+        )
     return False
 
 
@@ -170,28 +179,38 @@ def write_config(run: Path, config: GenerateConfig, facts: dict[str, str]) -> No
         "compared": options,
         "may_differ": {name: value for name, value in flat(config).items() if name in MAY_DIFFER},
     }
-    if not write_atomically(run / "config.json", json.dumps(document, indent=2) + "\n", replace=False):
+    if not write_atomically(
+        run / "config.json", json.dumps(document, indent=2) + "\n", replace=False
+    ):
         check_config(run, config, facts)
 
 
 def _compare(path: Path, stored: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     before = stored.get("compared")
     if not isinstance(before, dict) or stored.get("hash") != config_hash(before):
-        raise RunFolderError(f"{path} was changed after it was written; restore it, or choose another --output-dir")
+        raise RunFolderError(
+            f"{path} was changed after it was written; restore it, or choose another --output-dir"
+        )
     # An option that is younger than the folder had its default then; a fact that only one side knows says nothing.
     before = compared(GenerateConfig()) | before
-    changed = differences(before, {name: value for name, value in options.items() if name in before})
+    changed = differences(
+        before, {name: value for name, value in options.items() if name in before}
+    )
     if changed:
         raise RunFolderError(
             f"{path.parent} was made with other options:\n"
-            + "\n".join(f"  {_flag(name)}: {old!r} there, {new!r} now" for name, old, new in changed)
+            + "\n".join(
+                f"  {_flag(name)}: {old!r} there, {new!r} now" for name, old, new in changed
+            )
             + "\nChoose another --output-dir, or give the options of the folder again"
         )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, value before, value now) of every name of `now` that differs."""
-    return [(name, before.get(name), value) for name, value in now.items() if before.get(name) != value]
+    return [
+        (name, before.get(name), value) for name, value in now.items() if before.get(name) != value
+    ]
 
 
 def _flag(name: str) -> str:

@@ -34,7 +34,11 @@ Record = dict[str, Any]
 Key = tuple[str, int]
 """Identity of a record: `id` (content hash of both rendered prompts) and `sample_index`."""
 
-TOKEN_LISTS = {"token_alpha": "alpha", "token_kl_student": "kl_student", "token_kl_teacher": "kl_teacher"}
+TOKEN_LISTS = {
+    "token_alpha": "alpha",
+    "token_kl_student": "kl_student",
+    "token_kl_teacher": "kl_teacher",
+}
 """Field of a record that holds one number per token, and the column of the trace it comes from."""
 
 _DEEPEST = 50  # levels of nesting that a record keeps as they are
@@ -66,7 +70,9 @@ def key_of(record: Record) -> Key:
     return record["id"], record["sample_index"]
 
 
-def completion_record(prompt: Prompt, completion: Completion, text: str, *, attempts: int, token_lists: bool) -> Record:
+def completion_record(
+    prompt: Prompt, completion: Completion, text: str, *, attempts: int, token_lists: bool
+) -> Record:
     """The record of what an engine gave back; `text` is the completion, decoded."""
     request, trace = completion.request, completion.trace
     record = _head(prompt, request.sample_index, request.seed)

@@ -62,7 +62,9 @@ def _common_config(folders: Sequence[Path]) -> dict[str, Any]:
         changed = differences(first["compared"], document["compared"])
         if changed:
             names = ", ".join(f"{name} ({old!r}, {new!r})" for name, old, new in changed)
-            raise RunFolderError(f"{folders[0]} and {folder} were made with different options: {names}")
+            raise RunFolderError(
+                f"{folders[0]} and {folder} were made with different options: {names}"
+            )
     check_partition([document["may_differ"]["data_slice"] or "0::1" for document in documents])
     return first | {"may_differ": first["may_differ"] | {"data_slice": None}}
 
@@ -72,4 +74,6 @@ def _check_count(folder: Path, good: int) -> None:
     asked = sum(int(str(summary["asked"])) for summary in summaries)
     if not summaries or good != asked:
         total = asked if summaries else "an unknown number"
-        raise RunFolderError(f"{folder} has {good} good records of {total} asked for; finish it first")
+        raise RunFolderError(
+            f"{folder} has {good} good records of {total} asked for; finish it first"
+        )

@@ -66,7 +66,9 @@ class Scan:
 
     def _bad(self, line: bytes) -> None:
         if self.size == len(line) and line.endswith(b"\n") and not looks_like_line(line):
-            raise RunFolderError(f"{self.path} was not written by this program; it was left as it is. Move it away")
+            raise RunFolderError(
+                f"{self.path} was not written by this program; it was left as it is. Move it away"
+            )
         self.torn_lines += 1
 
 
@@ -147,7 +149,12 @@ class RecordFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         if isinstance(value, StorageError):
             self._buffer = []  # the disk has just refused it; it is owed again
         self.close()

@@ -82,7 +82,9 @@ def results(problem: Problem, compute: Compute = exact) -> list[Step]:
     """The operations in order; a wrong result of `compute` is carried on."""
     steps: list[Step] = []
     value = problem.numbers[0]
-    for index, (operator, number) in enumerate(zip(problem.operators, problem.numbers[1:], strict=True)):
+    for index, (operator, number) in enumerate(
+        zip(problem.operators, problem.numbers[1:], strict=True)
+    ):
         result = compute(value, operator, number, index)
         steps.append((value, operator, number, result))
         value = result
@@ -97,7 +99,10 @@ def solve(problem: Problem, style: Style = "A", compute: Compute = exact) -> str
     steps = results(problem, compute)
     box = rf"\boxed{{{steps[-1][3]}}}"
     if style == "A":
-        return "; ".join(f"{left}{op}{right}={result}" for left, op, right, result in steps) + f". {box}"
+        return (
+            "; ".join(f"{left}{op}{right}={result}" for left, op, right, result in steps)
+            + f". {box}"
+        )
     if style == "B":
         return "; ".join(map(_with_partial_results, steps)) + f". {box}"
     if style == "C":

@@ -28,7 +28,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in (PAD, END, *ROLES)])
+    tokenizer.add_special_tokens(
+        [AddedToken(text, normalized=False, special=True) for text in (PAD, END, *ROLES)]
+    )
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ORDINARY])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

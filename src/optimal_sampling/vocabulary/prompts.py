@@ -94,7 +94,9 @@ class PromptRenderer:
         text_of = partial(self._value, self._values(row, conversation))
         student_turn = fill(self._config.student_template, text_of)
         teacher_turn = fill(self._config.teacher_template, text_of)
-        if conversation.privileged and "privileged_context" not in names_in(self._config.teacher_template):
+        if conversation.privileged and "privileged_context" not in names_in(
+            self._config.teacher_template
+        ):
             teacher_turn = f"{teacher_turn}\n\n{conversation.privileged}"
         return self._render(conversation, student_turn, teacher_turn)
 
@@ -110,11 +112,16 @@ class PromptRenderer:
                 raise PromptError(f"the {role}'s prompt is empty")
         return self._render(Conversation(problem=student_turn), student_turn, teacher_turn)
 
-    def _render(self, conversation: Conversation, student_turn: str, teacher_turn: str) -> RenderedPrompt:
+    def _render(
+        self, conversation: Conversation, student_turn: str, teacher_turn: str
+    ) -> RenderedPrompt:
         student_text = self._student.text(conversation, student_turn)
         teacher_text = self._teacher.text(conversation, teacher_turn)
         return RenderedPrompt(
-            student_text, teacher_text, self._student.ids(student_text), self._teacher.ids(teacher_text)
+            student_text,
+            teacher_text,
+            self._student.ids(student_text),
+            self._teacher.ids(teacher_text),
         )
 
     def _known(self, columns: set[str]) -> set[str]:
@@ -129,7 +136,9 @@ class PromptRenderer:
 
     def _value(self, values: Mapping[str, Any], name: str) -> str:
         if name not in values:
-            if self._columns is not None:  # the template was checked; it is this row that differs from the others
+            if (
+                self._columns is not None
+            ):  # the template was checked; it is this row that differs from the others
                 raise PromptError(f"the row has no column {name!r}, which the template asks for")
             raise ConfigError(_unknown_column(name, values))
         if name == "privileged_context":
@@ -157,21 +166,30 @@ class PromptRenderer:
         if student == teacher:
             return []
         if "open" in (student, teacher):
-            inside, outside = ("student", "teacher") if student == "open" else ("teacher", "student")
+            inside, outside = (
+                ("student", "teacher") if student == "open" else ("teacher", "student")
+            )
             raise ConfigError(
                 f"the {inside}'s prompt ends inside an open <think> block and the {outside}'s does not, so one would "
                 "reason where the other answers. Set thinking to on or off, use models whose templates agree, or write "
                 "both prompts as plain text (chat_template=False)."
             )
         closed = "student" if student == "closed" else "teacher"
-        return [f"only the {closed}'s prompt ends with a closed <think> block; the other model may still begin one"]
+        return [
+            f"only the {closed}'s prompt ends with a closed <think> block; the other model may still begin one"
+        ]
 
 
 class _Reader:
     """One model's way of reading a prompt."""
 
     def __init__(
-        self, role: str, tokenizer: Any, config: PromptConfig, system_prompt: str | None, rows: int | None
+        self,
+        role: str,
+        tokenizer: Any,
+        config: PromptConfig,
+        system_prompt: str | None,
+        rows: int | None,
     ) -> None:
         self.role = role
         self.tokenizer = tokenizer
@@ -191,19 +209,30 @@ class _Reader:
         try:
             return self._chat_text(turns)
         except Exception as error:  # a chat template is a program of the model's author
-            raise PromptError(f"the {self.role}'s chat template refuses this conversation: {error}") from error
+            raise PromptError(
+                f"the {self.role}'s chat template refuses this conversation: {error}"
+            ) from error
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Ids of a whole prompt. A BOS that the text spells out is not added again; an EOS is never added."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise PromptError(f"the {self.role}'s prompt holds half a character (a lone surrogate): {error}") from error
-        ids = list(self.tokenizer(text, add_special_tokens=not self.chat, verbose=False)["input_ids"])
+            raise PromptError(
+                f"the {self.role}'s prompt holds half a character (a lone surrogate): {error}"
+            ) from error
+        ids = list(
+            self.tokenizer(text, add_special_tokens=not self.chat, verbose=False)["input_ids"]
+        )
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if not self.chat and bos is not None and ids[:2] == [bos, bos]:
             ids = ids[1:]
-        if not self.chat and eos is not None and ids[-1:] == [eos] and not text.endswith(self.tokenizer.eos_token):
+        if (
+            not self.chat
+            and eos is not None
+            and ids[-1:] == [eos]
+            and not text.endswith(self.tokenizer.eos_token)
+        ):
             ids = ids[:-1]
         if not ids:
             raise PromptError(f"the {self.role}'s prompt is empty")
@@ -217,7 +246,9 @@ class _Reader:
         if self.asked_for_chat and not self.chat:
             return [f"the {self.role}'s tokenizer has no chat template: its prompts are plain text"]
         if self.chat and self.flags and self._ignores_thinking():
-            return [f"the {self.role}'s chat template knows no thinking mode: thinking={self.thinking} changes nothing"]
+            return [
+                f"the {self.role}'s chat template knows no thinking mode: thinking={self.thinking} changes nothing"
+            ]
         return []
 
     def think_state(self, user_turn: str) -> ThinkState:
@@ -226,11 +257,18 @@ class _Reader:
             return _think_state(user_turn.rpartition(_PROBE)[2])
         turns = self._turns(Conversation(problem=_PROBE), user_turn)
         try:
-            whole, asked = self._chat_text(turns), self._chat_text(turns, add_generation_prompt=False)
+            whole, asked = (
+                self._chat_text(turns),
+                self._chat_text(turns, add_generation_prompt=False),
+            )
         except Exception as error:
             cause = " or the system prompt" if self.system_prompt else ""
-            raise ConfigError(f"the {self.role}'s chat template refuses the user turn{cause}: {error}") from error
-        return _think_state(whole.removeprefix(asked) if whole.startswith(asked) else whole.rpartition(_PROBE)[2])
+            raise ConfigError(
+                f"the {self.role}'s chat template refuses the user turn{cause}: {error}"
+            ) from error
+        return _think_state(
+            whole.removeprefix(asked) if whole.startswith(asked) else whole.rpartition(_PROBE)[2]
+        )
 
     def _turns(self, conversation: Conversation, user_turn: str) -> list[dict[str, str]]:
         system = self.system_prompt if self.system_prompt is not None else conversation.system
@@ -238,15 +276,22 @@ class _Reader:
         turns += [{"role": role, "content": text} for role, text in conversation.history]
         return [*turns, {"role": "user", "content": user_turn}]
 
-    def _chat_text(self, turns: list[dict[str, str]], add_generation_prompt: bool = True, **flags: bool) -> str:
+    def _chat_text(
+        self, turns: list[dict[str, str]], add_generation_prompt: bool = True, **flags: bool
+    ) -> str:
         rendered = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt, **{**self.flags, **flags}
+            turns,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.flags, **flags},
         )
         return str(rendered)
 
     def _ignores_thinking(self) -> bool:
         turns = [{"role": "user", "content": _PROBE}]
-        on, off = (self._chat_text(turns, enable_thinking=flag, thinking=flag) for flag in (True, False))
+        on, off = (
+            self._chat_text(turns, enable_thinking=flag, thinking=flag) for flag in (True, False)
+        )
         return on == off
 
 

@@ -21,7 +21,9 @@ def resolve_model(name: str) -> str:
     from optimal_sampling import toy_pair
 
     if not name.strip():
-        raise ModelError("the name of a model is empty; give a folder, a hub id, or `toy-teacher` / `toy-student`")
+        raise ModelError(
+            "the name of a model is empty; give a folder, a hub id, or `toy-teacher` / `toy-student`"
+        )
     if name in toy_pair.NAMES:
         return _model_folder(name, Path(toy_pair.path(name)))
     try:
@@ -34,11 +36,15 @@ def resolve_model(name: str) -> str:
     if is_file:
         raise ModelError(f"{name!r} is a file; a model is the folder that holds its config.json")
     if name.startswith((".", "~", "/", "\\")) or not _HUB_ID.fullmatch(name):
-        raise ModelError(f"there is no model at {name!r}: looked for the folder {folder.absolute()}")
+        raise ModelError(
+            f"there is no model at {name!r}: looked for the folder {folder.absolute()}"
+        )
     return name
 
 
 def _model_folder(name: str, folder: Path) -> str:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"the folder of model {name!r} is not complete: there is no {folder / 'config.json'}")
+        raise ModelError(
+            f"the folder of model {name!r} is not complete: there is no {folder / 'config.json'}"
+        )
     return str(folder)

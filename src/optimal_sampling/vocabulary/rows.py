@@ -45,10 +45,14 @@ def conversation_of(row: Mapping[str, Any], prompt_column: str | None = None) ->
     Raises PromptError where the problem is missing, null, empty or of no known form.
     """
     column = (
-        prompt_column if prompt_column is not None else next((name for name in PROMPT_COLUMNS if name in row), None)
+        prompt_column
+        if prompt_column is not None
+        else next((name for name in PROMPT_COLUMNS if name in row), None)
     )
     if column is None:
-        raise PromptError(f"the row has none of the columns {', '.join(PROMPT_COLUMNS)}; it has: {_names(row)}")
+        raise PromptError(
+            f"the row has none of the columns {', '.join(PROMPT_COLUMNS)}; it has: {_names(row)}"
+        )
     if column not in row:
         raise PromptError(f"the row has no column {column!r}; it has: {_names(row)}")
     privileged = _text_or_turns(row.get("privileged_context"), "privileged_context")
@@ -71,14 +75,22 @@ def _from_turns(turns: list[tuple[str, str]], column: str, privileged: str | Non
     system = None
     if before and before[0][0] in ("system", "developer"):
         system = before.pop(0)[1]
-    return Conversation(problem=turns[last][1], history=tuple(before), system=system, privileged=privileged)
+    return Conversation(
+        problem=turns[last][1], history=tuple(before), system=system, privileged=privileged
+    )
 
 
 def _turns(messages: Sequence[Any], column: str) -> list[tuple[str, str]]:
     turns = []
     for place, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise PromptError(f"column {column!r}: turn {place} is no object with `role` and `content`")
+        if (
+            not isinstance(message, Mapping)
+            or not isinstance(message.get("role"), str)
+            or "content" not in message
+        ):
+            raise PromptError(
+                f"column {column!r}: turn {place} is no object with `role` and `content`"
+            )
         turns.append((message["role"], _content(message["content"], column, place)))
     return turns
 

@@ -28,7 +28,9 @@ from optimal_sampling.vocabulary.tokens import ModelTokens, load_tokens
 __all__ = ["Vocabulary"]
 
 _SHOWN = 5
-_THINK_MARKERS = frozenset({"<think>", "</think>", "<thinking>", "</thinking>", "[THINK]", "[/THINK]"})
+_THINK_MARKERS = frozenset(
+    {"<think>", "</think>", "<thinking>", "</thinking>", "[THINK]", "[/THINK]"}
+)
 _PROBES = (
     "The quick brown fox jumps over the lazy dog; then nothing else happened, and they were friends again.",
     "What is 12345 + 6.78?  Two  spaces, a\ttab,\n\na blank line.",
@@ -69,7 +71,9 @@ class Vocabulary:
         """
         student_tokens = load_tokens(student, trust_remote_code)
         same = student == teacher
-        return cls.share(student_tokens, student_tokens if same else load_tokens(teacher, trust_remote_code))
+        return cls.share(
+            student_tokens, student_tokens if same else load_tokens(teacher, trust_remote_code)
+        )
 
     @classmethod
     def share(cls, student: ModelTokens, teacher: ModelTokens) -> Vocabulary:
@@ -102,7 +106,11 @@ class Vocabulary:
         if kept and kept[-1] in self.stop_ids:
             kept.pop()
         kept = [index for index in kept if index not in self._silent_ids]
-        return str(self.student_tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            self.student_tokenizer.decode(
+                kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
 
     @cached_property
     def _silent_ids(self) -> frozenset[int]:
@@ -116,7 +124,10 @@ class Vocabulary:
 
 def _shared_size(student: ModelTokens, teacher: ModelTokens) -> tuple[int, list[str]]:
     student_map, teacher_map = student.id_map, teacher.id_map
-    size = 1 + max((index for index, token in student_map.items() if teacher_map.get(index) == token), default=-1)
+    size = 1 + max(
+        (index for index, token in student_map.items() if teacher_map.get(index) == token),
+        default=-1,
+    )
     differing = sorted(
         index
         for index in student_map.keys() | teacher_map.keys()
@@ -134,7 +145,11 @@ def _shared_size(student: ModelTokens, teacher: ModelTokens) -> tuple[int, list[
 
 
 def _cut_note(
-    model: ModelTokens, id_map: Mapping[int, str], size: int, student: ModelTokens, teacher: ModelTokens
+    model: ModelTokens,
+    id_map: Mapping[int, str],
+    size: int,
+    student: ModelTokens,
+    teacher: ModelTokens,
 ) -> list[str]:
     """Added tokens beyond the shared ids are cut and named; ordinary ones mean that the tokenizers are different."""
     cut = sorted(index for index in id_map if index >= size)
@@ -180,13 +195,17 @@ def _check_end_is_shared(model: ModelTokens, role: str, size: int) -> list[str]:
         )
     if not lost:
         return []
-    return [f"end tokens of {role} {model.name!r} that the other model does not know are left out: ids {_listed(lost)}"]
+    return [
+        f"end tokens of {role} {model.name!r} that the other model does not know are left out: ids {_listed(lost)}"
+    ]
 
 
 def _pad_id(tokenizers: Sequence[Any], stop_ids: frozenset[int], size: int) -> int:
     """A padding token that one of the models names, else an end token."""
     named = [tokenizer.pad_token_id for tokenizer in tokenizers]
-    usable = [index for index in (*named, *sorted(stop_ids)) if index is not None and 0 <= index < size]
+    usable = [
+        index for index in (*named, *sorted(stop_ids)) if index is not None and 0 <= index < size
+    ]
     return usable[0] if usable else 0
 
 
@@ -203,4 +222,6 @@ def _splitting_note(student: Any, teacher: Any) -> list[str]:
 
 
 def _listed(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items[:_SHOWN])) + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
+    return ", ".join(map(str, items[:_SHOWN])) + (
+        f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    )

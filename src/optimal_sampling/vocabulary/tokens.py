@@ -13,9 +13,22 @@ from optimal_sampling.vocabulary.resolve import resolve_model
 
 __all__ = ["ModelTokens", "load_tokens"]
 
-_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+_CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+)
 _TOKENIZER_PACKAGES = ("sentencepiece", "protobuf", "tiktoken")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
 _MISTRAL_KINDS = {"mistral", "mistral3", "ministral", "ministral3", "mixtral", "pixtral", "voxtral"}
 
 
@@ -52,7 +65,9 @@ def load_tokens(name: str, trust_remote_code: bool = False) -> ModelTokens:
     folder = resolve_model(name)
     with _quiet_transformers():
         config = _load_config(name, folder, trust_remote_code)
-        tokenizer = _load_tokenizer(name, folder, trust_remote_code, str(getattr(config, "model_type", "")))
+        tokenizer = _load_tokenizer(
+            name, folder, trust_remote_code, str(getattr(config, "model_type", ""))
+        )
         generation = _load_generation_config(folder)
     text_config = config.get_text_config()
     end_ids = _ids(tokenizer.eos_token_id)
@@ -103,7 +118,9 @@ def _load_tokenizer(name: str, folder: str, trust_remote_code: bool, model_type:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
         # A missing package comes as ImportError or ValueError, and the package named is not always the missing one.
-        if isinstance(error, ImportError) or any(package in str(error) for package in _TOKENIZER_PACKAGES):
+        if isinstance(error, ImportError) or any(
+            package in str(error) for package in _TOKENIZER_PACKAGES
+        ):
             raise MissingDependencyError(
                 f"the tokenizer of model {name!r} is of a kind that needs one more package: "
                 f"pip install {' '.join(_TOKENIZER_PACKAGES)} ({_reason(error)})"
@@ -121,7 +138,9 @@ def _load_generation_config(folder: str) -> Any:
     try:
         return GenerationConfig.from_pretrained(folder)
     except OSError as error:
-        if (Path(folder) / "generation_config.json").exists():  # there, but not readable: its stop ids would be lost
+        if (
+            Path(folder) / "generation_config.json"
+        ).exists():  # there, but not readable: its stop ids would be lost
             raise ModelError(_cannot("generation config", folder, folder, error)) from error
         return None  # a model need not have one
     except Exception as error:

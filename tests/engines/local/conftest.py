@@ -31,7 +31,9 @@ def tiny_model(seed, layers=2, vocab=VOCAB, kind="Qwen3", scale=0.35, **changes)
         **changes,
     }
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**config)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{kind}Config")(**config)
+    ).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, scale)
@@ -39,7 +41,9 @@ def tiny_model(seed, layers=2, vocab=VOCAB, kind="Qwen3", scale=0.35, **changes)
 
 
 def vocabulary(size=VOCAB, context=CONTEXT, stop_ids=frozenset({0})):
-    return Vocabulary(size=size, stop_ids=stop_ids, student_context=context, teacher_context=context)
+    return Vocabulary(
+        size=size, stop_ids=stop_ids, student_context=context, teacher_context=context
+    )
 
 
 def engine_of(student, teacher, mixture=None, vocab=None, **options):

@@ -19,7 +19,12 @@ MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 RUN = {
     "Llama": {},
     "Qwen2": {},
-    "Qwen2 windows": {"kind": "Qwen2", "use_sliding_window": True, "max_window_layers": 1, **WINDOW},
+    "Qwen2 windows": {
+        "kind": "Qwen2",
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+        **WINDOW,
+    },
     "Qwen3": {},
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "Mistral": WINDOW,
@@ -111,7 +116,10 @@ class TestGemma2(EngineConformance):
     @pytest.fixture(scope="class")
     @classmethod
     def harness(cls):
-        models = (tiny_model(s, layers=n, kind="Gemma2", scale=0.2, sliding_window=6) for s, n in ((1, 2), (2, 4)))
+        models = (
+            tiny_model(s, layers=n, kind="Gemma2", scale=0.2, sliding_window=6)
+            for s, n in ((1, 2), (2, 4))
+        )
         return harness_of(*models)
 
 

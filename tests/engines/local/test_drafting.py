@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from optimal_sampling.config import EngineConfig, MixtureConfig
 from optimal_sampling.engines.local import drawing
-from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts, LinearCost, Lookup, PerRound
+from optimal_sampling.engines.local.drafting import (
+    DraftPolicy,
+    FixedDrafts,
+    LinearCost,
+    Lookup,
+    PerRound,
+)
 from optimal_sampling.engines.local.overlap import Overlap
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Request
@@ -35,7 +41,9 @@ def simulate(acceptance, step, verify, rows=1, rounds=400, sure=None, seed=0):
         for confidence in outcomes:
             for row in range(rows):
                 if alive[row]:
-                    ok = rng.random() < (acceptance(confidence[row]) if callable(acceptance) else acceptance)
+                    ok = rng.random() < (
+                        acceptance(confidence[row]) if callable(acceptance) else acceptance
+                    )
                     policy.observe_draft(confidence[row], ok)
                     made += ok
                     alive[row] = ok
@@ -60,7 +68,10 @@ def best_fixed(acceptance, step, verify, rows=1):
     ("step", "verify"),
     [
         (lambda r: 1 + 0.02 * r, lambda m: 8 + 0.1 * m),  # bound by calls: verifying is nearly free
-        (lambda r: 1 + 0.1 * r, lambda m: 2 + 1.0 * m),  # bound by arithmetic: every verified token costs
+        (
+            lambda r: 1 + 0.1 * r,
+            lambda m: 2 + 1.0 * m,
+        ),  # bound by arithmetic: every verified token costs
         (lambda r: 4 + 0.1 * r, lambda m: 8 + 0.1 * m),  # a student that is hardly cheaper
     ],
 )
@@ -106,7 +117,9 @@ def test_costs_are_a_line_and_follow_the_machine():
 
 
 @given(
-    st.lists(st.integers(0, 3), min_size=1, max_size=30), st.lists(st.integers(0, 3), max_size=30), st.integers(1, 8)
+    st.lists(st.integers(0, 3), min_size=1, max_size=30),
+    st.lists(st.integers(0, 3), max_size=30),
+    st.integers(1, 8),
 )
 def test_lookup_proposes_what_followed(prompt, output, count):
     """Guards: a continuation of another place, ids that are not in the text, a proposal from the end itself."""
@@ -168,7 +181,11 @@ def test_speculative_is_lockstep_bit_for_bit(models, mixture):
 
 def test_shared_weights_with_lookup_are_lockstep_bit_for_bit(models):
     """Guards: the second drafter, and two contexts of many tokens in one forward pass."""
-    prompts = [([1, 2], [1, 2, 5, 6, 7, 5, 6, 7, 5, 6, 7]), ([3, 3, 3, 3], [3, 3, 3, 3]), ([4], [9, 8, 9, 8, 9, 8])]
+    prompts = [
+        ([1, 2], [1, 2, 5, 6, 7, 5, 6, 7, 5, 6, 7]),
+        ([3, 3, 3, 3], [3, 3, 3, 3]),
+        ([4], [9, 8, 9, 8, 9, 8]),
+    ]
     requests = requests_of(Harness(None, None, prompts, CONTEXT), 24, new=40)
     engine = engine_of(models[1], models[1], batch_size=8, mixture=MixtureConfig(temperature=0.3))
     lockstep = list(engine.with_mixture(draft_tokens=0).generate(requests))
@@ -181,7 +198,9 @@ def test_shared_weights_with_lookup_are_lockstep_bit_for_bit(models):
 def test_drafts_beside_long_prompts_chunks_and_preemption(models):
     """Guards: a round that straddles the classes of key lengths, and drafts of a row that is still being cached."""
     student, teacher = (tiny_model(s, layers=2, max_position_embeddings=2048) for s in (1, 2))
-    engine = engine_of(student, teacher, vocab=vocabulary(context=2048), prefill_chunk=100, batch_size=4)
+    engine = engine_of(
+        student, teacher, vocab=vocabulary(context=2048), prefill_chunk=100, batch_size=4
+    )
     prompts = [([2, 3] * n, [1, 4, 5] * (n // 2 + 1)) for n in (3, 95, 185, 189, 230, 500)]
     requests = requests_of(Harness(None, None, prompts, 2048), 6, new=40)
     lockstep = list(engine.with_mixture(draft_tokens=0, batch_size=1).generate(requests))

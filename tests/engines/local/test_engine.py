@@ -9,9 +9,21 @@ from optimal_sampling.config import MixtureConfig
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Request
 from tests.engines.conformance import EngineConformance, Harness, by_key, requests_of
-from tests.engines.local.conftest import CONTEXT, VOCAB, engine_of, stock_logits, tiny_model, vocabulary
+from tests.engines.local.conftest import (
+    CONTEXT,
+    VOCAB,
+    engine_of,
+    stock_logits,
+    tiny_model,
+    vocabulary,
+)
 
-PROMPTS = [([1, 2, 3], [4]), ([5], [6, 7, 8, 9, 1, 2, 3, 4, 5]), ([2] * 17, [3] * 21), ([7, 8], [7, 8])]
+PROMPTS = [
+    ([1, 2, 3], [4]),
+    ([5], [6, 7, 8, 9, 1, 2, 3, 4, 5]),
+    ([2] * 17, [3] * 21),
+    ([7, 8], [7, 8]),
+]
 
 
 def harness_of(student, teacher):
@@ -72,7 +84,10 @@ def test_diagnostics_have_the_same_bits_beside_long_texts():
     student, teacher = (tiny_model(s, layers=2, max_position_embeddings=2048) for s in (1, 2))
     engine = engine_of(student, teacher, vocab=vocabulary(context=2048))
     lengths = [3, 200, 370, 380, 390, 500, 700, 1100]
-    requests = [Request(str(n), 0, 0, tuple([2, 3, 5] * n)[:n], (1, 4) * (n // 2) + (3,), 12) for n in lengths]
+    requests = [
+        Request(str(n), 0, 0, tuple([2, 3, 5] * n)[:n], (1, 4) * (n // 2) + (3,), 12)
+        for n in lengths
+    ]
     alone = list(engine.with_mixture(batch_size=1).generate(requests))
     assert same(alone, engine.with_mixture(batch_size=8).generate(requests))
     assert same(alone, engine.with_mixture(batch_size=3).generate(requests[::-1]))
@@ -88,11 +103,15 @@ def test_chunked_prompts_and_preemption_change_nothing(models):
     per_token = sum(r.bytes_per_token for r in engine.pair.runners.values())
     tight = engine_of(*models, kv_memory_gib=4.2 * 64 * per_token / 2**30, batch_size=16)
     assert same(expected, tight.generate(requests))
-    assert tight.last_run.scheduler.preemptions == 0, "64 tokens are one allocation: nothing to preempt yet"
+    assert tight.last_run.scheduler.preemptions == 0, (
+        "64 tokens are one allocation: nothing to preempt yet"
+    )
     longer = requests_of(Harness(None, None, PROMPTS, CONTEXT), 16, new=75)
     stop_free = dataclasses.replace(vocabulary(), stop_ids=frozenset())
     expected = list(engine_of(*models, vocab=stop_free).generate(longer))
-    tight = engine_of(*models, vocab=stop_free, kv_memory_gib=4.2 * 64 * per_token / 2**30, batch_size=16)
+    tight = engine_of(
+        *models, vocab=stop_free, kv_memory_gib=4.2 * 64 * per_token / 2**30, batch_size=16
+    )
     assert same(expected, tight.generate(longer))
     assert tight.last_run.scheduler.preemptions > 0
 
@@ -160,12 +179,16 @@ def test_nan_logits_fail_their_request_only(models):
 def test_captured_rows_are_the_models_own(models):
     """Guards: logits of another row, position or temperature in what a user analyses."""
     engine = engine_of(*models).with_mixture(
-        MixtureConfig(temperature=0.5, top_k=3), 4, frozenset({"student_logits", "teacher_logits", "log_q"})
+        MixtureConfig(temperature=0.5, top_k=3),
+        4,
+        frozenset({"student_logits", "teacher_logits", "log_q"}),
     )
     stock = [stock_logits(m) for m in models]
     for c in engine.generate(requests_of(Harness(None, None, PROMPTS, CONTEXT), 5, new=6)):
         prompts = (c.request.student_prompt_ids, c.request.teacher_prompt_ids)
-        for name, prompt, logits in zip(("student_logits", "teacher_logits"), prompts, stock, strict=True):
+        for name, prompt, logits in zip(
+            ("student_logits", "teacher_logits"), prompts, stock, strict=True
+        ):
             assert c.captured[name].shape == (len(c.token_ids), VOCAB)
             for i in range(len(c.token_ids)):
                 expected = torch.from_numpy(logits([*prompt, *c.token_ids[:i]])).float()
@@ -191,4 +214,10 @@ def test_one_model_alone_draws_from_that_model(models, role):
 def test_a_batch_of_4096_runs(models):
     """Guards: needs.md 15: a large batch size that fails instead of running in parts."""
     engine = engine_of(*models, batch_size=4096, kv_memory_gib=0.02)
-    assert sum(1 for _ in engine.generate(requests_of(Harness(None, None, PROMPTS, CONTEXT), 600, new=3))) == 600
+    assert (
+        sum(
+            1
+            for _ in engine.generate(requests_of(Harness(None, None, PROMPTS, CONTEXT), 600, new=3))
+        )
+        == 600
+    )

@@ -28,7 +28,9 @@ def test_the_shipped_models_load_in_the_precision_that_was_asked_for():
     model = load_model(str(path("toy-student")), ModelConfig(device="cpu"), "student")
     assert model.dtype == torch.float32
     assert not model.training
-    half = load_model(str(path("toy-student")), ModelConfig(device="cpu", dtype="bfloat16"), "student")
+    half = load_model(
+        str(path("toy-student")), ModelConfig(device="cpu", dtype="bfloat16"), "student"
+    )
     assert half.dtype == torch.bfloat16
 
 
@@ -64,7 +66,9 @@ def test_pickled_weights_are_not_loaded(copy):
 def test_an_unknown_architecture_is_no_traceback(copy):
     """Guards: a KeyError for a model type that Transformers does not know."""
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"model_type": "nonsense", "architectures": ["Nonsense"]}))
+    (copy / "config.json").write_text(
+        json.dumps(config | {"model_type": "nonsense", "architectures": ["Nonsense"]})
+    )
     with pytest.raises(ModelError, match="student"):
         load_model(str(copy), ModelConfig(device="cpu"), "student")
 
@@ -94,7 +98,9 @@ def test_four_bits_without_bitsandbytes(monkeypatch):
     """Guards: an ImportError from within Transformers."""
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(MissingDependencyError, match="pip install"):
-        load_model(str(path("toy-student")), ModelConfig(device="cpu", load_in_4bit=True), "student")
+        load_model(
+            str(path("toy-student")), ModelConfig(device="cpu", load_in_4bit=True), "student"
+        )
 
 
 def test_the_same_model_twice_is_loaded_once(copy):

@@ -7,10 +7,15 @@ from optimal_sampling.engines.local.norms import RMSNorm, fuse_norms
 from tests.engines.local.conftest import tiny_model
 
 
-@pytest.mark.parametrize(("kind", "norms"), [("Qwen3", 2 * 4 + 1), ("Llama", 2 * 2 + 1), ("Gemma2", 0), ("OPT", 0)])
+@pytest.mark.parametrize(
+    ("kind", "norms"), [("Qwen3", 2 * 4 + 1), ("Llama", 2 * 2 + 1), ("Gemma2", 0), ("OPT", 0)]
+)
 def test_fused_norms_give_the_same_bits(kind, norms):
     """Guards: a norm that scales by 1 + weight, or has a bias, replaced all the same."""
-    extra = {"OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "Gemma2": {"sliding_window": 5}}.get(kind, {})
+    extra = {
+        "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        "Gemma2": {"sliding_window": 5},
+    }.get(kind, {})
     model, ids = tiny_model(1, kind=kind, **extra), torch.arange(1, 9)[None]
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):

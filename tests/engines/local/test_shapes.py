@@ -15,7 +15,9 @@ from optimal_sampling.engines.local.shapes import (
 from tests.engines.local.conftest import tiny_model
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "bias"), [(32, 12, True), (144, 384, False), (600, 512, True)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "bias"), [(32, 12, True), (144, 384, False), (600, 512, True)]
+)
 def test_packed_rows_do_not_depend_on_their_number(inputs, outputs, bias):
     """Guards: a kernel chosen by the number of rows, and a packed layer that is another layer."""
     torch.manual_seed(0)

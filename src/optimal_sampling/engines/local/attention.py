@@ -42,7 +42,10 @@ class Plan(Protocol):
     layers_called: list[int]
 
     def attend(
-        self, call: Call, key: Float[Tensor, "kv_heads tokens dim"], value: Float[Tensor, "kv_heads tokens dim"]
+        self,
+        call: Call,
+        key: Float[Tensor, "kv_heads tokens dim"],
+        value: Float[Tensor, "kv_heads tokens dim"],
     ) -> Float[Tensor, "tokens heads dim"]:
         """Store the tokens of this forward pass, and attend."""
 
@@ -91,15 +94,24 @@ class AttentionPlan:
     """Features of attention that the model used and that not every kernel has."""
 
     def attend(
-        self, call: Call, key: Float[Tensor, "kv_heads tokens dim"], value: Float[Tensor, "kv_heads tokens dim"]
+        self,
+        call: Call,
+        key: Float[Tensor, "kv_heads tokens dim"],
+        value: Float[Tensor, "kv_heads tokens dim"],
     ) -> Float[Tensor, "tokens heads dim"]:
         """Store the tokens of this forward pass, then attend group by group."""
-        self.needs |= {name for name, x in (("soft caps", call.softcap), ("sinks", call.sinks)) if x is not None}
+        self.needs |= {
+            name
+            for name, x in (("soft caps", call.softcap), ("sinks", call.sinks))
+            if x is not None
+        }
         self.cache.write(call.layer, self.write, key.transpose(0, 1), value.transpose(0, 1))
         parts = [self._chunk(call, group) for group in self.chunks]
         parts += self._dense(call)
         if self.padding:
-            parts.insert(0, call.query.new_zeros(self.padding, call.query.shape[0], value.shape[-1]))
+            parts.insert(
+                0, call.query.new_zeros(self.padding, call.query.shape[0], value.shape[-1])
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _dense(self, call: Call) -> list[Float[Tensor, "tokens heads value_dim"]]:
@@ -152,7 +164,11 @@ def register() -> None:
 
 
 def _over_group(
-    plan: AttentionPlan, call: Call, query: Float[Tensor, "rows heads queries key_dim"], group: Group, packed: bool
+    plan: AttentionPlan,
+    call: Call,
+    query: Float[Tensor, "rows heads queries key_dim"],
+    group: Group,
+    packed: bool,
 ) -> Float[Tensor, "rows heads queries value_dim"]:
     keys, values = plan.cache.read(call.layer, group.slots, group.length)
     mask = group.mask(call.window, query.dtype)
@@ -161,7 +177,9 @@ def _over_group(
     if packed:
         return _packed(query, keys, values, mask, call.scaling, plan.query_multiple)
     if query.device.type == "cpu":
-        return F.scaled_dot_product_attention(query, keys, values, mask[:, None], scale=call.scaling, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            query, keys, values, mask[:, None], scale=call.scaling, enable_gqa=True
+        )
     repeats = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(repeats, 1) for x in (keys, values))
     return F.scaled_dot_product_attention(query, keys, values, mask[:, None], scale=call.scaling)
@@ -180,7 +198,11 @@ def _packed(
     kv_heads = keys.shape[1]
     per_head = heads // kv_heads
     packed = query.reshape(rows, kv_heads, per_head * width, dim)
-    wide = mask[:, None] if per_head == 1 else mask[:, None, None].expand(-1, 1, per_head, -1, -1).flatten(2, 3)
+    wide = (
+        mask[:, None]
+        if per_head == 1
+        else mask[:, None, None].expand(-1, 1, per_head, -1, -1).flatten(2, 3)
+    )
     padding = round_up(per_head * width, multiple) - per_head * width
     if padding:
         packed = F.pad(packed, (0, 0, 0, padding))
@@ -190,12 +212,20 @@ def _packed(
 
 
 def _explicit(
-    call: Call, query: Tensor, keys: Tensor, values: Tensor, mask: Float[Tensor, "rows queries length"]
+    call: Call,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Float[Tensor, "rows queries length"],
 ) -> Float[Tensor, "rows heads queries value_dim"]:
     """Written out, for what the fused kernels lack: scores capped by tanh, and a sink that only takes weight."""
     repeats = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(repeats, 1) for x in (keys, values))
-    scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
+    scores = (
+        query
+        @ keys.transpose(-1, -2)
+        * (query.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
+    )
     if call.softcap is not None:
         scores = torch.tanh(scores / call.softcap) * call.softcap
     scores = scores + mask[:, None]

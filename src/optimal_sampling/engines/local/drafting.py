@@ -23,7 +23,13 @@ class LinearCost:
 
     def observe(self, size: float, seconds: float) -> None:
         """One measurement."""
-        for name, value in (("_n", 1.0), ("_x", size), ("_y", seconds), ("_xx", size * size), ("_xy", size * seconds)):
+        for name, value in (
+            ("_n", 1.0),
+            ("_x", size),
+            ("_y", seconds),
+            ("_xx", size * size),
+            ("_xy", size * seconds),
+        ):
             setattr(self, name, FORGET * getattr(self, name) + value)
 
     def __call__(self, size: float) -> float:
@@ -87,7 +93,9 @@ class PerRound:
         tokens = self._tokens + sum(alive)
         width = self.drafted + 1
         seconds = self._policy.seconds
-        if not insist and tokens * seconds(width, self._rows) <= self._tokens * seconds(width + 1, self._rows):
+        if not insist and tokens * seconds(width, self._rows) <= self._tokens * seconds(
+            width + 1, self._rows
+        ):
             return False
         self._alive, self._tokens, self.drafted = alive, tokens, width
         self.confidences.append(confidences)

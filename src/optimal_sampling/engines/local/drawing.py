@@ -136,7 +136,9 @@ class Drawer:
         """One round, without touching the sequences."""
         noise = Noise(rows, plan.width, self.setting.vocab_size, self.device)
         if len(self.lanes) == 2:
-            if self.overlap.works and self.policy.most == 0:  # else the policy has to know what each model costs
+            if (
+                self.overlap.works and self.policy.most == 0
+            ):  # else the policy has to know what each model costs
                 return self._side_by_side(plan, rows, noise)
             return self._with_student(plan, rows, noise)
         return self._at_once(plan, rows, noise)
@@ -160,7 +162,9 @@ class Drawer:
         clock.mark()
         [teacher_logits] = teacher.forward(plan, rows, drafts)
         clock.mark()
-        return self._finish((torch.stack(logits, 1), teacher_logits), drafts, noise, expected.confidences, clock)
+        return self._finish(
+            (torch.stack(logits, 1), teacher_logits), drafts, noise, expected.confidences, clock
+        )
 
     def _side_by_side(self, plan: Round, rows: list[Sequence], noise: Noise) -> Drawn:
         """One position, for which neither model waits for the other."""
@@ -175,7 +179,9 @@ class Drawer:
         clock.mark()
         return self._finish((student_logits, teacher_logits), drafts, noise, [], clock)
 
-    def _confidence(self, logits: Float[Tensor, "rows vocab"], token: Int64[Tensor, " rows"]) -> list[float]:
+    def _confidence(
+        self, logits: Float[Tensor, "rows vocab"], token: Int64[Tensor, " rows"]
+    ) -> list[float]:
         """The student's probability of its drafts. On a GPU it would cost a synchronisation each: one class for all."""
         if self.device.type != "cpu":
             return [0.95] * len(token)
@@ -196,16 +202,23 @@ class Drawer:
         clock.mark()
         return self._finish(tuple(logits), drafts, noise, confidences, clock)
 
-    def _looked_up(self, plan: Round, rows: list[Sequence], most: int) -> tuple[list[list[int]], list[list[float]]]:
+    def _looked_up(
+        self, plan: Round, rows: list[Sequence], most: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
         """Drafts of equal length for every row; rows with fewer are filled up with what will be rejected."""
         if most < 1:
             return [[] for _ in rows], []
         pairs = zip(rows, plan.ready, strict=True)
-        found = [self._shared_ids(s.lookup.propose(s.output, most)) if ready else [] for s, ready in pairs]
+        found = [
+            self._shared_ids(s.lookup.propose(s.output, most)) if ready else []
+            for s, ready in pairs
+        ]
         expected = PerRound(self.policy, plan.ready)
         insist = self.policy.forced() is not None
         for i in range(max(map(len, found))):
-            if not expected.wants([self.LOOKED_UP if i < len(f) else 0.0 for f in found], insist=insist):
+            if not expected.wants(
+                [self.LOOKED_UP if i < len(f) else 0.0 for f in found], insist=insist
+            ):
                 break
         assert all(0 <= token < self.setting.vocab_size for f in found for token in f)
         filled = [(f + [0] * expected.drafted)[: expected.drafted] for f in found]
@@ -235,7 +248,9 @@ class Drawer:
         else:
             positions = noise.positions(width).reshape(-1)
             keep = "log_q" in setting.capture
-            drawn = step(flat[0], flat[1], noise.upto(width), positions, setting.mixture, keep_log_q=keep)
+            drawn = step(
+                flat[0], flat[1], noise.upto(width), positions, setting.mixture, keep_log_q=keep
+            )
             if drawn.log_q is not None:
                 captured["log_q"] = drawn.log_q
         return Drawn(drafts, drawn, captured, confidences, clock)

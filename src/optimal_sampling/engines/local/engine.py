@@ -86,7 +86,9 @@ class LocalEngine(Engine):
     ) -> None:
         unknown = capture - CAPTURES
         if unknown:
-            raise ConfigError(f"cannot capture {', '.join(sorted(unknown))}; there is {', '.join(sorted(CAPTURES))}")
+            raise ConfigError(
+                f"cannot capture {', '.join(sorted(unknown))}; there is {', '.join(sorted(CAPTURES))}"
+            )
         self.pair = pair
         self.mixture = mixture
         self.options = options
@@ -119,7 +121,9 @@ class LocalEngine(Engine):
                 loaded[role] = loaded["teacher"]
             elif mode in ("mixture", role):
                 loaded[role] = load_model(paths[role], models, role, load_kwargs)
-        return cls(LoadedPair.of(loaded, vocabulary.size, options), mixture, options, vocabulary, mode)
+        return cls(
+            LoadedPair.of(loaded, vocabulary.size, options), mixture, options, vocabulary, mode
+        )
 
     def with_mixture(
         self,
@@ -130,9 +134,13 @@ class LocalEngine(Engine):
         draft_tokens: int | Literal["auto"] | None = None,
     ) -> LocalEngine:
         """The same loaded models with other settings; costs nothing."""
-        options = self.options if batch_size is None else replace(self.options, batch_size=batch_size)
+        options = (
+            self.options if batch_size is None else replace(self.options, batch_size=batch_size)
+        )
         options = options if draft_tokens is None else replace(options, draft_tokens=draft_tokens)
-        return LocalEngine(self.pair, mixture or self.mixture, options, self.vocabulary, mode or self.mode, capture)
+        return LocalEngine(
+            self.pair, mixture or self.mixture, options, self.vocabulary, mode or self.mode, capture
+        )
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Serve the requests; see `Engine`."""
@@ -175,10 +183,15 @@ class LocalEngine(Engine):
         if not self.pair.paged:
             return None
         runners = {self.pair.runners[role] for role in self.roles}
-        return max(1, memory // (PAGE * sum(runner.bytes_per_token for runner in runners)) - 1)  # one is scratch
+        return max(
+            1, memory // (PAGE * sum(runner.bytes_per_token for runner in runners)) - 1
+        )  # one is scratch
 
     def _setting(self) -> RunSetting:
-        contexts = {"student": self.vocabulary.student_context, "teacher": self.vocabulary.teacher_context}
+        contexts = {
+            "student": self.vocabulary.student_context,
+            "teacher": self.vocabulary.teacher_context,
+        }
         memory = self.memory_budget()
         positions = max(1, memory // (4 * self._position_bytes()))
         return RunSetting(
@@ -215,31 +228,50 @@ class LocalEngine(Engine):
         """Device, precision, memory and batch in use, and what speculation did in the latest run."""
         runner = self.pair.runners[self.roles[-1]]
         notes = {
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else "cpu",
             "threads": str(torch.get_num_threads()),
             "dtype": str(runner.model.dtype).removeprefix("torch."),
             "kv_memory": f"{self.memory_budget() / GIB:.2f} GiB",
             "attention": self.pair.attention,
         }
         if self.device.type == "cuda":
-            notes["mixture"] = kernel_note(self.device, self.mixture).removeprefix("mixture kernel: ")
+            notes["mixture"] = kernel_note(self.device, self.mixture).removeprefix(
+                "mixture kernel: "
+            )
         if self.pair.paged:
             notes["cuda_graphs"] = self._graphs_note()
         rows = self._setting().options.batch_size
         notes["batch"] = f"up to {rows} requests in flight"
         if rows < self.options.batch_size:
-            notes["batch"] += f", not {self.options.batch_size}: their logits would not fit into memory"
+            notes["batch"] += (
+                f", not {self.options.batch_size}: their logits would not fit into memory"
+            )
         if self.last_run is not None and self.last_run.drafted:
             drafted, accepted = self.last_run.drafted, self.last_run.accepted
-            notes["drafts"] = f"{accepted} of {drafted} drafted tokens accepted in {self.last_run.rounds} rounds"
+            notes["drafts"] = (
+                f"{accepted} of {drafted} drafted tokens accepted in {self.last_run.rounds} rounds"
+            )
         if self.pair.shared:
-            notes["weights"] = "the same for student and teacher, loaded once, both contexts in one forward pass"
+            notes["weights"] = (
+                "the same for student and teacher, loaded once, both contexts in one forward pass"
+            )
         return notes
 
     def _graphs_note(self) -> str:
-        graphs = [g for r in set(self.pair.runners.values()) if isinstance(r, PagedRunner) for g in r.graphs.values()]
+        graphs = [
+            g
+            for r in set(self.pair.runners.values())
+            if isinstance(r, PagedRunner)
+            for g in r.graphs.values()
+        ]
         off = sorted({g.off for g in graphs if g.off})
-        return f"off, because recording failed: {off[0]}" if off else f"{sum(map(len, graphs))} shapes recorded"
+        return (
+            f"off, because recording failed: {off[0]}"
+            if off
+            else f"{sum(map(len, graphs))} shapes recorded"
+        )
 
     def close(self) -> None:
         """Drop the models."""

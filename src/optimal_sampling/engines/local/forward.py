@@ -25,7 +25,9 @@ __all__ = ["ModelRunner"]
 class ModelRunner:
     """A model with the shapes it is run in. The cache is an argument, so one model serves several runs."""
 
-    def __init__(self, model: Any, vocab_size: int, rules: ShapeRules = PLAIN, bytes_per_token: int = 0) -> None:
+    def __init__(
+        self, model: Any, vocab_size: int, rules: ShapeRules = PLAIN, bytes_per_token: int = 0
+    ) -> None:
         self.model = model
         self.bytes_per_token = bytes_per_token
         """Of the KV cache, for one token of one slot."""
@@ -83,11 +85,15 @@ class ModelRunner:
         )
         ids = tokens.reshape(-1)
         if chunks or padding:
-            ids = torch.cat([self._tensor(np.array([0] * padding + [i for c in chunks for i in c.ids])), ids])
+            ids = torch.cat(
+                [self._tensor(np.array([0] * padding + [i for c in chunks for i in c.ids])), ids]
+            )
         keep = self.rules.padded_tokens(rows * width)
         logits = self.model(
             input_ids=ids[None],
-            position_ids=self._tensor(flatten_chunks(chunks, padding, cache, positions.ravel(), "position"))[None],
+            position_ids=self._tensor(
+                flatten_chunks(chunks, padding, cache, positions.ravel(), "position")
+            )[None],
             use_cache=False,
             plan=plan,
             logits_to_keep=keep,
@@ -97,7 +103,9 @@ class ModelRunner:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
 
-    def _dense_groups(self, positions: Int[np.ndarray, "rows width"]) -> tuple[tuple[Group, ...], Tensor | None]:
+    def _dense_groups(
+        self, positions: Int[np.ndarray, "rows width"]
+    ) -> tuple[tuple[Group, ...], Tensor | None]:
         """The rows at once; where some see short and some long keys, all rows twice, to be selected from."""
         if not positions.size:
             return (), None
@@ -148,7 +156,11 @@ def split_at(chunks: Sequence[Chunk], boundary: int | None) -> list[Chunk]:
     """Chunks cut where keys go from short to long; short-key chunks first, each kind sorted by length."""
     parts = []
     for chunk in chunks:
-        cut = len(chunk.ids) if boundary is None else max(0, min(len(chunk.ids), boundary - chunk.start))
+        cut = (
+            len(chunk.ids)
+            if boundary is None
+            else max(0, min(len(chunk.ids), boundary - chunk.start))
+        )
         for start, ids in ((chunk.start, chunk.ids[:cut]), (chunk.start + cut, chunk.ids[cut:])):
             if ids:
                 parts.append(Chunk(chunk.slot, start, ids))
@@ -156,7 +168,11 @@ def split_at(chunks: Sequence[Chunk], boundary: int | None) -> list[Chunk]:
 
 
 def flatten_chunks(
-    chunks: Sequence[Chunk], padding: int, cache: KVCache, dense: Int[np.ndarray, " tokens"], what: str
+    chunks: Sequence[Chunk],
+    padding: int,
+    cache: KVCache,
+    dense: Int[np.ndarray, " tokens"],
+    what: str,
 ) -> Int[np.ndarray, " tokens"]:
     """Positions, or flat cache indices, of padding, chunks and dense tokens in flat order."""
     if not chunks and not padding:

@@ -102,16 +102,22 @@ class KVCache(Cache):
         new = old.new_zeros(slots * length + 1, *old.shape[1:])
         s, n = min(slots, self.slots), min(length, self.length)
         if s and n:
-            self._slotted(new, slots, length)[:s, :n] = self._slotted(old, self.slots, self.length)[:s, :n]
+            self._slotted(new, slots, length)[:s, :n] = self._slotted(old, self.slots, self.length)[
+                :s, :n
+            ]
         return new
 
     @staticmethod
-    def _slotted(memory: Tensor, slots: int, length: int) -> Float[Tensor, "slots length heads dim"]:
+    def _slotted(
+        memory: Tensor, slots: int, length: int
+    ) -> Float[Tensor, "slots length heads dim"]:
         return memory[: slots * length].view(slots, length, *memory.shape[1:])
 
     def read(
         self, layer: int, slots: slice | Int[Tensor, " rows"], length: int
-    ) -> tuple[Float[Tensor, "rows heads length key_dim"], Float[Tensor, "rows heads length value_dim"]]:
+    ) -> tuple[
+        Float[Tensor, "rows heads length key_dim"], Float[Tensor, "rows heads length value_dim"]
+    ]:
         """Keys and values of some slots' first `length` tokens: views for a slice, copies for an index."""
         keys = self._slotted(self._keys[layer], self.slots, self.length)[slots, :length]
         values = self._slotted(self._values[layer], self.slots, self.length)[slots, :length]

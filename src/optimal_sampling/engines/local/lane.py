@@ -20,7 +20,9 @@ __all__ = ["Lane", "grow_slots"]
 class Lane:
     """One model with its cache, and the contexts of every row that live in it."""
 
-    def __init__(self, runner: ModelRunner, contexts: tuple[int, ...], pages: int | None = None) -> None:
+    def __init__(
+        self, runner: ModelRunner, contexts: tuple[int, ...], pages: int | None = None
+    ) -> None:
         self.runner = runner
         self.contexts = contexts
         self.spec = CacheSpec(contexts, runner.bytes_per_token)
@@ -62,14 +64,25 @@ class Lane:
         With an `offset` the last known token and `offset - 1` drafts are cached already: feed `drafts` after them.
         """
         width = len(self.contexts)
-        idle = [row * width + i for row, ready in enumerate(plan.ready) if not ready for i in range(width)]
+        idle = [
+            row * width + i
+            for row, ready in enumerate(plan.ready)
+            if not ready
+            for i in range(width)
+        ]
         start = np.array([s.known(c) - 1 + offset for s in rows for c in self.contexts])
         tokens = drafts.repeat_interleave(width, 0) if width > 1 else drafts
         chunks: list[Chunk] = []
         if offset == 0:
-            last = to_device(np.array([[s.last(c)] for s in rows for c in self.contexts]), drafts.device)
+            last = to_device(
+                np.array([[s.last(c)] for s in rows for c in self.contexts]), drafts.device
+            )
             tokens = torch.cat([last, tokens], 1)
-            pairs = [(i, chunk) for i, context in enumerate(self.contexts) for chunk in plan.chunks[context]]
+            pairs = [
+                (i, chunk)
+                for i, context in enumerate(self.contexts)
+                for chunk in plan.chunks[context]
+            ]
             chunks = [Chunk(chunk.slot * width + i, chunk.start, chunk.ids) for i, chunk in pairs]
         logits = self.runner.forward(self.cache, tokens, start, idle, chunks)
         return [logits[i::width] for i in range(width)]
@@ -85,7 +98,10 @@ def grow_slots(lanes: list[Lane], slots: int, lengths: tuple[int, ...], memory: 
         assert isinstance(lane.cache, KVCache)
         return lane.cache, slots * len(lane.contexts)
 
-    wanted = [(*of(lane), length, lane.spec.bytes_per_token) for lane, length in zip(lanes, lengths, strict=True)]
+    wanted = [
+        (*of(lane), length, lane.spec.bytes_per_token)
+        for lane, length in zip(lanes, lengths, strict=True)
+    ]
     small = [w for w in wanted if w[1] > w[0].slots or w[2] > w[0].length]
     if not small:
         return

@@ -24,7 +24,14 @@ from optimal_sampling.engines.local.scheduler import Chunk
 from optimal_sampling.engines.local.shapes import PLAIN, measured_rules, replace_linears
 from optimal_sampling.errors import ConfigError, MissingDependencyError, ModelError
 
-__all__ = ["check_architecture", "load_model", "prepare", "prepare_pair", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "check_architecture",
+    "load_model",
+    "prepare",
+    "prepare_pair",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest accepted difference to the stock forward pass, relative to the largest logit."""
@@ -39,9 +46,13 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"{name!r} is no device; use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for, but PyTorch finds no CUDA GPU here; use the device cpu")
+        raise ConfigError(
+            f"device {name!r} was asked for, but PyTorch finds no CUDA GPU here; use the device cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs here")
+        raise ConfigError(
+            f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs here"
+        )
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     return device
@@ -55,7 +66,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load_model(path: str, config: ModelConfig, role: str, load_kwargs: dict[str, Any] | None = None) -> Any:
+def load_model(
+    path: str, config: ModelConfig, role: str, load_kwargs: dict[str, Any] | None = None
+) -> Any:
     """Load one model for inference, from safetensors only. `role` is named in errors.
 
     Raises ModelError, MissingDependencyError.
@@ -77,13 +90,19 @@ def load_model(path: str, config: ModelConfig, role: str, load_kwargs: dict[str,
         kwargs.setdefault("device_map", {"": device})
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
-    except Exception as error:  # whatever is wrong with a folder, and every architecture has errors of its own
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except (
+        Exception
+    ) as error:  # whatever is wrong with a folder, and every architecture has errors of its own
+        first = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise ModelError(f"the {role} model {path!r} could not be loaded: {first}") from error
     absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
     if absent:  # Transformers would go on with random weights
         names = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
-        raise ModelError(f"the weights of the {role} model {path!r} lack, or have in another shape: {names}")
+        raise ModelError(
+            f"the weights of the {role} model {path!r} lack, or have in another shape: {names}"
+        )
     if "quantization_config" not in kwargs:
         model = model.to(device)
     return model.eval().requires_grad_(False)
@@ -109,7 +128,9 @@ def prepare(model: Any, vocab_size: int, role: str, batch_invariant: bool) -> Mo
     return _slot_runner(model, vocab_size, batch_invariant, check_architecture(model, role))
 
 
-def prepare_pair(models: dict[str, Any], vocab_size: int, options: EngineConfig) -> tuple[dict[str, ModelRunner], str]:
+def prepare_pair(
+    models: dict[str, Any], vocab_size: int, options: EngineConfig
+) -> tuple[dict[str, ModelRunner], str]:
     """Runners of models by role, and a line for people about their attention. The same object twice is prepared once.
 
     Flash Attention over pages for all of them, or for none. Raises ModelError, ConfigError, MissingDependencyError.
@@ -117,7 +138,10 @@ def prepare_pair(models: dict[str, Any], vocab_size: int, options: EngineConfig)
     shared = models.get("student") is models.get("teacher")
     distinct = {role: model for role, model in models.items() if not (shared and role == "student")}
     probes = {role: check_architecture(model, role) for role, model in distinct.items()}
-    choices = {role: _choose(model, role, probes[role], options.attention) for role, model in distinct.items()}
+    choices = {
+        role: _choose(model, role, probes[role], options.attention)
+        for role, model in distinct.items()
+    }
     kernels = [choice.kernel for choice in choices.values()]
     runners: dict[str, ModelRunner] = {}
     for role, model in distinct.items():
@@ -126,8 +150,12 @@ def prepare_pair(models: dict[str, Any], vocab_size: int, options: EngineConfig)
             runners[role] = PagedRunner(model, vocab_size, kernel, probes[role].bytes_per_token)
         else:
             runners[role] = _slot_runner(model, vocab_size, options.batch_invariant, probes[role])
-    decisive = next((role for role, choice in choices.items() if choice.kernel is None), next(iter(choices)))
-    note = choices[decisive].note + (f" (the {decisive} model)" if None in kernels and len(set(kernels)) > 1 else "")
+    decisive = next(
+        (role for role, choice in choices.items() if choice.kernel is None), next(iter(choices))
+    )
+    note = choices[decisive].note + (
+        f" (the {decisive} model)" if None in kernels and len(set(kernels)) > 1 else ""
+    )
     return {role: runners[role if role in runners else "teacher"] for role in models}, note
 
 
@@ -176,23 +204,33 @@ def check_architecture(model: Any, role: str, kernel: Kernel | None = None) -> P
     try:
         with torch.inference_mode():
             model.set_attn_implementation("eager")
-            stock = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, -8:].float()
+            stock = (
+                model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, -8:].float()
+            )
         model.set_attn_implementation(attention.NAME)
         fuse_norms(model)
         ours, called, probe = _two_chunks(model, ids, stock.shape[-1], kernel)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ModelError(f"the {role} model is a {name}, which the local engine cannot run: {error}") from error
+        raise ModelError(
+            f"the {role} model is a {name}, which the local engine cannot run: {error}"
+        ) from error
     layers = config.num_hidden_layers
     if sorted(called) != list(range(layers)):
         kinds = sorted(set(getattr(config, "layer_types", None) or [config.model_type]))
-        message = f"calls a plugged-in attention function in {len(set(called))} of its {layers} layers"
-        raise ModelError(f"the {role} model is a {name}, which {message} (layers of kind {', '.join(kinds)}); refused")
+        message = (
+            f"calls a plugged-in attention function in {len(set(called))} of its {layers} layers"
+        )
+        raise ModelError(
+            f"the {role} model is a {name}, which {message} (layers of kind {', '.join(kinds)}); refused"
+        )
     difference = (ours - stock).abs().max().item()
     allowed = TOLERANCE.get(model.dtype, 0.1) * max(1.0, stock.abs().max().item())
     if not difference <= allowed and stock.isfinite().all():
-        message = f"logits differ by {difference:.3g} from its own forward pass (allowed: {allowed:.3g})"
+        message = (
+            f"logits differ by {difference:.3g} from its own forward pass (allowed: {allowed:.3g})"
+        )
         raise ModelError(
             f"the {role} model is a {name}, whose {message}; it would be sampled wrongly, so it is refused"
         )
@@ -215,10 +253,18 @@ def _two_chunks(
     """The probe text in three forwards and in row 1, beside another text in row 0; logits of its last 8 tokens."""
     runner, cache = _probe_runner(model, vocab, kernel)
     text, other = ids.tolist(), ids.flip(0).tolist()
-    runner.forward(cache, torch.tensor([[0], [0]]).to(model.device), np.array([0, 0]), (0, 1), [Chunk(1, 0, text[:5])])
+    runner.forward(
+        cache,
+        torch.tensor([[0], [0]]).to(model.device),
+        np.array([0, 0]),
+        (0, 1),
+        [Chunk(1, 0, text[:5])],
+    )
     chunks = [Chunk(0, 0, other[:3]), Chunk(1, 5, text[5:11])]
     last = torch.tensor([other[3:11], text[11:19]]).to(model.device)
     logits, plan = runner.forward_with_plan(cache, last, np.array([3, 11]), (), chunks)
     assert plan is not None
-    probe = Probe(cache.layers, cache.bytes_per_token, cache.head_dims, getattr(plan, "needs", set()))
+    probe = Probe(
+        cache.layers, cache.bytes_per_token, cache.head_dims, getattr(plan, "needs", set())
+    )
     return logits[1].float(), plan.layers_called, probe

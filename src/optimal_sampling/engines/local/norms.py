@@ -42,10 +42,17 @@ def _fused(module: Any) -> RMSNorm | None:
     """The replacement, where the module is an RMS norm and gives the same (Gemma's scales by 1 + weight)."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or isinstance(module, RMSNorm) or eps is None or weight is None:
+    if (
+        not type(module).__name__.endswith("RMSNorm")
+        or isinstance(module, RMSNorm)
+        or eps is None
+        or weight is None
+    ):
         return None
     fused = RMSNorm(weight, eps)
-    sample = torch.randn(64, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight)
+    sample = torch.randn(64, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(
+        weight
+    )
     expected, found = module(sample), fused(sample)
     if weight.dtype == torch.float32 and weight.device.type == "cpu":
         return fused if torch.equal(found, expected) else None

@@ -26,7 +26,9 @@ __all__ = ["Run"]
 class Run:
     """The state of one `generate` call."""
 
-    def __init__(self, lanes: list[Lane], setting: RunSetting, policy: DraftPolicy, drawer: Drawer) -> None:
+    def __init__(
+        self, lanes: list[Lane], setting: RunSetting, policy: DraftPolicy, drawer: Drawer
+    ) -> None:
         self.lanes = lanes
         self.setting = setting
         self.policy = policy
@@ -42,8 +44,12 @@ class Run:
                 positions=setting.positions,
                 pages=setting.pages,
                 page=PAGE,
-                kv_boundary=min((r for lane in lanes if (r := lane.runner.rules.kv_boundary)), default=None),
-                round_length=lambda length: max(lane.runner.rules.slot_length(length) for lane in lanes),
+                kv_boundary=min(
+                    (r for lane in lanes if (r := lane.runner.rules.kv_boundary)), default=None
+                ),
+                round_length=lambda length: max(
+                    lane.runner.rules.slot_length(length) for lane in lanes
+                ),
             )
         )
 
@@ -61,7 +67,9 @@ class Run:
             elif not self.scheduler.waiting:
                 return
 
-    def _admissible(self, requests: Iterable[Request], refused: list[Completion]) -> Iterator[Sequence]:
+    def _admissible(
+        self, requests: Iterable[Request], refused: list[Completion]
+    ) -> Iterator[Sequence]:
         """Requests as sequences; those that no model's context can hold go to `refused` instead."""
         for request in requests:
             prompts = {"student": request.student_prompt_ids, "teacher": request.teacher_prompt_ids}
@@ -70,7 +78,9 @@ class Run:
             if self.policy.width > 1:
                 sequence.lookup = Lookup(sequence.prompts)
             setting = self.setting
-            problem = prompt_problem(setting.roles, sequence.prompts, setting.context_lengths, setting.embeddings)
+            problem = prompt_problem(
+                setting.roles, sequence.prompts, setting.context_lengths, setting.embeddings
+            )
             if problem:
                 refused.append(self._completion(sequence, "error", problem))
             else:
@@ -119,7 +129,11 @@ class Run:
         """Hand every ready row its tokens. The copy to the host is the round's one synchronisation."""
         packed = drawn.packed().cpu().numpy().reshape(len(rows), drawn.width, -1)
         drafts, packed = packed[:, :-1, 0].astype(np.int64), packed[:, :, 1:]
-        kept = {name: drawn.captured[name].float().cpu() for name in self.setting.capture if name in drawn.captured}
+        kept = {
+            name: drawn.captured[name].float().cpu()
+            for name in self.setting.capture
+            if name in drawn.captured
+        }
         done = []
         for row, sequence in enumerate(rows):
             if not plan.ready[row]:
@@ -128,7 +142,9 @@ class Run:
             emitted = sequence.known(0) - 1 - sequence.cached[0]
             self._learn(drawn, row, packed[row, :, 0], drafts[row], emitted)
             for i in range(emitted if kept else 0):
-                sequence.captured.append({name: values[row * drawn.width + i] for name, values in kept.items()})
+                sequence.captured.append(
+                    {name: values[row * drawn.width + i] for name, values in kept.items()}
+                )
             sequence.cached = [sequence.known(c) - 1 for c in range(len(sequence.prompts))]
             if reason is not None:
                 done.append((row, self._completion(sequence, reason, error)))
@@ -157,7 +173,10 @@ class Run:
                 return
 
     def _extend(
-        self, sequence: Sequence, packed: Float[np.ndarray, "width fields"], drafts: Int[np.ndarray, " drafts"]
+        self,
+        sequence: Sequence,
+        packed: Float[np.ndarray, "width fields"],
+        drafts: Int[np.ndarray, " drafts"],
     ) -> tuple[FinishReason | None, str]:
         """Append tokens up to and including the first that differs from its draft, or that ends the completion."""
         for i, values in enumerate(packed):
@@ -168,7 +187,9 @@ class Run:
             sequence.trace.append(values[3:])
             if token in self.setting.stop_ids:
                 return "stop", ""
-            if len(sequence.output) >= sequence.request.max_new_tokens or self._context_full(sequence):
+            if len(sequence.output) >= sequence.request.max_new_tokens or self._context_full(
+                sequence
+            ):
                 return "length", ""
             if i < len(drafts) and token != drafts[i]:
                 break
@@ -176,7 +197,9 @@ class Run:
 
     def _context_full(self, sequence: Sequence) -> bool:
         limits = enumerate(self.setting.context_lengths)
-        return any(limit is not None and sequence.known(context) >= limit for context, limit in limits)
+        return any(
+            limit is not None and sequence.known(context) >= limit for context, limit in limits
+        )
 
     def _completion(self, sequence: Sequence, reason: FinishReason, error: str) -> Completion:
         rows = np.stack(sequence.trace).tolist() if sequence.trace else []

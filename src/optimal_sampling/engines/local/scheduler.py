@@ -159,7 +159,9 @@ class Scheduler:
     def lengths(self, sequences: list[Sequence], width: int) -> tuple[int, ...]:
         """Slot length per cache that holds these sequences while they decode `width` more tokens."""
         return tuple(
-            self.limits.round_length(max((s.known(c) for s in sequences for c in cache.contexts), default=0) + width)
+            self.limits.round_length(
+                max((s.known(c) for s in sequences for c in cache.contexts), default=0) + width
+            )
             for cache in self.limits.caches
         )
 
@@ -170,7 +172,10 @@ class Scheduler:
     def bytes_needed(self, sequences: list[Sequence], width: int) -> int:
         """Memory of all caches, were exactly these sequences running."""
         if self.limits.pages is not None:
-            per_cache = [c.bytes_per_token * self.pages_needed(c, sequences, width) for c in self.limits.caches]
+            per_cache = [
+                c.bytes_per_token * self.pages_needed(c, sequences, width)
+                for c in self.limits.caches
+            ]
             return self.limits.page * sum(per_cache)
         pairs = zip(self.limits.caches, self.lengths(sequences, width), strict=True)
         per_slot = sum(len(c.contexts) * length * c.bytes_per_token for c, length in pairs)
@@ -178,11 +183,16 @@ class Scheduler:
 
     def pages_needed(self, cache: CacheSpec, sequences: list[Sequence], width: int) -> int:
         """Pages of one cache for these sequences while they decode `width` more tokens."""
-        return sum(-(-(s.known(c) + width) // self.limits.page) for s in sequences for c in cache.contexts)
+        return sum(
+            -(-(s.known(c) + width) // self.limits.page) for s in sequences for c in cache.contexts
+        )
 
     def _fits(self, sequences: list[Sequence], width: int) -> bool:
         if self.limits.pages is not None:
-            return all(self.pages_needed(c, sequences, width) <= self.limits.pages for c in self.limits.caches)
+            return all(
+                self.pages_needed(c, sequences, width) <= self.limits.pages
+                for c in self.limits.caches
+            )
         return self.bytes_needed(sequences, width) <= self.limits.memory
 
     def _preempt_until_it_fits(self) -> None:
@@ -275,7 +285,9 @@ class Scheduler:
                 ready[row] &= count == pending
                 if count:
                     start = sequence.cached[context]
-                    chunks[context].append(Chunk(row, start, sequence.tokens(context, start, count)))
+                    chunks[context].append(
+                        Chunk(row, start, sequence.tokens(context, start, count))
+                    )
         width = self._width(width, ready)
         return Round(
             width=width,
@@ -289,7 +301,9 @@ class Scheduler:
     def _width(self, width: int, ready: list[bool]) -> int:
         """No wider than what any row may still draw, than any context has room for, and than memory holds."""
         rows = [s for s, is_ready in zip(self.running, ready, strict=True) if is_ready]
-        room = [self._room(s.known(context), limit) for s in rows for context, limit in self._limits(s)]
+        room = [
+            self._room(s.known(context), limit) for s in rows for context, limit in self._limits(s)
+        ]
         wanted = max((s.request.max_new_tokens - len(s.output) for s in rows), default=1)
         if self.limits.positions is not None:
             room.append(self.limits.positions // max(1, len(self.running)))
@@ -300,10 +314,14 @@ class Scheduler:
 
     def _limits(self, sequence: Sequence) -> list[tuple[int, int]]:
         """(context, key length) of the ends that this sequence's positions must not pass within one round."""
-        contexts = [(c, limit) for c, limit in enumerate(self.limits.context_lengths) if limit is not None]
+        contexts = [
+            (c, limit) for c, limit in enumerate(self.limits.context_lengths) if limit is not None
+        ]
         boundary = self.limits.kv_boundary
         if boundary is not None:
-            contexts += [(c, boundary) for c in range(len(sequence.prompts)) if sequence.known(c) <= boundary]
+            contexts += [
+                (c, boundary) for c in range(len(sequence.prompts)) if sequence.known(c) <= boundary
+            ]
         return contexts
 
     @staticmethod

@@ -29,7 +29,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["PLAIN", "PackedLinear", "ShapeRules", "TransposedLinear", "measured_rules", "replace_linears"]
+__all__ = [
+    "PLAIN",
+    "PackedLinear",
+    "ShapeRules",
+    "TransposedLinear",
+    "measured_rules",
+    "replace_linears",
+]
 
 ELEMENTS = 32
 """Numbers per step of PyTorch's elementwise loops; a remainder is computed by another function."""
@@ -107,12 +114,17 @@ def _attention_rules(dim: int, threads: int) -> tuple[int, int | None]:
     def attend(rows: int, known: int, length: int) -> Tensor:
         mask = torch.zeros(rows, length)
         mask[:, known:] = float("-inf")
-        return F.scaled_dot_product_attention(q[:, :, :rows].clone(), k[:, :, :length], v[:, :, :length], mask)
+        return F.scaled_dot_product_attention(
+            q[:, :, :rows].clone(), k[:, :, :length], v[:, :, :length], mask
+        )
 
     reference = attend(64, 48, 48)
 
     def holds(multiple: int) -> bool:
-        return all(torch.equal(attend(n, 48, 48), reference[:, :, :n]) for n in range(multiple, 64, multiple))
+        return all(
+            torch.equal(attend(n, 48, 48), reference[:, :, :n])
+            for n in range(multiple, 64, multiple)
+        )
 
     queries = next((m for m in (1, 2, 4, 8, 16) if holds(m)), 32)
     for length in range(64, KV_BLOCK + 1, 16):
@@ -187,11 +199,17 @@ def _rows_of(module: Any, threads: int) -> int:
 def measured_rules(model: Any, head_dims: set[int]) -> ShapeRules:
     """The padding that this model needs on this machine with this number of threads. Call after `replace_linears`."""
     threads = torch.get_num_threads()
-    tokens = [_rows_of(m, threads) for m in model.modules() if _replaceable(m) or isinstance(m, TransposedLinear)]
+    tokens = [
+        _rows_of(m, threads)
+        for m in model.modules()
+        if _replaceable(m) or isinstance(m, TransposedLinear)
+    ]
     attention = [_attention_rules(dim, threads) for dim in sorted(head_dims)]
     boundaries = [boundary for _, boundary in attention if boundary is not None]
     output = model.get_output_embeddings()
-    widths = [m.out_features for m in model.modules() if hasattr(m, "out_features") and m is not output]
+    widths = [
+        m.out_features for m in model.modules() if hasattr(m, "out_features") and m is not output
+    ]
     return ShapeRules(
         token_multiple=ELEMENTS // math.gcd(ELEMENTS, *widths),
         tokens=max(tokens, default=1),

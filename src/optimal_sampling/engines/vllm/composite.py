@@ -17,7 +17,11 @@ from transformers import AutoConfig
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.engines.vllm.mixing import Mixed, Row, mix
@@ -76,7 +80,9 @@ class OptimalSamplingForCausalLM(nn.Module):
         if self.settings.shared:
             _share_parameters(self.teacher, self.student)
         else:
-            source = DefaultModelLoader.Source(self.settings.student, revision=None, prefix="student.")
+            source = DefaultModelLoader.Source(
+                self.settings.student, revision=None, prefix="student."
+            )
             self.secondary_weights = [source]
         self.expected: Sequence[Row] | None = None
         """Rows of the next `compute_logits`, where it is known what they are for."""
@@ -102,9 +108,13 @@ class OptimalSamplingForCausalLM(nn.Module):
         apart, self.forward_apart = self.forward_apart, None
         if apart is not None:
             return apart(input_ids, positions)
-        return torch.cat([self.teacher(input_ids, positions), self.student(input_ids, positions)], -1)
+        return torch.cat(
+            [self.teacher(input_ids, positions), self.student(input_ids, positions)], -1
+        )
 
-    def compute_logits(self, hidden_states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows width"]:
+    def compute_logits(
+        self, hidden_states: Float[Tensor, "rows hidden"]
+    ) -> Float[Tensor, "rows width"]:
         """T log q* of every row; see `mixing`."""
         rows, self.expected = self.expected, None
         if rows is not None and len(rows) != hidden_states.shape[0]:
@@ -114,7 +124,9 @@ class OptimalSamplingForCausalLM(nn.Module):
         student = None
         if rows is None or any(row.options.mode == "mixture" for row in rows):
             student = self.student.compute_logits(hidden_states[..., split:].contiguous())
-        log_q, mixed = mix(student, teacher, rows, self.default, self.settings.vocab_size, self.width)
+        log_q, mixed = mix(
+            student, teacher, rows, self.default, self.settings.vocab_size, self.width
+        )
         bad = mixed.bad.any(-1)
         if bad.any():
             log_q[bad] = -torch.inf
@@ -124,7 +136,10 @@ class OptimalSamplingForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """The teacher's weights come first and unprefixed, then the student's."""
-        named = ((name if name.startswith("student.") else f"teacher.{name}", weight) for name, weight in weights)
+        named = (
+            (name if name.startswith("student.") else f"teacher.{name}", weight)
+            for name, weight in weights
+        )
         loaded: set[str] = AutoWeightsLoader(self).load_weights(named)
         return loaded
 

@@ -40,5 +40,9 @@ def _expand(
     MAX_NUM_TOKENS: Any = None,
 ) -> None:
     """output[token] = values[request of the token], with one value replaced by another. In place."""
-    counts = torch.diff(cu_num_tokens.to(torch.int64), prepend=cu_num_tokens.new_zeros(1, dtype=torch.int64))
-    output.copy_(torch.repeat_interleave(values.masked_fill(values == replace_from, replace_to), counts))
+    counts = torch.diff(
+        cu_num_tokens.to(torch.int64), prepend=cu_num_tokens.new_zeros(1, dtype=torch.int64)
+    )
+    output.copy_(
+        torch.repeat_interleave(values.masked_fill(values == replace_from, replace_to), counts)
+    )

@@ -41,7 +41,9 @@ class PairOverrides:
             config.update(self.teacher)
         elif rows == self.student_rows:
             own = {"architectures": list(config.architectures), "rows": rows}
-            config.update({_OWN: own, "vocab_size": self.teacher_rows, "architectures": [DRAFT_ARCHITECTURE]})
+            config.update(
+                {_OWN: own, "vocab_size": self.teacher_rows, "architectures": [DRAFT_ARCHITECTURE]}
+            )
         return config
 
 
@@ -76,7 +78,9 @@ class OptimalSamplingDraftForCausalLM(nn.Module):
         hidden: Tensor = self.inner(input_ids.clamp(max=self.rows - 1), positions, *args, **kwargs)
         return hidden
 
-    def compute_logits(self, hidden_states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows width"]:
+    def compute_logits(
+        self, hidden_states: Float[Tensor, "rows hidden"]
+    ) -> Float[Tensor, "rows width"]:
         """The student's logits, filled up with -inf or cut."""
         logits: Tensor = self.inner.compute_logits(hidden_states)[..., : self.width]
         return torch.nn.functional.pad(logits, (0, self.width - logits.shape[-1]), value=-torch.inf)
@@ -85,5 +89,7 @@ class OptimalSamplingDraftForCausalLM(nn.Module):
         """The student's own weights."""
         from vllm.model_executor.models.utils import AutoWeightsLoader
 
-        loaded: set[str] = AutoWeightsLoader(self).load_weights((f"inner.{name}", each) for name, each in weights)
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(
+            (f"inner.{name}", each) for name, each in weights
+        )
         return loaded

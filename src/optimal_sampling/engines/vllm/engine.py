@@ -15,7 +15,11 @@ from typing import Any
 
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine, prompt_problem
-from optimal_sampling.engines.vllm.launch import draft_tokens_of, engine_arguments, prepare_environment
+from optimal_sampling.engines.vllm.launch import (
+    draft_tokens_of,
+    engine_arguments,
+    prepare_environment,
+)
 from optimal_sampling.engines.vllm.options import Mode, RequestOptions, TraceLevel
 from optimal_sampling.errors import EngineError
 from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Request, TokenTrace
@@ -37,7 +41,9 @@ class _Flight:
 class VllmEngine(Engine):
     """One vLLM engine in this process. `settings`: vLLM's own arguments, by its names."""
 
-    def __init__(self, core: Any, mixture: MixtureConfig, options: EngineConfig, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, core: Any, mixture: MixtureConfig, options: EngineConfig, vocabulary: Vocabulary
+    ) -> None:
         self.core = core
         self.mixture = mixture
         self.base = mixture
@@ -70,11 +76,17 @@ class VllmEngine(Engine):
 
         draft_tokens = draft_tokens_of(options) if draft_tokens is None else draft_tokens
         own: dict[str, Any] = {"max_num_seqs": options.batch_size, "skip_tokenizer_init": True}
-        own["max_num_batched_tokens"] = max(options.prefill_chunk, options.batch_size * (draft_tokens + 1))
+        own["max_num_batched_tokens"] = max(
+            options.prefill_chunk, options.batch_size * (draft_tokens + 1)
+        )
         if options.kv_memory_gib is not None:
             own["kv_cache_memory_bytes"] = int(options.kv_memory_gib * 2**30)
-        arguments = engine_arguments(models, mixture, vocabulary, draft_tokens, {**own, **(settings or {})})
-        return cls(LLMEngine.from_engine_args(EngineArgs(**arguments)), mixture, options, vocabulary)
+        arguments = engine_arguments(
+            models, mixture, vocabulary, draft_tokens, {**own, **(settings or {})}
+        )
+        return cls(
+            LLMEngine.from_engine_args(EngineArgs(**arguments)), mixture, options, vocabulary
+        )
 
     def with_mixture(
         self,
@@ -84,7 +96,11 @@ class VllmEngine(Engine):
         trace: TraceLevel | None = None,
     ) -> VllmEngine:
         """The same loaded models with other settings; costs nothing. `batch_size` is at most the one loaded with."""
-        size = self.options.batch_size if batch_size is None else min(batch_size, self.options.batch_size)
+        size = (
+            self.options.batch_size
+            if batch_size is None
+            else min(batch_size, self.options.batch_size)
+        )
         options = EngineConfig(batch_size=size, prefill_chunk=self.options.prefill_chunk)
         view = VllmEngine(self.core, mixture or self.mixture, options, self.vocabulary)
         view.base, view.mode, view.trace = self.base, mode or self.mode, trace or self.trace
@@ -121,7 +137,10 @@ class VllmEngine(Engine):
         prompts = (request.student_prompt_ids, request.teacher_prompt_ids)
         limit = self.core.model_config.max_model_len
         vocabulary = self.vocabulary
-        rows = (vocabulary.student_rows or vocabulary.size, vocabulary.teacher_rows or vocabulary.size)
+        rows = (
+            vocabulary.student_rows or vocabulary.size,
+            vocabulary.teacher_rows or vocabulary.size,
+        )
         return prompt_problem(("student", "teacher"), prompts, (limit, limit), rows)
 
     def _add(self, name: str, request: Request) -> str:
@@ -130,8 +149,12 @@ class VllmEngine(Engine):
 
         from vllm import SamplingParams
 
-        differs = self.mode == "mixture" and request.student_prompt_ids != request.teacher_prompt_ids
-        options = RequestOptions(self.mixture, self.mode, self.trace, request.student_prompt_ids if differs else None)
+        differs = (
+            self.mode == "mixture" and request.student_prompt_ids != request.teacher_prompt_ids
+        )
+        options = RequestOptions(
+            self.mixture, self.mode, self.trace, request.student_prompt_ids if differs else None
+        )
         truncated = self.mixture.top_k > 0 or self.mixture.top_p < 1
         params = SamplingParams(
             temperature=self.mixture.temperature,
@@ -159,12 +182,18 @@ class VllmEngine(Engine):
             yield self._completion(flight, output.outputs[0], rows, error)
 
     def _take(self, names: list[str]) -> dict[str, tuple[list[list[float]], str]]:
-        taken: dict[str, tuple[list[list[float]], str]] = self.core.collective_rpc("take_traces", args=(names,))[0]
+        taken: dict[str, tuple[list[list[float]], str]] = self.core.collective_rpc(
+            "take_traces", args=(names,)
+        )[0]
         return taken
 
-    def _completion(self, flight: _Flight, output: Any, rows: list[list[float]], error: str) -> Completion:
+    def _completion(
+        self, flight: _Flight, output: Any, rows: list[list[float]], error: str
+    ) -> Completion:
         tokens = tuple(output.token_ids)
-        rows = rows[: len(tokens)]  # drafts accepted beyond a stop token were never part of the completion
+        rows = rows[
+            : len(tokens)
+        ]  # drafts accepted beyond a stop token were never part of the completion
         if error:
             good = next((i for i, row in enumerate(rows) if math.isnan(row[0])), len(rows))
             tokens, rows = tokens[:good], rows[:good]
@@ -175,7 +204,12 @@ class VllmEngine(Engine):
         reason: FinishReason = "error" if error else "stop" if ended else "length"
         seconds = time.perf_counter() - flight.started
         return Completion(
-            flight.request, tokens, reason, TokenTrace.from_rows([tuple(r) for r in rows]), error, seconds
+            flight.request,
+            tokens,
+            reason,
+            TokenTrace.from_rows([tuple(r) for r in rows]),
+            error,
+            seconds,
         )
 
     def notes(self) -> dict[str, str]:
@@ -191,7 +225,11 @@ class VllmEngine(Engine):
             "draws": "by vLLM, from q*; seeded per request",
         }
         if config.speculative_config is not None:
-            seeds = "seeded per request" if config.use_v2_model_runner else "and not reproducible by seed"
+            seeds = (
+                "seeded per request"
+                if config.use_v2_model_runner
+                else "and not reproducible by seed"
+            )
             notes["draws"] = f"by vLLM, from q*, with drafts: lossless, {seeds}"
             notes["draft_tokens"] = str(config.speculative_config.num_speculative_tokens)
         return notes

@@ -43,7 +43,8 @@ class FirstRunnerMixin(StepMixin):
                 return self._forward_apart(input_ids, positions)
         else:  # a trial run
             self.get_model().expected = None
-        return super()._model_forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
+        forward = super()._model_forward  # type: ignore[misc]
+        return forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
     def _blocks(self: Any) -> tuple[Tensor, int]:
         """See StepMixin."""
@@ -57,7 +58,11 @@ class FirstRunnerMixin(StepMixin):
         """
         generators = self.input_batch.generators
         discarded = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]
-        aside = {int(index): generators.pop(int(index)) for index in discarded if int(index) in generators}
+        aside = {
+            int(index): generators.pop(int(index))
+            for index in discarded
+            if int(index) in generators
+        }
         try:
             return super().sample_tokens(grammar_output)  # type: ignore[misc]
         finally:

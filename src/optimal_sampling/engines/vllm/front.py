@@ -22,7 +22,12 @@ from optimal_sampling.vocabulary import PromptRenderer, RenderedPrompt, Vocabula
 __all__ = ["OptimalSamplingOutput", "OptimalSamplingV1"]
 
 _MIXTURE_OPTIONS = frozenset({"trust_region", "schedule_start", "schedule_end", "schedule_tokens"})
-_STATISTICS = {"alpha": "alpha", "kl_theta": "kl_student", "kl_t": "kl_teacher", "clamped": "clamped"}
+_STATISTICS = {
+    "alpha": "alpha",
+    "kl_theta": "kl_student",
+    "kl_t": "kl_teacher",
+    "clamped": "clamped",
+}
 """Names in `alpha_stats["per_request"]`, and what they are called in a TokenTrace."""
 
 _DEFAULT_SEQUENCES, _DEFAULT_TOKENS = 256, 8192
@@ -103,7 +108,9 @@ class OptimalSamplingV1:
             student_system_prompt=theta_system_prompt,
             teacher_system_prompt=teacher_system_prompt,
         )
-        models = ModelConfig(teacher=model_teacher, student=model_theta, trust_remote_code=trust_remote_code)
+        models = ModelConfig(
+            teacher=model_teacher, student=model_theta, trust_remote_code=trust_remote_code
+        )
         self.vocabulary = Vocabulary.load(models.student, models.teacher, trust_remote_code)
         self._renderer = PromptRenderer(prompts, self.vocabulary)
         for note in (*self.vocabulary.notes, *self._renderer.notes):
@@ -114,7 +121,9 @@ class OptimalSamplingV1:
             prefill_chunk=int(kwargs.pop("max_num_batched_tokens", _DEFAULT_TOKENS)),
         )
         settings = {"gpu_memory_utilization": gpu_memory_utilization, **kwargs}
-        self._engine = VllmEngine.load(models, self._mixture, options, self.vocabulary, draft_tokens, settings)
+        self._engine = VllmEngine.load(
+            models, self._mixture, options, self.vocabulary, draft_tokens, settings
+        )
         self.notes = self._engine.notes()
 
     def generate(
@@ -141,20 +150,31 @@ class OptimalSamplingV1:
         """
         _check_prompts(prompts, theta_prompts, max_tokens)
         settings = {item.name: getattr(self._mixture, item.name) for item in fields(MixtureConfig)}
-        settings |= {"temperature": temperature, "top_p": top_p, "top_k": top_k, "force_first_token": force_first_token}
+        settings |= {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "force_first_token": force_first_token,
+        }
         track = self._track and use_optimal_sampling
         engine = self._engine.with_mixture(
             MixtureConfig(**settings),
             mode="mixture" if use_optimal_sampling else "teacher",
             trace="alpha" if track else "off",
         )
-        rendered = [self._render(prompt, own) for prompt, own in zip(prompts, theta_prompts or prompts, strict=True)]
+        rendered = [
+            self._render(prompt, own)
+            for prompt, own in zip(prompts, theta_prompts or prompts, strict=True)
+        ]
         requests = _requests(rendered, seed, max_tokens)
         places = {(request.id, request.sample_index): place for place, request in requests.items()}
         done: dict[int, Completion] = {}
         for completion in engine.generate(requests.values()):
             done[places[completion.request.id, completion.request.sample_index]] = completion
-        errors = [each if isinstance(each, str) else done[place].error for place, each in enumerate(rendered)]
+        errors = [
+            each if isinstance(each, str) else done[place].error
+            for place, each in enumerate(rendered)
+        ]
         _warn_of_failures(errors)
         return self._output([done.get(place) for place in range(len(rendered))], errors, track)
 
@@ -168,7 +188,10 @@ class OptimalSamplingV1:
     def _output(
         self, completions: Sequence[Completion | None], errors: list[str], track: bool
     ) -> OptimalSamplingOutput:
-        good = [each if each is not None and each.finish_reason != "error" else None for each in completions]
+        good = [
+            each if each is not None and each.finish_reason != "error" else None
+            for each in completions
+        ]
         ids = [[] if each is None else list(each.token_ids) for each in good]
         return OptimalSamplingOutput(
             generated_texts=[self.vocabulary.decode(each) for each in ids],
@@ -186,25 +209,37 @@ class OptimalSamplingV1:
     def __enter__(self) -> OptimalSamplingV1:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.close()
 
 
-def _requests(rendered: Sequence[RenderedPrompt | str], seed: int, max_tokens: int) -> dict[int, Request]:
+def _requests(
+    rendered: Sequence[RenderedPrompt | str], seed: int, max_tokens: int
+) -> dict[int, Request]:
     """Requests by place. The k-th occurrence of a prompt is its sample k."""
     seen: Counter[str] = Counter()
     requests = {}
     for place, prompt in enumerate(rendered):
         if isinstance(prompt, RenderedPrompt):
             name = prompt_id(prompt.student_text, prompt.teacher_text)
-            requests[place] = Request(name, seen[name], seed, prompt.student_ids, prompt.teacher_ids, max_tokens)
+            requests[place] = Request(
+                name, seen[name], seed, prompt.student_ids, prompt.teacher_ids, max_tokens
+            )
             seen[name] += 1
     return requests
 
 
 def _alpha_stats(completions: Sequence[Completion | None]) -> dict[str, Any]:
     columns = [
-        {name: [] if each is None else list(each.trace[source]) for name, source in _STATISTICS.items()}
+        {
+            name: [] if each is None else list(each.trace[source])
+            for name, source in _STATISTICS.items()
+        }
         for each in completions
     ]
     history = [alpha for each in columns for alpha in each["alpha"]]
@@ -213,12 +248,18 @@ def _alpha_stats(completions: Sequence[Completion | None]) -> dict[str, Any]:
     return {**alpha_summary(history, clamped), "history": history, "per_request": per_request}
 
 
-def _check_prompts(prompts: Sequence[str], theta_prompts: Sequence[str] | None, max_tokens: int) -> None:
+def _check_prompts(
+    prompts: Sequence[str], theta_prompts: Sequence[str] | None, max_tokens: int
+) -> None:
     for name, given in (("prompts", prompts), ("theta_prompts", theta_prompts)):
-        if given is not None and (isinstance(given, str) or not all(isinstance(each, str) for each in given)):
+        if given is not None and (
+            isinstance(given, str) or not all(isinstance(each, str) for each in given)
+        ):
             raise ConfigError(f"{name} must be a list of strings")
     if theta_prompts is not None and len(theta_prompts) != len(prompts):
-        raise ConfigError(f"there are {len(prompts)} prompts but {len(theta_prompts)} theta_prompts")
+        raise ConfigError(
+            f"there are {len(prompts)} prompts but {len(theta_prompts)} theta_prompts"
+        )
     if max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
 
@@ -227,4 +268,6 @@ def _warn_of_failures(errors: Sequence[str]) -> None:
     failed = [(place, error) for place, error in enumerate(errors) if error]
     if failed:
         place, error = failed[0]
-        warnings.warn(f"{len(failed)} of {len(errors)} prompts failed; prompt {place}: {error}", stacklevel=3)
+        warnings.warn(
+            f"{len(failed)} of {len(errors)} prompts failed; prompt {place}: {error}", stacklevel=3
+        )

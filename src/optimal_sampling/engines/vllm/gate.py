@@ -14,7 +14,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.engines.vllm.options import OPTIONS, OTHER_IDS, RequestOptions, TraceLevel, mixture_from
+from optimal_sampling.engines.vllm.options import (
+    OPTIONS,
+    OTHER_IDS,
+    RequestOptions,
+    TraceLevel,
+    mixture_from,
+)
 from optimal_sampling.engines.vllm.report import FIELD, AlphaReport, Fetch, Named
 from optimal_sampling.engines.vllm.traces import Rows
 from optimal_sampling.errors import ConfigError
@@ -29,9 +35,15 @@ Send = Callable[[Message], Awaitable[None]]
 _OPEN = "/health"
 _GENERATE = {"/v1/completions": False, "/v1/chat/completions": True}
 """Routes that draw tokens, and whether they take messages."""
-_PASSED = frozenset({_OPEN, "/metrics", "/version", "/v1/models", "/tokenize", "/detokenize", *_GENERATE})
+_PASSED = frozenset(
+    {_OPEN, "/metrics", "/version", "/v1/models", "/tokenize", "/detokenize", *_GENERATE}
+)
 _PREFIXES = ("/metrics/", "/v1/models/")
-_MIXTURE_FIELDS = frozenset(item.name for item in fields(MixtureConfig)) - {"temperature", "top_k", "top_p"}
+_MIXTURE_FIELDS = frozenset(item.name for item in fields(MixtureConfig)) - {
+    "temperature",
+    "top_k",
+    "top_p",
+}
 _STUDENT_FIELDS = ("student_prompt", "student_messages")
 _NOT_Q = ("use_beam_search", "prompt_embeds", "kv_transfer_params", "data_parallel_rank")
 """Fields under which tokens would not be drawn from q*, or not by this engine."""
@@ -59,7 +71,9 @@ class Refusal(Exception):
     @property
     def body(self) -> bytes:
         """As OpenAI's servers say it."""
-        kind = {401: "authentication_error", 404: "not_found_error"}.get(self.status, "invalid_request_error")
+        kind = {401: "authentication_error", 404: "not_found_error"}.get(
+            self.status, "invalid_request_error"
+        )
         code = "invalid_api_key" if self.status == 401 else None
         return json.dumps(
             {"error": {"message": self.message, "type": kind, "param": self.param, "code": code}}
@@ -108,7 +122,9 @@ class Gate:
                 send = AlphaReport(named, _fetch_from(scope), send)
                 replaced.add(b"x-request-id")  # it would win over the name
             body = json.dumps(admitted).encode()
-        headers = [(name, value) for name, value in scope["headers"] if name.lower() not in replaced]
+        headers = [
+            (name, value) for name, value in scope["headers"] if name.lower() not in replaced
+        ]
         scope["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
         return _replay(body, receive), send
 
@@ -127,11 +143,21 @@ def admit_body(body: Mapping[str, Any], chat: bool, settings: GateSettings) -> d
     except ConfigError as error:
         raise Refusal(400, str(error), next(iter(given), None)) from error
     ids = _student_ids(result, student, chat, settings)
-    if (given or student or not alone) and (result.get("echo") or result.get("prompt_logprobs") is not None):
-        raise Refusal(400, "log-probabilities of a prompt are those of the server's own mixture and of one prompt")
+    if (given or student or not alone) and (
+        result.get("echo") or result.get("prompt_logprobs") is not None
+    ):
+        raise Refusal(
+            400,
+            "log-probabilities of a prompt are those of the server's own mixture and of one prompt",
+        )
     xargs = result.get("vllm_xargs") or {}
-    if not isinstance(xargs, Mapping) or {OPTIONS, OTHER_IDS, "optimal_sampling_teacher_ids"} & xargs.keys():
-        raise Refusal(400, "vllm_xargs must be an object without our own keys; use the fields", "vllm_xargs")
+    if (
+        not isinstance(xargs, Mapping)
+        or {OPTIONS, OTHER_IDS, "optimal_sampling_teacher_ids"} & xargs.keys()
+    ):
+        raise Refusal(
+            400, "vllm_xargs must be an object without our own keys; use the fields", "vllm_xargs"
+        )
     trace: TraceLevel = "alpha" if result.pop(FIELD, False) else "off"
     options = RequestOptions(mixture, "mixture" if alone else "teacher", trace, ids)
     result["vllm_xargs"] = {**xargs, **options.extra_args(settings.mixture)}
@@ -151,7 +177,11 @@ def named_for_report(body: Mapping[str, Any], chat: bool) -> Named | None:
     if not asked:
         return None
     if body.get("echo") or body.get("use_optimal_sampling") is False:
-        raise Refusal(400, f"{FIELD} is of tokens drawn from q*: not with echo, and not of the teacher alone", FIELD)
+        raise Refusal(
+            400,
+            f"{FIELD} is of tokens drawn from q*: not with echo, and not of the teacher alone",
+            FIELD,
+        )
     return Named(chat, body.get("n") or 1, asked == "history")
 
 
@@ -178,7 +208,9 @@ def _check_limits(body: Mapping[str, Any], settings: GateSettings) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         count = body.get(name)
         if count is not None and not (type(count) is int and 0 <= count <= settings.max_model_len):
-            raise Refusal(400, f"{name} must be a whole number up to {settings.max_model_len}", name)
+            raise Refusal(
+                400, f"{name} must be a whole number up to {settings.max_model_len}", name
+            )
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) > settings.max_n and not isinstance(prompt[0], int):
         raise Refusal(400, f"at most {settings.max_n} prompts in one request", "prompt")
@@ -201,32 +233,49 @@ def _student_ids(
         return None
     if len(several) > 1:
         raise Refusal(400, f"{own} needs a single prompt in `prompt`", own)
-    return _checked(_render(student[own], chat, own, body, settings.vocabulary.student_tokenizer), own, settings)
+    return _checked(
+        _render(student[own], chat, own, body, settings.vocabulary.student_tokenizer), own, settings
+    )
 
 
 def _checked(ids: tuple[int, ...], own: str, settings: GateSettings) -> tuple[int, ...]:
     rows = settings.vocabulary.student_rows or settings.vocabulary.size
     if not 0 < len(ids) < settings.max_model_len:
-        raise Refusal(400, f"{own} has {len(ids)} tokens; it must have 1 to {settings.max_model_len - 1}", own)
+        raise Refusal(
+            400, f"{own} has {len(ids)} tokens; it must have 1 to {settings.max_model_len - 1}", own
+        )
     if not 0 <= min(ids) <= max(ids) < rows:
         raise Refusal(400, f"{own} has token ids outside the student's vocabulary of {rows}", own)
     return ids
 
 
-def _check_common(prompts: list[Any], chat: bool, body: Mapping[str, Any], vocabulary: Vocabulary) -> None:
+def _check_common(
+    prompts: list[Any], chat: bool, body: Mapping[str, Any], vocabulary: Vocabulary
+) -> None:
     """Raise Refusal where the student lacks an embedding of what the teacher reads."""
     rows = vocabulary.student_rows or vocabulary.size
     if rows >= (vocabulary.teacher_rows or vocabulary.size):
         return
     for prompt in prompts:
-        ids = _render(prompt, chat, "messages" if chat else "prompt", body, vocabulary.teacher_tokenizer)
+        ids = _render(
+            prompt, chat, "messages" if chat else "prompt", body, vocabulary.teacher_tokenizer
+        )
         if max(ids, default=0) >= rows:
             own = "student_messages" if chat else "student_prompt"
-            raise Refusal(400, f"the prompt has tokens that only the teacher knows: give {own}", "prompt")
+            raise Refusal(
+                400, f"the prompt has tokens that only the teacher knows: give {own}", "prompt"
+            )
 
 
-def _render(source: Any, chat: bool, own: str, body: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    if not chat and isinstance(source, list) and source and all(type(each) is int for each in source):
+def _render(
+    source: Any, chat: bool, own: str, body: Mapping[str, Any], tokenizer: Any
+) -> tuple[int, ...]:
+    if (
+        not chat
+        and isinstance(source, list)
+        and source
+        and all(type(each) is int for each in source)
+    ):
         return tuple(source)
     if not chat and isinstance(source, str):
         special = bool(body.get("add_special_tokens", True))
@@ -234,17 +283,25 @@ def _render(source: Any, chat: bool, own: str, body: Mapping[str, Any], tokenize
     if chat and isinstance(source, list) and source:
         keywords = body.get("chat_template_kwargs") or {}
         try:
-            text = tokenizer.apply_chat_template(source, tokenize=False, add_generation_prompt=True, **keywords)
+            text = tokenizer.apply_chat_template(
+                source, tokenize=False, add_generation_prompt=True, **keywords
+            )
         except Exception as error:  # templates raise what they like
             raise Refusal(400, f"a chat template refuses {own}: {error}", own) from error
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    raise Refusal(400, f"{own} must be {'a list of messages' if chat else 'a text or a list of token ids'}", own)
+    raise Refusal(
+        400,
+        f"{own} must be {'a list of messages' if chat else 'a text or a list of token ids'}",
+        own,
+    )
 
 
 def _check_key(scope: Message, key: str | None) -> None:
     if key is None:
         return
-    given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
+    given = next(
+        (value for name, value in scope["headers"] if name.lower() == b"authorization"), b""
+    )
     scheme, _, token = given.partition(b" ")
     if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), key.encode()):
         raise Refusal(401, "wrong or missing API key; send it as `Authorization: Bearer KEY`")
@@ -291,7 +348,10 @@ async def _answer(scope: Message, send: Send, refusal: Refusal) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(refusal.body)).encode())]
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(refusal.body)).encode()),
+    ]
     if refusal.status == 413:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})

@@ -73,7 +73,9 @@ def lane_of(spans: Sequence[Span], input_ids: Int[Tensor, " tokens"]) -> Lane:
         counts.append(count)
         lengths.append(end)
         taken += count
-    where = torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)).to(device)
+    where = torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)).to(
+        device
+    )
     ids = input_ids[where]
     for place, own in replaced:
         ids[place : place + len(own)] = own.to(device=device, dtype=ids.dtype)

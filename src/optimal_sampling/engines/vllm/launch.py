@@ -63,7 +63,9 @@ def draft_tokens_of(options: EngineConfig) -> int:
 def prepare_environment(options: EngineConfig) -> None:
     """Make the composite model known to vLLM. Raises ConfigError where our options or vLLM's settings cannot work."""
     if options.attention != "auto":
-        raise ConfigError(f"attention {options.attention!r} is the local engine's; vLLM chooses its own: leave it out")
+        raise ConfigError(
+            f"attention {options.attention!r} is the local engine's; vLLM chooses its own: leave it out"
+        )
     check_version()
     register()
     from vllm.triton_utils import HAS_TRITON
@@ -104,16 +106,23 @@ def engine_arguments(
     contexts = [each for each in (vocabulary.student_context, vocabulary.teacher_context) if each]
     if contexts:
         arguments["max_model_len"] = min(contexts)
-    if _on_cpu():  # a share of the system's memory is no budget, and compiling takes longer than it gives back
+    if (
+        _on_cpu()
+    ):  # a share of the system's memory is no budget, and compiling takes longer than it gives back
         given.pop("gpu_memory_utilization", None)
         arguments |= {"kv_cache_memory_bytes": _CPU_KV_BYTES, "enforce_eager": True}
     if draft_tokens:
         arguments["speculative_config"] = _speculation(student, draft_tokens)
         if vocabulary.student_rows != vocabulary.teacher_rows:
-            rows = (vocabulary.teacher_rows or vocabulary.size, vocabulary.student_rows or vocabulary.size)
+            rows = (
+                vocabulary.teacher_rows or vocabulary.size,
+                vocabulary.student_rows or vocabulary.size,
+            )
             arguments["hf_overrides"] = PairOverrides(arguments["hf_overrides"], *rows)
     if contexts and (given.get("max_model_len") or 0) > min(contexts):
-        raise ConfigError(f"max_model_len={given['max_model_len']} is longer than a model's context of {min(contexts)}")
+        raise ConfigError(
+            f"max_model_len={given['max_model_len']} is longer than a model's context of {min(contexts)}"
+        )
     return {**arguments, **given}
 
 
@@ -126,9 +135,13 @@ def _overrides(
         if getattr(config, "quantization_config", None):
             raise ConfigError(f"the {role} is quantised, which the vLLM engine does not support")
         if not getattr(config, "architectures", None):
-            raise ConfigError(f"the config of the {role} names no architecture, so vLLM cannot load it")
+            raise ConfigError(
+                f"the config of the {role} names no architecture, so vLLM cannot load it"
+            )
         if config.get_text_config() is not config:
-            raise ConfigError(f"the {role} is more than a text model, which the vLLM engine does not support")
+            raise ConfigError(
+                f"the {role} is more than a text model, which the vLLM engine does not support"
+            )
     settings = {
         "teacher_architectures": list(configs["teacher"].architectures),
         "student": student,
@@ -163,9 +176,13 @@ def _refuse(given: Mapping[str, Any], models: ModelConfig) -> None:
     known = _vllm_names()
     for name, value in given.items():
         if name in _OURS:
-            raise ConfigError(f"{name} is set by the vLLM engine itself; instead of it there is {_OURS[name]}")
+            raise ConfigError(
+                f"{name} is set by the vLLM engine itself; instead of it there is {_OURS[name]}"
+            )
         if name in _REFUSED and (value is True or value not in _OFF):
-            raise ConfigError(f"{name}={value!r}: the vLLM engine does not support {_REFUSED[name]}")
+            raise ConfigError(
+                f"{name}={value!r}: the vLLM engine does not support {_REFUSED[name]}"
+            )
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -53,17 +53,23 @@ class Mixed:
         ids = torch.tensor(tokens, device=device)
         known = self.values[index]
         log_z = known[:, len(_KNOWN) : len(_KNOWN) + 2]
-        temperature = torch.tensor([self.temperature[row] for row in rows], dtype=torch.float64, device=device)
+        temperature = torch.tensor(
+            [self.temperature[row] for row in rows], dtype=torch.float64, device=device
+        )
         log_p_teacher = self.teacher_logits[index, ids].double() / temperature - log_z[:, 1]
         log_p_student = torch.full_like(log_p_teacher, torch.nan)
         if self.student_logits is not None:
             log_p_student = self.student_logits[index, ids].double() / temperature - log_z[:, 0]
         alpha, F = known[:, 0], known[:, len(_KNOWN) + 2]
         mixed = (1 - alpha) * log_p_student + alpha * log_p_teacher - F
-        log_q = torch.where(alpha == 1, log_p_teacher, torch.where(alpha == 0, log_p_student, mixed))
+        log_q = torch.where(
+            alpha == 1, log_p_teacher, torch.where(alpha == 0, log_p_student, mixed)
+        )
         fallback = known[:, len(_KNOWN) + 3]
         columns = [log_p_student, log_p_teacher, log_q, fallback]
-        rows_of_values: list[list[float]] = torch.cat([known[:, : len(_KNOWN)], torch.stack(columns, -1)], -1).tolist()
+        rows_of_values: list[list[float]] = torch.cat(
+            [known[:, : len(_KNOWN)], torch.stack(columns, -1)], -1
+        ).tolist()
         return rows_of_values
 
     @property
@@ -91,23 +97,35 @@ def mix(
     with torch.inference_mode(False), torch.no_grad():
         student = None if student_logits is None else student_logits[:, :vocab_size]
         teacher = teacher_logits[:, :vocab_size]
-        options = [RequestOptions(default)] * count if rows is None else [row.options for row in rows]
-        position = torch.tensor([max(row.position, 0) for row in rows] if rows else [1] * count, device=teacher.device)
+        options = (
+            [RequestOptions(default)] * count if rows is None else [row.options for row in rows]
+        )
+        position = torch.tensor(
+            [max(row.position, 0) for row in rows] if rows else [1] * count, device=teacher.device
+        )
         parts = []
         groups = _groups(options)
         for (mixture, mode, full), index in groups.items():
-            where = slice(None) if len(index) == count else torch.tensor(index, device=teacher.device)
+            where = (
+                slice(None) if len(index) == count else torch.tensor(index, device=teacher.device)
+            )
             if mode == "teacher" or student is None:
                 parts.append(_teacher_rows(teacher[where], mixture.temperature))
             else:
-                parts.append(_mixed_rows(student[where], teacher[where], position[where], mixture, full))
+                parts.append(
+                    _mixed_rows(student[where], teacher[where], position[where], mixture, full)
+                )
         scores, values = _in_order(parts, list(groups.values()))
         if width > vocab_size:
             scores = torch.nn.functional.pad(scores, (0, width - vocab_size), value=-torch.inf)
-        return scores, Mixed(student, teacher, values, [each.mixture.temperature for each in options])
+        return scores, Mixed(
+            student, teacher, values, [each.mixture.temperature for each in options]
+        )
 
 
-def _in_order(parts: Sequence[tuple[Tensor, Tensor]], places: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _in_order(
+    parts: Sequence[tuple[Tensor, Tensor]], places: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
     """Scores and values of all rows; those of a single group are in order, and are not copied."""
     if len(parts) == 1:
         return parts[0]
@@ -136,7 +154,13 @@ def _mixed_rows(
     height = rows_at_once(student.shape[1], student.device)
     if student.shape[0] > height:
         parts = [
-            _mixed_rows(student[i : i + height], teacher[i : i + height], position[i : i + height], mixture, full)
+            _mixed_rows(
+                student[i : i + height],
+                teacher[i : i + height],
+                position[i : i + height],
+                mixture,
+                full,
+            )
             for i in range(0, student.shape[0], height)
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -156,7 +180,9 @@ def _mixed_rows(
         pair.bad_student,
         pair.bad_teacher,
     ]
-    values = tensor_of(stack([pair.xp.asarray(column, dtype=pair.xp.float64) for column in columns])).T.contiguous()
+    values = tensor_of(
+        stack([pair.xp.asarray(column, dtype=pair.xp.float64) for column in columns])
+    ).T.contiguous()
     if not pair.none(pair.bad):
         bad = tensor_of(pair.bad)[:, None]
         log_q.masked_fill_(bad, 0.0)
@@ -184,5 +210,7 @@ def _teacher_rows(
     values = log_z.new_full((len(scores), len(_KNOWN) + len(_ENDS)), torch.nan)
     values[:, 0] = 1.0
     zero = torch.zeros_like(log_z)
-    values[:, len(_KNOWN) :] = torch.stack([zero + torch.nan, log_z, zero, zero, zero, bad.double()], -1)
+    values[:, len(_KNOWN) :] = torch.stack(
+        [zero + torch.nan, log_z, zero, zero, zero, bad.double()], -1
+    )
     return torch.where(bad[:, None], 0.0, scores), values

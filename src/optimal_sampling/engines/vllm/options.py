@@ -14,7 +14,15 @@ from typing import Any, Literal, get_args
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.errors import ConfigError
 
-__all__ = ["OPTIONS", "OTHER_IDS", "Mode", "RequestOptions", "TraceLevel", "is_teacher_alone", "mixture_from"]
+__all__ = [
+    "OPTIONS",
+    "OTHER_IDS",
+    "Mode",
+    "RequestOptions",
+    "TraceLevel",
+    "is_teacher_alone",
+    "mixture_from",
+]
 
 OPTIONS = "optimal_sampling"
 """Key of the JSON text in `extra_args`, and of the engine's own settings in the model's config."""
@@ -36,7 +44,11 @@ def mixture_from(values: Mapping[str, Any], base: MixtureConfig) -> MixtureConfi
         if name not in kinds:
             raise ConfigError(f"unknown option {name!r}; there are: {', '.join(sorted(kinds))}")
         kind = kinds[name]
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) if kind is float else type(value) is kind
+        fits = (
+            isinstance(value, (int, float)) and not isinstance(value, bool)
+            if kind is float
+            else type(value) is kind
+        )
         if not fits:
             raise ConfigError(f"{name} must be of type {kind.__name__}, got {value!r}")
         clean[name] = kind(value)
@@ -67,7 +79,9 @@ class RequestOptions:
         return result
 
     @classmethod
-    def read(cls, extra_args: Mapping[str, Any] | None, temperature: float, base: MixtureConfig) -> RequestOptions:
+    def read(
+        cls, extra_args: Mapping[str, Any] | None, temperature: float, base: MixtureConfig
+    ) -> RequestOptions:
         """The inverse. `temperature` is vLLM's; where that is 0, q* is solved at 1 and its likeliest token taken."""
         given = extra_args or {}
         text = given.get(OPTIONS, "{}")
@@ -85,7 +99,10 @@ class RequestOptions:
 
 def is_teacher_alone(extra_args: Mapping[str, Any]) -> bool:
     """Whether a request with these `extra_args` leaves the student out."""
-    return '"mode"' in (text := str(extra_args.get(OPTIONS, ""))) and json.loads(text).get("mode") == "teacher"
+    return (
+        '"mode"' in (text := str(extra_args.get(OPTIONS, "")))
+        and json.loads(text).get("mode") == "teacher"
+    )
 
 
 def _ids(value: object) -> tuple[int, ...] | None:

@@ -6,7 +6,14 @@ from importlib import metadata
 
 from optimal_sampling.errors import ConfigError, MissingDependencyError
 
-__all__ = ["ARCHITECTURE", "DRAFT_ARCHITECTURE", "SUPPORTED", "check_version", "register", "vllm_version"]
+__all__ = [
+    "ARCHITECTURE",
+    "DRAFT_ARCHITECTURE",
+    "SUPPORTED",
+    "check_version",
+    "register",
+    "vllm_version",
+]
 
 ARCHITECTURE = "OptimalSamplingForCausalLM"
 """Name under which vLLM knows the composite model."""
@@ -49,4 +56,6 @@ def check_version(version: str | None = None) -> None:
     low, high = SUPPORTED
     if not low <= found < high:
         wanted = f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
-        raise ConfigError(f"vLLM {version} is not supported: this engine works with vllm{wanted}; pip install it")
+        raise ConfigError(
+            f"vLLM {version} is not supported: this engine works with vllm{wanted}; pip install it"
+        )

@@ -92,11 +92,17 @@ class AlphaReport:
         if not more and self._rest:
             events, self._rest = [*events, self._rest], b""
         changed = [await self._event(event) + b"\n\n" for event in events]
-        await self.send({"type": "http.response.body", "body": b"".join(changed), "more_body": more})
+        await self.send(
+            {"type": "http.response.body", "body": b"".join(changed), "more_body": more}
+        )
 
     async def _event(self, event: bytes) -> bytes:
         prefix, _, text = event.partition(b" ")
-        return b"data: " + await self._with_statistics(text) if prefix == b"data:" and text[:1] == b"{" else event
+        return (
+            b"data: " + await self._with_statistics(text)
+            if prefix == b"data:" and text[:1] == b"{"
+            else event
+        )
 
     async def _with_statistics(self, text: bytes) -> bytes:
         """An answer or a piece of one, unchanged where it finishes no choice."""
@@ -113,7 +119,9 @@ class AlphaReport:
         traces = await self.fetch(beginnings)
         for choice, beginning in zip(finished, beginnings, strict=True):
             rows, error = traces[beginning]
-            choice[FIELD] = statistics_of(rows[: self._tokens[choice["index"]]], self.named.history, error)
+            choice[FIELD] = statistics_of(
+                rows[: self._tokens[choice["index"]]], self.named.history, error
+            )
         return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
 

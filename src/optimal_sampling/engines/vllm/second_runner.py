@@ -16,7 +16,11 @@ class SecondRunnerMixin(StepMixin):
     """Goes before vllm/v1/worker/gpu/model_runner.py's GPUModelRunner."""
 
     def execute_model(
-        self: Any, scheduler_output: Any, intermediate_tensors: Any = None, dummy_run: bool = False, **kwargs: Any
+        self: Any,
+        scheduler_output: Any,
+        intermediate_tensors: Any = None,
+        dummy_run: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Remember what is scheduled, then vLLM's own step; without CUDA graphs where the models see other tokens.
 
@@ -36,7 +40,9 @@ class SecondRunnerMixin(StepMixin):
 
     def _blocks(self: Any) -> tuple[Tensor, int]:
         """See StepMixin. vLLM has gathered the step's rows before it runs the model."""
-        return self.block_tables.input_block_tables[0][: len(self._parts)], self.block_tables.block_sizes[0]
+        return self.block_tables.input_block_tables[0][
+            : len(self._parts)
+        ], self.block_tables.block_sizes[0]
 
     @torch.inference_mode()
     def sample_tokens(self: Any, grammar_output: Any) -> Any:

@@ -42,7 +42,9 @@ class Tenant:
         options = RequestOptions.read(extra, new.sampling_params.temperature, default)
         role = "student" if OTHER_IDS in extra else "teacher" if TEACHER_IDS in extra else ""
         ids = extra.get(OTHER_IDS, extra.get(TEACHER_IDS))
-        return cls(options, len(new.prompt_token_ids), role, None if ids is None else torch.tensor(ids))
+        return cls(
+            options, len(new.prompt_token_ids), role, None if ids is None else torch.tensor(ids)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,10 @@ class Part:
     def rows(self) -> list[Row]:
         """What its rows of logits are for: its next token, and one more per draft."""
         first = self.computed + self.scheduled - self.drafts - self.tenant.prompt_length
-        return [Row(self.request_id, first + offset, self.tenant.options) for offset in range(self.drafts + 1)]
+        return [
+            Row(self.request_id, first + offset, self.tenant.options)
+            for offset in range(self.drafts + 1)
+        ]
 
     def span(self, role: str) -> Span:
         """Its tokens for the lane of one model."""
@@ -126,7 +131,9 @@ class StepMixin:
         """
         sizes = self.get_model().hidden_sizes
         hidden = {
-            role: torch.zeros(len(input_ids), size, dtype=self.model_config.dtype, device=self.device)
+            role: torch.zeros(
+                len(input_ids), size, dtype=self.model_config.dtype, device=self.device
+            )
             for role, size in sizes.items()
         }
         for role in sorted(sizes, key=self._apart.__contains__):
@@ -135,22 +142,32 @@ class StepMixin:
                 forward(role, input_ids, positions, hidden[role])
         return torch.cat([hidden["teacher"], hidden["student"]], -1)
 
-    def _own_forward(self: Any, role: str, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
+    def _own_forward(
+        self: Any, role: str, input_ids: Tensor, positions: Tensor, out: Tensor
+    ) -> None:
         out.copy_(getattr(self.get_model(), role)(input_ids, positions))
 
-    def _lane_forward(self: Any, role: str, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
+    def _lane_forward(
+        self: Any, role: str, input_ids: Tensor, positions: Tensor, out: Tensor
+    ) -> None:
         lane = lane_of([part.span(role) for part in self._parts], input_ids)
         if not lane.requests:
             return
         metadata, slots = self._lane_metadata(role, lane)
-        with set_forward_context(metadata, self.vllm_config, num_tokens=len(lane.input_ids), slot_mapping=slots):
-            out[lane.rows] = getattr(self.get_model(), role)(lane.input_ids, lane.positions.to(positions.dtype))
+        with set_forward_context(
+            metadata, self.vllm_config, num_tokens=len(lane.input_ids), slot_mapping=slots
+        ):
+            out[lane.rows] = getattr(self.get_model(), role)(
+                lane.input_ids, lane.positions.to(positions.dtype)
+            )
 
     def _blocks(self: Any) -> tuple[Tensor, int]:
         """Block table of the step, [requests, blocks], in its order; and tokens per block. Each runner's own."""
         raise NotImplementedError
 
-    def _lane_metadata(self: Any, role: str, lane: Lane) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _lane_metadata(
+        self: Any, role: str, lane: Lane
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Attention metadata and slots of one model's layers: the requests' own blocks at the lane's positions."""
         blocks, size = self._blocks()
         blocks = blocks[torch.tensor(lane.requests, device=blocks.device)].contiguous()
@@ -199,10 +216,14 @@ class StepMixin:
         values = mixed.trace(places, [token for _, tokens in traced for token in tokens])
         taken = 0
         for first, tokens in traced:
-            self.traces.add(rows[first].request_id, rows[first].position, values[taken : taken + len(tokens)])
+            self.traces.add(
+                rows[first].request_id, rows[first].position, values[taken : taken + len(tokens)]
+            )
             taken += len(tokens)
 
-    def _record_bad(self: Any, rows: list[Row], bad: list[list[bool]], drawn: Sequence[Sequence[int]]) -> None:
+    def _record_bad(
+        self: Any, rows: list[Row], bad: list[list[bool]], drawn: Sequence[Sequence[int]]
+    ) -> None:
         for first, tokens in zip(self._first_rows, drawn, strict=True):
             for place in range(first, first + len(tokens)):
                 if any(bad[place]):

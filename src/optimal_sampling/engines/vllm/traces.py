@@ -39,7 +39,9 @@ class TraceStore:
     def finish(self, request_ids: Iterable[str]) -> None:
         """These requests draw no more."""
         for request_id in request_ids:
-            if (request_id in self.rows or request_id in self.errors) and request_id not in self._finished:
+            if (
+                request_id in self.rows or request_id in self.errors
+            ) and request_id not in self._finished:
                 self._finished[request_id] = len(self.rows.get(request_id, ())) + 1
                 self._held += self._finished[request_id]
         while self._held > self.keep:
@@ -50,7 +52,10 @@ class TraceStore:
         taken = {}
         for request_id in request_ids:
             kept = self.rows.get(request_id, {})
-            taken[request_id] = ([kept[index] for index in sorted(kept)], self.errors.get(request_id, ""))
+            taken[request_id] = (
+                [kept[index] for index in sorted(kept)],
+                self.errors.get(request_id, ""),
+            )
             self._forget(request_id)
         return taken
 

@@ -29,7 +29,9 @@ class OptimalSamplingWorker(PlatformWorker):  # type: ignore[misc]
         apply_cpu_fixes()
         super().init_device()
         if self.vllm_config.scheduler_config.async_scheduling:
-            raise ConfigError("async_scheduling is not supported by the vLLM engine: pass async_scheduling=False")
+            raise ConfigError(
+                "async_scheduling is not supported by the vLLM engine: pass async_scheduling=False"
+            )
         runner = self.model_runner
         hooks = SecondRunnerMixin if self.use_v2_model_runner else FirstRunnerMixin
         runner.__class__ = type("OptimalSamplingModelRunner", (hooks, type(runner)), {})

@@ -14,7 +14,9 @@ def one_segment(query, keys, values, scale, window):
     """Causal attention of some queries that are the last of their row. [queries, heads, dim] each."""
     repeats = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(repeats, 1) for x in (keys, values))
-    scores = torch.einsum("qhd,khd->hqk", query, keys) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("qhd,khd->hqk", query, keys) * (
+        query.shape[-1] ** -0.5 if scale is None else scale
+    )
     last = torch.arange(len(query))[:, None] + len(keys) - len(query)
     place = torch.arange(len(keys))[None]
     blocked = place > last
@@ -41,12 +43,25 @@ def fake_varlen_attn(
         assert end - first <= max_q
         assert used <= max_k
         seen = slice(int(cu_seq_k[i]), int(cu_seq_k[i]) + used)
-        output[first:end] = one_segment(query[first:end], key[seen], value[seen], scale, window_size)
+        output[first:end] = one_segment(
+            query[first:end], key[seen], value[seen], scale, window_size
+        )
     return output
 
 
 def fake_flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal, window_size, block_table
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    *,
+    softmax_scale,
+    causal,
+    window_size,
+    block_table,
 ):
     """flash_attn.flash_attn_varlen_func over pages."""
     assert causal

@@ -68,7 +68,9 @@ def test_pages_give_the_texts_of_slots(models, attention, draft_tokens, flash_on
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 24, new=60)
     expected = texts(engine_of(*models, attention="sdpa").generate(requests))
     for recorded in (False, True):
-        engine = paged_engine(*models, attention=attention, draft_tokens=draft_tokens, recorded=recorded, batch_size=7)
+        engine = paged_engine(
+            *models, attention=attention, draft_tokens=draft_tokens, recorded=recorded, batch_size=7
+        )
         assert texts(engine.generate(requests)) == expected
 
 
@@ -78,12 +80,17 @@ def test_chunks_windows_and_preemption(flash_on_cpu):
     models = [tiny_model(s, layers=2, **changes) for s in (1, 2)]
     vocab = dataclasses.replace(vocabulary(context=3000), stop_ids=frozenset())
     lengths = [3, 200, 250, 255, 256, 257, 500, 700]
-    requests = [Request(str(n), 0, 0, tuple([2, 3, 5] * n)[:n], (1, 4) * (n // 2) + (3,), 30) for n in lengths]
+    requests = [
+        Request(str(n), 0, 0, tuple([2, 3, 5] * n)[:n], (1, 4) * (n // 2) + (3,), 30)
+        for n in lengths
+    ]
     expected = texts(engine_of(*models, vocab=vocab, attention="sdpa").generate(requests))
     per_token = sum(runner.bytes_per_token for runner in engine_of(*models).pair.runners.values())
     for pages in (4, 7, 40):
         memory = (pages + 1.5) * PAGE * per_token / 2**30
-        engine = paged_engine(*models, vocab=vocab, prefill_chunk=100, kv_memory_gib=memory, batch_size=8)
+        engine = paged_engine(
+            *models, vocab=vocab, prefill_chunk=100, kv_memory_gib=memory, batch_size=8
+        )
         assert texts(engine.generate(requests)) == expected
         assert engine.last_run.scheduler.limits.pages == pages
         assert (engine.last_run.scheduler.preemptions > 0) == (pages < 40)
@@ -96,7 +103,10 @@ def test_a_text_beyond_all_pages_fails_alone(models, flash_on_cpu):
         vocab=vocabulary(context=3000),
         kv_memory_gib=4 * PAGE * per_token / 2**30,
     )
-    small, large = Request("s", 0, 0, (1, 2), (3,), 4), Request("l", 0, 0, (2,) * 900, (3,) * 900, 10)
+    small, large = (
+        Request("s", 0, 0, (1, 2), (3,), 4),
+        Request("l", 0, 0, (2,) * 900, (3,) * 900, 10),
+    )
     done = by_key(engine.generate([large, small]))
     assert "KV cache" in done["l", 0].error
     assert done["s", 0].error == ""
@@ -111,7 +121,9 @@ def test_recorded_shapes_are_few_and_used_again(models, flash_on_cpu):
     made = FakeRecorder.recorded - before
     assert 0 < made <= 14, "rows of 1, 2, 4, 8, 12, 16 and width 1 or 5 (or 4 at a text's end)"
     assert texts(engine.generate(requests)) == first
-    assert FakeRecorder.recorded - before <= made + 6, "shapes that came too seldom in the first run"
+    assert FakeRecorder.recorded - before <= made + 6, (
+        "shapes that came too seldom in the first run"
+    )
 
 
 def test_a_model_that_cannot_be_recorded_runs_all_the_same(models, flash_on_cpu):

@@ -23,7 +23,9 @@ class PretendMemory:
         for copy in self.runs.resize(wanted):
             moved = self.memory[copy.source : copy.source + copy.pages]
             self.memory[copy.target : copy.target + copy.pages] = moved
-        self.rows = [(self.rows[i] if i < len(self.rows) else [])[:pages] for i, pages in enumerate(wanted)]
+        self.rows = [
+            (self.rows[i] if i < len(self.rows) else [])[:pages] for i, pages in enumerate(wanted)
+        ]
         self.check()
         for row, run in enumerate(self.runs.rows):
             for page in range(len(self.rows[row]), run.pages):

@@ -41,7 +41,9 @@ class PagedCache(Cache):
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make room for these numbers of tokens in rows 0, 1, ...; what the rows hold is kept, other rows are freed."""
         pages = [-(-length // PAGE) for length in lengths]
-        roomy = [round_up(count, SPARE) for count in pages]  # rows of equal length would all move at once
+        roomy = [
+            round_up(count, SPARE) for count in pages
+        ]  # rows of equal length would all move at once
         for copy in self.runs.resize(roomy if sum(roomy) <= self.pages else pages):
             source = slice(copy.source * PAGE, (copy.source + copy.pages) * PAGE)
             target = slice(copy.target * PAGE, (copy.target + copy.pages) * PAGE)
@@ -52,7 +54,9 @@ class PagedCache(Cache):
         """Flat index of a row's first token."""
         return self.runs.rows[row].start * PAGE
 
-    def memory(self, layer: int) -> tuple[Float[Tensor, "all heads key_dim"], Float[Tensor, "all heads value_dim"]]:
+    def memory(
+        self, layer: int
+    ) -> tuple[Float[Tensor, "all heads key_dim"], Float[Tensor, "all heads value_dim"]]:
         """Keys and values of a layer, flat."""
         return self._keys[layer], self._values[layer]
 

@@ -42,11 +42,17 @@ def next_of(sizes: Sequence[int], value: int) -> int:
 class PagedRunner(ModelRunner):
     """A model, the kernel it attends with, and caches that are not in use, with the graphs recorded over them."""
 
-    def __init__(self, model: Any, vocab_size: int, kernel: Kernel, bytes_per_token: int = 0) -> None:
+    def __init__(
+        self, model: Any, vocab_size: int, kernel: Kernel, bytes_per_token: int = 0
+    ) -> None:
         super().__init__(model, vocab_size, bytes_per_token=bytes_per_token)
         self.kernel = kernel
-        self.longest: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        self.new_recorder: Callable[[], Recorder] | None = CudaRecorder if self.device.type == "cuda" else None
+        self.longest: int = (
+            getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        )
+        self.new_recorder: Callable[[], Recorder] | None = (
+            CudaRecorder if self.device.type == "cuda" else None
+        )
         self.graphs: dict[PagedCache, Graphs] = {}
         self._idle: list[PagedCache] = []
 
@@ -58,7 +64,9 @@ class PagedRunner(ModelRunner):
                 return cache
         cache = PagedCache(pages)
         if self.new_recorder is not None:
-            self.graphs[cache] = Graphs(lambda batch: self._run(cache, batch)[0], self.new_recorder())
+            self.graphs[cache] = Graphs(
+                lambda batch: self._run(cache, batch)[0], self.new_recorder()
+            )
         return cache
 
     def return_cache(self, cache: PagedCache) -> None:
@@ -90,7 +98,9 @@ class PagedRunner(ModelRunner):
             numbers, shape = lay_out(cache, start, width, idle, chunks)
             ids = tokens.reshape(-1)
             if chunks:
-                ids = torch.cat([to_device(np.array([i for c in chunks for i in c.ids]), self.device), ids])
+                ids = torch.cat(
+                    [to_device(np.array([i for c in chunks for i in c.ids]), self.device), ids]
+                )
             logits, plan = self._run(cache, Batch(shape, ids, to_device(numbers, self.device)))
             return self._cut(logits, rows, width, width), plan
         batch, padded_width = self._padded(cache, tokens, start, idle)
@@ -99,7 +109,11 @@ class PagedRunner(ModelRunner):
         return self._cut(logits, rows, width, padded_width), None
 
     def _padded(
-        self, cache: PagedCache, tokens: Int[Tensor, "rows width"], start: Int[np.ndarray, " rows"], idle: Sequence[int]
+        self,
+        cache: PagedCache,
+        tokens: Int[Tensor, "rows width"],
+        start: Int[np.ndarray, " rows"],
+        idle: Sequence[int],
     ) -> tuple[Batch, int]:
         """Rows, width and keys rounded up. What surplus columns write lies behind the row's end, and is overwritten."""
         rows, width = tokens.shape
@@ -115,9 +129,15 @@ class PagedRunner(ModelRunner):
         """The padded width, unless some row's pages, or the model's positions, end before it."""
         wanted = next_of(WIDTHS, width)
         ends = [min(run.pages * PAGE, self.longest) for run in cache.runs.rows[: len(start)]]
-        return wanted if all(first + wanted <= end for first, end in zip(start, ends, strict=True)) else width
+        return (
+            wanted
+            if all(first + wanted <= end for first, end in zip(start, ends, strict=True))
+            else width
+        )
 
-    def _run(self, cache: PagedCache, batch: Batch) -> tuple[Float[Tensor, "outputs vocab"], PagedPlan]:
+    def _run(
+        self, cache: PagedCache, batch: Batch
+    ) -> tuple[Float[Tensor, "outputs vocab"], PagedPlan]:
         plan = PagedPlan(cache, batch, self.kernel)
         logits = self.model(
             input_ids=batch.ids[None],
@@ -128,5 +148,7 @@ class PagedRunner(ModelRunner):
         ).logits
         return logits[0, -batch.shape.outputs :], plan
 
-    def _cut(self, logits: Tensor, rows: int, width: int, padded_width: int) -> Float[Tensor, "rows width vocab"]:
+    def _cut(
+        self, logits: Tensor, rows: int, width: int, padded_width: int
+    ) -> Float[Tensor, "rows width vocab"]:
         return logits.view(-1, padded_width, logits.shape[-1])[:rows, :width, : self.vocab_size]

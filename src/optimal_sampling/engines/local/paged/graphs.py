@@ -94,7 +94,11 @@ class Graphs:
             return recorded(batch)
         self._seen[batch.shape] += 1
         result = self._forward(batch)
-        if not self.off and self._seen[batch.shape] >= RECORD_AT and len(self._recorded) < MOST_GRAPHS:
+        if (
+            not self.off
+            and self._seen[batch.shape] >= RECORD_AT
+            and len(self._recorded) < MOST_GRAPHS
+        ):
             self._add(batch, result)
         return result
 

@@ -47,7 +47,9 @@ class PagedPlan:
     @cached_property
     def page_table(self) -> Int32[Tensor, "segments pages"]:
         """Pages of each segment's row, as many as the longest has; what lies behind a row's end is never read."""
-        pages = torch.arange(-(-self.batch.shape.max_keys // PAGE), device=self.key_starts.device, dtype=torch.int32)
+        pages = torch.arange(
+            -(-self.batch.shape.max_keys // PAGE), device=self.key_starts.device, dtype=torch.int32
+        )
         return (self.key_starts[:-1, None] // PAGE + pages).clamp(max=self.cache.pages)
 
     @cached_property
@@ -56,7 +58,10 @@ class PagedPlan:
         return torch.nn.functional.pad(self.keys_used.cumsum(0), (1, 0)).int()
 
     def attend(
-        self, call: Call, key: Float[Tensor, "kv_heads tokens dim"], value: Float[Tensor, "kv_heads tokens dim"]
+        self,
+        call: Call,
+        key: Float[Tensor, "kv_heads tokens dim"],
+        value: Float[Tensor, "kv_heads tokens dim"],
     ) -> Float[Tensor, "tokens heads dim"]:
         """Store the tokens of this forward pass, then let every segment see its row."""
         self.cache.write(call.layer, self.batch.write, key.transpose(0, 1), value.transpose(0, 1))
@@ -124,7 +129,9 @@ class Choice:
     note: str
 
 
-def choose_kernel(asked: str, device: torch.device, dtype: torch.dtype, head_dims: set[int], needs: set[str]) -> Choice:
+def choose_kernel(
+    asked: str, device: torch.device, dtype: torch.dtype, head_dims: set[int], needs: set[str]
+) -> Choice:
     """`asked` is `EngineConfig.attention`; `needs` are attention features that the model uses.
 
     `auto` falls back to SDPA and says why. Raises ConfigError or MissingDependencyError where a kernel was asked for
@@ -134,15 +141,24 @@ def choose_kernel(asked: str, device: torch.device, dtype: torch.dtype, head_dim
         return Choice(None, "PyTorch SDPA, as asked")
     problem = _problem(device, dtype, head_dims, needs)
     if asked != "auto" and problem:
-        raise ConfigError(f"attention {asked!r} was asked for, but {problem}; use attention='sdpa' or 'auto'")
+        raise ConfigError(
+            f"attention {asked!r} was asked for, but {problem}; use attention='sdpa' or 'auto'"
+        )
     if problem:
         return Choice(None, f"PyTorch SDPA: {problem}")
     if asked == "flash_attn":
         return _packaged()
     if _varlen_exists():
-        return Choice(varlen, "Flash Attention 2 auto-enabled (PyTorch's own)" if asked == "auto" else "PyTorch varlen")
+        return Choice(
+            varlen,
+            "Flash Attention 2 auto-enabled (PyTorch's own)"
+            if asked == "auto"
+            else "PyTorch varlen",
+        )
     if asked == "varlen":
-        raise ConfigError(f"PyTorch {torch.__version__} has no varlen_attn with seqused_k; it came with 2.12")
+        raise ConfigError(
+            f"PyTorch {torch.__version__} has no varlen_attn with seqused_k; it came with 2.12"
+        )
     try:
         return Choice(_packaged().kernel, "Flash Attention 2 auto-enabled (flash-attn package)")
     except MissingDependencyError:

@@ -69,7 +69,11 @@ class Batch:
 
 
 def lay_out(
-    cache: PagedCache, start: Int[np.ndarray, " rows"], width: int, idle: Sequence[int], chunks: Sequence[Chunk]
+    cache: PagedCache,
+    start: Int[np.ndarray, " rows"],
+    width: int,
+    idle: Sequence[int],
+    chunks: Sequence[Chunk],
 ) -> tuple[Int[np.ndarray, " numbers"], Shape]:
     """`Batch.numbers` of these chunks and of `width` tokens per dense row from position `start` on.
 

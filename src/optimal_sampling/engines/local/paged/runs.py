@@ -68,7 +68,9 @@ class Runs:
         """In place where the pages behind the run are free, else in the first gap, else after closing all gaps."""
         run = self.rows[row]
         gaps = self._gaps()
-        if run.pages and any(gap.start == run.end and gap.pages >= pages - run.pages for gap in gaps):
+        if run.pages and any(
+            gap.start == run.end and gap.pages >= pages - run.pages for gap in gaps
+        ):
             run.pages = pages
             return []
         for gap in gaps:
