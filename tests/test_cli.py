@@ -12,9 +12,21 @@ from dataclasses import fields
 import pytest
 
 from optimal_sampling import toy_pair
-from optimal_sampling.cli import ALIASES, COMMANDS, EXIT_CODES, main, parse_generate
+from optimal_sampling.bench.options import BenchOptions
+from optimal_sampling.cli import (
+    ALIASES,
+    COMMANDS,
+    EXAMPLES,
+    EXIT_CODES,
+    GenerateOptions,
+    _parse,
+    main,
+    parse_generate,
+)
 from optimal_sampling.config import ENGINES, GenerateConfig
+from optimal_sampling.demo import DemoOptions
 from optimal_sampling.records.files import Lock
+from optimal_sampling.serve import ServeConfig
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +238,28 @@ def test_options_of_another_engine_are_refused(command, arguments, message):
     code, _, said = command(*arguments)
     assert code == 2
     assert message in said
+
+
+def test_help_ends_with_examples(capsys):
+    """Guards: examples with options that do not exist, and a subcommand without any."""
+    options = {
+        "generate": GenerateOptions,
+        "demo": DemoOptions,
+        "bench": BenchOptions,
+        "serve": ServeConfig,
+    }
+    assert EXAMPLES.keys() == options.keys() == COMMANDS.keys()
+    for command, text in EXAMPLES.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = capsys.readouterr().out
+        assert said.endswith(f"{text}\n")
+        assert "options options" not in said
+        _, *lines = text.replace("\\\n", "").splitlines()
+        for line in lines:
+            program, name, *arguments = shlex.split(line)
+            assert (program, name) == ("optimal-sampling", command)
+            _parse(command, options[command](), arguments)
 
 
 def test_help_shows_the_options_of_the_chosen_engine(capsys):

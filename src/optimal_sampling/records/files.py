@@ -12,7 +12,7 @@ from pathlib import Path
 
 from optimal_sampling.errors import OptimalSamplingError, RunFolderError, StorageError
 
-__all__ = ["Lock", "create_folder", "disk_error", "sync_folder", "write_atomically"]
+__all__ = ["Lock", "create_folder", "disk_error", "read_json", "sync_folder", "write_atomically"]
 
 _CANNOT_WRITE_HERE = {
     errno.EACCES,

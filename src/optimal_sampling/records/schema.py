@@ -25,6 +25,7 @@ __all__ = [
     "encode_line",
     "failure_record",
     "key_of",
+    "looks_like_line",
     "row_id",
 ]
 
