@@ -1,4 +1,4 @@
-"""`optimal-sampling demo`: the shipped pair on arithmetic problems, q* beside student and teacher alone.
+"""`optimal-sampling demo`: q* beside student and teacher alone, on arithmetic problems.
 
 Nothing is downloaded. The records it leaves are those of an ordinary `generate` run.
 """
@@ -28,7 +28,8 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Generate from q* with the shipped pair, and show what came out beside student and teacher alone."""
+    """Generate from q* with the shipped pair, and show what came out beside student and teacher
+    alone."""
 
     output_dir: str = "outputs/demo"
     """Run folder of the records. A second call goes on where the first one ended."""
@@ -76,13 +77,15 @@ def run_demo(options: DemoOptions, progress: Progress, console: Console) -> int:
     console.print(_comparison(outcomes))
     console.print(_mixture(records))
     console.print(_samples(records))
-    told = f"{len(records)} records in {options.output_dir}/records/main.jsonl (docs/records.md tells the fields)"
-    console.print(told, soft_wrap=True, highlight=False)
+    file = f"{options.output_dir}/records/main.jsonl"
+    summary = f"{len(records)} records in {file} (docs/records.md tells the fields)"
+    console.print(summary, soft_wrap=True, highlight=False)
     return 0
 
 
 def _outcomes(config: GenerateConfig, records: list[Record]) -> list[Outcome]:
-    """q* as recorded, drawn again for its speed, and both models alone on the same prompts and seeds."""
+    """q* as recorded, drawn again for its speed, and both models alone on the same prompts and
+    seeds."""
     from optimal_sampling.engines import open_engine  # torch is loaded here
 
     models = config.models

@@ -1,4 +1,4 @@
-"""The package's name in the documents this project comes from. The same two classes as in `optimal_sampling`."""
+"""The classes of `optimal_sampling.api.local` under an earlier name of the package."""
 
 from optimal_sampling.api.local import OptimalSamplingModel, SamplingOutput
 

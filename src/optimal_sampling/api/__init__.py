@@ -1,1 +1,10 @@
-"""Classes that take lists of prompts: `batch` is what they share, `local` and `vllm` hold one each."""
+"""Classes for lists of prompts, one per engine.
+
+    batch     what they share
+    tensors   padded tensors of results
+    local     `OptimalSamplingModel`, on the local engine
+    vllm      `OptimalSamplingV1`, on vLLM
+
+A further class opens its engine as `_engine` and turns the rows of `BatchSampler._sample` into its
+own output.
+"""

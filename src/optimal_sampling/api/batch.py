@@ -1,4 +1,4 @@
-"""What the classes for lists of prompts share: requests from prompts, rows in the order of prompts, failures."""
+"""Base class for lists of prompts: prompts to requests, completions to rows in prompt order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MIXTURE_OPTIONS = frozenset({"trust_region", "schedule_start", "schedule_end", "
 
 @dataclass(slots=True)
 class Row:
-    """What became of one prompt: a completion, or the reason why there is none."""
+    """Result of one prompt: a completion, or the reason why there is none."""
 
     completion: Completion | None = None
     error: str = ""
@@ -44,12 +44,13 @@ class Row:
 
 
 class BatchSampler:
-    """Two models loaded once, in an engine that a subclass opens as `_engine`. Also a context manager."""
+    """Two models loaded once, in an engine that a subclass opens as `_engine`; a context
+    manager."""
 
     vocabulary: Vocabulary
     """The token ids that both models share, and both tokenizers."""
     notes: dict[str, str]
-    """What to know of how the models run here: device, attention, fallbacks."""
+    """How the models run on this machine: device, attention, fallbacks."""
     _engine: Engine
 
     def __init__(self, models: ModelConfig) -> None:
@@ -93,7 +94,7 @@ class BatchSampler:
         seed: int,
         max_new_tokens: int,
     ) -> list[Row]:
-        """One row per (student's prompt, teacher's prompt), in their order. Warns of failed prompts."""
+        """One row per (student's, teacher's) prompts, in their order. Warns of failed prompts."""
         rendered = [_render(renderer, *pair) for pair in prompts]
         rows = [Row(error=prompt if isinstance(prompt, str) else "") for prompt in rendered]
         requests = _requests(rendered, seed, max_new_tokens)

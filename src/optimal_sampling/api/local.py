@@ -77,10 +77,10 @@ class _DefaultDevice(str):
 
 @dataclass
 class SamplingOutput:
-    """What `OptimalSamplingModel.generate` gives back. Row i belongs to prompt i; all tensors are on the CPU.
+    """Result of `OptimalSamplingModel.generate`. Row i belongs to prompt i; tensors are on the CPU.
 
-    Rows are as long as the longest completion. Ids are padded with the vocabulary's pad id and everything else with
-    NaN; `diagnostics["num_tokens"]` and `finish_reasons` tell what is padding.
+    Rows are as long as the longest completion. Ids are padded with the vocabulary's pad id and
+    everything else with NaN; `diagnostics["num_tokens"]` and `finish_reasons` tell what is padding.
     """
 
     generated_texts: list[str] | None
@@ -90,11 +90,11 @@ class SamplingOutput:
     alpha_values: PerToken
     """[batch, seq]: the teacher's weight at each token."""
     ess_ratios: PerToken
-    """[batch, seq]: effective sample size to the teacher over that to the student; above 1 where q is nearer to it."""
+    """[batch, seq]: ess_teacher / ess_student; above 1 where q is closer to the teacher."""
     diagnostics: dict[str, Any] = field(default_factory=dict)
-    """[batch, seq] each: kl_theta, kl_t, entropy, clamped, log_p_theta, log_p_t, log_q, fallback. Floats: alpha_mean,
-    ess_ratio_mean, kl_theta_mean, kl_t_mean, entropy_mean, clamped_share. `num_tokens`: a list. Empty without
-    `return_diagnostics`."""
+    """[batch, seq] each: kl_theta, kl_t, entropy, clamped, log_p_theta, log_p_t, log_q, fallback.
+    Floats: alpha_mean, ess_ratio_mean, kl_theta_mean, kl_t_mean, entropy_mean, clamped_share.
+    `num_tokens`: a list. Empty without `return_diagnostics`."""
     logits: dict[str, Float[Tensor, "batch seq vocab"]] | None = None
     """Raw scores of both models, `theta` and `t`, where asked for."""
     q_star_probs: Float[Tensor, "batch seq vocab"] | None = None
@@ -108,19 +108,21 @@ class SamplingOutput:
 class OptimalSamplingModel(BatchSampler):
     """Two models loaded once; every token drawn from p_theta^(1-alpha) * p_t^alpha.
 
-    The student comes first here: `model_theta_path` and `prompts` are the student's, `model_t_path` and
-    `prompts_t` the teacher's. `OptimalSamplingV1` has it the other way round: there the teacher's come first.
+    The student comes first: `model_theta_path` and `prompts` are the student's, `model_t_path` and
+    `prompts_t` the teacher's. `OptimalSamplingV1` has the opposite order, the teacher first.
 
-    `model_t_path=None` means the same weights in both roles (self-distillation), loaded once. `alpha_min` and
-    `alpha_max` clamp what `alpha_method` chooses. `target_top_k` / `target_top_p` restrict both models to the
-    teacher's likeliest tokens, and do so only with `constraint_to_target=True`.
+    `model_t_path=None` means the same weights in both roles (self-distillation), loaded once.
+    `alpha_min` and `alpha_max` clamp what `alpha_method` chooses. `target_top_k` / `target_top_p`
+    restrict both models to the teacher's likeliest tokens, and do so only with
+    `constraint_to_target=True`.
 
-    `device` is the GPU where there is one, else the CPU, with a warning; a device that you name has to be there.
-    On a CPU, `dtype=torch.float16` is taken as float32.
+    `device` is the GPU where there is one, else the CPU, with a warning; a device that you name has
+    to be there. On a CPU, `dtype=torch.float16` is taken as float32.
 
-    Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`; the fields of
-    LocalOptions; `trust_region` and `schedule_*` of MixtureConfig; and defaults for `generate`:
-    `student_system_prompt` (or `theta_system_prompt`), `teacher_system_prompt`, `enable_chat_template`, `thinking`.
+    Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`;
+    the fields of LocalOptions; `trust_region` and `schedule_*` of MixtureConfig; and defaults for
+    `generate`: `student_system_prompt` (or `theta_system_prompt`), `teacher_system_prompt`,
+    `enable_chat_template`, `thinking`.
 
     Raises ConfigError (an option), ModelError, TokenizerMismatchError, MissingDependencyError.
     """
@@ -197,17 +199,20 @@ class OptimalSamplingModel(BatchSampler):
     ) -> SamplingOutput:
         """One completion per prompt, in the order of the prompts.
 
-        `prompts_t` are the teacher's prompts where they differ. Temperature divides the logits of both models first;
-        `top_p` and `top_k` truncate the mixture. `batch_size` bounds how many run at once and changes no token. A
-        completion is a function of `seed`, its prompt, and how often that prompt came before in the list: the same call
-        gives the same texts again, and equal prompts in one list give different ones.
+        `prompts_t` are the teacher's prompts where they differ. Temperature divides the logits of
+        both models first; `top_p` and `top_k` truncate the mixture. `batch_size` bounds how many
+        run at once and changes no token. A completion is a function of `seed`, its prompt, and how
+        often that prompt came before in the list: the same call gives the same texts again, and
+        equal prompts in one list give different ones.
 
-        `save_logits` and `save_q_star_probs` are other names of `return_logits` and `return_q_star_probs`, which keep
-        [batch, seq, vocab] floats each: mind the memory. `student_system_prompt` (or `theta_system_prompt`),
-        `teacher_system_prompt`, `enable_chat_template` and `thinking` replace the constructor's.
+        `save_logits` and `save_q_star_probs` are other names of `return_logits` and
+        `return_q_star_probs`, which keep [batch, seq, vocab] floats each: mind the memory.
+        `student_system_prompt` (or `theta_system_prompt`), `teacher_system_prompt`,
+        `enable_chat_template` and `thinking` replace the constructor's.
 
-        A prompt that fails (empty, longer than a model's context) leaves an empty row, its reason in `errors`, and a
-        warning. Raises ConfigError for an option, EngineError where no prompt can go on or the model is closed.
+        A prompt that fails (empty, longer than a model's context) leaves an empty row, its reason
+        in `errors`, and a warning. Raises ConfigError for an option, EngineError where no prompt
+        can go on or the model is closed.
         """
         _check_options(prompt_options, _PROMPT_OPTIONS)
         student, teacher = prompt_lists(prompts, prompts_t, "prompts_t")

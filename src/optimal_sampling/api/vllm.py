@@ -39,7 +39,7 @@ _DEFAULT_SEQUENCES, _DEFAULT_TOKENS = 256, 8192
 
 @dataclass
 class OptimalSamplingOutput:
-    """What `OptimalSamplingV1.generate` gives back. Item i belongs to prompt i."""
+    """Result of `OptimalSamplingV1.generate`. Item i belongs to prompt i."""
 
     generated_texts: list[str]
     """The completions without end and special tokens."""
@@ -47,10 +47,10 @@ class OptimalSamplingOutput:
     """Ids of the completions, the end token included."""
     num_tokens: list[int]
     alpha_stats: dict[str, Any] | None = None
-    """Over all tokens: `mean`, `std` (of the population), `min`, `max`, `count`, `clamped` (share of tokens that a
-    bound moved), `history` (prompt after prompt). `per_request`: for each prompt `mean` to `count`, and the lists
-    `alpha`, `kl_theta`, `kl_t`, `clamped` (1.0 or 0.0) of its tokens. None without `track_alpha_stats`, and for the
-    teacher alone."""
+    """Over all tokens: `mean`, `std` (of the population), `min`, `max`, `count`, `clamped` (share
+    of tokens that a bound moved), `history` (prompt after prompt). `per_request`: for each prompt
+    `mean` to `count`, and the lists `alpha`, `kl_theta`, `kl_t`, `clamped` (1.0 or 0.0) of its
+    tokens. None without `track_alpha_stats`, and for the teacher alone."""
     finish_reasons: list[str] = field(default_factory=list)
     """`stop`, `length` or `error`."""
     errors: list[str] = field(default_factory=list)
@@ -60,19 +60,20 @@ class OptimalSamplingOutput:
 class OptimalSamplingV1(BatchSampler):
     """Two models in one vLLM engine; every token drawn from p_theta^(1-alpha) * p_teacher^alpha.
 
-    The teacher comes first here: `model_teacher` and `prompts` are the teacher's, `model_theta` and
-    `theta_prompts` the student's. `OptimalSamplingModel` has it the other way round: there the student's come first.
+    The teacher comes first: `model_teacher` and `prompts` are the teacher's, `model_theta` and
+    `theta_prompts` the student's. `OptimalSamplingModel` has the opposite order, the student first.
 
     `model_theta` the same as `model_teacher` means the same weights in both roles, loaded once.
-    `gpu_memory_utilization` is the share of the GPU's memory for everything; on a CPU, where it has no meaning,
-    `kv_cache_memory_bytes` (1 GiB by default) is what counts.
+    `gpu_memory_utilization` is the share of the GPU's memory for everything; on a CPU, where it has
+    no meaning, `kv_cache_memory_bytes` (1 GiB by default) is what counts.
 
-    Keyword arguments: `draft_tokens` (speculation with the student as draft model), `trust_region` and `schedule_*`
-    (see MixtureConfig), `constraint_to_target` with `target_top_k` / `target_top_p`, `trust_remote_code`, and vLLM's
-    own arguments by their names (`max_model_len`, `max_num_seqs`, `enforce_eager` ...).
+    Keyword arguments: `draft_tokens` (speculation with the student as draft model), `trust_region`
+    and `schedule_*` (see MixtureConfig), `constraint_to_target` with `target_top_k` /
+    `target_top_p`, `trust_remote_code`, and vLLM's own arguments by their names (`max_model_len`,
+    `max_num_seqs`, `enforce_eager` ...).
 
-    Raises ConfigError (an option, or something that would be sampled wrongly), ModelError, TokenizerMismatchError,
-    MissingDependencyError.
+    Raises ConfigError (an option, or something that would be sampled wrongly), ModelError,
+    TokenizerMismatchError, MissingDependencyError.
     """
 
     _engine: VllmEngine
@@ -148,12 +149,14 @@ class OptimalSamplingV1(BatchSampler):
     ) -> OptimalSamplingOutput:
         """One completion per prompt, in the order of the prompts.
 
-        `prompts` are the teacher's; `theta_prompts` the student's where they differ. Temperature divides the logits of
-        both models before alpha is solved; `top_p` and `top_k` truncate the mixture. With
-        `use_optimal_sampling=False` the teacher alone is sampled. Equal prompts in one list give different texts.
+        `prompts` are the teacher's; `theta_prompts` the student's where they differ. Temperature
+        divides the logits of both models before alpha is solved; `top_p` and `top_k` truncate the
+        mixture. With `use_optimal_sampling=False` the teacher alone is sampled. Equal prompts in
+        one list give different texts.
 
-        A prompt that fails (empty, longer than a model's context) leaves an empty row, its reason in `errors`, and a
-        warning. Raises ConfigError for an option, EngineError where no prompt can go on.
+        A prompt that fails (empty, longer than a model's context) leaves an empty row, its reason
+        in `errors`, and a warning. Raises ConfigError for an option, EngineError where no prompt
+        can go on.
         """
         teacher, student = prompt_lists(prompts, theta_prompts, "theta_prompts")
         check_length("max_tokens", max_tokens)
