@@ -1,5 +1,4 @@
-"""The command line: its options, its exit codes, and one clear message for each kind of bad
-input."""
+"""The command line: options, exit codes, and one message for each kind of bad input."""
 
 from __future__ import annotations
 
@@ -94,8 +93,8 @@ def test_every_option_of_the_config_is_a_flag():
         assert line in text
 
 
-def test_the_seeds_commands_are_understood():
-    """Guards: the command lines of the documents this project comes from."""
+def test_other_spellings_are_understood():
+    """Guards: command lines with other spellings of options, which existing scripts use."""
     config = parsed(
         *shlex.split(
             "--model_teacher Qwen/A --model_theta Qwen/B --dataset owner/name "

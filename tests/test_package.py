@@ -79,6 +79,16 @@ def test_importing_the_package_loads_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_the_tree_of_the_readme_is_the_disk():
+    """Guards: a file or folder that the README does not name, or that is gone."""
+    text = (SRC.parent / "README.md").read_text()
+    tree = text.split("    src/optimal_sampling/\n")[1].split("    src/optimal_sampling_hf/")[0]
+    named = {name for line in tree.splitlines() for name in line[6:].split("  ")[0].split()}
+    package = SRC / "optimal_sampling"
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert named == files | {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+
+
 ERRORS = [each for each in vars(errors).values() if getattr(each, "exit_code", None)]
 
 

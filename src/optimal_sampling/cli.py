@@ -46,8 +46,7 @@ ALIASES = {
 """Other spellings of options."""
 
 NO_OPS = ("resume", "constraint-to-target")
-"""Accepted flags without effect: a run always resumes, and the teacher-support options always
-restrict."""
+"""Accepted flags that state the default: runs resume, and teacher-support options restrict."""
 
 EXIT_CODES = """exit codes:
   0    everything asked for is there

@@ -194,8 +194,7 @@ class LocalOptions(EngineOptions):
     """`auto`: on a GPU in half precision Flash Attention over pages of memory (PyTorch's `varlen`,
     else the `flash_attn` package), otherwise PyTorch's SDPA over slots; the notes say why."""
     batch_invariant: bool = True
-    """On a CPU in float32, use shapes under which a row's logits have the same bits in every
-    batch."""
+    """On a CPU in float32: shapes under which a row's logits do not depend on its batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -348,8 +347,7 @@ class GenerateConfig:
 
     @property
     def worker(self) -> str:
-        """Name of this process's file of records: one per data slice, so shards can share a
-        folder."""
+        """Name of this process's file of records: each data slice has its own."""
         if self.data.data_slice is None:
             return "main"
         part = parse_slice(self.data.data_slice)

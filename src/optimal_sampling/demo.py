@@ -28,8 +28,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Generate from q* with the shipped pair, and show what came out beside student and teacher
-    alone."""
+    """Generate from q* with the shipped pair, and compare with student and teacher alone."""
 
     output_dir: str = "outputs/demo"
     """Run folder of the records. A second call goes on where the first one ended."""
@@ -84,8 +83,7 @@ def run_demo(options: DemoOptions, progress: Progress, console: Console) -> int:
 
 
 def _outcomes(config: GenerateConfig, records: list[Record]) -> list[Outcome]:
-    """q* as recorded, drawn again for its speed, and both models alone on the same prompts and
-    seeds."""
+    """Both models alone, and q* again for its speed, on the prompts and seeds of the records."""
     from optimal_sampling.engines import open_engine  # torch is loaded here
 
     models = config.models

@@ -1,5 +1,4 @@
-"""`OptimalSamplingModel`: prompts in, tensors out. First on a scripted engine, then on the shipped
-pair."""
+"""`OptimalSamplingModel` on a scripted engine, then on the shipped pair."""
 
 from __future__ import annotations
 
@@ -311,12 +310,12 @@ def test_the_calls_system_prompt_wins_under_either_name() -> None:
 
 
 @pytest.mark.usefixtures("scripted")
-def test_notes_are_told_once() -> None:
+def test_notes_are_warned_of_once() -> None:
     """Guards: a switch that a template ignores, never said, or said at every call."""
     model = make(enable_chat_template=True)
-    with pytest.warns(UserWarning, match="knows no thinking mode") as told:
+    with pytest.warns(UserWarning, match="knows no thinking mode") as warned:
         model.generate(["p"], thinking="off")
-    assert len(told) == 2  # student and teacher
+    assert len(warned) == 2  # student and teacher
     model.generate(["p"], thinking="off")
 
 
@@ -373,9 +372,9 @@ def test_device_by_default_and_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: the signature's "cuda" failing on every machine without a GPU, or a named GPU
     replaced in silence."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.warns(UserWarning, match="running on the CPU") as told:
+    with pytest.warns(UserWarning, match="running on the CPU") as warned:
         model = OptimalSamplingModel("toy-student")
-    assert len(told) == 1
+    assert len(warned) == 1
     assert (model.device, model.dtype) == ("cpu", torch.float32)
     with pytest.raises(ConfigError, match="no CUDA GPU"):
         make(device="cuda")

@@ -1,5 +1,4 @@
-"""Run folders of version 0.1.0, whose `config.json` was written before engines had options of their
-own."""
+"""Run folders written before engines had options of their own."""
 
 import json
 import shutil

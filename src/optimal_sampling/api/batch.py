@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
-from optimal_sampling.config import ModelConfig
+from optimal_sampling.config import MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine
 from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.types import Completion, Request, prompt_id
@@ -44,14 +44,14 @@ class Row:
 
 
 class BatchSampler:
-    """Two models loaded once, in an engine that a subclass opens as `_engine`; a context
-    manager."""
+    """Base class: two models loaded once, in an engine that a subclass opens as `_engine`."""
 
     vocabulary: Vocabulary
     """The token ids that both models share, and both tokenizers."""
     notes: dict[str, str]
     """How the models run on this machine: device, attention, fallbacks."""
     _engine: Engine
+    _mixture: MixtureConfig
 
     def __init__(self, models: ModelConfig) -> None:
         self.vocabulary = Vocabulary.load(models.student, models.teacher, models.trust_remote_code)
@@ -85,6 +85,17 @@ class BatchSampler:
             if note not in self._warned:
                 self._warned.add(note)
                 warnings.warn(note, stacklevel=stacklevel)
+
+    def _mixture_of_call(
+        self, temperature: float, top_p: float, top_k: int, force_first_token: bool
+    ) -> MixtureConfig:
+        return replace(
+            self._mixture,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            force_first_token=force_first_token,
+        )
 
     def _sample(
         self,

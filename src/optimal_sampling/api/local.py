@@ -155,7 +155,7 @@ class OptimalSamplingModel(BatchSampler):
             **taken(kwargs, MIXTURE_OPTIONS),
         )
         self._prompt_defaults = _prompt_options(kwargs)
-        _prompt_config(self._prompt_defaults)  # contradictions are told before models are loaded
+        _prompt_config(self._prompt_defaults)  # checked before models are loaded
         self.device = _device(device)
         self.dtype = _dtype(dtype, self.device)
         models = ModelConfig(
@@ -221,22 +221,15 @@ class OptimalSamplingModel(BatchSampler):
         config = _prompt_config({**self._prompt_defaults, **_prompt_options(prompt_options)})
         renderer = PromptRenderer(config, self.vocabulary)
         self._warn_once(renderer.notes, stacklevel=3)
-        capture = {"log_q"} if return_q_star_probs or save_q_star_probs else set()
-        capture |= set(_CAPTURED.values()) if return_logits or save_logits else set()
-        mixture = replace(
-            self._mixture,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            force_first_token=force_first_token,
-        )
+        capture = _capture(return_logits or save_logits, return_q_star_probs or save_q_star_probs)
+        mixture = self._mixture_of_call(temperature, top_p, top_k, force_first_token)
         options = self._engine.options
         if batch_size is not None:
             options = replace(options, batch_size=batch_size)
-        engine = self._engine.view(mixture, options=options, capture=frozenset(capture))
+        engine = self._engine.view(mixture, options=options, capture=capture)
         pairs = zip(student, teacher, strict=True)
         rows = self._sample(engine, renderer, pairs, seed, max_new_tokens)
-        return self._output(rows, return_diagnostics, skip_decode, frozenset(capture))
+        return self._output(rows, return_diagnostics, skip_decode, capture)
 
     def _output(
         self,
@@ -273,6 +266,11 @@ class OptimalSamplingModel(BatchSampler):
             if row.completion is not None and row.token_ids:
                 result[place, : len(row.token_ids)] = row.completion.captured[name]
         return result
+
+
+def _capture(logits: bool, q_star_probs: bool) -> frozenset[str]:
+    names = _CAPTURED.values() if logits else ()
+    return frozenset({*names, "log_q"} if q_star_probs else names)
 
 
 def _diagnostics(rows: Sequence[Row], alphas: PerToken, ess_ratios: PerToken) -> dict[str, Any]:
@@ -350,7 +348,7 @@ def _device(device: str) -> str:
             f"device={name!r} was asked for, but PyTorch finds no CUDA GPU here; pass device='cpu'"
         )
     warnings.warn(
-        "PyTorch finds no CUDA GPU here: running on the CPU, in float32 unless told otherwise",
+        "PyTorch finds no CUDA GPU here: running on the CPU, in float32 unless another dtype is given",
         stacklevel=3,
     )
     return "cpu"

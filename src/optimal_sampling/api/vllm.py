@@ -6,7 +6,7 @@ In names of arguments and outputs, `theta` is the student and `t` the teacher.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from optimal_sampling.api.batch import (
@@ -122,13 +122,8 @@ class OptimalSamplingV1(BatchSampler):
         self._renderer = PromptRenderer(prompts, self.vocabulary)
         self._warn_once(self._renderer.notes, stacklevel=3)
         self._track = track_alpha_stats
-        settings = {name: value for name, value in kwargs.items() if name not in MIXTURE_OPTIONS}
-        options = VllmOptions(
-            batch_size=int(settings.pop("max_num_seqs", _DEFAULT_SEQUENCES)),
-            prefill_chunk=int(settings.pop("max_num_batched_tokens", _DEFAULT_TOKENS)),
-            draft_tokens=draft_tokens,
-        )
-        settings["gpu_memory_utilization"] = gpu_memory_utilization
+        own = {name: value for name, value in kwargs.items() if name not in MIXTURE_OPTIONS}
+        options, settings = _engine_options(draft_tokens, gpu_memory_utilization, own)
         self._engine = VllmEngine.load(
             models, self._mixture, options, self.vocabulary, settings=settings
         )
@@ -161,13 +156,7 @@ class OptimalSamplingV1(BatchSampler):
         teacher, student = prompt_lists(prompts, theta_prompts, "theta_prompts")
         check_length("max_tokens", max_tokens)
         self._check_open()
-        mixture = replace(
-            self._mixture,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            force_first_token=force_first_token,
-        )
+        mixture = self._mixture_of_call(temperature, top_p, top_k, force_first_token)
         track = self._track and use_optimal_sampling
         engine = self._engine.view(
             mixture,
@@ -185,6 +174,18 @@ class OptimalSamplingV1(BatchSampler):
             finish_reasons=[row.finish_reason for row in rows],
             errors=[row.error for row in rows],
         )
+
+
+def _engine_options(
+    draft_tokens: int, gpu_memory_utilization: float, settings: dict[str, Any]
+) -> tuple[VllmOptions, dict[str, Any]]:
+    """Our options, and the rest of vLLM's own arguments."""
+    options = VllmOptions(
+        batch_size=int(settings.pop("max_num_seqs", _DEFAULT_SEQUENCES)),
+        prefill_chunk=int(settings.pop("max_num_batched_tokens", _DEFAULT_TOKENS)),
+        draft_tokens=draft_tokens,
+    )
+    return options, {"gpu_memory_utilization": gpu_memory_utilization, **settings}
 
 
 def _alpha_stats(rows: Sequence[Row]) -> dict[str, Any]:

@@ -44,8 +44,7 @@ class Engine(ABC):
     options: EngineOptions
     """Options in use; of the class that belongs to this engine."""
     mixture: MixtureConfig
-    """The distribution in the mode `mixture`; its temperature, top-k and top-p hold in every
-    mode."""
+    """Temperature, top-k and top-p hold in every mode, the rest in the mode `mixture`."""
     mode: Mode
     """What tokens are drawn from."""
     capture: frozenset[str] = frozenset()

