@@ -11,7 +11,7 @@ from optimal_sampling.engines.local.cache import Cache
 from optimal_sampling.engines.local.memory import BlockManager
 from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner
 from tests.engines.conformance import Harness, by_key, requests_of
-from tests.engines.local.conftest import CONTEXT, VOCAB, engine_of, tiny_model
+from tests.engines.local.conftest import CONTEXT, VOCAB, engine_of, tiny_model, vocabulary
 from tests.engines.local.test_engine import PROMPTS
 
 
@@ -85,7 +85,10 @@ def test_a_third_kind_of_memory_needs_no_change_elsewhere(own, draft_tokens):
     """Guards: code outside of a kind's runner, cache and manager that asks which kind it is."""
     models = {"student": tiny_model(1, layers=1), "teacher": tiny_model(2, layers=3)}
     stock = copy.deepcopy(models)
-    engine = engine_of(*models.values(), batch_size=5, draft_tokens=draft_tokens, prefill_chunk=9)
+    endless = vocabulary(stop_ids=frozenset())
+    engine = engine_of(
+        *models.values(), vocab=endless, batch_size=5, draft_tokens=draft_tokens, prefill_chunk=9
+    )
     runners = dict(engine.pair.runners)
     for role in own:
         size = runners[role].bytes_per_token
@@ -95,7 +98,7 @@ def test_a_third_kind_of_memory_needs_no_change_elsewhere(own, draft_tokens):
     other.pair = dataclasses.replace(engine.pair, runners=runners)
     per_token = sum(runner.bytes_per_token for runner in runners.values())
     other.options = dataclasses.replace(engine.options, kv_memory_gib=250 * per_token / 2**30)
-    requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 16, new=70)
+    requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=70)
     expected = {k: c.token_ids for k, c in by_key(engine.generate(requests)).items()}
     found = {k: c.token_ids for k, c in by_key(other.generate(requests)).items()}
     assert found == expected

@@ -108,7 +108,7 @@ class LocalEngine(Engine):
         vocabulary: Vocabulary,
         mode: Mode = "mixture",
         load_kwargs: dict[str, Any] | None = None,
-    ) -> LocalEngine:
+    ) -> Self:
         """Load the models. Raises ModelError, ConfigError, MissingDependencyError."""
         paths = {"student": resolve_model(models.student), "teacher": resolve_model(models.teacher)}
         shared = os.path.realpath(paths["student"]) == os.path.realpath(paths["teacher"])
