@@ -1,4 +1,4 @@
-"""Families of models: those that run give their own stock logits; those that would be sampled wrongly are refused."""
+"""Families of models: each gives its stock logits, or is refused."""
 
 import dataclasses
 
@@ -79,7 +79,7 @@ def _quiet():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", RUN)
 def test_families_that_run_give_their_stock_logits(name):
-    """Guards: an attention feature (window, soft cap, sinks, grouped heads) that is silently left out."""
+    """Guards: a feature (window, soft cap, sinks, grouped heads) that is silently left out."""
     model = model_of(name, RUN[name])
     cache = check_architecture(model, "teacher")
     assert cache.layers == 2

@@ -1,4 +1,4 @@
-"""Drafting policy on made-up costs, lookup on made-up texts; and drafts that change nothing but time."""
+"""Drafting policy on given costs, lookup in given texts; drafts change nothing but time."""
 
 import random
 
@@ -33,7 +33,7 @@ from tests.engines.local.test_engine import PROMPTS, same
 
 
 def simulate(acceptance, step, verify, rows=1, rounds=400, sure=None, seed=0):
-    """Play rounds against true costs (functions of size, in ms); returns (policy, tokens per ms, widths)."""
+    """Rounds with true costs (functions of size, in ms): (policy, tokens per ms, widths)."""
     rng, policy = random.Random(seed), DraftPolicy()
     tokens = time = 0.0
     widths = []
@@ -99,7 +99,7 @@ def test_auto_reaches_the_longest_draft_and_falls_to_lockstep():
 
 
 def test_auto_stops_when_the_student_is_unsure():
-    """Guards: drafting on through a token that will be rejected: knowing which is which has to be worth something."""
+    """Guards: drafting on through a token that will be rejected; confidences that gain nothing."""
     step, verify = (lambda r: 1.0), (lambda m: 8 + 0.1 * m)
     mixed = lambda rng: 0.98 if rng.random() < 0.85 else 0.2  # noqa: E731
     acceptance = lambda c: 0.99 if c > 0.5 else 0.15  # noqa: E731
@@ -131,7 +131,7 @@ def test_costs_are_a_line_and_follow_the_machine():
     st.integers(1, 8),
 )
 def test_lookup_proposes_what_followed(prompt, output, count):
-    """Guards: a continuation of another place, ids that are not in the text, a proposal from the end itself."""
+    """Guards: a continuation of another place, ids not in the text, the end as its own match."""
     lookup = Lookup([prompt[:1], prompt] if len(prompt) > 1 else [prompt])
     for end in range(len(output) + 1):  # the index grows with the text
         proposed = lookup.propose(output[:end], count)
@@ -205,7 +205,7 @@ def test_shared_weights_with_lookup_are_lockstep_bit_for_bit(models):
 
 
 def test_drafts_beside_long_prompts_chunks_and_preemption(models):
-    """Guards: a round that straddles the classes of key lengths, and drafts of a row that is still being cached."""
+    """Guards: a round that straddles the key boundary, drafts of a row not yet cached."""
     student, teacher = (tiny_model(s, layers=2, max_position_embeddings=2048) for s in (1, 2))
     engine = engine_of(
         student, teacher, vocab=vocabulary(context=2048), prefill_chunk=100, batch_size=4
@@ -230,7 +230,7 @@ def test_fixed_drafts_do_not_vary():
 
 
 def test_drafts_do_not_decide_who_fits_into_memory(models):
-    """Guards: requests that plain decoding serves and that fail with drafts, for room that only drafts would take."""
+    """Guards: requests that fail with drafts, for room that only drafts would take."""
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 8, new=60)
     per_token = sum(r.bytes_per_token for r in engine_of(*models).pair.runners.values())
     endless = vocabulary(stop_ids=frozenset())

@@ -1,4 +1,4 @@
-"""The local engine: the common suite, and what only it does: memory, chunks, shared weights, padded vocabularies."""
+"""The local engine: the common suite; memory, chunks, shared weights, padded vocabularies."""
 
 import dataclasses
 from dataclasses import replace
@@ -84,7 +84,7 @@ def test_diagnostics_have_the_same_bits_in_every_batch(models):
 
 
 def test_diagnostics_have_the_same_bits_beside_long_texts():
-    """Guards: key lengths of another class of the CPU's attention, chosen by the longest row of the batch."""
+    """Guards: the class of key lengths of the CPU's attention chosen by the batch's longest row."""
     student, teacher = (tiny_model(s, layers=2, max_position_embeddings=2048) for s in (1, 2))
     engine = engine_of(student, teacher, vocab=vocabulary(context=2048))
     lengths = [3, 200, 370, 380, 390, 500, 700, 1100]
@@ -98,7 +98,7 @@ def test_diagnostics_have_the_same_bits_beside_long_texts():
 
 
 def test_chunked_prompts_and_preemption_change_nothing(models):
-    """Guards: a chunk at a wrong position, and a preempted request that is not continued where it was."""
+    """Guards: a chunk at a wrong position; a preempted request not continued where it was."""
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 16, new=40)
     engine = engine_of(*models)
     expected = list(engine.generate(requests))
@@ -127,7 +127,7 @@ def allocated(engine):
 
 
 def test_memory_stays_within_the_budget(models):
-    """Guards: needs.md 15: caches that outgrow what they were given."""
+    """Guards: caches that outgrow what they were given."""
     stop_free = dataclasses.replace(vocabulary(), stop_ids=frozenset())
     engine = engine_of(*models, vocab=stop_free, kv_memory_gib=0.001, batch_size=4096)
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 300, new=70)
@@ -149,7 +149,7 @@ def test_a_request_beyond_the_budget_fails_alone(models):
 
 
 def test_surplus_rows_of_a_padded_vocabulary_are_never_drawn():
-    """Guards: needs.md 1: 151,936 against 152,064 rows of logits over the same ids."""
+    """Guards: 151,936 against 152,064 rows of logits over the same ids."""
     student, teacher = tiny_model(1, vocab=VOCAB), tiny_model(2, vocab=VOCAB + 8)
     teacher.lm_head.weight.data[VOCAB:] = 9.0  # the surplus rows would win every draw
     engine = engine_of(student, teacher)
@@ -227,7 +227,7 @@ def test_one_model_alone_draws_from_that_model(models, role):
 
 
 def test_a_batch_of_4096_runs(models):
-    """Guards: needs.md 15: a large batch size that fails instead of running in parts."""
+    """Guards: a large batch size that fails instead of running in parts."""
     engine = engine_of(*models, batch_size=4096, kv_memory_gib=0.02)
     assert (
         sum(

@@ -101,7 +101,7 @@ def reserve(memory, plan):
 
 
 def run(scheduler, sequences, width=1):
-    """Serve all; an output token is a number that names its sequence and position. The finished, in order."""
+    """Serve all. The finished, in order; a token is a number of its sequence and position."""
     cache, finished, source, rounds = PretendCache(2), [], iter(sequences), 0
     while True:
         plan = scheduler.next_round(source, width)
@@ -171,8 +171,8 @@ SCALE = {slots: 1, beside_slots: 1, pages: 40}
 def test_everyone_is_served_once_and_caches_hold_the_right_text(
     shapes, rows, chunk, pressure, width, kind
 ):
-    """Guards: rows mixed up by moves, preemption that loses tokens, chunks that overlap, starvation,
-    caches that outgrow the budget between two reshapes.
+    """Guards: rows mixed up by moves, preemption that loses tokens, chunks that overlap,
+    starvation, caches that outgrow the budget between two reshapes.
     """
     scale = SCALE[kind]
     scheduler = scheduler_of(BUDGETS[kind][pressure], kind, rows=rows, chunk=chunk * scale)

@@ -1,4 +1,4 @@
-"""`LocalEngine`: two Transformers models in this process, behind the contract of engines/base.py."""
+"""`LocalEngine`: two Transformers models in this process, as in engines/base.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flash Attention for a CPU: stand-ins with the real functions' signatures and rules, written out in loops."""
+"""Flash Attention for a CPU: loops with the real functions' signatures and rules."""
 
 import sys
 import types
@@ -11,7 +11,7 @@ from optimal_sampling.engines.local.paged import attention_backends
 
 
 def one_segment(query, keys, values, scale, window):
-    """Causal attention of some queries that are the last of their row. [queries, heads, dim] each."""
+    """Causal attention of the last queries of a row. [queries, heads, dim] each."""
     repeats = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(repeats, 1) for x in (keys, values))
     scores = torch.einsum("qhd,khd->hqk", query, keys) * (

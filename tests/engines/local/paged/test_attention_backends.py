@@ -81,7 +81,7 @@ def test_on_a_cpu():
 
 
 def test_a_backend_that_is_wrong_is_not_used(flash_on_cpu, monkeypatch):
-    """Guards: a backend whose numbers are off on some GPU, which the check at load has to notice."""
+    """Guards: a backend whose numbers are wrong on some GPU, unnoticed by the check at load."""
     from tests.engines.local.paged.conftest import fake_varlen_attn
 
     monkeypatch.setattr(

@@ -67,7 +67,7 @@ def models():
 @pytest.mark.parametrize("attention", ["varlen", "flash_attn"])
 @pytest.mark.parametrize("draft_tokens", [0, 3, "auto"])
 def test_pages_give_the_texts_of_slots(models, attention, draft_tokens, flash_on_cpu):
-    """Guards: positions, places or lengths that are off by one in pages; padding that reaches a row's text."""
+    """Guards: positions or lengths off by one in pages; padding that reaches a row's text."""
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 24, new=60)
     expected = texts(engine_of(*models, attention="sdpa").generate(requests))
     for recorded in (False, True):
@@ -78,7 +78,7 @@ def test_pages_give_the_texts_of_slots(models, attention, draft_tokens, flash_on
 
 
 def test_chunks_windows_and_preemption(flash_on_cpu):
-    """Guards: an extent that moves while it grows, and a row that comes back with another row's pages."""
+    """Guards: an extent that moves while it grows; a preempted row with another row's pages."""
     changes = {"kind": "Mistral", "sliding_window": 20, "max_position_embeddings": 3000}
     models = [tiny_model(s, layers=2, **changes) for s in (1, 2)]
     vocab = dataclasses.replace(vocabulary(context=3000), stop_ids=frozenset())

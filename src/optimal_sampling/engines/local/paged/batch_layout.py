@@ -33,7 +33,7 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Inputs of one forward pass. All integers but the ids are one tensor, so that they are one copy."""
+    """Inputs of one forward pass. All integers but the ids are one tensor, for one copy."""
 
     shape: BatchShape
     ids: Int[Tensor, " tokens"]
