@@ -37,7 +37,7 @@ def test_the_shipped_models_load_in_the_precision_that_was_asked_for():
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_damaged_weights_name_the_model(copy, damage):
-    """Guards: a traceback from deep within a file format; random weights in place of missing ones."""
+    """Guards: a traceback from within a file format; random weights in place of missing ones."""
     weights = copy / "model.safetensors"
     if damage == "missing":
         weights.unlink()
@@ -105,7 +105,7 @@ def test_four_bits_without_bitsandbytes(monkeypatch):
 
 
 def test_the_same_model_twice_is_loaded_once(copy):
-    """Guards: two copies of the weights for self-distillation, also by two spellings of one folder."""
+    """Guards: two copies of one folder's weights, also where it is spelled in two ways."""
     models = ModelConfig(teacher=str(copy), student=str(copy.parent / "." / "model"), device="cpu")
     vocabulary = Vocabulary.load(models.student, models.teacher)
     with open_engine(LocalOptions(), models, MixtureConfig(), vocabulary) as engine:

@@ -37,7 +37,7 @@ def test_a_turned_layer_is_the_same_layer(bias):
 
 
 def test_large_layers_are_packed_and_small_ones_are_not():
-    """Guards: a packed layer where its call costs more than the arithmetic, and large ones that stay as they are."""
+    """Guards: a packed layer whose call costs more than it saves; large layers left as they are."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(600, 512), nn.LayerNorm(512))
     replace_linears(model)
     assert not isinstance(model[0], PackedLinear)
