@@ -8,13 +8,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from optimal_sampling.version import __version__
+
 if TYPE_CHECKING:
     from optimal_sampling.engines.vllm.front import OptimalSamplingOutput as OptimalSamplingOutput
     from optimal_sampling.engines.vllm.front import OptimalSamplingV1 as OptimalSamplingV1
     from optimal_sampling.model import OptimalSamplingModel as OptimalSamplingModel
     from optimal_sampling.model import SamplingOutput as SamplingOutput
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "OptimalSamplingModel": "optimal_sampling.model",

@@ -16,10 +16,11 @@ from rich.text import Text
 from optimal_sampling.config import DataConfig, EngineConfig, GenerateConfig, RunConfig
 from optimal_sampling.generate import generate
 from optimal_sampling.generate.progress import Progress
+from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.records import Record, load
 from optimal_sampling.toy_pair.problems import is_correct
 from optimal_sampling.types import Request
-from optimal_sampling.vocabulary import PromptRenderer, Vocabulary
+from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["DemoOptions", "run_demo"]
 

@@ -19,9 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
-from optimal_sampling.errors import ConfigError, EngineError
+from optimal_sampling.errors import ConfigError, EngineError, PromptError
+from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.types import AlphaMethod, Completion, Request, prompt_id
-from optimal_sampling.vocabulary import PromptError, PromptRenderer, RenderedPrompt, Vocabulary
+from optimal_sampling.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from optimal_sampling.engines.base import Engine

@@ -17,9 +17,10 @@ from optimal_sampling.bench.watch import MeasuringDrawer, Watch
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
 from optimal_sampling.engines.local.engine import LocalEngine, Mode
 from optimal_sampling.engines.local.loading import resolve_device, resolve_dtype
+from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.toy_pair.problems import synthetic_rows
 from optimal_sampling.types import Completion, Request, prompt_id
-from optimal_sampling.vocabulary import PromptRenderer, Vocabulary, resolve_model
+from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
 __all__ = ["Bench", "Workload", "describe_lengths"]
 

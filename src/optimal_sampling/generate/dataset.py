@@ -14,7 +14,7 @@ from typing import Any
 
 from optimal_sampling.config import DataConfig, parse_slice
 from optimal_sampling.errors import DatasetError, MissingDependencyError
-from optimal_sampling.vocabulary.rows import PROMPT_COLUMNS
+from optimal_sampling.prompts import PROMPT_COLUMNS
 
 __all__ = ["Rows", "open_rows"]
 

@@ -10,11 +10,12 @@ from itertools import chain, islice
 from typing import Any
 
 from optimal_sampling.config import GenerateConfig
-from optimal_sampling.errors import EngineError, OptimalSamplingError
+from optimal_sampling.errors import EngineError, OptimalSamplingError, PromptError
 from optimal_sampling.generate.dataset import Rows, open_rows
 from optimal_sampling.generate.fingerprint import model_facts
 from optimal_sampling.generate.progress import Progress
 from optimal_sampling.generate.summary import Summary, Tally
+from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.records.run_folder import RunFolder
 from optimal_sampling.records.schema import (
     Key,
@@ -25,7 +26,7 @@ from optimal_sampling.records.schema import (
     row_id,
 )
 from optimal_sampling.types import Completion, Request, prompt_id
-from optimal_sampling.vocabulary import PromptError, PromptRenderer, RenderedPrompt, Vocabulary
+from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["Interrupted", "generate", "preview"]
 

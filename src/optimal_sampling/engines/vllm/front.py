@@ -16,8 +16,9 @@ from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, Pr
 from optimal_sampling.engines.vllm.engine import VllmEngine
 from optimal_sampling.engines.vllm.traces import alpha_summary
 from optimal_sampling.errors import ConfigError, PromptError
+from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.types import AlphaMethod, Completion, Request, prompt_id
-from optimal_sampling.vocabulary import PromptRenderer, RenderedPrompt, Vocabulary
+from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["OptimalSamplingOutput", "OptimalSamplingV1"]
 

@@ -9,17 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimal_sampling.config import PromptConfig
-from optimal_sampling.errors import ConfigError
-from optimal_sampling.vocabulary import (
-    PromptError,
-    PromptRenderer,
-    Vocabulary,
-    conversation_of,
-    problem_of,
+from optimal_sampling.errors import ConfigError, PromptError
+from optimal_sampling.prompts import PromptRenderer
+from optimal_sampling.prompts.rows import conversation_of
+from optimal_sampling.prompts.template import fill, names_in
+from optimal_sampling.vocabulary import Vocabulary
+from tests.vocabulary.conftest import (
+    ALWAYS_OPEN,
+    END,
+    SWITCHED,
+    TEXT_END,
+    make_tokenizer,
+    vocabulary_of,
 )
-from optimal_sampling.vocabulary.template import fill, names_in
-
-from .conftest import ALWAYS_OPEN, END, SWITCHED, TEXT_END, make_tokenizer, vocabulary_of
 
 VOCABULARY = vocabulary_of()
 PLAIN = PromptConfig(chat_template=False)
@@ -142,9 +144,9 @@ def test_problem_is_found_in_every_known_form() -> None:
     conversation = conversation_of({"messages": turns})
     assert (conversation.problem, conversation.system) == ("three", "S")
     assert conversation.history == (("user", "one"), ("assistant", "two"))
-    assert problem_of({"prompt": turns[:2]}) == "one"
-    assert problem_of({"question": "q", "prompt": "p"}) == "q"
-    assert problem_of({"question": "q", "x": 7}, "x") == "7"
+    assert conversation_of({"prompt": turns[:2]}).problem == "one"
+    assert conversation_of({"question": "q", "prompt": "p"}).problem == "q"
+    assert conversation_of({"question": "q", "x": 7}, "x").problem == "7"
 
 
 def test_earlier_turns_and_the_rows_system_prompt_are_rendered() -> None:
