@@ -18,7 +18,8 @@ from optimal_sampling.errors import RunFolderError, StorageError
 from optimal_sampling.records import RunFolder, load
 from optimal_sampling.records import files as files_module
 from optimal_sampling.records.run_folder import MAY_DIFFER, compared, flat
-from optimal_sampling.records.schema import encode_line, key_of
+from optimal_sampling.records.schema import key_of
+from optimal_sampling.records.store import encode_line
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from optimal_sampling.config import DataConfig, GenerateConfig, RunConfig
+from optimal_sampling.config import DataConfig, GenerateConfig, RunConfig, parse_slice
 from optimal_sampling.errors import ConfigError, RunFolderError
 from optimal_sampling.records import RunFolder, load, merge
-from optimal_sampling.records.shards import check_partition, parse_slice
+from optimal_sampling.records.shards import check_partition
 
 
 @pytest.mark.parametrize(

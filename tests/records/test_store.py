@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optimal_sampling.errors import RunFolderError, StorageError
-from optimal_sampling.records.schema import encode_line
-from optimal_sampling.records.store import RecordFile, Scan
+from optimal_sampling.records.store import RecordFile, Scan, encode_line
 
 
 def open_file(path):

@@ -1,4 +1,4 @@
-"""Whether a model's folder still holds what it held: a checkpoint may be overwritten between two calls on one run."""
+"""Hashes of the models' files: a checkpoint may be overwritten between two calls on one run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _PLACES = 8
 
 
 def model_facts(models: ModelConfig) -> dict[str, str]:
-    """A hash of each model's files, for those that are folders, and the precision that `auto` means on this device.
+    """The precision of the weights, and a hash of the files of each model that is a folder.
 
-    A hub id names its content as far as it does.
+    The content of a hub id is taken as fixed.
     """
     from optimal_sampling.engines.local.loading import (
         resolve_device,
