@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from optimal_sampling.config import DataConfig, EngineConfig, GenerateConfig, RunConfig
+from optimal_sampling.config import DataConfig, GenerateConfig, LocalOptions, RunConfig
 from optimal_sampling.generate import generate
 from optimal_sampling.generate.progress import Progress
 from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.records import Record, load
 from optimal_sampling.toy_pair.problems import is_correct
-from optimal_sampling.types import Request
+from optimal_sampling.types import Mode, Request
 from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["DemoOptions", "run_demo"]
@@ -58,7 +58,7 @@ class DemoOptions:
             run=RunConfig(
                 output_dir=self.output_dir, seed=self.seed, max_new_tokens=self.max_new_tokens
             ),
-            options=EngineConfig(batch_size=self.batch_size),
+            engine=LocalOptions(batch_size=self.batch_size),
         )
 
 
@@ -97,7 +97,7 @@ def _outcomes(config: GenerateConfig, records: list[Record]) -> list[Outcome]:
 
     q* is drawn again, which gives the recorded tokens, to measure its speed.
     """
-    from optimal_sampling.engines.local.engine import LocalEngine, Mode  # torch is loaded here
+    from optimal_sampling.engines import open_engine  # torch is loaded here
 
     models = config.models
     vocabulary = Vocabulary.load(models.student, models.teacher)
@@ -106,10 +106,10 @@ def _outcomes(config: GenerateConfig, records: list[Record]) -> list[Outcome]:
     requests = [_request(record, renderer, config.run.max_new_tokens) for record in records]
     modes: dict[Mode, str] = {"student": "student", "teacher": "teacher", "mixture": "q*"}
     outcomes = []
-    with LocalEngine.load(models, config.mixture, config.options, vocabulary) as engine:
+    with open_engine(config.engine, models, config.mixture, vocabulary) as engine:
         for mode, name in modes.items():
             started = time.perf_counter()
-            completions = list(engine.with_mixture(mode=mode).generate(requests))
+            completions = list(engine.view(mode=mode).generate(requests))
             seconds = time.perf_counter() - started
             texts = [(c.request.id, vocabulary.decode(c.token_ids)) for c in completions]
             correct = [is_correct(text, answers[id]) for id, text in texts]

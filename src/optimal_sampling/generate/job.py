@@ -38,7 +38,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
     """
     progress = progress or Progress()
     dataset, vocabulary, renderer = _open(config)
-    facts = model_facts(config.models) if config.engine != "toy" else {}
+    facts = model_facts(config.models) if config.engine.loads_models else {}
     with RunFolder(config, facts) as folder:
         job = _Job(config, dataset, renderer, vocabulary, folder, progress)
         try:
@@ -115,16 +115,14 @@ class _Job:
         from optimal_sampling.engines import open_engine  # torch is loaded here
 
         config = self.config
-        with open_engine(
-            config.engine, config.models, config.mixture, config.options, self.vocabulary
-        ) as engine:
+        with open_engine(config.engine, config.models, config.mixture, self.vocabulary) as engine:
             self.tally.restart_clock()
             for completion in engine.generate(chain([first], requests)):
                 self._finish(completion)
             if self._in_flight:
                 lost = len(self._in_flight)
                 raise EngineError(
-                    f"the engine {config.engine} ended without {lost} of its requests"
+                    f"the engine {config.engine.name} ended without {lost} of its requests"
                 )
             return notes | engine.notes()
 

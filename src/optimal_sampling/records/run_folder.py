@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from optimal_sampling.config import GenerateConfig
+from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.errors import RunFolderError
 from optimal_sampling.records.files import read_json, write_atomically
 from optimal_sampling.records.ledger import Ledger
@@ -161,10 +161,9 @@ def compared(config: GenerateConfig) -> dict[str, Any]:
 
 def flat(config: GenerateConfig) -> dict[str, Any]:
     """All options by name, without the sections: names are unique, they are flags too."""
-    values = {item.name: getattr(config, item.name) for item in fields(config)}
-    engine = {"engine": values.pop("engine")}
-    return engine | {
-        item.name: getattr(part, item.name) for part in values.values() for item in fields(part)
+    sections = [getattr(config, item.name) for item in fields(config)]
+    return {"engine": config.engine.name} | {
+        item.name: getattr(section, item.name) for section in sections for item in fields(section)
     }
 
 
@@ -207,7 +206,8 @@ def _compare(path: Path, stored: Mapping[str, Any], options: Mapping[str, Any]) 
         raise RunFolderError(
             f"{path} was changed after it was written; restore it, or choose another --output-dir"
         )
-    before = compared(GenerateConfig()) | before  # options newer than the folder had defaults
+    # Options newer than the folder had their defaults then.
+    before = compared(GenerateConfig(engine=ENGINES[options["engine"]]())) | before
     # A fact that only one of the two calls knows is not compared.
     known = {name: value for name, value in options.items() if name in before}
     changed = differences(before, known)
