@@ -48,10 +48,10 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
         except KeyboardInterrupt:
             folder.close()
             summary = Summary.of(job.tally, folder, {}, interrupted=True)
-            summary.save(config.worker)
+            summary.save(config.shard)
             raise Interrupted(summary) from None
         summary = Summary.of(job.tally, folder, notes, interrupted=False)
-        summary.save(config.worker)
+        summary.save(config.shard)
         return summary
 
 

@@ -67,7 +67,7 @@ class RunFolder:
         """Lines cut from the end of the shard's file."""
         self.bad_lines = 0
         """Damaged lines of all files."""
-        self.file = RecordFile(self.path / "records" / f"{config.worker}.jsonl")
+        self.file = RecordFile(self.path / "records" / f"{config.shard}.jsonl")
         try:
             self._has_config = check_config(self.path, config, self._facts)
             self._read()
@@ -160,11 +160,12 @@ def compared(config: GenerateConfig) -> dict[str, Any]:
 
 
 def flat(config: GenerateConfig) -> dict[str, Any]:
-    """All options by name, without the sections: names are unique, they are flags too."""
-    sections = [getattr(config, item.name) for item in fields(config)]
-    return {"engine": config.engine.name} | {
-        item.name: getattr(section, item.name) for section in sections for item in fields(section)
-    }
+    """All options by name, without the sections: names are unique, as flags have to be."""
+    options: dict[str, Any] = {"engine": config.engine.name}
+    for part in fields(config):
+        section = getattr(config, part.name)
+        options |= {item.name: getattr(section, item.name) for item in fields(section)}
+    return options
 
 
 def config_hash(options: Mapping[str, Any]) -> str:
@@ -223,9 +224,8 @@ def _compare(path: Path, stored: Mapping[str, Any], options: Mapping[str, Any]) 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, value before, value now) of every name of `now` that differs."""
-    return [
-        (name, before.get(name), value) for name, value in now.items() if before.get(name) != value
-    ]
+    pairs = [(name, before.get(name), value) for name, value in now.items()]
+    return [(name, old, new) for name, old, new in pairs if old != new]
 
 
 def _flag(name: str) -> str:
