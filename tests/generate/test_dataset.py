@@ -55,7 +55,9 @@ def test_num_examples_then_slice(tmp_path, part):
 
 
 def test_synthetic():
-    """Guards: problems that depend on how many are asked for, which would make a longer run another run."""
+    """Guards: problems that depend on how many are asked for, which would make a longer run another
+    run.
+    """
     assert len(open_dataset(DataConfig(), seed=0)) == 100
     assert read("synthetic", num_examples=5) == read("synthetic", num_examples=9)[:5]
     assert {"problem", "answer", "solution"} <= read("synthetic")[0][1].keys()
@@ -170,7 +172,9 @@ def test_the_hub_needs_its_extra(monkeypatch):
 
 
 def test_the_hub(monkeypatch):
-    """Guards: a hub dataset that is read differently from a file. (A stand-in: tests have no network.)"""
+    """Guards: a hub dataset that is read differently from a file. (A stand-in: tests have no
+    network.)
+    """
 
     class Table(list):
         column_names = ("problem", "answer")

@@ -186,7 +186,7 @@ def test_a_completion_without_tokens_has_no_means():
 
 
 def test_token_lists_can_be_left_out():
-    """Guards: the switch leaving null columns, which `load_dataset` types differently from lists."""
+    """Guards: the switch leaving null columns, which `load_dataset` does not type as lists."""
     record = record_of(sample([(0.25,) * WIDTH]), token_lists=False)
     assert not [name for name in record if name.startswith("token_")]
     assert record["alpha_mean"] == 0.25
