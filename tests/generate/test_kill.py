@@ -86,7 +86,7 @@ def test_kill_and_resume(tmp_path):
     """Guards: a lost record, a repeated one, and a resumed run that differs from an uninterrupted
     one.
     """
-    options = {"samples-per-prompt": 2, "batch-size": 3}
+    options = {"samples-per-prompt": 2}
     subprocess.run(
         [*COMMAND, *arguments(tmp_path / "whole", 30, **options)], check=True, capture_output=True
     )
