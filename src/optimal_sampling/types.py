@@ -1,4 +1,4 @@
-"""What travels between the folders: requests in, completions out. Plain Python, no torch."""
+"""Types shared by all folders: requests, completions, and names of options. No torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AlphaMethod = Literal[
     "schedule",
     "mirror",
 ]
-"""How alpha, the weight of the teacher, is chosen at each token. `distribution/methods.py` has one function each."""
+"""How alpha, the weight of the teacher, is chosen at each token; see `distribution/methods.py`."""
 
 ALPHA_METHODS: tuple[str, ...] = get_args(AlphaMethod)
 
@@ -56,7 +56,7 @@ TRACE_FIELDS: tuple[str, ...] = (
 
 
 def prompt_id(student_prompt: str, teacher_prompt: str) -> str:
-    """Content hash (32 hex digits) of the two rendered prompts: the identity of a prompt in a run."""
+    """Content hash (32 hex digits) of the two rendered prompts, which identifies a prompt."""
     digest = hashlib.blake2b(digest_size=16)
     for text in (student_prompt, teacher_prompt):
         data = text.encode("utf-8", "surrogatepass")
@@ -66,14 +66,14 @@ def prompt_id(student_prompt: str, teacher_prompt: str) -> str:
 
 
 def noise_key(seed: int, request_id: str, sample_index: int) -> int:
-    """The 64-bit key of a request's noise: a function of the seed, the prompt and the sample, and of nothing else."""
+    """64-bit key of a request's noise: a function of the seed, the prompt and the sample alone."""
     text = f"{seed}\x00{request_id}\x00{sample_index}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to generate. The two prompts may differ; the completion's ids are common to both models."""
+    """One completion to generate. The prompts may differ; the completion is common to both."""
 
     id: str
     sample_index: int
@@ -88,7 +88,7 @@ class Request:
 
     @property
     def noise_key(self) -> int:
-        """64-bit key from which every draw of this request follows."""
+        """64-bit key of this request's noise."""
         return noise_key(self.seed, self.id, self.sample_index)
 
 
@@ -112,18 +112,18 @@ class TokenTrace:
 
     @property
     def ess_ratio(self) -> tuple[float, ...]:
-        """ESS to the teacher over ESS to the student, per token; above 1 where q is closer to the teacher."""
+        """ess_teacher / ess_student per token; above 1 where q is closer to the teacher."""
         pairs = zip(self["ess_teacher"], self["ess_student"], strict=True)
         return tuple(teacher / student if student else float("nan") for teacher, student in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine gives back for one request.
+    """Result of one request.
 
-    `token_ids` holds the stop token too where there is one. With `finish_reason="error"`, `error` says why and
-    `token_ids` holds what was drawn until then. `captured` holds per-token rows that the engine was asked to keep
-    (see `LocalEngine`), by name.
+    `token_ids` holds the stop token too where there is one. With `finish_reason="error"`, `error`
+    says why and `token_ids` holds what was drawn until then. `captured` holds per-token rows that
+    the engine was asked to keep (see `LocalEngine`), by name.
     """
 
     request: Request

@@ -28,8 +28,12 @@ from optimal_sampling.bench.roofline import lockstep_bound
 from optimal_sampling.bench.workload import Bench, Workload, describe_lengths
 
 __all__ = [
+    "FIXED",
+    "IDEAL",
+    "ROOFLINE",
     "Result",
     "Setting",
+    "ideal_lockstep",
     "measure_setting",
     "ratios",
     "run",

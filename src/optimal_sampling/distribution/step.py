@@ -30,7 +30,17 @@ from optimal_sampling.distribution.tiles import (
     tensor_of,
 )
 
-__all__ = ["Noise", "Step", "choose_alpha", "confident_draft", "distances", "draft", "step"]
+__all__ = [
+    "Noise",
+    "Step",
+    "choose_alpha",
+    "confident_draft",
+    "distances",
+    "draft",
+    "pair_of",
+    "rows_at_once",
+    "step",
+]
 
 Noise: TypeAlias = Float32[Tensor, "rows vocab"] | NoiseKeys
 """Gumbel noise, or what it is made from: on a GPU the fused kernel makes it token by token, never as a tensor."""

@@ -22,7 +22,7 @@ from optimal_sampling.records.schema import SCHEMA_VERSION, Key, Record, key_of
 from optimal_sampling.records.store import RecordFile, Scan
 from optimal_sampling.version import __version__
 
-__all__ = ["MAY_DIFFER", "RunFolder", "load", "record_files"]
+__all__ = ["MAY_DIFFER", "RunFolder", "differences", "load", "record_files"]
 
 MAY_DIFFER = frozenset(
     {

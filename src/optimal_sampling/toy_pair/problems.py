@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+__all__ = ["is_correct", "synthetic_rows"]
+
 Style = Literal["A", "B", "C", "D"]
 STYLES: tuple[Style, ...] = get_args(Style)
 Step = tuple[int, str, int, int]  # left, operator, right, result

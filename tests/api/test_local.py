@@ -1,4 +1,5 @@
-"""`OptimalSamplingModel`: prompts in, tensors out. First on a scripted engine, then on the shipped pair."""
+"""`OptimalSamplingModel`: prompts in, tensors out. First on a scripted engine, then on the shipped
+pair."""
 
 from __future__ import annotations
 
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 import optimal_sampling_hf
+from optimal_sampling.api.local import OptimalSamplingModel, SamplingOutput
+from optimal_sampling.api.tensors import PerToken
 from optimal_sampling.config import LocalOptions, MixtureConfig
 from optimal_sampling.engines import Engine
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.errors import ConfigError, EngineError
-from optimal_sampling.model import OptimalSamplingModel, PerToken, SamplingOutput
 from optimal_sampling.types import TRACE_FIELDS, Completion, Request, TokenTrace
 
 END = 257  # of the shipped tokenizer
@@ -25,7 +27,8 @@ LETTER = ord("a")
 
 
 class ScriptedEngine(Engine):
-    """Answers the k-th letter of the alphabet k+1 times for sample k, last request first; prompts with "!" fail."""
+    """Answers the k-th letter of the alphabet k+1 times for sample k, last request first; prompts
+    with "!" fail."""
 
     def __init__(self, **opened: Any) -> None:
         self.opened = opened
@@ -129,7 +132,8 @@ def test_signatures_are_those_of_the_usage_guide() -> None:
 
 @pytest.mark.usefixtures("scripted")
 def test_rows_are_in_the_order_of_the_prompts() -> None:
-    """Guards: completions, which come as they finish, left in that order; equal prompts given the same noise."""
+    """Guards: completions, which come as they finish, left in that order; equal prompts given the
+    same noise."""
     model = make()
     outputs = model.generate(["p", "q", "p", "p"])
     assert outputs.generated_texts == ["a", "a", "bb", "ccc"]
@@ -147,7 +151,8 @@ def test_rows_are_in_the_order_of_the_prompts() -> None:
 
 @pytest.mark.usefixtures("scripted")
 def test_padding_is_nan_and_reductions_leave_it_out() -> None:
-    """Guards: padding counted as alpha = 0, or `alpha_values[i].mean()` of the usage guide printing nan."""
+    """Guards: padding counted as alpha = 0, or `alpha_values[i].mean()` of the usage guide printing
+    nan."""
     outputs = make().generate(["p", "p"])
     alphas = outputs.alpha_values
     assert alphas.dtype == torch.float32
@@ -270,7 +275,8 @@ def test_one_path_is_self_distillation() -> None:
 
 @pytest.mark.usefixtures("scripted")
 def test_each_model_gets_its_own_prompt() -> None:
-    """Guards: the student's prompt of request 0 used for the whole batch, a bug of the predecessor."""
+    """Guards: the student's prompt of request 0 used for the whole batch, a bug of the
+    predecessor."""
     model = make()
     model.generate(["s0", "s1"], prompts_t=["t0", "t1"])
     prompts = [
@@ -282,7 +288,8 @@ def test_each_model_gets_its_own_prompt() -> None:
 
 @pytest.mark.usefixtures("scripted")
 def test_system_prompts_and_chat_templates() -> None:
-    """Guards: system prompts swapped between the models, or the constructor's winning over the call's."""
+    """Guards: system prompts swapped between the models, or the constructor's winning over the
+    call's."""
     model = make(theta_system_prompt="S", enable_chat_template=True)
     model.generate(["p"], teacher_system_prompt="T")
     model.generate(["p"], enable_chat_template=False, student_system_prompt="other")
@@ -296,7 +303,8 @@ def test_system_prompts_and_chat_templates() -> None:
 
 @pytest.mark.usefixtures("scripted")
 def test_the_calls_system_prompt_wins_under_either_name() -> None:
-    """Guards: `theta_system_prompt` of the constructor clashing with `student_system_prompt` of the call."""
+    """Guards: `theta_system_prompt` of the constructor clashing with `student_system_prompt` of the
+    call."""
     model = make(theta_system_prompt="S")
     model.generate(["p"], student_system_prompt="other")
     assert bytes(engine_of(model).seen[0].student_prompt_ids) == b"other\n\np"
@@ -343,14 +351,16 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
     ],
 )
 def test_wrong_calls_are_refused(arguments: dict[str, Any], message: str) -> None:
-    """Guards: a text taken for a list of letters; lists of prompts of two lengths cut to the shorter."""
+    """Guards: a text taken for a list of letters; lists of prompts of two lengths cut to the
+    shorter."""
     with pytest.raises(ConfigError, match=message):
         make().generate(**arguments)
 
 
 @pytest.mark.usefixtures("scripted")
 def test_teacher_support_needs_its_switch() -> None:
-    """Guards: `target_top_k` restricting without `constraint_to_target`, or being ignored without a word."""
+    """Guards: `target_top_k` restricting without `constraint_to_target`, or being ignored without a
+    word."""
     with pytest.warns(UserWarning, match="ignored without constraint_to_target"):
         model = make(target_top_k=5)
     assert engine_of(model).mixture.teacher_support_top_k == -1
@@ -360,7 +370,8 @@ def test_teacher_support_needs_its_switch() -> None:
 
 @pytest.mark.usefixtures("scripted")
 def test_device_by_default_and_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: the signature's "cuda" failing on every machine without a GPU, or a named GPU replaced in silence."""
+    """Guards: the signature's "cuda" failing on every machine without a GPU, or a named GPU
+    replaced in silence."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.warns(UserWarning, match="running on the CPU") as told:
         model = OptimalSamplingModel("toy-student")
@@ -415,7 +426,8 @@ def test_tokens_do_not_depend_on_the_batch(model: OptimalSamplingModel) -> None:
 
 
 def test_diagnostics_follow_from_the_captured_logits(model: OptimalSamplingModel) -> None:
-    """Guards: logits, mixture and diagnostics that belong to different tokens, roles or temperatures."""
+    """Guards: logits, mixture and diagnostics that belong to different tokens, roles or
+    temperatures."""
     outputs = model.generate(
         PROMPTS[:2], max_new_tokens=8, temperature=0.7, save_logits=True, save_q_star_probs=True
     )
@@ -462,7 +474,8 @@ def test_prompt_beyond_the_context_fails_alone(model: OptimalSamplingModel) -> N
 def test_an_empty_prompt_fails_alone_and_generators_are_read_once(
     model: OptimalSamplingModel,
 ) -> None:
-    """Guards: a chat template that hides an empty prompt, and a generator that a check has used up."""
+    """Guards: a chat template that hides an empty prompt, and a generator that a check has used
+    up."""
     prompts = (prompt for prompt in ("1+1=?", " ", "2+2=?"))
     with pytest.warns(UserWarning, match="empty"):
         outputs = model.generate(prompts, max_new_tokens=4, enable_chat_template=True)
