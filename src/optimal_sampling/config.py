@@ -346,8 +346,8 @@ class GenerateConfig:
     engine: EngineOptions = LocalOptions()
 
     @property
-    def worker(self) -> str:
-        """Name of this process's file of records: each data slice has its own."""
+    def shard(self) -> str:
+        """Name of the file of records: one per data slice, so that slices can share a folder."""
         if self.data.data_slice is None:
             return "main"
         part = parse_slice(self.data.data_slice)

@@ -6,7 +6,7 @@ from optimal_sampling import load
 from optimal_sampling.api.batch import BatchSampler
 from optimal_sampling.config import MixtureConfig, ModelConfig, PromptConfig, ToyOptions
 from optimal_sampling.errors import EngineError
-from optimal_sampling.vocabulary import PromptRenderer
+from optimal_sampling.prompts import PromptRenderer
 
 
 class ToySampler(BatchSampler):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from optimal_sampling.config import DataConfig, GenerateConfig, RunConfig
+from optimal_sampling.config import DataConfig, GenerateConfig, RunConfig, parse_slice
 from optimal_sampling.errors import ConfigError, RunFolderError
 from optimal_sampling.records import RunFolder, load, merge
-from optimal_sampling.records.shards import check_partition, parse_slice
+from optimal_sampling.records.shards import check_partition
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def shard(tmp_path, part, numbers, make_record, asked=None, seed=0):
         for number in numbers:
             folder.add(make_record(number))
     count = len(numbers) if asked is None else asked
-    (folder.path / f"summary-{config.worker}.json").write_text(json.dumps({"asked": count}))
+    (folder.path / f"summary-{config.shard}.json").write_text(json.dumps({"asked": count}))
     return folder.path
 
 
@@ -99,10 +99,10 @@ def test_partition():
     check_partition(["0::1"])
 
 
-def test_worker_names_differ():
+def test_shards_have_names_of_their_own():
     """Guards: two slices that share a file, or a file name that some file systems refuse."""
     names = {
-        replace(GenerateConfig(), data=DataConfig(data_slice=part)).worker
+        replace(GenerateConfig(), data=DataConfig(data_slice=part)).shard
         for part in ("0::2", "1::2", "0:2", "0:")
     }
     assert len(names) == 4

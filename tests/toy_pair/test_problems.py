@@ -57,7 +57,8 @@ def test_known_problem_in_all_styles():
     assert problem.text == "47*3+85-19=?"
     assert problems.solve(problem, "A") == r"47*3=141; 141+85=226; 226-19=207. \boxed{207}"
     assert problems.solve(problem, "B") == (
-        r"47*3=40*3+7*3=120+21=141; 141+85=141+80+5=221+5=226; 226-19=226-10-9=216-9=207. \boxed{207}"
+        r"47*3=40*3+7*3=120+21=141; 141+85=141+80+5=221+5=226; "
+        r"226-19=226-10-9=216-9=207. \boxed{207}"
     )
     assert problems.solve(problem, "C") == "47*3=(141)\n141+85=(226)\n226-19=(207)\n\\boxed{207}"
     assert problems.solve(problem, "D") == r"47*3+85-19=141+85-19=226-19=207. \boxed{207}"

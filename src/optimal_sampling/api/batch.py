@@ -11,9 +11,10 @@ from typing import Any, Self
 
 from optimal_sampling.config import MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine
-from optimal_sampling.errors import ConfigError, EngineError
+from optimal_sampling.errors import ConfigError, EngineError, PromptError
+from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.types import Completion, Request, prompt_id
-from optimal_sampling.vocabulary import PromptError, PromptRenderer, RenderedPrompt, Vocabulary
+from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["MIXTURE_OPTIONS", "BatchSampler", "Row", "check_length", "prompt_lists", "taken"]
 

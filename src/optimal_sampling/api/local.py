@@ -26,8 +26,8 @@ from optimal_sampling.api.tensors import PerToken, padded_ids, per_token
 from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.errors import ConfigError, did_you_mean
+from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.types import AlphaMethod
-from optimal_sampling.vocabulary import PromptRenderer
 
 __all__ = ["OptimalSamplingModel", "SamplingOutput"]
 

@@ -21,8 +21,8 @@ from optimal_sampling.config import MixtureConfig, ModelConfig, PromptConfig, Vl
 from optimal_sampling.engines.vllm.engine import VllmEngine
 from optimal_sampling.engines.vllm.traces import alpha_summary
 from optimal_sampling.errors import ConfigError
+from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.types import AlphaMethod
-from optimal_sampling.vocabulary import PromptRenderer
 
 __all__ = ["OptimalSamplingOutput", "OptimalSamplingV1"]
 

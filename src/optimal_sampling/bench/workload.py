@@ -16,9 +16,10 @@ from optimal_sampling.bench.roofline import memory_bandwidth
 from optimal_sampling.bench.watch import MeasuringEngine, Watch
 from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
 from optimal_sampling.engines.device import resolve_device, resolve_dtype
+from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.toy_pair.problems import synthetic_rows
 from optimal_sampling.types import Completion, Mode, Request, prompt_id
-from optimal_sampling.vocabulary import PromptRenderer, Vocabulary, resolve_model
+from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
 __all__ = ["Bench", "Workload", "describe_lengths"]
 

@@ -1,4 +1,12 @@
-"""What is on disk: the schema of a record, the append-only files, the run folder, shards. No torch here."""
+"""What a run leaves on the disk. No torch.
+
+schema      the fields of a record
+store       a file of records: append-only lines with checksums
+ledger      counts: what is good, what failed, means
+run_folder  `config.json` and the files of records
+shards      several run folders -> one
+files       atomic writes and locks
+"""
 
 from __future__ import annotations
 

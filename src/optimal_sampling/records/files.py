@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, and locks that die with their process."""
+"""Files that a crash leaves either old or new, and locks that end with their process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from optimal_sampling.errors import OptimalSamplingError, RunFolderError, Storag
 
 __all__ = ["Lock", "create_folder", "disk_error", "read_json", "sync_folder", "write_atomically"]
 
-_CANNOT_WRITE_HERE = {
+_WRONG_FOLDER = {
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -27,18 +27,19 @@ _CANNOT_WRITE_HERE = {
     errno.ENAMETOOLONG,
     errno.ELOOP,
 }
+"""Errors for which another folder is needed. All others are errors of the disk."""
 
 
 def disk_error(path: Path, error: OSError) -> OptimalSamplingError:
-    """The error to raise for `error`: another folder is needed, or the disk gave out under a good one."""
+    """RunFolderError where another folder is needed, StorageError where the disk failed."""
     reason = error.strerror or str(error)
-    if error.errno in _CANNOT_WRITE_HERE:
+    if error.errno in _WRONG_FOLDER:
         return RunFolderError(f"cannot write {path}: {reason}; choose another --output-dir")
     return StorageError(f"could not write {path}: {reason}")
 
 
 def create_folder(path: Path) -> None:
-    """`mkdir -p` with errors that say what to do."""
+    """Make a folder and its parents. Raises as `disk_error` says."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,7 +47,7 @@ def create_folder(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make new names in a folder survive a power cut, where the file system can."""
+    """Put new names in a folder on the disk, where the file system can."""
     fd = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -56,33 +57,37 @@ def sync_folder(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str, *, replace: bool = True) -> bool:
-    """Write a whole file or nothing. Without `replace`, an existing file stays and the answer is False."""
+    """Write a whole file or nothing.
+
+    Without `replace`, an existing file stays as it is and the result is False.
+    """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
-        try:
-            with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            if replace or not _link(temporary, path):
-                os.replace(temporary, path)
-        except FileExistsError:
-            return False
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        _write_and_sync(temporary, text)
+        if replace or not _link(temporary, path):
+            os.replace(temporary, path)
         sync_folder(path.parent)
+    except FileExistsError:
+        return False
     except OSError as error:
         raise disk_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return True
+
+
+def _write_and_sync(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _link(source: Path, target: Path) -> bool:
     """Give `source` a second name that must be new; False where the file system has no links."""
     try:
         os.link(source, target)
-    except FileExistsError:
-        raise
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
             return False
@@ -91,9 +96,9 @@ def _link(source: Path, target: Path) -> bool:
 
 
 class Lock:
-    """An exclusive lock on a file that the system drops when the process dies, however it dies.
+    """An exclusive lock on a file, which the system drops when the process ends in any way.
 
-    A hidden file beside it names the holder, for the message of whoever comes second, and stays behind.
+    It is a hidden file beside the locked one, which names the process and stays behind.
     """
 
     def __init__(self, target: Path) -> None:
@@ -113,24 +118,23 @@ class Lock:
                 f"{target} is being written by another process ({holder or 'unknown'}); "
                 "wait for it, stop it, or choose another --output-dir or --data-slice"
             ) from None
-        self._sign()
+        self._write_holder()
 
-    def _sign(self) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk must not stop a reader of the summary; the lock itself holds
+    def _write_holder(self) -> None:
+        # The lock holds without it, so that a full disk is no error here.
+        with contextlib.suppress(OSError):
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Let go. Releasing twice is safe."""
+        """Release the lock. Releasing twice is safe."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON object written by `write_atomically`."""
+    """A JSON object from a file. Raises RunFolderError."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:

@@ -1,18 +1,15 @@
-"""Bookkeeping over records: what is good, what failed how often, and the means over all tokens.
-
-Knows nothing of files.
-"""
+"""Counts over records: which samples are good, how often others failed, means over all tokens."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-from optimal_sampling.records.schema import Key, Record, key_of
+from optimal_sampling.records.schema import FIELDS, Key, Record, key_of
 
 __all__ = ["MEANS", "Ledger", "Totals"]
 
-MEANS = ("alpha_mean", "clamped_share", "kl_student", "kl_teacher", "ess_ratio")
+MEANS = tuple(name for name, field in FIELDS.items() if field.is_mean)
 """Fields of a record that are means over its tokens."""
 
 
@@ -23,8 +20,8 @@ class Totals:
     records: int = 0
     tokens: int = 0
     finish_reasons: Counter[str] = field(default_factory=Counter)
-    _sums: Counter[str] = field(default_factory=Counter)
-    _weights: Counter[str] = field(default_factory=Counter)
+    _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
+    _weights: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MEANS, 0))
 
     def add(self, record: Record) -> None:
         """Count one good record."""
@@ -33,18 +30,20 @@ class Totals:
         self.tokens += tokens
         self.finish_reasons[record["finish_reason"]] += 1
         for name in MEANS:
-            if record[name] is not None:
-                self._sums[name] += record[name] * tokens
+            mean = record.get(name)
+            if isinstance(mean, float):
+                self._sums[name] += mean * tokens
                 self._weights[name] += tokens
 
     def mean(self, name: str) -> float | None:
-        """Mean over tokens of one of MEANS; None where there are none."""
-        return self._sums[name] / self._weights[name] if self._weights[name] else None
+        """Mean of one of MEANS over all tokens; None where there are no tokens."""
+        weight = self._weights[name]
+        return self._sums[name] / weight if weight else None
 
 
 @dataclass
 class Ledger:
-    """What a run folder holds. What is owed = what was asked - what is good."""
+    """The samples of a run folder. Owed = asked for, less the good ones."""
 
     good: set[Key] = field(default_factory=set)
     failed: dict[Key, int] = field(default_factory=dict)
@@ -52,21 +51,21 @@ class Ledger:
     totals: Totals = field(default_factory=Totals)
 
     def add(self, record: Record) -> None:
-        """Take a record into account; a good one settles its sample for ever."""
+        """Count a record. After a good one, later records of its sample change nothing."""
         key = key_of(record)
         if key in self.good:
             return
         if record["error"]:
-            self.failed[key] = max(record["attempts"], self.failed.get(key, 0))
+            self.failed[key] = max(record["attempts"], self.attempts(key))
             return
         self.failed.pop(key, None)
         self.good.add(key)
         self.totals.add(record)
 
     def attempts(self, key: Key) -> int:
-        """How often the sample has failed."""
+        """Failed attempts at a sample that is not good."""
         return self.failed.get(key, 0)
 
     def owes(self, key: Key, max_attempts: int) -> bool:
-        """Whether the sample is still to be made."""
+        """Whether the sample is neither good nor has failed `max_attempts` times."""
         return key not in self.good and self.attempts(key) < max_attempts

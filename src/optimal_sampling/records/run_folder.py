@@ -1,6 +1,7 @@
-"""The run folder: `config.json`, `records/<worker>.jsonl`, and what they say is still owed.
+"""The run folder: `config.json`, `records/<shard>.jsonl`, and the samples that are still owed.
 
-Knows nothing of datasets or engines.
+A shard is the part of a run that one data slice makes. It has one file of records, and one process
+at a time writes it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["MAY_DIFFER", "RunFolder", "differences", "load", "record_files"]
 MAY_DIFFER = frozenset(
     {
         "output_dir",  # the folder may have been moved
-        "device",  # rounding differs between devices, the distribution does not; `dtype` is compared
+        "device",  # other rounding, the same distribution; `dtype` is compared
         "trust_remote_code",  # permission, not content
         "num_examples",  # more or fewer of the same prompts
         "data_slice",
@@ -35,33 +36,40 @@ MAY_DIFFER = frozenset(
         "kv_memory_gib",
         "prefill_chunk",
         "draft_tokens",
-        "attention",  # as for the device
+        "attention",  # as `device`
         "max_attempts",
     }
 )
-"""Options that a later call on the same folder may change. All others change tokens or records, and are compared."""
+"""Options that a later call on the same folder may change.
+
+All others change tokens or records; they are compared.
+"""
 
 
 class RunFolder:
-    """A run folder opened by one worker.
+    """A run folder, opened to write the shard of a config.
 
-    Opening locks the worker's file, checks the config against the folder's, reads all records, and cuts the torn tail
-    of the own file. `ledger` then knows what is good; `add` appends to both. The first record brings `config.json`
-    with it: a call that failed before it made anything binds nobody.
+    Opening locks the shard's file, compares the config with that of the folder, reads all records
+    and cuts the torn tail of the shard's file. `ledger` then counts all records, `add` appends one.
+    `config.json` is written with the first record: a call that fails before leaves the folder free.
+
+    Raises RunFolderError, StorageError.
     """
 
     def __init__(self, config: GenerateConfig, facts: dict[str, str] | None = None) -> None:
-        """`facts`: what else must not change between calls, such as the content of the models' folders."""
+        """`facts`: what else must stay the same, such as a hash of the models' files, by name."""
         self.path = Path(config.run.output_dir)
         self._config = config
         self._facts = facts or {}
-        self._config_is_there = False
+        self._has_config = False
         self.ledger = Ledger()
         self.torn_lines = 0
+        """Lines cut from the end of the shard's file."""
         self.bad_lines = 0
-        self.file = RecordFile(self.path / "records" / f"{config.worker}.jsonl")
+        """Damaged lines of all files."""
+        self.file = RecordFile(self.path / "records" / f"{config.shard}.jsonl")
         try:
-            self._config_is_there = check_config(self.path, config, self._facts)
+            self._has_config = check_config(self.path, config, self._facts)
             self._read()
         except BaseException:
             self.file.close()
@@ -79,15 +87,15 @@ class RunFolder:
         self.file.open(own)
 
     def add(self, record: Record) -> None:
-        """Append a record."""
-        if not self._config_is_there:
+        """Append a record to the shard's file. It is on the disk after the next commit."""
+        if not self._has_config:
             write_config(self.path, self._config, self._facts)
-            self._config_is_there = True
+            self._has_config = True
         self.file.append(record)
         self.ledger.add(record)
 
     def close(self) -> None:
-        """Commit what waits and release the worker's file."""
+        """Commit the waiting records and release the shard's file."""
         self.file.close()
 
     def __enter__(self) -> Self:
@@ -108,31 +116,40 @@ def record_files(run: Path) -> list[Path]:
 
 
 def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
-    """The good records of a run folder, one per sample: the latest attempt, in the order of the files.
+    """The good records of a run folder, one per sample, in the order of the files.
 
-    With `failed`, also the last record of each sample that never succeeded. Reads twice, keeps no record.
+    With `failed`, also the last record of each sample that never succeeded.
+    Reads the files twice and keeps no record in memory. Raises RunFolderError.
     """
     files = record_files(Path(run))
     if not files:
         raise RunFolderError(f"{run} holds no records (no {Path(run) / 'records'}/*.jsonl)")
+    chosen = _latest_attempts(files)
+    for path in files:
+        for offset, record in Scan(path).with_offsets():
+            wanted = failed or not record["error"]
+            if wanted and chosen.get(key_of(record)) == (path, offset):
+                yield record
+
+
+def _latest_attempts(files: list[Path]) -> dict[Key, tuple[Path, int]]:
+    """File and offset of one record of each sample: a good one before any other."""
     best: dict[Key, tuple[bool, int, Path, int]] = {}
     for path in files:
         for offset, record in Scan(path).with_offsets():
             check_version(record, path)
+            key = key_of(record)
             entry = (not record["error"], record["attempts"], path, offset)
-            best[key_of(record)] = max(best.get(key_of(record), entry), entry)
-    for path in files:
-        for offset, record in Scan(path).with_offsets():
-            good = not record["error"]
-            if (good or failed) and best.get(key_of(record), (None,) * 4)[2:] == (path, offset):
-                yield record
+            best[key] = max(best.get(key, entry), entry)
+    return {key: (path, offset) for key, (*_, path, offset) in best.items()}
 
 
 def check_version(record: Record, path: Path) -> None:
-    """Refuse records whose fields this version may read wrongly."""
-    if record["schema_version"] != SCHEMA_VERSION:
+    """Refuse records of another version of the schema. Raises RunFolderError."""
+    version = record["schema_version"]
+    if version != SCHEMA_VERSION:
         raise RunFolderError(
-            f"{path} holds records of schema {record['schema_version']}, this version reads {SCHEMA_VERSION}; "
+            f"{path} holds records of schema {version}, this version reads {SCHEMA_VERSION}; "
             "use the version that wrote them, or another --output-dir"
         )
 
@@ -143,11 +160,12 @@ def compared(config: GenerateConfig) -> dict[str, Any]:
 
 
 def flat(config: GenerateConfig) -> dict[str, Any]:
-    """All options by name, without the sections: names are unique, they are flags too."""
-    sections = [getattr(config, item.name) for item in fields(config)]
-    return {"engine": config.engine.name} | {
-        item.name: getattr(section, item.name) for section in sections for item in fields(section)
-    }
+    """All options by name, without the sections: names are unique, as flags have to be."""
+    options: dict[str, Any] = {"engine": config.engine.name}
+    for part in fields(config):
+        section = getattr(config, part.name)
+        options |= {item.name: getattr(section, item.name) for item in fields(section)}
+    return options
 
 
 def config_hash(options: Mapping[str, Any]) -> str:
@@ -169,7 +187,7 @@ def check_config(run: Path, config: GenerateConfig, facts: dict[str, str]) -> bo
 
 
 def write_config(run: Path, config: GenerateConfig, facts: dict[str, str]) -> None:
-    """Write `config.json`. Where another worker was first, compare with what it wrote."""
+    """Write `config.json`. Where another process was first, compare with what it wrote."""
     options = compared(config) | facts
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -178,9 +196,8 @@ def write_config(run: Path, config: GenerateConfig, facts: dict[str, str]) -> No
         "compared": options,
         "may_differ": {name: value for name, value in flat(config).items() if name in MAY_DIFFER},
     }
-    if not write_atomically(
-        run / "config.json", json.dumps(document, indent=2) + "\n", replace=False
-    ):
+    text = json.dumps(document, indent=2) + "\n"
+    if not write_atomically(run / "config.json", text, replace=False):
         check_config(run, config, facts)
 
 
@@ -190,26 +207,25 @@ def _compare(path: Path, stored: Mapping[str, Any], options: Mapping[str, Any]) 
         raise RunFolderError(
             f"{path} was changed after it was written; restore it, or choose another --output-dir"
         )
-    # An option that is younger than the folder had its default then; a fact that only one side knows says nothing.
+    # Options newer than the folder had their defaults then.
     before = compared(GenerateConfig(engine=ENGINES[options["engine"]]())) | before
-    changed = differences(
-        before, {name: value for name, value in options.items() if name in before}
+    # A fact that only one of the two calls knows is not compared.
+    known = {name: value for name, value in options.items() if name in before}
+    changed = differences(before, known)
+    if not changed:
+        return
+    lines = [f"  {_flag(name)}: {old!r} there, {new!r} now" for name, old, new in changed]
+    raise RunFolderError(
+        f"{path.parent} was made with other options:\n"
+        + "\n".join(lines)
+        + "\nChoose another --output-dir, or give the options of the folder again"
     )
-    if changed:
-        raise RunFolderError(
-            f"{path.parent} was made with other options:\n"
-            + "\n".join(
-                f"  {_flag(name)}: {old!r} there, {new!r} now" for name, old, new in changed
-            )
-            + "\nChoose another --output-dir, or give the options of the folder again"
-        )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, value before, value now) of every name of `now` that differs."""
-    return [
-        (name, before.get(name), value) for name, value in now.items() if before.get(name) != value
-    ]
+    pairs = [(name, before.get(name), value) for name, value in now.items()]
+    return [(name, old, new) for name, old, new in pairs if old != new]
 
 
 def _flag(name: str) -> str:

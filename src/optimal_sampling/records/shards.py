@@ -1,4 +1,4 @@
-"""Shards of one job in several run folders, and how they become one folder again."""
+"""Merging run folders that hold the shards of one run."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from optimal_sampling.records.run_folder import differences, load
 from optimal_sampling.records.schema import Key, key_of
 from optimal_sampling.records.store import RecordFile, Scan
 
-__all__ = ["check_partition", "merge", "parse_slice"]
+__all__ = ["check_partition", "merge"]
 
 
 def check_partition(slices: Iterable[str]) -> None:
-    """Raise unless the slices are `0::n`, `1::n`, ... `n-1::n`, each once."""
-    parts = [parse_slice(text) for text in slices]
-    steps = {part.step for part in parts}
-    complete = len(steps) == 1 and all(part.stop is None for part in parts)
-    if not complete or sorted(part.start for part in parts) != list(range(steps.pop())):
+    """Raise RunFolderError unless the slices are `0::n`, `1::n`, ... `n-1::n`, each once."""
+    slices = list(slices)
+    n = len(slices)
+    parts = sorted((parse_slice(text) for text in slices), key=lambda part: part.start)
+    if parts != [slice(start, None, n) for start in range(n)]:
         raise RunFolderError(f"the shards are no partition of the dataset: {', '.join(slices)}")
 
 
 def merge(shards: Sequence[str | Path], target: str | Path) -> int:
-    """Write the good records of finished shards into a new run folder; the number of records.
+    """Write the good records of finished shards into a new run folder; returns their number.
 
-    Checks that all were made with the same options, that their slices cover the dataset once, and that each holds as
-    many samples as its summary says were asked for. A prompt that is in two shards is kept once: its tokens are the
-    same.
+    `shards` are run folders. All must have the same options, their slices must cover the dataset
+    once, and each must hold as many samples as its summary says were asked for. A sample that two
+    shards hold is written once: its tokens are the same in both. Raises RunFolderError.
     """
-    folders, target = [Path(shard) for shard in shards], Path(target)
+    folders = [Path(shard) for shard in shards]
+    target = Path(target)
     if not folders:
         raise RunFolderError("there is no shard to merge")
     if target.exists() and any(target.iterdir()):
@@ -47,8 +48,9 @@ def merge(shards: Sequence[str | Path], target: str | Path) -> int:
         for folder in folders:
             keys: set[Key] = set()
             for record in load(folder):
-                keys.add(key_of(record))
-                if key_of(record) not in kept:
+                key = key_of(record)
+                keys.add(key)
+                if key not in kept:
                     file.append(record)
             kept |= keys
             _check_count(folder, len(keys))
@@ -65,7 +67,8 @@ def _common_config(folders: Sequence[Path]) -> dict[str, Any]:
             raise RunFolderError(
                 f"{folders[0]} and {folder} were made with different options: {names}"
             )
-    check_partition([document["may_differ"]["data_slice"] or "0::1" for document in documents])
+    slices = [document["may_differ"]["data_slice"] for document in documents]
+    check_partition([part or "0::1" for part in slices])
     return first | {"may_differ": first["may_differ"] | {"data_slice": None}}
 
 

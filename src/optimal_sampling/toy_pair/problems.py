@@ -1,6 +1,6 @@
-"""Arithmetic problems of 1 to 5 steps, their solutions in four styles, and how to grade an answer.
+"""Arithmetic problems of 1 to 5 steps, their solutions in four styles, and the grading of answers.
 
-Plain Python: knows nothing of models or tokenizers. Everything is a function of a seed.
+Everything is a function of a seed. Plain Python, without models or tokenizers.
 """
 
 import random
@@ -28,14 +28,14 @@ def exact(left: int, operator: str, right: int, index: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """`numbers[0] operators[0] numbers[1] ...`, where left to right is also the order of precedence."""
+    """`numbers[0] operators[0] numbers[1] ...`; precedence and left to right agree."""
 
     numbers: tuple[int, ...]
     operators: str
 
     @property
     def steps(self) -> int:
-        """How many operations it has."""
+        """Number of operations."""
         return len(self.operators)
 
     @property
@@ -45,22 +45,22 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """What the user asks."""
+        """The user turn."""
         return f"{self.expression}=?"
 
     @property
     def answer(self) -> str:
-        """The true result."""
+        """The true result, in digits."""
         return str(results(self)[-1][3])
 
     @property
     def solution(self) -> str:
-        """Worked out without a mistake, in style A."""
+        """The worked solution in style A, without mistakes."""
         return solve(self)
 
 
 def make_problem(seed: int, index: int, steps: int | None = None) -> Problem:
-    """Problem `index` of the stream `seed`; with 1 to 5 steps, all equally likely, unless told."""
+    """Problem `index` of a seed. `steps=None`: 1 to 5 steps, all equally likely."""
     rng = random.Random(f"problem:{seed}:{index}")
     length = rng.randint(1, MAX_STEPS)
     steps = length if steps is None else steps
@@ -81,12 +81,11 @@ def make_problem(seed: int, index: int, steps: int | None = None) -> Problem:
 
 
 def results(problem: Problem, compute: Compute = exact) -> list[Step]:
-    """The operations in order; a wrong result of `compute` is carried on."""
+    """The operations in order; the next one starts from the result of `compute`, even a wrong one."""
     steps: list[Step] = []
     value = problem.numbers[0]
-    for index, (operator, number) in enumerate(
-        zip(problem.operators, problem.numbers[1:], strict=True)
-    ):
+    operations = zip(problem.operators, problem.numbers[1:], strict=True)
+    for index, (operator, number) in enumerate(operations):
         result = compute(value, operator, number, index)
         steps.append((value, operator, number, result))
         value = result
@@ -94,27 +93,27 @@ def results(problem: Problem, compute: Compute = exact) -> list[Step]:
 
 
 def solve(problem: Problem, style: Style = "A", compute: Compute = exact) -> str:
-    """The worked solution. Styles part after the first operation, not at the first token.
+    """The worked solution. Styles differ from the end of the first operation on.
 
     A terse, B with partial results, C one line per step, D a chain of shrinking expressions.
     """
     steps = results(problem, compute)
     box = rf"\boxed{{{steps[-1][3]}}}"
     if style == "A":
-        return (
-            "; ".join(f"{left}{op}{right}={result}" for left, op, right, result in steps)
-            + f". {box}"
-        )
+        lines = [f"{left}{op}{right}={result}" for left, op, right, result in steps]
+        return f"{'; '.join(lines)}. {box}"
     if style == "B":
-        return "; ".join(map(_with_partial_results, steps)) + f". {box}"
+        lines = [_with_partial_results(step) for step in steps]
+        return f"{'; '.join(lines)}. {box}"
     if style == "C":
-        return "".join(f"{left}{op}{right}=({result})\n" for left, op, right, result in steps) + box
+        lines = [f"{left}{op}{right}=({result})\n" for left, op, right, result in steps]
+        return "".join([*lines, box])
     chain = [f"{result}{_tail(problem, index + 1)}" for index, (*_, result) in enumerate(steps)]
-    return "=".join([problem.expression, *chain]) + f". {box}"
+    return f"{'='.join([problem.expression, *chain])}. {box}"
 
 
 def hinted(text: str, hint: str) -> str:
-    """The user turn of a prompt that also holds an answer or a solution."""
+    """A user turn that also shows an answer or a solution."""
     return f"{text}\nHint: {hint}"
 
 
@@ -122,11 +121,11 @@ def wrong(result: int, rng: random.Random) -> int:
     """A plausible wrong result: off by one, two, ten, twenty or a hundred."""
     offsets = [sign * size for sign in (1, -1) for size in (1, 2, 10, 20, 100)]
     near = [result + offset for offset in offsets if 0 <= result + offset <= LARGEST]
-    return rng.choice(near or [LARGEST])  # mistakes upon mistakes can leave the range
+    return rng.choice(near or [LARGEST])  # after several mistakes no offset may be in range
 
 
 def wrong_at(problem: Problem, steps: Collection[int], rng: random.Random) -> Compute:
-    """Right but for some steps, the same each time it is asked; other steps carry the mistakes on."""
+    """A `compute` with a fixed wrong result at some steps; later steps start from it."""
     mistaken = {step: wrong(results(problem)[step][3], rng) for step in sorted(steps)}
 
     def compute(left: int, operator: str, right: int, index: int) -> int:
@@ -136,7 +135,7 @@ def wrong_at(problem: Problem, steps: Collection[int], rng: random.Random) -> Co
 
 
 def boxed(completion: str) -> str | None:
-    r"""What the last complete `\boxed{...}` holds, with braces balanced."""
+    r"""Content of the last complete `\boxed{...}`, with balanced braces."""
     start = completion.rfind(r"\boxed{")
     while start >= 0:
         inside = completion[start + len(r"\boxed{") :]
@@ -158,7 +157,7 @@ def is_correct(completion: str, answer: str) -> bool:
 
 
 def synthetic_rows(seed: int, n: int) -> Iterator[dict[str, str | int]]:
-    """Rows of the data set `synthetic`: the first `n` problems of a seed."""
+    """Rows of the dataset `synthetic`: the first `n` problems of a seed."""
     for index in range(n):
         problem = make_problem(seed, index)
         yield {

@@ -1,6 +1,7 @@
 """The byte-level tokenizer of the shipped pair: one token per byte and a few markers.
 
-Any text goes through unchanged, digits are always apart. Needs `tokenizers` and `transformers`, not torch.
+Any text survives encoding and decoding; each digit is a token. Needs `tokenizers` and
+`transformers`, not torch.
 """
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

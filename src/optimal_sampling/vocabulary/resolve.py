@@ -1,4 +1,4 @@
-"""From the name a user types to something Transformers can load."""
+"""The name of a model, as a user types it -> a folder or a hub id that Transformers can load."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def resolve_model(name: str) -> str:
-    """The folder of a shipped model, an existing folder as it is, or a hub id as it is.
+    """The folder of a shipped model, an existing folder, or a hub id.
 
-    Looks at names and folders only: whether a hub id exists is found out when it is loaded.
-    Raises ModelError where a folder is meant and is missing, or holds no `config.json`.
+    Only names and folders are checked: a hub id that does not exist is an error when it is loaded.
+    Raises ModelError where a folder is meant and is missing, or has no `config.json`.
     """
     from optimal_sampling import toy_pair
 
     if not name.strip():
         raise ModelError(
-            "the name of a model is empty; give a folder, a hub id, or `toy-teacher` / `toy-student`"
+            "the name of a model is empty; "
+            "give a folder, a hub id, or `toy-teacher` / `toy-student`"
         )
     if name in toy_pair.NAMES:
         return _model_folder(name, Path(toy_pair.path(name)))

@@ -1,4 +1,6 @@
-"""Rows become prompts: templates and LaTeX, chat templates, thinking, privileged context, rows that make no prompt."""
+"""Rows become prompts: templates and LaTeX, chat templates, thinking, privileged context, rows that
+make no prompt.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimal_sampling.config import PromptConfig
-from optimal_sampling.errors import ConfigError
-from optimal_sampling.vocabulary import (
-    PromptError,
-    PromptRenderer,
-    Vocabulary,
-    conversation_of,
-    problem_of,
+from optimal_sampling.errors import ConfigError, PromptError
+from optimal_sampling.prompts import PromptRenderer
+from optimal_sampling.prompts.rows import conversation_of
+from optimal_sampling.prompts.template import fill, names_in
+from optimal_sampling.vocabulary import Vocabulary
+from tests.vocabulary.conftest import (
+    ALWAYS_OPEN,
+    END,
+    SWITCHED,
+    TEXT_END,
+    make_tokenizer,
+    vocabulary_of,
 )
-from optimal_sampling.vocabulary.template import fill, names_in
-
-from .conftest import ALWAYS_OPEN, END, SWITCHED, TEXT_END, make_tokenizer, vocabulary_of
 
 VOCABULARY = vocabulary_of()
 PLAIN = PromptConfig(chat_template=False)
-# Any text of a dataset: Unicode without surrogates, biased towards what templates and LaTeX are made of.
+# Any text of a dataset: Unicode without surrogates, with many characters of templates and LaTeX.
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),
     st.text(st.sampled_from(list("{}\\ problemansw_^$%1\n"))),
@@ -78,7 +82,7 @@ def test_template_without_names_is_itself(template: str) -> None:
 
 
 def test_unknown_column_lists_what_there_is() -> None:
-    """Guards: a typing error in a template found out after a night of prompts that held `{anwser}`."""
+    """Guards: a typing error in a template found after a night of prompts with `{anwser}`."""
     config = PromptConfig(teacher_template="{problem} {anwser}")
     with pytest.raises(
         ConfigError, match=r"asks for \{anwser\}, but the rows have: answer, problem"
@@ -142,9 +146,9 @@ def test_problem_is_found_in_every_known_form() -> None:
     conversation = conversation_of({"messages": turns})
     assert (conversation.problem, conversation.system) == ("three", "S")
     assert conversation.history == (("user", "one"), ("assistant", "two"))
-    assert problem_of({"prompt": turns[:2]}) == "one"
-    assert problem_of({"question": "q", "prompt": "p"}) == "q"
-    assert problem_of({"question": "q", "x": 7}, "x") == "7"
+    assert conversation_of({"prompt": turns[:2]}).problem == "one"
+    assert conversation_of({"question": "q", "prompt": "p"}).problem == "q"
+    assert conversation_of({"question": "q", "x": 7}, "x").problem == "7"
 
 
 def test_earlier_turns_and_the_rows_system_prompt_are_rendered() -> None:
@@ -155,7 +159,10 @@ def test_earlier_turns_and_the_rows_system_prompt_are_rendered() -> None:
         ]
     }
     rendered = PromptRenderer(PromptConfig(teacher_system_prompt="T"), VOCABULARY).render(row)
-    tail = "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\nu<|im_end|>\n"
+    user, assistant = (
+        f"<|im_start|>{role}\n{role[0]}<|im_end|>\n" for role in ("user", "assistant")
+    )
+    tail = f"{user}{assistant}{user}"
     assert (
         rendered.student_text == f"<|im_start|>system\ns<|im_end|>\n{tail}<|im_start|>assistant\n"
     )
@@ -244,11 +251,16 @@ def test_think_tags_in_user_text_are_no_open_block() -> None:
     config = PromptConfig(
         teacher_template="{problem} Reason after <think>.", teacher_system_prompt="Use <think>."
     )
-    assert PromptRenderer(config, VOCABULARY).render({"problem": "<think> is a tag?"})
+    renderer = PromptRenderer(config, VOCABULARY)
+    rendered = renderer.render({"problem": "<think> is a tag?"})
+    assert "<think> is a tag? Reason after <think>.<|im_end|>" in rendered.teacher_text
+    assert renderer.notes == ()
 
 
 def test_closed_block_on_one_side_and_ignored_switch_are_noted() -> None:
-    """Guards: thinking=off that one of the models does not understand, found out from the completions."""
+    """Guards: thinking=off that one of the models does not understand, found out from the
+    completions.
+    """
     renderer = PromptRenderer(
         PromptConfig(thinking="off"),
         vocabulary_of(make_tokenizer(chat_template=SWITCHED), make_tokenizer()),
@@ -259,7 +271,8 @@ def test_closed_block_on_one_side_and_ignored_switch_are_noted() -> None:
 
 def test_chat_template_that_refuses_a_system_prompt_is_a_config_error() -> None:
     """Guards: every row of a run failing for the same reason, one by one."""
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    refusal = "{{ raise_exception('no system role') }}"
+    strict = "{% if messages[0]['role'] == 'system' %}" + refusal + "{% endif %}x"
     vocabulary = vocabulary_of(make_tokenizer(chat_template=strict))
     with pytest.raises(ConfigError, match="system prompt: no system role"):
         PromptRenderer(PromptConfig(student_system_prompt="S"), vocabulary)
@@ -276,7 +289,9 @@ def bos_tokenizer(adds: str = "<s> $A") -> Any:
 
 @pytest.mark.parametrize(("chat", "text"), [(True, "p"), (False, "p"), (False, "<s>p")])
 def test_bos_is_there_once(chat: bool, text: str) -> None:
-    """Guards: the BOS of the chat template and the tokenizer's own one after another, which shifts every logit."""
+    """Guards: the BOS of the chat template and the tokenizer's own one after another, which shifts
+    every logit.
+    """
     tokenizer = bos_tokenizer()
     renderer = PromptRenderer(PromptConfig(chat_template=chat), vocabulary_of(tokenizer))
     assert renderer.render_texts(text).student_ids == (tokenizer.bos_token_id, ord("p"))
@@ -289,7 +304,9 @@ def test_plain_prompt_does_not_end_with_eos() -> None:
 
 
 def test_raw_texts_are_the_prompts() -> None:
-    """Guards: user turns of the seeds' `prompts`/`prompts_t` filled as templates, or one of them used for both."""
+    """Guards: user turns of the seeds' `prompts`/`prompts_t` filled as templates, or one of them
+    used for both.
+    """
     rendered = plain(
         PromptConfig(chat_template=False, student_template="never {problem}")
     ).render_texts("{answer}", "<|im_start|>user\n")
@@ -311,7 +328,9 @@ def test_long_prompt_is_whole() -> None:
 
 
 def test_prompt_id_without_a_row_in_the_model_is_an_error() -> None:
-    """Guards: an index error (on a GPU: a dead process) for a marker that the model has no embedding for."""
+    """Guards: an index error (on a GPU: a dead process) for a marker that the model has no
+    embedding for.
+    """
     vocabulary = Vocabulary(
         258, frozenset({257}), 0, make_tokenizer(), make_tokenizer(), student_rows=258
     )

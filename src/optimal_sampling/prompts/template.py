@@ -1,7 +1,7 @@
-"""`{column}` in a user turn.
+"""`{column}` in the text of a user turn.
 
-Problems and answers are full of LaTeX, so this is no `str.format`: what stands in a value is never read, and of a
-template only `{name}` is, where name is an identifier.
+Problems and answers are full of LaTeX, so `str.format` cannot be used: values are never parsed, and
+of a template only `{name}` is, where name is an identifier.
 
     {problem}        the value of that column
     {{problem}}      the text {problem}
@@ -18,9 +18,13 @@ from collections.abc import Callable, Mapping
 
 __all__ = ["fill", "names_in", "value_text"]
 
-_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _FIELD = re.compile(
-    rf"\{{\{{\{{(?P<braced>{_NAME})\}}\}}\}}|\{{\{{(?P<literal>(?:{_NAME})?)\}}\}}|\{{(?P<name>{_NAME})\}}"
+    r"""
+      \{\{\{ (?P<braced>  [A-Za-z_][A-Za-z0-9_]*)    \}\}\}
+    | \{\{   (?P<literal> ([A-Za-z_][A-Za-z0-9_]*)?) \}\}
+    | \{     (?P<name>    [A-Za-z_][A-Za-z0-9_]*)    \}
+    """,
+    re.VERBOSE,
 )
 
 
@@ -44,7 +48,7 @@ def fill(template: str, text_of: Callable[[str], str]) -> str:
 
 
 def value_text(value: object) -> str | None:
-    """A column's value as a prompt shows it; None where there is none (null, or the NaN that stands for it)."""
+    """A column's value as a prompt shows it; None for null and for the NaN that stands for null."""
     if value is None or value != value:
         return None
     if isinstance(value, str):
