@@ -118,7 +118,7 @@ def prompts(setup: Setup, batch: int, repeat: int) -> list[list[int]]:
 def vllm_run(setup: Setup, core: Any) -> Run:
     """All requests at once, stepped until they are done."""
     from optimal_sampling.config import MixtureConfig
-    from optimal_sampling.engines.vllm.options import RequestOptions
+    from optimal_sampling.engines.vllm.request_options import RequestOptions
     from vllm import SamplingParams
 
     def run(batch: int, new: int, repeat: int, trace: str) -> int:

@@ -15,12 +15,12 @@ from typing import Any
 
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine, prompt_problem
-from optimal_sampling.engines.vllm.launch import (
+from optimal_sampling.engines.vllm.engine_arguments import (
     draft_tokens_of,
     engine_arguments,
     prepare_environment,
 )
-from optimal_sampling.engines.vllm.options import Mode, RequestOptions, TraceLevel
+from optimal_sampling.engines.vllm.request_options import Mode, RequestOptions, TraceLevel
 from optimal_sampling.errors import EngineError
 from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Request, TokenTrace
 from optimal_sampling.vocabulary import Vocabulary

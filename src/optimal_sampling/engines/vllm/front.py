@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
 from optimal_sampling.engines.vllm.engine import VllmEngine
-from optimal_sampling.engines.vllm.traces import alpha_summary
+from optimal_sampling.engines.vllm.trace_store import alpha_summary
 from optimal_sampling.errors import ConfigError, PromptError
 from optimal_sampling.types import AlphaMethod, Completion, Request, prompt_id
 from optimal_sampling.vocabulary import PromptRenderer, RenderedPrompt, Vocabulary
