@@ -80,15 +80,15 @@ def plain_core(setup: Setup, model: str, **settings: Any) -> Any:
 
 def composite_core(setup: Setup) -> Any:
     """vLLM with both models in it."""
-    from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+    from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
     from optimal_sampling.engines.vllm.engine import VllmEngine
 
     settings = vllm_settings(setup)
-    options = EngineConfig(batch_size=settings.pop("max_num_seqs"))
-    models = ModelConfig(teacher=setup.teacher, student=setup.student)
     drafts = setup.drafts if setup.engine == "drafts" else 0
+    options = VllmOptions(batch_size=settings.pop("max_num_seqs"), draft_tokens=drafts)
+    models = ModelConfig(teacher=setup.teacher, student=setup.student)
     return VllmEngine.load(
-        models, MixtureConfig(), options, vocabulary_of(setup), drafts, settings
+        models, MixtureConfig(), options, vocabulary_of(setup), settings=settings
     ).core
 
 
@@ -117,9 +117,10 @@ def prompts(setup: Setup, batch: int, repeat: int) -> list[list[int]]:
 
 def vllm_run(setup: Setup, core: Any) -> Run:
     """All requests at once, stepped until they are done."""
+    from vllm import SamplingParams
+
     from optimal_sampling.config import MixtureConfig
     from optimal_sampling.engines.vllm.request_options import RequestOptions
-    from vllm import SamplingParams
 
     def run(batch: int, new: int, repeat: int, trace: str) -> int:
         extra = RequestOptions(trace=trace).extra_args(MixtureConfig()) if trace != "off" else None
@@ -138,13 +139,13 @@ def vllm_run(setup: Setup, core: Any) -> Run:
 
 def local_run(setup: Setup) -> Run:
     """This package's local engine, in lockstep."""
-    from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+    from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig
     from optimal_sampling.engines import open_engine
     from optimal_sampling.types import Request
 
     models = ModelConfig(teacher=setup.teacher, student=setup.student)
-    options = EngineConfig(batch_size=setup.batch, batch_invariant=False, draft_tokens=0)
-    engine = open_engine("local", models, MixtureConfig(), options, vocabulary_of(setup))
+    options = LocalOptions(batch_size=setup.batch, batch_invariant=False, draft_tokens=0)
+    engine = open_engine(options, models, MixtureConfig(), vocabulary_of(setup))
 
     def run(batch: int, new: int, repeat: int, trace: str) -> int:
         requests = [

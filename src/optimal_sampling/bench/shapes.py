@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from optimal_sampling.bench.workload import Bench, Workload
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
+from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
+from optimal_sampling.engines.device import resolve_device, resolve_dtype
 from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
-from optimal_sampling.engines.local.loading import resolve_device, resolve_dtype
 from optimal_sampling.engines.local.paged.forward import PagedRunner
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Request
@@ -204,7 +204,7 @@ class ShapeBench(Bench):
             "teacher": teacher,
             "student": teacher if self.shared else self._random("student"),
         }
-        options = EngineConfig(batch_invariant=batch_invariant)
+        options = LocalOptions(batch_invariant=batch_invariant)
         pair = LoadedPair.of(models, self.vocabulary.size, options)
         return LocalEngine(pair, MixtureConfig(), options, self.vocabulary)
 

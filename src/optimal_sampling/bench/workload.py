@@ -14,11 +14,11 @@ import torch
 
 from optimal_sampling.bench.roofline import memory_bandwidth
 from optimal_sampling.bench.watch import MeasuringDrawer, Watch
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
-from optimal_sampling.engines.local.engine import LocalEngine, Mode
-from optimal_sampling.engines.local.loading import resolve_device, resolve_dtype
+from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
+from optimal_sampling.engines.device import resolve_device, resolve_dtype
+from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.toy_pair.problems import synthetic_rows
-from optimal_sampling.types import Completion, Request, prompt_id
+from optimal_sampling.types import Completion, Mode, Request, prompt_id
 from optimal_sampling.vocabulary import PromptRenderer, Vocabulary, resolve_model
 
 __all__ = ["Bench", "Workload", "describe_lengths"]
@@ -118,10 +118,14 @@ class Bench:
         key = batch_invariant and self.padded
         if key not in self._engines:
             self._engines[key] = self._load(key)
-        engine = self._engines[key].with_mixture(
-            batch_size=batch_size, mode=mode, draft_tokens=draft_tokens, capture=capture
+        loaded = self._engines[key]
+        options = replace(
+            loaded.options,
+            batch_size=batch_size,
+            draft_tokens=draft_tokens,
+            kv_memory_gib=kv_memory_gib,
         )
-        engine.options = replace(engine.options, kv_memory_gib=kv_memory_gib)
+        engine = loaded.view(mode=mode, options=options, capture=capture)
         rate = self.acceptance if acceptance is None else acceptance
         engine.drawer = partial(MeasuringDrawer, acceptance=rate, watch=watch)
         if not workload.natural_end:
@@ -153,7 +157,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def _load(self, batch_invariant: bool) -> LocalEngine:
-        options = EngineConfig(batch_invariant=batch_invariant)
+        options = LocalOptions(batch_invariant=batch_invariant)
         return LocalEngine.load(self.models, MixtureConfig(), options, self.vocabulary)
 
     def _load_stock(self, role: str) -> Any:

@@ -12,12 +12,12 @@ from typing import Any
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.engines.vllm.request_options import (
     RESERVED_KEYS,
-    Mode,
     RequestOptions,
     TraceLevel,
     mixture_from,
 )
 from optimal_sampling.errors import ConfigError
+from optimal_sampling.types import Mode
 from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = [

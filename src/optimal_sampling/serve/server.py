@@ -8,13 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
-from optimal_sampling.engines.vllm.engine_arguments import (
-    draft_tokens_of,
-    engine_arguments,
-    prepare_environment,
-    scheduling_arguments,
-)
+from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
+from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.serve.request_body import ServerSettings
 from optimal_sampling.vocabulary import Vocabulary
@@ -32,8 +27,8 @@ class ServeConfig:
     models: ModelConfig = field(default_factory=ModelConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """Defaults of requests; temperature, top_p and top_k are each request's own."""
-    options: EngineConfig = field(
-        default_factory=lambda: EngineConfig(batch_size=256, prefill_chunk=8192)
+    engine: VllmOptions = field(
+        default_factory=lambda: VllmOptions(batch_size=256, prefill_chunk=8192)
     )
     host: str = "127.0.0.1"
     """Address to listen on. Any other than this machine's own needs an API key."""
@@ -71,7 +66,7 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
         raise ConfigError(
             f"host {config.host} can be reached from elsewhere: set {KEY_VARIABLE} to an API key"
         )
-    prepare_environment(config.options)
+    prepare_environment()
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 
@@ -92,16 +87,14 @@ def _is_loopback(host: str) -> bool:
 
 def _vllm_arguments(config: ServeConfig, vocabulary: Vocabulary) -> dict[str, Any]:
     """vLLM's engine arguments."""
-    draft_tokens = draft_tokens_of(config.options)
-    given = scheduling_arguments(config.options, draft_tokens)
-    given |= {
+    given: dict[str, Any] = {
         "disable_log_stats": False,
         "generation_config": "vllm",  # a model's own defaults would truncate q* unasked
     }
     for name in ("max_model_len", "gpu_memory_utilization"):
         if getattr(config, name) is not None:
             given[name] = getattr(config, name)
-    return engine_arguments(config.models, config.mixture, vocabulary, draft_tokens, given)
+    return engine_arguments(config.models, config.mixture, config.engine, vocabulary, given)
 
 
 def _settings(

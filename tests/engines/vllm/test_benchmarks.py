@@ -33,11 +33,11 @@ def test_the_gpu_script_with_small_shapes():
 def test_one_engine_nested_in_another_mixes(folders, monkeypatch):
     """Guards: a rival that is slow because it does something else."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
+    from vllm import SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     from engines import Setup, plain_core
     from nested import StudentInside
-    from vllm import SamplingParams
 
     pair = Pair(folders["student"], folders["teacher"])
     paths = {"student": pair.student, "teacher": pair.teacher}

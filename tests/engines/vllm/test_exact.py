@@ -19,8 +19,9 @@ LIMIT = 1e-5  # largest error of a log-probability above e^-20
 
 def full_rows(engine, mixture, student_ids, teacher_ids, new=4, mode="mixture"):
     """Tokens of one completion and, for each, vLLM's log-probability of every token id."""
-    from optimal_sampling.engines.vllm.request_options import RequestOptions
     from vllm import SamplingParams
+
+    from optimal_sampling.engines.vllm.request_options import RequestOptions
 
     ids = tuple(student_ids) if student_ids != teacher_ids else None
     extra = RequestOptions(mixture, mode, student_ids=ids).extra_args(engine.base)

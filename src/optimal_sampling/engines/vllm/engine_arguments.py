@@ -6,24 +6,18 @@ for its platform and the names of its arguments.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.vllm.plugin import ARCHITECTURE, check_version, register
 from optimal_sampling.engines.vllm.request_options import OPTIONS
-from optimal_sampling.errors import ConfigError
+from optimal_sampling.errors import ConfigError, did_you_mean
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
-__all__ = [
-    "draft_tokens_of",
-    "engine_arguments",
-    "prepare_environment",
-    "scheduling_arguments",
-]
+__all__ = ["engine_arguments", "prepare_environment"]
 
 _ONE_DEVICE = "parallelism over several devices (run one process per device on a slice of the data)"
 _REFUSED = {
@@ -65,23 +59,12 @@ _CPU_KV_BYTES = 1 << 30
 _OFF = (None, False, 0, 1)
 
 
-def draft_tokens_of(options: EngineConfig) -> int:
-    """Tokens drafted per step. `auto` is 0: vLLM has one number for batches of any size."""
-    return 0 if options.draft_tokens == "auto" else options.draft_tokens
-
-
-def prepare_environment(options: EngineConfig) -> None:
-    """Register the model classes. Raises ConfigError for options or settings that cannot work."""
-    if options.attention != "auto":
-        raise ConfigError(
-            f"attention {options.attention!r} is the local engine's; vLLM chooses its own: "
-            "leave it out"
-        )
+def prepare_environment() -> None:
+    """Register the model classes. Raises ConfigError for settings of vLLM that cannot work."""
     check_version()
     register()
-    from vllm.triton_utils import HAS_TRITON
-
     from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
 
     if envs.VLLM_USE_V2_MODEL_RUNNER and not HAS_TRITON:
         raise ConfigError(
@@ -90,31 +73,17 @@ def prepare_environment(options: EngineConfig) -> None:
         )
 
 
-def scheduling_arguments(options: EngineConfig, draft_tokens: int) -> dict[str, Any]:
-    """vLLM's arguments for batch size, tokens per step and KV memory."""
-    arguments = {
-        "max_num_seqs": options.batch_size,
-        "max_num_batched_tokens": max(
-            options.prefill_chunk, options.batch_size * (draft_tokens + 1)
-        ),
-    }
-    if options.kv_memory_gib is not None:
-        arguments["kv_cache_memory_bytes"] = int(options.kv_memory_gib * 2**30)
-    return arguments
-
-
 def engine_arguments(
     models: ModelConfig,
     mixture: MixtureConfig,
+    options: VllmOptions,
     vocabulary: Vocabulary,
-    draft_tokens: int = 0,
-    given: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Arguments of vLLM's `EngineArgs`. `given` are the caller's own, by vLLM's names, and win.
 
     Raises ConfigError for what cannot work, ModelError where a model is missing.
     """
-    given = dict(given or {})
     _check_given(given)
     _check_models(models)
     teacher, student = resolve_model(models.teacher), resolve_model(models.student)
@@ -128,15 +97,19 @@ def engine_arguments(
         "logprobs_mode": "processed_logprobs",
         "hf_overrides": _overrides(models, teacher, student, mixture, vocabulary),
         "disable_log_stats": True,
+        "max_num_seqs": options.batch_size,
+        "max_num_batched_tokens": options.tokens_per_step,
     }
     arguments |= _context_argument(vocabulary, given)
+    if options.drafts_per_step:
+        arguments["speculative_config"] = _speculation(student, options.drafts_per_step)
+        arguments["hf_overrides"] = _overrides_with_draft(arguments["hf_overrides"], vocabulary)
     if _on_cpu():
         # A share of the system's memory is no budget, and compiling takes longer than it saves.
-        given.pop("gpu_memory_utilization", None)
+        given = {name: value for name, value in given.items() if name != "gpu_memory_utilization"}
         arguments |= {"kv_cache_memory_bytes": _CPU_KV_BYTES, "enforce_eager": True}
-    if draft_tokens:
-        arguments["speculative_config"] = _speculation(student, draft_tokens)
-        arguments["hf_overrides"] = _overrides_with_draft(arguments["hf_overrides"], vocabulary)
+    if options.kv_memory_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(options.kv_memory_gib * 2**30)
     return {**arguments, **given}
 
 
@@ -206,8 +179,6 @@ def _speculation(student: str, draft_tokens: int) -> dict[str, Any]:
 
     vLLM's accept-reject rule then leaves the distribution that is drawn from unchanged.
     """
-    if draft_tokens < 0:
-        raise ConfigError(f"draft_tokens must be at least 0, got {draft_tokens}")
     return {
         "method": "draft_model",
         "model": student,
@@ -229,8 +200,7 @@ def _check_given(given: Mapping[str, Any]) -> None:
                 f"{name}={value!r}: the vLLM engine does not support {_REFUSED[name]}"
             )
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, known)
             raise ConfigError(f"unknown option {name!r}, and vLLM has no such argument{hint}")
 
 

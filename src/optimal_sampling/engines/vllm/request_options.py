@@ -14,13 +14,14 @@ from typing import Any, Literal, get_args
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.errors import ConfigError
+from optimal_sampling.types import Mode
 
 __all__ = [
+    "MODES",
     "OPTIONS",
     "RESERVED_KEYS",
     "STUDENT_IDS",
     "TEACHER_IDS",
-    "Mode",
     "RequestOptions",
     "TraceLevel",
     "is_teacher_only",
@@ -39,7 +40,9 @@ TEACHER_IDS = "optimal_sampling_teacher_ids"
 RESERVED_KEYS = frozenset({OPTIONS, STUDENT_IDS, TEACHER_IDS})
 """Keys of `extra_args` that a client of the server cannot set."""
 
-Mode = Literal["mixture", "teacher"]
+MODES: frozenset[Mode] = frozenset({"mixture", "teacher"})
+"""Modes of a request."""
+
 TraceLevel = Literal["off", "alpha", "full"]
 
 _SAMPLED_BY_VLLM = frozenset({"temperature", "top_k", "top_p"})
@@ -108,7 +111,7 @@ class RequestOptions:
         values = _parse_options(given.get(OPTIONS, "{}"))
         mode = values.get("mode", "mixture")
         trace = values.get("trace", "off")
-        if mode not in get_args(Mode) or trace not in get_args(TraceLevel):
+        if mode not in MODES or trace not in get_args(TraceLevel):
             raise ConfigError(f"mode {mode!r} or trace {trace!r} is not known")
         sampled = {"temperature": float(temperature) or 1.0, "top_k": -1, "top_p": 1.0}
         mixture = mixture_from({**values.get("mixture", {}), **sampled}, base)
