@@ -37,12 +37,14 @@ def passed(asked, headers, parts, status=200):
     async def send(message):
         sent.append(message)
 
-    async def fetch(beginnings):
-        fetched.extend(beginnings)
-        return {name: TRACES[int(name.split("_")[0])] for name in beginnings}
+    class EngineClient:
+        async def collective_rpc(self, method, args):
+            assert method == "take_traces_by_prefix"
+            fetched.extend(args[0])
+            return [{prefix: TRACES[int(prefix.split("_")[0])] for prefix in args[0]}]
 
     async def answer():
-        report = AlphaStatsSender(asked, fetch, send)
+        report = AlphaStatsSender(asked, EngineClient(), send)
         await report({"type": "http.response.start", "status": status, "headers": list(headers)})
         for place, part in enumerate(parts):
             more = place < len(parts) - 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +20,10 @@ from optimal_sampling.engines.vllm.trace_store import TraceRows, Traces, alpha_s
 from optimal_sampling.serve.request_body import ALPHA_STATS, COMPLETIONS, RequestError, Route
 from optimal_sampling.types import TRACE_FIELDS
 
-__all__ = ["AlphaStatsRequest", "AlphaStatsSender", "FetchTraces", "summarize"]
+__all__ = ["AlphaStatsRequest", "AlphaStatsSender", "summarize"]
 
 _HISTORY = ("alpha", "clamped", "kl_student", "kl_teacher")
 _MEANS = ("kl_student", "kl_teacher")
-
-FetchTraces = Callable[[list[str]], Awaitable[Traces]]
-"""Prefixes of vLLM's request ids -> traces by prefix."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +69,12 @@ class AlphaStatsSender:
     """An ASGI `send` that adds `alpha_stats` to every finished choice.
 
     A stream is changed event by event, another successful response when its body is complete.
-    Error responses are sent unchanged.
+    Error responses are sent unchanged. `engine_client`: vLLM's, by which traces are fetched.
     """
 
-    def __init__(self, request: AlphaStatsRequest, fetch: FetchTraces, send: Send) -> None:
+    def __init__(self, request: AlphaStatsRequest, engine_client: Any, send: Send) -> None:
         self.request = request
-        self.fetch = fetch
+        self.engine_client = engine_client
         self.send = send
         self._send_part: Send = send
         self._start: Message = {}
@@ -135,7 +132,10 @@ class AlphaStatsSender:
         if not finished:
             return text
         prefixes = [self.request.id_prefix(choice["index"]) for choice in finished]
-        traces = await self.fetch(prefixes)
+        replies: list[Traces] = await self.engine_client.collective_rpc(
+            "take_traces_by_prefix", args=(prefixes,)
+        )
+        traces = replies[0]  # of the one worker
         for choice, prefix in zip(finished, prefixes, strict=True):
             rows, error = traces[prefix]
             rows = rows[: self._token_counts[choice["index"]]]  # without drafts past the end

@@ -16,8 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from optimal_sampling.engines.vllm.trace_store import Traces
-from optimal_sampling.serve.alpha_stats import AlphaStatsRequest, AlphaStatsSender, FetchTraces
+from optimal_sampling.serve.alpha_stats import AlphaStatsRequest, AlphaStatsSender
 from optimal_sampling.serve.request_body import (
     CHAT,
     COMPLETIONS,
@@ -81,7 +80,7 @@ async def _prepare(request: Request, send: Send) -> tuple[Receive, Send]:
         if stats is not None:
             translated |= stats.vllm_fields()
             del headers["x-request-id"]  # vLLM would prefer it to the field `request_id`
-            send = AlphaStatsSender(stats, _trace_source(request.app), send)
+            send = AlphaStatsSender(stats, request.app.state.engine_client, send)
         body = json.dumps(translated).encode()
     headers["content-length"] = str(len(body))
     return _replay(body, request.receive), send
@@ -125,19 +124,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replay
-
-
-def _trace_source(app: Any) -> FetchTraces:
-    """Traces from vLLM's worker."""
-
-    async def fetch(prefixes: list[str]) -> Traces:
-        client = app.state.engine_client
-        replies: list[Traces] = await client.collective_rpc(
-            "take_traces_by_prefix", args=(prefixes,)
-        )
-        return replies[0]
-
-    return fetch
 
 
 def _error_response(error: RequestError) -> Response:

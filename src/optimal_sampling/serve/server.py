@@ -73,8 +73,19 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
     models = config.models
     vocabulary = Vocabulary.load(models.student, models.teacher, models.trust_remote_code)
     arguments = _vllm_arguments(config, vocabulary)
+    if "max_model_len" not in arguments:
+        raise ConfigError(
+            "the models' configs do not say how long a text may be: give max_model_len"
+        )
     namespace = _namespace(config, arguments)
-    namespace.optimal_sampling = _settings(config, vocabulary, key, arguments.get("max_model_len"))
+    namespace.optimal_sampling = ServerSettings(
+        vocabulary=vocabulary,
+        mixture=config.mixture,
+        max_model_len=arguments["max_model_len"],
+        api_key=key,
+        max_n=config.max_n,
+        max_body_bytes=config.max_body_bytes,
+    )
     uvloop.run(run_server(namespace))
 
 
@@ -95,24 +106,6 @@ def _vllm_arguments(config: ServeConfig, vocabulary: Vocabulary) -> dict[str, An
         if getattr(config, name) is not None:
             given[name] = getattr(config, name)
     return engine_arguments(config.models, config.mixture, config.engine, vocabulary, given)
-
-
-def _settings(
-    config: ServeConfig, vocabulary: Vocabulary, key: str | None, max_model_len: int | None
-) -> ServerSettings:
-    """Settings of the middleware."""
-    if max_model_len is None:
-        raise ConfigError(
-            "the models' configs do not say how long a text may be: give max_model_len"
-        )
-    return ServerSettings(
-        vocabulary=vocabulary,
-        mixture=config.mixture,
-        max_model_len=max_model_len,
-        api_key=key,
-        max_n=config.max_n,
-        max_body_bytes=config.max_body_bytes,
-    )
 
 
 def _namespace(config: ServeConfig, arguments: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ import pytest
 from tests.engines.vllm.environment import ignored_files, mark_tests
 
 HERE = Path(__file__).parent
-collect_ignore = ignored_files(HERE, plain={"test_trace_store.py"})
+collect_ignore = ignored_files(HERE, plain={"test_model_batch.py", "test_trace_store.py"})
 
 
 def pytest_collection_modifyitems(items):
