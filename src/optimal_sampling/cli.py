@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from optimal_sampling import __version__
 from optimal_sampling.config import (
     ENGINES,
     EngineOptions,
@@ -28,6 +27,7 @@ from optimal_sampling.config import (
     engine_options,
 )
 from optimal_sampling.errors import ConfigError, OptimalSamplingError, did_you_mean
+from optimal_sampling.version import __version__
 
 __all__ = ["ALIASES", "EXIT_CODES", "main"]
 

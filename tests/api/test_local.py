@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import optimal_sampling_hf
+from optimal_sampling.api.local import OptimalSamplingModel, SamplingOutput
+from optimal_sampling.api.tensors import PerToken
 from optimal_sampling.config import LocalOptions, MixtureConfig
 from optimal_sampling.engines import Engine
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.errors import ConfigError, EngineError
-from optimal_sampling.model import OptimalSamplingModel, PerToken, SamplingOutput
 from optimal_sampling.types import TRACE_FIELDS, Completion, Request, TokenTrace
 
 END = 257  # of the shipped tokenizer
