@@ -117,9 +117,10 @@ def prompts(setup: Setup, batch: int, repeat: int) -> list[list[int]]:
 
 def vllm_run(setup: Setup, core: Any) -> Run:
     """All requests at once, stepped until they are done."""
-    from optimal_sampling.config import MixtureConfig
-    from optimal_sampling.engines.vllm.options import RequestOptions
     from vllm import SamplingParams
+
+    from optimal_sampling.config import MixtureConfig
+    from optimal_sampling.engines.vllm.request_options import RequestOptions
 
     def run(batch: int, new: int, repeat: int, trace: str) -> int:
         extra = RequestOptions(trace=trace).extra_args(MixtureConfig()) if trace != "off" else None

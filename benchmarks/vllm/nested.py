@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
-
-from vllm import SamplingParams
 
 __all__ = ["StudentInside"]
 

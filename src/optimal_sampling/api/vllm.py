@@ -19,7 +19,7 @@ from optimal_sampling.api.batch import (
 )
 from optimal_sampling.config import MixtureConfig, ModelConfig, PromptConfig, VllmOptions
 from optimal_sampling.engines.vllm.engine import VllmEngine
-from optimal_sampling.engines.vllm.traces import alpha_summary
+from optimal_sampling.engines.vllm.trace_store import alpha_summary
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.types import AlphaMethod

@@ -18,7 +18,7 @@ from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.pair import Moments, Pair
 from optimal_sampling.distribution.step import choose_alpha, distances, pair_of, rows_at_once
 from optimal_sampling.distribution.tiles import Rows, at_least, stack, tensor_of
-from optimal_sampling.engines.vllm.options import RequestOptions
+from optimal_sampling.engines.vllm.request_options import RequestOptions
 from optimal_sampling.types import TRACE_FIELDS
 
 __all__ = ["Mixed", "Row", "mix"]
