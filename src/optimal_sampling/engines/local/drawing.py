@@ -22,9 +22,18 @@ from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
 from optimal_sampling.config import EngineConfig, MixtureConfig
-from optimal_sampling.distribution import NoiseKeys, Step, draft, gumbel, keys_tensor, step
-from optimal_sampling.distribution.fused import runs_fused
-from optimal_sampling.distribution.single import single_step
+from optimal_sampling.distribution import (
+    Drawn as DrawnTokens,
+)
+from optimal_sampling.distribution import (
+    NoiseKeys,
+    draft,
+    gumbel,
+    keys_tensor,
+    runs_fused,
+    single_step,
+    step,
+)
 from optimal_sampling.engines.local.clock import Clock
 from optimal_sampling.engines.local.drafting import DraftPolicy, PerRound
 from optimal_sampling.engines.local.lane import Lane
@@ -66,7 +75,7 @@ class Drawn:
     """What a round's tensors hold before they are copied to the host."""
 
     drafts: Int64[Tensor, "rows drafts"]
-    step: Step
+    step: DrawnTokens
     """Rows * width tokens, row by row."""
     captured: dict[str, Float[Tensor, "tokens vocab"]]
     confidences: Seq[Seq[float]]
@@ -80,7 +89,7 @@ class Drawn:
         return self.drafts.shape[1] + 1
 
     def packed(self) -> Float32[Tensor, "tokens columns"]:
-        """The draft of every position, 0 at a row's last, before `Step.pack`: one copy to the host."""
+        """The draft of every position, 0 at a row's last, before `step.pack`: one copy to the host."""
         drafts = torch.nn.functional.pad(self.drafts, (0, 1)).reshape(-1, 1)
         return torch.cat([drafts.to(torch.float32), self.step.pack()], 1)
 
