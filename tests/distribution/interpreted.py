@@ -15,16 +15,14 @@ from triton.runtime import interpreter
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import (
+    Drawn,
     NoiseKeys,
-    Step,
-    confident_draft,
     draft,
-    fused,
-    kernel,
     keys_tensor,
     noise,
     step,
 )
+from optimal_sampling.distribution.gpu import launch, programs
 from optimal_sampling.distribution.naive import naive_step, prepare, slope
 from optimal_sampling.types import TRACE_FIELDS
 
@@ -32,11 +30,13 @@ INF = math.inf
 METHODS = ("kl_symmetry", "mirror", "reverse_kl_symmetry", "ess_balance", "fixed", "schedule")
 
 
+SMALL = launch.Sizes(512, 256)
+"""Several pieces of several tiles in a row of 1000 already."""
+
+
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """Several pieces of several tiles in a row of 1000 already."""
-    monkeypatch.setattr(fused, "BLOCK", 256)
-    monkeypatch.setattr(fused, "PIECE", 512)
+def prepared_once(monkeypatch):
+    """The interpreter prepares triton.language anew for every inner call: most of its time."""
     prepared = set()
 
     def prepare_once(self, *arguments, **options):
@@ -45,13 +45,12 @@ def small_pieces(monkeypatch):
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*arguments, **options)
 
-    # The interpreter prepares triton.language anew for every inner call, which takes most of its time
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", prepare_once)
 
 
 @np.errstate(all="ignore")
-def fused_step(student, teacher, noise, position, mixture) -> Step:
-    return Step(*fused.fused_step(student, teacher, noise, position, mixture))
+def fused_step(student, teacher, noise, position, mixture, sizes=SMALL) -> Drawn:
+    return Drawn(*launch.fused_step(student, teacher, noise, position, mixture, sizes))
 
 
 def batch(rows, vocab, seed=0, spread=3.0, apart=1.5):
@@ -71,7 +70,7 @@ def spoil(student, teacher):
     student[5, vocab // 2], teacher[6, -1], student[7], teacher[7] = math.nan, INF, -INF, -INF
 
 
-def check(got: Step, want: Step, scale=1.0):
+def check(got: Drawn, want: Drawn, scale=1.0):
     assert torch.equal(got.token, want.token)
     assert torch.equal(got.bad_student, want.bad_student)
     assert torch.equal(got.bad_teacher, want.bad_teacher)
@@ -165,10 +164,7 @@ def test_default_pieces():
     """Guards: sizes that no other test here uses, and pieces beyond the first."""
     student, teacher, keys = batch(1, 20_000)
     mixture = MixtureConfig(alpha_min=0.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "BLOCK", 1 << 11)
-        patch.setattr(fused, "PIECE", 1 << 14)
-        got = fused_step(student, teacher, keys, keys.position, mixture)
+    got = fused_step(student, teacher, keys, keys.position, mixture, launch.SIZES)
     check(got, step(student, teacher, keys, keys.position, mixture))
 
 
@@ -179,18 +175,18 @@ def test_no_rows():
         0,
         3 + len(TRACE_FIELDS),
     )
-    assert fused.fused_draft(student, keys, 1.0)[0].shape == (0,)
+    assert launch.fused_draft(student, keys, 1.0).shape == (0,)
 
 
 @triton.jit
 def noise_of_a_row(table, keys, position, hashes, values, vocab, BLOCK: tl.constexpr):
     ids = tl.arange(0, BLOCK)
     inside = ids < vocab
-    a, b = kernel._words(keys, position)
+    a, b = programs._words(keys, position)
     tl.store(
-        hashes + ids, kernel._hash(tl.load(table + ids, mask=inside, other=0), a, b), mask=inside
+        hashes + ids, programs._hash(tl.load(table + ids, mask=inside, other=0), a, b), mask=inside
     )
-    tl.store(values + ids, kernel._gumbel(table, ids, inside, a, b, True), mask=inside)
+    tl.store(values + ids, programs._gumbel(table, ids, inside, a, b, True), mask=inside)
 
 
 def test_noise_is_that_of_every_other_device():
@@ -219,16 +215,13 @@ def test_noise_given_is_noise_made():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_drafts(dtype):
-    """Guards: drafts of another noise, temperature or support than `step` has, and a confidence of another token."""
+    """Guards: drafts of another noise, temperature or support than `step` has."""
     student, _, keys = batch(5, 1100)
     student[1, ::2] = -INF
     student, mixture = student.to(dtype), MixtureConfig(temperature=0.7)
     for some in (keys, noise.noise_tensor(keys, 1100)):
-        token, log_p = fused.fused_draft(student, some, 0.7)
+        token = launch.fused_draft(student, some, 0.7, SMALL)
         assert torch.equal(token, draft(student, keys, mixture))
-        torch.testing.assert_close(
-            log_p, confident_draft(student, keys, mixture)[1], rtol=1e-5, atol=1e-5
-        )
 
 
 def test_draws_follow_q_and_would_not_follow_the_teacher():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 
@@ -57,7 +58,7 @@ def test_keys_of_64_bits():
 
 
 def test_function_of_key_position_and_id_alone():
-    """Guards: noise that depends on the batch, on the vocabulary's size, on tiles, or on the buffer given."""
+    """Guards: noise that depends on the batch, on the vocabulary's size or on tiles."""
     keys, position = keys_tensor(range(37)), torch.arange(37) * 3
     for vocab in (1, 63, 272, 40_000):
         noise = gumbel(keys, position, vocab)
@@ -65,10 +66,17 @@ def test_function_of_key_position_and_id_alone():
             assert torch.equal(
                 noise[i : i + 1], gumbel(keys[i : i + 1], position[i : i + 1], vocab)
             )
-        out = torch.full((37, vocab), torch.nan)
-        assert gumbel(keys, position, vocab, out) is out
-        assert torch.equal(out, noise)
         assert torch.equal(gumbel(keys, position, vocab + 5)[:, :vocab], noise)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(5, 1), (37, 257), (3, 40_000)])
+def test_noise_of_given_ids_is_that_of_the_whole_row(rows, count):
+    """Guards: top-k lists of a server drawn with other noise than full rows, small or in tiles."""
+    keys = keys_tensor(range(rows))
+    position = torch.arange(rows) + 7
+    ids = torch.stack([torch.randperm(60_000)[:count] for _ in range(rows)])
+    whole = gumbel(keys, position, 60_000)
+    assert torch.equal(gumbel(keys, position, ids), whole.gather(-1, ids))
 
 
 def test_integers_are_fixed():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int, Int64
+from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
@@ -133,7 +133,7 @@ def _choose_alpha(
     """
     xp = pair.xp
     free = METHODS[mixture.alpha_method](pair, position, mixture)
-    if mixture.alpha_method not in ("fixed", "schedule") and not pair.none(pair.has_masked):
+    if mixture.alpha_method not in ("fixed", "schedule") and pair.maybe_masked:
         free = xp.where(pair.disjoint, 1.0, free)
     alpha = at_most(at_least(free, mixture.alpha_min), mixture.alpha_max)
     clamped = xp.abs(alpha - free) > 1e-7  # one float32 step
@@ -149,7 +149,7 @@ def _choose_alpha(
 def _ess(pair: Pair, moments: Moments) -> tuple[Array, Array]:
     """Both ESS; 0 where q lives outside of a model's support."""
     student, teacher = pair.ess(moments)
-    if not pair.none(pair.has_masked):
+    if pair.maybe_masked:
         student = pair.xp.where(pair.use_teacher, 0.0, student)
         teacher = pair.xp.where(pair.use_student, 0.0, teacher)
     return student, teacher
@@ -161,7 +161,7 @@ def log_q(solved: Solved) -> Float32[Tensor, "rows vocab"]:
     if solved.truncated:
         keep = keep_largest(scores, solved.mixture.top_k, solved.mixture.top_p)
         scores = solved.moments.renormalise(scores.masked_fill_(~keep, -torch.inf))
-    if not solved.models.none(solved.models.bad):
+    if solved.models.maybe_bad:
         scores.masked_fill_(tensor_of(solved.models.bad)[:, None], torch.nan)
     return scores
 
@@ -182,14 +182,14 @@ def draw(
     else:
         token = argmax(from_log_q + made)
         chosen = array_of(from_log_q.gather(-1, token[:, None])[:, 0].to(torch.float64))
-    if not models.none(models.bad):
+    if models.maybe_bad:
         token.masked_fill_(tensor_of(models.bad), 0)
     return token, chosen
 
 
 def trace_of(
     solved: Solved, token: Int64[Tensor, " rows"], drawn_log_q: Array | None = None
-) -> Float64[Tensor, "rows fields"]:
+) -> Float32[Tensor, "rows fields"]:
     """The fields of `types.TRACE_TABLE` for one token per row; NaN in bad rows.
 
     `drawn_log_q`: log q of the token as `draw` gives it; else that before top-k and top-p.
@@ -201,9 +201,9 @@ def trace_of(
         drawn_log_q = _mixed_log_p(solved, student, teacher)
     values |= {"log_p_student": student, "log_p_teacher": teacher, "log_q": drawn_log_q}
     trace = stack([field.value(values) for field in TRACE_TABLE])
-    if not models.none(models.bad):
+    if models.maybe_bad:
         trace = models.xp.where(models.bad, float("nan"), trace)
-    return tensor_of(trace).T
+    return tensor_of(models.xp.asarray(trace, dtype=models.xp.float32)).T.contiguous()
 
 
 def _quantities(solved: Solved) -> dict[str, Array]:
@@ -214,7 +214,7 @@ def _quantities(solved: Solved) -> dict[str, Array]:
     kl_student = at_least(moments.kl_student, 0.0)
     kl_teacher = at_least(moments.kl_teacher, 0.0)
     ess = solved.ess
-    if not models.none(models.has_masked):
+    if models.maybe_masked:
         kl_student = where(models.use_teacher, float("inf"), kl_student)
         kl_teacher = where(models.use_student, float("inf"), kl_teacher)
     return {

@@ -100,8 +100,8 @@ class Pair(ABC):
     log_z: tuple[Array, Array]
     offset: tuple[Array, Array]
     """log p of a token is its logit, divided by the temperature, less this."""
-    has_masked: Array
-    """Whether any logit of the row is -inf."""
+    maybe_masked: bool
+    """False where it is known that no logit is -inf."""
     gap: Array
     """log Z of the teacher less the student's: d = teacher - student - gap."""
 
@@ -149,7 +149,8 @@ class Pair(ABC):
         self.bad_student = bad[0]
         self.bad_teacher = bad[1]
         self.bad = self.bad_student | self.bad_teacher
-        if not self.none(self.bad):
+        self.maybe_bad = not self.none(self.bad)
+        if self.maybe_bad:
             self.models.masked_fill_(tensor_of(self.bad)[:, None], 0.0)
             self._measure()
 
@@ -159,7 +160,7 @@ class Pair(ABC):
         self.student_misses = self.teacher_misses = self.disjoint = nowhere
         self.use_student = self.use_teacher = nowhere
         self._uncut: Tensor | None = None
-        if self.none(self.has_masked):
+        if not self.maybe_masked:
             return
         has_student, has_teacher = self.models > MASKED
         common = has_student & has_teacher
@@ -176,7 +177,7 @@ class Pair(ABC):
 
         Once per pair: RuntimeError the second time.
         """
-        if self.none(self.has_masked):
+        if not self.maybe_masked:
             return
         if self._uncut is None:
             raise RuntimeError("this pair is solved already; make another one")
@@ -225,7 +226,7 @@ class Pair(ABC):
 
     @abstractmethod
     def _normalise(self) -> None:
-        """Shift `models` by the largest; set log_z, offset, has_masked, no_student."""
+        """Shift `models` by the largest; set log_z, offset, maybe_masked, no_student."""
 
     def _prepare(self) -> None:
         """Set what follows from `models`; called again after `restore_support`."""

@@ -14,6 +14,7 @@ from optimal_sampling.distribution.arrays import (
     array_of,
     namespace,
     tensor_of,
+    uses_numpy,
 )
 from optimal_sampling.distribution.pair import Moments
 
@@ -57,7 +58,9 @@ class SingleModel:
         self.bad = array_of(bad)
         self.bad_student = array_of(bad & ~is_teacher)
         self.bad_teacher = array_of(bad & is_teacher)
-        self.has_masked = self.use_student = self.use_teacher = array_of(bad & False)
+        self.use_student = self.use_teacher = array_of(bad & False)
+        self.maybe_bad = not uses_numpy(logits.device) or bool(bad.any())
+        self.maybe_masked = False
         unknown = self.full(float("nan"))
         self.moments = SingleMoments(
             alpha=array_of(is_teacher.to(torch.float64)),
@@ -72,10 +75,6 @@ class SingleModel:
     def full(self, value: float) -> Array:
         """The same number for every row."""
         return array_of(torch.full_like(tensor_of(self.bad), value, dtype=torch.float64))
-
-    def none(self, flags: Array) -> bool:
-        """True where it is known that no flag is set. An accelerator is not waited for."""
-        return not isinstance(flags, Tensor) and not flags.any()
 
     def token_log_p(self, token: Int64[Tensor, " rows"]) -> tuple[Array, Array]:
         """log p of tokens under student and teacher; NaN for the model that is not here."""

@@ -111,13 +111,12 @@ def single_step(
 
 
 def _draw_and_trace(solved: Solved, noise: NoiseSource, keep_log_q: bool = False) -> Drawn:
-    """The token of every row and its trace, in float32."""
+    """The token of every row and its trace."""
     kept = log_q(solved) if keep_log_q else None
     token, drawn_log_q = draw(solved, noise, kept)
-    trace = trace_of(solved, token, drawn_log_q)
     return Drawn(
         token,
-        trace.to(torch.float32, memory_format=torch.contiguous_format),
+        trace_of(solved, token, drawn_log_q),
         tensor_of(solved.models.bad_student),
         tensor_of(solved.models.bad_teacher),
         kept,

@@ -24,8 +24,9 @@ from optimal_sampling.distribution.arrays import (
 from optimal_sampling.distribution.cpu.workspace import (
     MIN_EXPONENT,
     Block,
+    Loan,
     Workspace,
-    workspace,
+    borrow,
 )
 from optimal_sampling.distribution.pair import MASKED, MASKED_LOGIT, Moments, Pair
 
@@ -36,10 +37,10 @@ _UNDERFLOW = 1e-12  # a sum below this is taken again, relative to the largest t
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TiledMoments(Moments):
-    """With E_q[score], and the pair in whose buffers the models are."""
+    """With E_q[score], and the buffers that hold the models."""
 
     mean_score: Array
-    pair: TiledPair
+    loan: Loan
 
     @property
     def entropy(self) -> Array:
@@ -48,12 +49,41 @@ class TiledMoments(Moments):
 
     def draw(self, noise: Float32[Tensor, "rows vocab"]) -> tuple[Int64[Tensor, " rows"], Array]:
         """argmax(log q + noise) and its log q."""
-        token, score = self.pair.best(self.alpha, noise)
-        return token, score - self.log_sum
+        space = self._weighted()
+        tokens = [torch.zeros(0, dtype=torch.int64, device=space.device)]
+        winners = [torch.zeros(2, 0, 1, device=space.device)]
+        for block in space.blocks:
+            noisy = block.w[:, block.inner]
+            torch.add(_scores(block), noise[block.rows, block.columns], out=noisy)
+            best = argmax(noisy)
+            tokens.append(best + block.columns.start)
+            # of the score and of the noisy score
+            winners.append(block.scratch.gather(-1, best.expand(2, -1)[..., None]))
+        token = torch.cat(tokens)
+        score, noisy = torch.cat(winners, 1)[..., 0]
+        if space.tiles > 1:
+            shape = space.rows, space.tiles
+            tile = noisy.view(shape).argmax(-1, keepdim=True)
+            token = token.view(shape).gather(-1, tile)[:, 0]
+            score = score.view(shape).gather(-1, tile)[:, 0]
+        return token, array_of(score) - self.log_sum
 
     def log_q(self) -> Float32[Tensor, "rows vocab"]:
         """The normalised mixture."""
-        return self.pair.scores_less(self.alpha, self.log_sum)
+        space = self._weighted()
+        log_q = torch.empty(space.rows, space.vocab, device=space.device)
+        # in float64 this would take three times as long
+        log_sum = tensor_of(self.log_sum).to(log_q.dtype)[:, None]
+        for block in space.blocks:
+            out = log_q[block.rows, block.columns]
+            torch.sub(_scores(block), log_sum[block.rows], out=out)
+        return torch.threshold_(log_q, MASKED, -torch.inf)
+
+    def _weighted(self) -> Workspace:
+        """The buffers, with this alpha as weight."""
+        space = self.loan.space
+        space.weight_array[:, 0] = self.alpha
+        return space
 
 
 class TiledPair(Pair):
@@ -62,8 +92,7 @@ class TiledPair(Pair):
     def _load(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
         self._logits = (student_logits, teacher_logits)
         self._temperature = temperature
-        self._workspace = workspace(self.rows, self.vocab, self.device)
-        self._loan = self._workspace.lend()
+        self._loan = borrow(self.rows, self.vocab, self.device)
         self.space.shift.zero_()
         self._relative = False
         self._shifted: Array | float = 0.0
@@ -71,10 +100,8 @@ class TiledPair(Pair):
 
     @property
     def space(self) -> Workspace:
-        """The buffers; RuntimeError if a newer pair of this shape has them."""
-        if self._workspace.loan != self._loan:
-            raise RuntimeError("the buffers of this pair were given to a newer one: use it first")
-        return self._workspace
+        """The buffers; RuntimeError where a newer pair of this shape has them."""
+        return self._loan.space
 
     @property
     def models(self) -> Float[Tensor, "2 rows vocab"]:
@@ -108,7 +135,7 @@ class TiledPair(Pair):
                 self._exponentiate(block, models, underflows)
         self.largest = xp.amax(space.most, -1)
         masked = xp.amin(space.least, -1) < MASKED
-        self.has_masked = masked[0] | masked[1]
+        self.maybe_masked = not self.none(masked)
         self._shifted = self._shifted + space.maximum_array[..., 0]
 
     def _copied(self, block: Block, model: int) -> Tensor:
@@ -205,7 +232,7 @@ class TiledPair(Pair):
             third=means[3] - mean_d * (3 * variance + square),
             log_sum=log_sum,
             mean_score=means[0],
-            pair=self,
+            loan=self._loan,
         )
 
     def _totals(self, sums: Array, shift: Array) -> tuple[Array, Array]:
@@ -248,47 +275,6 @@ class TiledPair(Pair):
             x.sub_(shift[..., None])
         torch.sum(x.clamp_(min=MIN_EXPONENT).exp_(), -1, out=block.per_model)
 
-    def _scores(self, block: Block) -> Float32[Tensor, "n width"]:
-        """(1 - alpha) student + alpha teacher of one block, in its scratch."""
-        torch.lerp(block.student, block.teacher, block.weight, out=block.x)
-        return block.x[:, block.inner]
-
-    def best(
-        self, alpha: Array, noise: Float32[Tensor, "rows vocab"]
-    ) -> tuple[Int64[Tensor, " rows"], Array]:
-        """argmax(score + noise), the first of equals, and its score."""
-        space = self.space
-        space.weight_array[:, 0] = alpha
-        tokens = [torch.zeros(0, dtype=torch.int64, device=self.device)]
-        winners = [torch.zeros(2, 0, 1, device=self.device)]
-        for block in space.blocks:
-            noisy = block.w[:, block.inner]
-            torch.add(self._scores(block), noise[block.rows, block.columns], out=noisy)
-            best = argmax(noisy)
-            tokens.append(best + block.columns.start)
-            # of the score and of the noisy score
-            winners.append(block.scratch.gather(-1, best.expand(2, -1)[..., None]))
-        token = torch.cat(tokens)
-        score, noisy = torch.cat(winners, 1)[..., 0]
-        if space.tiles > 1:
-            shape = self.rows, space.tiles
-            tile = noisy.view(shape).argmax(-1, keepdim=True)
-            token = token.view(shape).gather(-1, tile)[:, 0]
-            score = score.view(shape).gather(-1, tile)[:, 0]
-        return token, array_of(score)
-
-    def scores_less(self, alpha: Array, log_sum: Array) -> Float32[Tensor, "rows vocab"]:
-        """score - log_sum, -inf where masked."""
-        space = self.space
-        space.weight_array[:, 0] = alpha
-        log_q = torch.empty(self.rows, self.vocab, device=self.device)
-        # in float64 this would take three times as long
-        rounded = tensor_of(log_sum).to(log_q.dtype)[:, None]
-        for block in space.blocks:
-            out = log_q[block.rows, block.columns]
-            torch.sub(self._scores(block), rounded[block.rows], out=out)
-        return torch.threshold_(log_q, MASKED, -torch.inf)
-
     def token_log_p(self, token: Int64[Tensor, " rows"]) -> tuple[Array, Array]:
         """log p of tokens under student and teacher."""
         student, teacher = (
@@ -296,3 +282,9 @@ class TiledPair(Pair):
             for logits in self._logits
         )
         return student - self.offset[0], teacher - self.offset[1]
+
+
+def _scores(block: Block) -> Float32[Tensor, "n width"]:
+    """(1 - alpha) student + alpha teacher of one block, in its scratch."""
+    torch.lerp(block.student, block.teacher, block.weight, out=block.x)
+    return block.x[:, block.inner]

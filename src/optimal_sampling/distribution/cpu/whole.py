@@ -87,8 +87,8 @@ class WholePair(Pair):
         top = self._top
         self.no_student = top[0] < MASKED
         masked = self._least < MASKED
-        self.has_masked = masked[0] | masked[1]
-        if not self.none(self.has_masked):
+        self.maybe_masked = bool(masked.any())
+        if self.maybe_masked:
             np.maximum(self._both, MASKED_LOGIT, out=self._both)
             top = np.where(top < MASKED, 0.0, top)
         self._both -= top[:, :, None]

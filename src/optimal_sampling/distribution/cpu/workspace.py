@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optimal_sampling.distribution.arrays import Array, array_of, uses_numpy
 
-__all__ = ["MIN_EXPONENT", "TILE", "Block", "Workspace", "workspace"]
+__all__ = ["MIN_EXPONENT", "TILE", "Block", "Loan", "Workspace", "borrow"]
 
 MIN_EXPONENT = -87.0
 """exp of less is no normal float32, and slow. A sum that matters is at least e^50 times larger."""
@@ -59,8 +59,10 @@ class Workspace:
     """Buffers for a batch of one shape, and its blocks."""
 
     def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
+        self.rows = rows
         self.vocab = vocab
-        self.loan = 0
+        self.device = device
+        self.loans = 0
         cpu = uses_numpy(device)
         padded = -(-vocab // _LANES) * _LANES
         self.tiles = -(-padded // TILE) if cpu else 1
@@ -95,11 +97,6 @@ class Workspace:
         """Blocks of the same rows."""
         self.blocks = [block for band in self.bands for block in band]
 
-    def lend(self) -> int:
-        """The number of a new loan; the loan before it is over."""
-        self.loan += 1
-        return self.loan
-
     def _block(self, rows: slice, tile: int) -> Block:
         first = tile * self._width
         both = self.both[:, rows, first : first + self._width]
@@ -133,10 +130,26 @@ class Workspace:
         )
 
 
+class Loan:
+    """The use of a workspace until it is lent anew."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        workspace.loans += 1
+        self._workspace = workspace
+        self._number = workspace.loans
+
+    @property
+    def space(self) -> Workspace:
+        """The workspace; RuntimeError where somebody else has it now."""
+        if self._workspace.loans != self._number:
+            raise RuntimeError("these buffers hold a newer pair: use each pair before the next")
+        return self._workspace
+
+
 _kept = threading.local()
 
 
-def workspace(rows: int, vocab: int, device: torch.device) -> Workspace:
+def borrow(rows: int, vocab: int, device: torch.device) -> Loan:
     """The workspace of this shape; the last few shapes are kept, per thread."""
     cache: dict[tuple[int, int, torch.device], Workspace] = _kept.__dict__.setdefault("cache", {})
     key = (rows, vocab, device)
@@ -144,4 +157,4 @@ def workspace(rows: int, vocab: int, device: torch.device) -> Workspace:
         while len(cache) >= 4:
             cache.pop(next(iter(cache)))
         cache[key] = Workspace(rows, vocab, device)
-    return cache[key]
+    return Loan(cache[key])

@@ -221,4 +221,4 @@ def _noise(noise: NoiseSource, vocab: int) -> Any:
         ids = scrambled_ids(vocab, noise.keys.device)
         return programs.Noise(ids, 0, noise.keys, noise.position)
     noise = noise if noise.stride(-1) == 1 else noise.contiguous()
-    return programs.Noise(noise, noise.stride(0), None, None)
+    return programs.Noise(noise, noise.stride(0), keys=noise, position=noise)  # not read

@@ -61,7 +61,7 @@ class Batch(NamedTuple):
 class Noise(NamedTuple):
     """A tensor of noise with its stride, or scrambled ids with keys and positions."""
 
-    values: object
+    table: object
     stride: object
     keys: object
     position: object
@@ -243,11 +243,11 @@ def _gumbel(noise, ids, inside, a, b, HASHED: tl.constexpr):
 @triton.jit
 def _noise_of(noise, row, HASHED: tl.constexpr):
     """Pointer to a row's noise or to the scrambled ids, and the row's two words."""
-    a = 0
-    b = 0
     if HASHED:
         a, b = _words(noise.keys + row, noise.position + row)
-    return noise.values + row * noise.stride, a, b
+        return noise.table, a, b
+    else:
+        return noise.table + row * noise.stride, 0, 0
 
 
 # Tiles

@@ -125,7 +125,7 @@ def _solve(
     # ESS costs another pass over the vocabulary
     solved = solve(pair, position.to(teacher.device), mixture, ess=options.trace == "full")
     scores = log_q(solved)
-    if not pair.none(pair.bad):
+    if pair.maybe_bad:
         scores.masked_fill_(tensor_of(pair.bad)[:, None], 0.0)
     return solved, scores if mixture.temperature == 1 else scores.mul_(mixture.temperature)
 
