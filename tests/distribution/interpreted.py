@@ -1,4 +1,7 @@
-"""The fused kernel on a CPU, in Triton's interpreter. `test_fused.py` runs this file in a process of its own."""
+"""The fused kernel on a CPU, in Triton's interpreter.
+
+`test_fused.py` runs this file in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,9 @@ def batch(rows, vocab, seed=0, spread=3.0, apart=1.5):
 
 
 def spoil(student, teacher):
-    """A hole in one support, in the other, many in both; supports that do not meet; rows that are no distribution."""
+    """A hole in one support, in the other, many in both; supports that do not meet; rows that are
+    no distribution.
+    """
     vocab = student.shape[1]
     ids = torch.arange(vocab)
     student[1, vocab // 2], teacher[2, vocab // 2] = -INF, -INF
@@ -80,7 +85,9 @@ def check(got: Drawn, want: Drawn, scale=1.0):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 1000])
 def test_equals_pytorch(vocab, method):
-    """Guards: any difference from the path that the oracle's tests check, in supports, bad rows, tiles or dtypes."""
+    """Guards: any difference from the path that the oracle's tests check, in supports, bad rows,
+    tiles or dtypes.
+    """
     dtype = (torch.float32, torch.bfloat16, torch.float16)[(vocab + len(method)) % 3]
     student, teacher, keys = batch(9, vocab, seed=vocab + 1)
     if vocab > 1:
@@ -96,7 +103,9 @@ def test_equals_pytorch(vocab, method):
 
 
 def test_alpha_keeps_the_contract():
-    """Guards: a root that is not one, on rows that differ by 1e-3 up to 1e4. |F'| <= 1e-6 max(1, F''), or to 1e-6."""
+    """Guards: a root that is not one, on rows that differ by 1e-3 up to 1e4. |F'| <= 1e-6 max(1,
+    F''), or to 1e-6.
+    """
     g = torch.Generator().manual_seed(3)
     scales = torch.logspace(-3, 4, 36)[:, None]
     student = torch.randn(36, 7, generator=g) * scales
@@ -124,7 +133,9 @@ def test_alpha_keeps_the_contract():
 
 
 def test_extreme_rows():
-    """Guards: underflow between models that agree on nothing, division by no variance, and masks of finite numbers."""
+    """Guards: underflow between models that agree on nothing, division by no variance, and masks of
+    finite numbers.
+    """
     student, teacher, keys = batch(7, 70)
     student[0], teacher[0] = 0.0, 0.0
     student[1], teacher[1] = 1e4, -1e4
@@ -146,7 +157,9 @@ def test_extreme_rows():
 
 
 def test_bits_of_a_row_are_its_own():
-    """Guards: sums that depend on the batch, on a stride, on surplus columns or on the dtype of the positions."""
+    """Guards: sums that depend on the batch, on a stride, on surplus columns or on the dtype of the
+    positions.
+    """
     student, teacher, keys = batch(4, 700)
     mixture = MixtureConfig(alpha_min=0.1)
     whole = fused_step(student, teacher, keys, keys.position, mixture).pack()
@@ -190,7 +203,9 @@ def noise_of_a_row(table, keys, position, hashes, values, vocab, BLOCK: tl.const
 
 
 def test_noise_is_that_of_every_other_device():
-    """Guards: another hash, with which a run on a GPU draws other tokens, and logarithms that lose the tail."""
+    """Guards: another hash, with which a run on a GPU draws other tokens, and logarithms that lose
+    the tail.
+    """
     vocab, cpu = 3000, torch.device("cpu")
     table = noise.scrambled_ids(vocab, cpu)
     for key, place in ((0, 0), (2**64 - 1, 7), (0x0123456789ABCDEF, 2**31)):

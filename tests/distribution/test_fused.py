@@ -1,4 +1,6 @@
-"""The fused kernel: its tests in Triton's interpreter, that it compiles for GPUs, and what goes to it."""
+"""The fused kernel: its tests in Triton's interpreter, that it compiles for GPUs, and what goes to
+it.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def test_kernel_in_the_interpreter():
 
 @needs_triton
 def test_kernel_compiles_for_gpus(tmp_path):
-    """Guards: what the interpreter takes and a GPU's compiler does not, and registers that spill. Needs no GPU."""
+    """Guards: what the interpreter takes and a GPU's compiler does not, and registers that spill.
+    Needs no GPU.
+    """
     in_own_process([HERE / "compiled.py"], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
 
 
@@ -95,7 +99,9 @@ def test_what_runs_where(monkeypatch):
 
 @pytest.mark.parametrize("vocab", [50, 5000])
 def test_keys_stand_for_their_noise(vocab):
-    """Guards: noise made for other rows where a batch is worked on in parts, or for another vocabulary."""
+    """Guards: noise made for other rows where a batch is worked on in parts, or for another
+    vocabulary.
+    """
     g = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(40, vocab, generator=g), torch.randn(40, vocab, generator=g)
     keys = NoiseKeys(keys_tensor(range(40)), torch.arange(40) + 3)

@@ -16,7 +16,9 @@ def uniform(keys, position, vocab):
 
 
 def test_law_and_independence_along_each_axis():
-    """Guards: a hash that is not uniform, or that correlates neighbours; each p below 1e-4 by luck once in 10,000."""
+    """Guards: a hash that is not uniform, or that correlates neighbours; each p below 1e-4 by luck
+    once in 10,000.
+    """
     by_id = uniform([7], [3], 200_000).flatten()
     by_position = uniform([7] * 100_000, list(range(100_000)), 2)
     by_key = uniform(list(range(100_000)), [0] * 100_000, 2)
@@ -30,7 +32,9 @@ def test_law_and_independence_along_each_axis():
 
 
 def test_tail_is_fine_and_long():
-    """Guards: winners quantised. With 24 bits no noise exceeds 17, and large vocabularies tie at the top."""
+    """Guards: winners quantised. With 24 bits no noise exceeds 17, and large vocabularies tie at
+    the top.
+    """
     noise = torch.cat(
         [gumbel(keys_tensor([k]), torch.tensor([0]), 262_144).flatten() for k in range(40)]
     )
@@ -42,7 +46,9 @@ def test_tail_is_fine_and_long():
 
 
 def test_no_row_collides():
-    """Guards: 32 bits of state, with which 100,000 rows share a whole vector of noise (about once in this test)."""
+    """Guards: 32 bits of state, with which 100,000 rows share a whole vector of noise (about once
+    in this test).
+    """
     keys = [*range(50_000), *(k << 32 for k in range(1, 50_001))]
     rows = gumbel(keys_tensor(keys), torch.zeros(100_000, dtype=torch.int64), 3)
     assert rows.unique(dim=0).shape[0] == 100_000

@@ -1,4 +1,6 @@
-"""The root of F': residual, certificate and the promised number of passes, on inputs made to break it."""
+"""The root of F': residual, certificate and the promised number of passes, on inputs made to break
+it.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def solve(student, teacher, low=0.5, high=1.0):
 
 
 def passes(calls):
-    """The first four passes hold one alpha (two bounds at most in the first), the others a fan of 33."""
+    """The first four passes hold one alpha (two bounds at most in the first), the others a fan of
+    33.
+    """
     return min(calls, 4) + round(max(calls - 4, 0) / 33)
 
 
@@ -66,7 +70,9 @@ def check(student, teacher, low, high):
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_any_input_is_solved_in_eight_passes(data):
-    """Guards: Newton steps that leave the bracket, a staircase F' that no derivative describes, and slow bisection."""
+    """Guards: Newton steps that leave the bracket, a staircase F' that no derivative describes, and
+    slow bisection.
+    """
     rows, vocab = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 24))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     scale = 10.0 ** rng.uniform(-4, 4, (2, rows, 1))
@@ -90,7 +96,9 @@ def test_any_input_is_solved_in_eight_passes(data):
 
 @pytest.mark.parametrize("gap", [1e-6, 1e-3, 1.0, 50.0, 400.0, 1e4])
 def test_two_near_disjoint_tokens(gap):
-    """Guards: underflow between two models that agree on nothing, and loss of digits where they agree on all."""
+    """Guards: underflow between two models that agree on nothing, and loss of digits where they
+    agree on all.
+    """
     student, teacher = torch.tensor([[gap, 0.0, -gap]]), torch.tensor([[0.0, gap, -gap]])
     assert abs(check(student, teacher, 0.0, 1.0)[0] - 0.5) < (1e-2 if gap < 1e-3 else 1e-5)
 
@@ -106,7 +114,9 @@ def test_staircase():
 
 
 def test_clamped_token_costs_one_pass_and_typical_ones_three():
-    """Guards: work spent on the root of a token whose F' at the bound already says that it is clamped."""
+    """Guards: work spent on the root of a token whose F' at the bound already says that it is
+    clamped.
+    """
     g = torch.Generator().manual_seed(0)
     student = 3 * torch.randn(256, 272, generator=g)
     teacher = student * 1.2 + torch.randn(256, 272, generator=g)
@@ -119,7 +129,9 @@ def test_clamped_token_costs_one_pass_and_typical_ones_three():
 
 
 def test_converged_rows_stay_frozen():
-    """Guards: a converged row whose sub-ulp steps leave the bracket, so that it bisects away while others go on."""
+    """Guards: a converged row whose sub-ulp steps leave the bracket, so that it bisects away while
+    others go on.
+    """
     g = torch.Generator().manual_seed(1)
     student = torch.randn(64, 50, generator=g) * torch.logspace(-3, 2, 64)[:, None]
     teacher = torch.randn(64, 50, generator=g) * torch.logspace(2, -3, 64)[:, None]
@@ -147,7 +159,9 @@ def test_large_vocabulary():
 @np.errstate(all="ignore")
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.8])
 def test_partitions_of_far_models(alpha):
-    """Guards: sums for the ESS that overflow or vanish in float32, alone or beside a row where they do not."""
+    """Guards: sums for the ESS that overflow or vanish in float32, alone or beside a row where they
+    do not.
+    """
     g = torch.Generator().manual_seed(3)
     logits = torch.randn(2, 4, 5000, generator=g) * torch.tensor([1.0, 20.0, 60.0, 200.0])[:, None]
     pair = TiledPair(*logits, MixtureConfig())

@@ -143,7 +143,9 @@ def test_diagnostics_and_distribution_equal_the_oracle(pair, mixture, position):
 @settings(max_examples=500, deadline=None)
 @given(pairs(), mixtures(), st.integers(0, 12))
 def test_alpha_equals_the_oracle(pair, mixture, position):
-    """Guards: a method that solves for the wrong alpha, and a clamped flag that does not say what happened."""
+    """Guards: a method that solves for the wrong alpha, and a clamped flag that does not say what
+    happened.
+    """
     mixture = replace(mixture, teacher_support_top_p=1.0, top_p=1.0)
     student, teacher = ([float(torch.tensor(x)) for x in row] for row in pair)
     got = trace_row(one(student, teacher, mixture, position=position))
@@ -176,7 +178,9 @@ def test_alpha_equals_the_oracle(pair, mixture, position):
 
 
 def test_drawn_token_is_the_oracles():
-    """Guards: a draw from anything but log q + noise: another alpha, a truncation forgotten, an off-by-one id."""
+    """Guards: a draw from anything but log q + noise: another alpha, a truncation forgotten, an
+    off-by-one id.
+    """
     for seed in range(30):
         student, teacher, noise, position = batch(3, 20, seed)
         mixture = MixtureConfig(top_p=0.8 if seed % 2 else 1.0, top_k=5 if seed % 3 else -1)
@@ -192,7 +196,9 @@ def test_drawn_token_is_the_oracles():
 
 
 def test_certificate_on_free_tokens():
-    """Guards: KLs that are not those of the solved alpha. There KL(q||s) = KL(q||t) = -F for every token."""
+    """Guards: KLs that are not those of the solved alpha. There KL(q||s) = KL(q||t) = -F for every
+    token.
+    """
     student, teacher, noise, position = batch(200, 272, apart=3.0)
     result = step(student, teacher, noise, position, MixtureConfig(alpha_min=0.0), keep_log_q=True)
     alpha, clamped, kl_student, kl_teacher = result.trace[:, :4].double().T
@@ -209,7 +215,9 @@ def test_certificate_on_free_tokens():
 )
 @pytest.mark.parametrize("method", ["kl_symmetry", "trust_region", "entropy"])
 def test_rows_are_bitwise_independent(vocab, counts, method):
-    """Guards: sums, scalar tails of vectorised loops or loops' ends that depend on what shares the batch."""
+    """Guards: sums, scalar tails of vectorised loops or loops' ends that depend on what shares the
+    batch.
+    """
     if vocab > 10_000 and method == "entropy":
         return
     rows = counts[-1]
@@ -318,7 +326,9 @@ def chi_square(student, teacher, q, mixture, draws=400_000):
 
 
 def test_draws_follow_q_and_would_not_follow_the_teacher():
-    """Guards: a biased draw. 5 degrees of freedom: 25.7 is exceeded by luck once in 10,000; the teacher's is not."""
+    """Guards: a biased draw. 5 degrees of freedom: 25.7 is exceeded by luck once in 10,000; the
+    teacher's is not.
+    """
     student, teacher = [1.0, 0.0, -1.0, -2.0, 0.5, -0.5], [0.0, 1.0, -0.5, -2.0, 1.5, -3.0]
     mixture = MixtureConfig(alpha_min=0.0)
     q = torch.tensor(naive_step(student, teacher, [0.0] * 6, 0, mixture).log_drawn).exp()
@@ -382,7 +392,9 @@ def test_first_token_is_the_teachers():
 
 
 def test_identical_models():
-    """Guards: division by the zero variance of a self-distillation pair without privileged information."""
+    """Guards: division by the zero variance of a self-distillation pair without privileged
+    information.
+    """
     student, _, noise, position = batch(4, 100)
     for method in ALPHA_METHODS:
         result = step(student, student.clone(), noise, position, MixtureConfig(alpha_method=method))
@@ -423,7 +435,9 @@ def test_pack_keeps_large_ids():
 
 @pytest.mark.parametrize("method", ALPHA_METHODS)
 def test_tensors_and_arrays_agree(method, monkeypatch):
-    """Guards: the branch for accelerators without Triton, here with tensors on a CPU: calls that only NumPy takes."""
+    """Guards: the branch for accelerators without Triton, here with tensors on a CPU: calls that
+    only NumPy takes.
+    """
     student, teacher, noise, position = batch(9, 40)
     student[1:5, ::3], teacher[2:5, ::4], student[6], teacher[7] = -INF, -INF, math.nan, -INF
     student[5, ::2], teacher[5, 1::2] = -INF, -INF

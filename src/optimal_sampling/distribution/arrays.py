@@ -1,4 +1,6 @@
-"""Arithmetic on one number per row: in NumPy on a CPU, where a call costs a quarter of torch's, else in torch."""
+"""Arithmetic on one number per row: in NumPy on a CPU, where a call costs a quarter of torch's,
+else in torch.
+"""
 
 # ruff: noqa: D102  (protocols of operations that NumPy and torch document)
 from __future__ import annotations
@@ -9,6 +11,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
@@ -27,7 +30,10 @@ __all__ = [
 
 
 class Array(Protocol):
-    """An ndarray on a CPU, else a tensor. One number per row where nothing else is said; float64 or bool."""
+    """An ndarray on a CPU, else a tensor.
+
+    One number per row where nothing else is said; float64 or bool.
+    """
 
     def __add__(self, other: Any, /) -> Array: ...
     def __radd__(self, other: Any, /) -> Array: ...
@@ -112,12 +118,16 @@ def stack(arrays: Sequence[Array]) -> Array:
 
 def at_least(x: Array, least: float) -> Array:
     """max(x, least); np.clip takes four times as long. NaN stays."""
-    return x.clamp(min=least) if isinstance(x, Tensor) else cast(Array, np.maximum(x, least))  # type: ignore[call-overload]
+    if isinstance(x, Tensor):
+        return x.clamp(min=least)
+    return np.maximum(cast(NDArray[np.float64], x), least)
 
 
 def at_most(x: Array, most: float) -> Array:
     """min(x, most). NaN stays."""
-    return x.clamp(max=most) if isinstance(x, Tensor) else cast(Array, np.minimum(x, most))  # type: ignore[call-overload]
+    if isinstance(x, Tensor):
+        return x.clamp(max=most)
+    return np.minimum(cast(NDArray[np.float64], x), most)
 
 
 def argmax(y: Float[Tensor, "n width"]) -> Int64[Tensor, " n"]:

@@ -43,7 +43,10 @@ class _Bracket:
         self.done = self.solved = pair.bad & False
 
     def update(self, at: Moments) -> None:
-        """Take in one evaluation. A bracket shrinks to nothing where the root lies beyond a bound."""
+        """Take in one evaluation.
+
+        A bracket shrinks to nothing where the root lies beyond a bound.
+        """
         xp = self.xp
         rising = at.slope >= 0
         self.left = xp.maximum(self.left, xp.where(rising, self.low, at.alpha))

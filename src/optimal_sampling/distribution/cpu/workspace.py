@@ -22,7 +22,10 @@ MIN_EXPONENT = -87.0
 """exp of less is no normal float32, and slow. A sum that matters is at least e^50 times larger."""
 
 TILE = 5 << 14
-"""Numbers per block. Smaller ones fit the second-level cache, but calls then cost more than work."""
+"""Numbers per block.
+
+Smaller ones fit the second-level cache, but calls then cost more than work.
+"""
 
 _LANES = 64  # numbers that a vectorised loop takes at once
 

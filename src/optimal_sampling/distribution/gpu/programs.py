@@ -95,6 +95,24 @@ class Outputs(NamedTuple):
     bad_teacher: object
 
 
+class Known(NamedTuple):
+    """What `solve` takes from the sums of `measure`."""
+
+    at_student: object
+    """The largest logits, which both models are relative to here and in `mix`."""
+    at_teacher: object
+    log_z_student: object
+    log_z_teacher: object
+    bad_student: object
+    bad_teacher: object
+    shared: object
+    """Whether there is a token that both models have, or that only one of them has."""
+    only_student: object
+    only_teacher: object
+    head_gap: object
+    """log Z of the teacher less the student's, in the sums of `measure`."""
+
+
 class Origins(NamedTuple):
     """Numbers near the largest logit of each model, which its logits are taken relative to."""
 
@@ -181,16 +199,20 @@ _NO_MAXIMUM = tl.constexpr(-1e18)  # below every score
 _MASKED_LOGIT = tl.constexpr(-1e12)
 _SUPPORT_GAP = tl.constexpr(5e11)  # d is larger where only one of the models has a token
 _TOLERANCE = tl.constexpr(1e-6)
-_BELOW, _ABOVE = tl.constexpr(-1.0), tl.constexpr(2.0)
+_BELOW = tl.constexpr(-1.0)
+_ABOVE = tl.constexpr(2.0)
 # after 4 passes every other one halves the bracket, 20 times enough
-_SINGLE, _MAX_PASSES = tl.constexpr(4), tl.constexpr(46)
+_SINGLE = tl.constexpr(4)
+_MAX_PASSES = tl.constexpr(46)
 _NEAREST_ONE = tl.constexpr(1 - 2.0**-24)
 
 # As in noise.py, in two's complement
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
 _MIX1 = tl.constexpr(0xBF58476D1CE4E5B9 - 2**64)
 _MIX2 = tl.constexpr(0x94D049BB133111EB - 2**64)
-_LOW30, _LOW31, _LOW33 = tl.constexpr(2**34 - 1), tl.constexpr(2**37 - 1), tl.constexpr(2**33 - 1)
+_LOW30 = tl.constexpr(2**34 - 1)
+_LOW31 = tl.constexpr(2**37 - 1)
+_LOW33 = tl.constexpr(2**33 - 1)
 _SCRAMBLE = tl.constexpr(0x85EBCA6B - 2**32)
 _UNIT = tl.constexpr(2.0**-31 * (1 - 2.0**-24))
 
@@ -364,10 +386,20 @@ def measure(
     origins = Origins(head_s, head_t)
     nothing = tl.full([], _NO_MAXIMUM, tl.float32)
     zero = tl.zeros([BLOCK], tl.float32)
-    top_s, top_t, top_x = nothing, nothing, nothing
-    z_s, z_t, s_d, t_d = zero, zero, zero, zero
-    w, w_d, w_dd, w_ddd = zero, zero, zero, zero
-    shared, most, least = zero + _NO_MAXIMUM, zero, zero
+    top_s = nothing
+    top_t = nothing
+    top_x = nothing
+    z_s = zero
+    z_t = zero
+    s_d = zero
+    t_d = zero
+    w = zero
+    w_d = zero
+    w_dd = zero
+    w_ddd = zero
+    shared = zero + _NO_MAXIMUM
+    most = zero
+    least = zero
     first = piece * PIECE
     for start in range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK):
         s, t, d = _pair(batch, start + tl.arange(0, BLOCK), origins)
@@ -428,7 +460,10 @@ def _row_moments(batch, alpha, origins, gap, BLOCK: tl.constexpr):
     weight = alpha.to(tl.float32)
     top = tl.full([], _NO_MAXIMUM, tl.float32)
     zero = tl.zeros([BLOCK], tl.float32)
-    w, w_d, w_dd, w_ddd = zero, zero, zero, zero
+    w = zero
+    w_d = zero
+    w_dd = zero
+    w_ddd = zero
     for start in range(0, batch.vocab, BLOCK):
         s, t, d = _pair(batch, start + tl.arange(0, BLOCK), origins)
         p, top, fade = _weigh((1 - weight) * s + weight * t, top)
@@ -484,7 +519,10 @@ def _leads(batch, alpha, origins, gap, BLOCK: tl.constexpr):
     behind = (2 * alpha - 1).to(tl.float32)
     nothing = tl.full([], _NO_MAXIMUM, tl.float32)
     zero = tl.zeros([BLOCK], tl.float32)
-    top_a, top_b, w_a, w_b = nothing, nothing, zero, zero
+    top_a = nothing
+    top_b = nothing
+    w_a = zero
+    w_b = zero
     for start in range(0, batch.vocab, BLOCK):
         s, t, d = _pair(batch, start + tl.arange(0, BLOCK), origins)
         p, top_a, fade = _weigh(_if_shared(d, (1 - ahead) * s + ahead * t), top_a)
@@ -529,6 +567,52 @@ def _bounded(free, settings, disjoint, forced):
 
 
 @triton.jit
+def _known(sums, pieces, WIDTH: tl.constexpr):
+    """What follows from the sums of all pieces."""
+    top_s, scale_s = _tops(sums, _TOP_STUDENT, pieces, WIDTH)
+    top_t, scale_t = _tops(sums, _TOP_TEACHER, pieces, WIDTH)
+    head_s = tl.load(sums + _HEAD_STUDENT * pieces)
+    head_t = tl.load(sums + _HEAD_TEACHER * pieces)
+    z_s = _sum(sums, _Z_STUDENT, pieces, scale_s, WIDTH)
+    z_t = _sum(sums, _Z_TEACHER, pieces, scale_t, WIDTH)
+    at_s = (head_s + top_s).to(tl.float32)
+    at_t = (head_t + top_t).to(tl.float32)
+    return Known(
+        at_s,
+        at_t,
+        head_s + top_s - at_s + tl.log(z_s),
+        head_t + top_t - at_t + tl.log(z_t),
+        # with NaN and +inf, z is NaN
+        ((top_s > -_SUPPORT_GAP) & (z_s > 0)) == 0,
+        ((top_t > -_SUPPORT_GAP) & (z_t > 0)) == 0,
+        tl.max(_column(sums, _SHARED, pieces, _NO_MAXIMUM, WIDTH), 0) > -_SUPPORT_GAP,
+        tl.min(_column(sums, _LEAST_D, pieces, 0.0, WIDTH), 0) < -_SUPPORT_GAP,
+        tl.max(_column(sums, _MOST_D, pieces, 0.0, WIDTH), 0) > _SUPPORT_GAP,
+        # relative to the heads, as `measure` has taken its sums
+        top_t + tl.log(z_t) - top_s - tl.log(z_s),
+    )
+
+
+@triton.jit
+def _mean_d(sums, top_column, z_column, column, pieces, WIDTH: tl.constexpr):
+    """E[d] under one model, relative to the heads."""
+    _, scale = _tops(sums, top_column, pieces, WIDTH)
+    z = _sum(sums, z_column, pieces, scale, WIDTH)
+    return _sum(sums, column, pieces, scale, WIDTH) / z
+
+
+@triton.jit
+def _first_moments(sums, pieces, gap, WIDTH: tl.constexpr):
+    """The derivatives of F at the alpha of `measure`."""
+    _, scale = _tops(sums, _TOP_X, pieces, WIDTH)
+    w = _sum(sums, _W, pieces, scale, WIDTH)
+    w_d = _sum(sums, _W_D, pieces, scale, WIDTH)
+    w_dd = _sum(sums, _W_DD, pieces, scale, WIDTH)
+    w_ddd = _sum(sums, _W_DDD, pieces, scale, WIDTH)
+    return _moments(w, w_d, w_dd, w_ddd, gap)
+
+
+@triton.jit
 def solve(
     batch, position, measured, solved, settings,
     METHOD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -537,65 +621,46 @@ def solve(
     pieces = batch.pieces
     batch = _row(batch, row)
     sums = measured + row * MEASURED * pieces
-    top_s, scale_s = _tops(sums, _TOP_STUDENT, pieces, WIDTH)
-    top_t, scale_t = _tops(sums, _TOP_TEACHER, pieces, WIDTH)
-    head_s = tl.load(sums + _HEAD_STUDENT * pieces)
-    head_t = tl.load(sums + _HEAD_TEACHER * pieces)
-    shared = tl.max(_column(sums, _SHARED, pieces, _NO_MAXIMUM, WIDTH), 0) > -_SUPPORT_GAP
-    only_t = tl.max(_column(sums, _MOST_D, pieces, 0.0, WIDTH), 0) > _SUPPORT_GAP
-    only_s = tl.min(_column(sums, _LEAST_D, pieces, 0.0, WIDTH), 0) < -_SUPPORT_GAP
-    z_s = _sum(sums, _Z_STUDENT, pieces, scale_s, WIDTH)
-    z_t = _sum(sums, _Z_TEACHER, pieces, scale_t, WIDTH)
-    # with NaN and +inf, z is NaN
-    bad_s = ((top_s > -_SUPPORT_GAP) & (z_s > 0)) == 0
-    bad_t = ((top_t > -_SUPPORT_GAP) & (z_t > 0)) == 0
-    bad = bad_s | bad_t
-    # here and in `mix`, the models are relative to their largest logits
-    at_s = (head_s + top_s).to(tl.float32)
-    at_t = (head_t + top_t).to(tl.float32)
-    origins = Origins(at_s, at_t)
-    log_z_s = head_s + top_s - at_s + tl.log(z_s)
-    log_z_t = head_t + top_t - at_t + tl.log(z_t)
-    gap = log_z_t - log_z_s
-    head_gap = top_t + tl.log(z_t) - top_s - tl.log(z_s)
+    known = _known(sums, pieces, WIDTH)
+    origins = Origins(known.at_student, known.at_teacher)
+    gap = known.log_z_teacher - known.log_z_student
+    disjoint = known.shared == 0
+    useless = known.bad_student | known.bad_teacher | disjoint
     place = tl.load(position + row)
 
     if METHOD == "kl_symmetry":
-        _, scale_x = _tops(sums, _TOP_X, pieces, WIDTH)
-        w = _sum(sums, _W, pieces, scale_x, WIDTH)
-        w_d = _sum(sums, _W_D, pieces, scale_x, WIDTH)
-        w_dd = _sum(sums, _W_DD, pieces, scale_x, WIDTH)
-        w_ddd = _sum(sums, _W_DDD, pieces, scale_x, WIDTH)
-        moments = _moments(w, w_d, w_dd, w_ddd, head_gap)
-        free = _root(batch, settings, moments, bad | (shared == 0), origins, gap, BLOCK)
+        moments = _first_moments(sums, pieces, known.head_gap, WIDTH)
+        free = _root(batch, settings, moments, useless, origins, gap, BLOCK)
         free = tl.where(settings.mirror > 0, 1 - free, free)
     elif METHOD == "reverse_kl_symmetry":
-        slope_0 = _sum(sums, _STUDENT_D, pieces, scale_s, WIDTH) / z_s - head_gap
-        slope_1 = _sum(sums, _TEACHER_D, pieces, scale_t, WIDTH) / z_t - head_gap
-        free = _reverse(slope_1, slope_0, only_s, only_t)
+        student_d = _mean_d(sums, _TOP_STUDENT, _Z_STUDENT, _STUDENT_D, pieces, WIDTH)
+        teacher_d = _mean_d(sums, _TOP_TEACHER, _Z_TEACHER, _TEACHER_D, pieces, WIDTH)
+        slope_0 = student_d - known.head_gap
+        slope_1 = teacher_d - known.head_gap
+        free = _reverse(slope_1, slope_0, known.only_student, known.only_teacher)
     elif METHOD == "ess_balance":
-        level = ((only_s | only_t) == 0) | (shared == 0) | bad
+        level = ((known.only_student | known.only_teacher) == 0) | useless
         free = _balance(batch, level, origins, gap, BLOCK)
     else:
         share = tl.minimum(place.to(tl.float64) / settings.tokens, 1.0)
         free = settings.start + (settings.end - settings.start) * share
     if METHOD != "schedule":
-        free = tl.where(shared, free, 1.0)
+        free = tl.where(known.shared, free, 1.0)
     forced = (place == 0) & (settings.force_first > 0)
-    alpha, clamped = _bounded(free, settings, shared == 0, forced)
+    alpha, clamped = _bounded(free, settings, disjoint, forced)
 
     out = solved + row * SOLVED
     tl.store(out + _ALPHA, alpha)
     tl.store(out + _CLAMPED, clamped)
-    tl.store(out + _AT_STUDENT, at_s)
-    tl.store(out + _AT_TEACHER, at_t)
-    tl.store(out + _LOG_Z_STUDENT, log_z_s)
-    tl.store(out + _LOG_Z_TEACHER, log_z_t)
-    tl.store(out + _BAD_STUDENT, bad_s)
-    tl.store(out + _BAD_TEACHER, bad_t)
-    tl.store(out + _NO_STUDENT, (alpha == 1) & only_t)
-    tl.store(out + _NO_TEACHER, (alpha == 0) & only_s)
-    tl.store(out + _FALLBACK, (shared == 0) & (alpha > 0))
+    tl.store(out + _AT_STUDENT, known.at_student)
+    tl.store(out + _AT_TEACHER, known.at_teacher)
+    tl.store(out + _LOG_Z_STUDENT, known.log_z_student)
+    tl.store(out + _LOG_Z_TEACHER, known.log_z_teacher)
+    tl.store(out + _BAD_STUDENT, known.bad_student)
+    tl.store(out + _BAD_TEACHER, known.bad_teacher)
+    tl.store(out + _NO_STUDENT, (alpha == 1) & known.only_teacher)
+    tl.store(out + _NO_TEACHER, (alpha == 0) & known.only_student)
+    tl.store(out + _FALLBACK, disjoint & (alpha > 0))
 
 
 # Third launch
@@ -617,9 +682,16 @@ def mix(
     origins = Origins(at_s, at_t)
     nothing = tl.full([], _NO_MAXIMUM, tl.float32)
     zero = tl.zeros([BLOCK], tl.float32)
-    top, top_s, top_t = nothing, nothing, nothing
-    w, w_x, w_d, w_s, w_t = zero, zero, zero, zero, zero
-    best, best_id = zero + _NO_MAXIMUM, tl.zeros([BLOCK], tl.int32)
+    top = nothing
+    top_s = nothing
+    top_t = nothing
+    w = zero
+    w_x = zero
+    w_d = zero
+    w_s = zero
+    w_t = zero
+    best = zero + _NO_MAXIMUM
+    best_id = tl.zeros([BLOCK], tl.int32)
     first = piece * PIECE
     for start in range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK):
         ids = start + tl.arange(0, BLOCK)
