@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 __all__ = [
     "ALPHA_METHODS",
     "TRACE_FIELDS",
+    "TRACE_TABLE",
     "AlphaMethod",
     "Completion",
     "FinishReason",
     "Mode",
     "Request",
     "TokenTrace",
+    "TraceField",
     "noise_key",
     "prompt_id",
 ]
@@ -39,20 +41,36 @@ FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["mixture", "student", "teacher"]
 """What tokens are drawn from: q*, or one of the two models alone."""
 
-TRACE_FIELDS: tuple[str, ...] = (
-    "alpha",  # weight of the teacher, 0..1
-    "clamped",  # 1.0 where alpha_min or alpha_max moved alpha, else 0.0
-    "kl_student",  # KL(q || p_student), nats
-    "kl_teacher",  # KL(q || p_teacher), nats
-    "ess_student",  # 1 / sum q^2 / p_student, a share in (0, 1]
-    "ess_teacher",  # 1 / sum q^2 / p_teacher, a share in (0, 1]
-    "entropy",  # H(q), nats
-    "log_p_student",  # of the drawn token, at the run's temperature
-    "log_p_teacher",
-    "log_q",  # log-probability the token was drawn with, after top-k and top-p
-    "fallback",  # 1.0 where the supports do not meet and q is the teacher, else 0.0
+
+@dataclass(frozen=True, slots=True)
+class TraceField:
+    """One number that is kept of every token. `compute` makes it from other quantities, by name."""
+
+    name: str
+    meaning: str
+    compute: Callable[[Mapping[str, Any]], Any] | None = None
+
+    def value(self, quantities: Mapping[str, Any]) -> Any:
+        """`quantities`: those of `distribution.mixture.trace_of`, one number per row each."""
+        return self.compute(quantities) if self.compute else quantities[self.name]
+
+
+TRACE_TABLE = (
+    TraceField("alpha", "weight of the teacher, 0..1"),
+    TraceField("clamped", "1.0 where alpha_min or alpha_max moved alpha, else 0.0"),
+    TraceField("kl_student", "KL(q || p_student), nats"),
+    TraceField("kl_teacher", "KL(q || p_teacher), nats"),
+    TraceField("ess_student", "1 / sum q^2 / p_student, a share in (0, 1]"),
+    TraceField("ess_teacher", "1 / sum q^2 / p_teacher, a share in (0, 1]"),
+    TraceField("entropy", "H(q), nats"),
+    TraceField("log_p_student", "log p_student of the token, at the run's temperature"),
+    TraceField("log_p_teacher", "log p_teacher of the token, at the run's temperature"),
+    TraceField("log_q", "log-probability the token was drawn with, after top-k and top-p"),
+    TraceField("fallback", "1.0 where the supports do not meet and q is the teacher, else 0.0"),
 )
-"""The diagnostics of one token, in the order in which engines and `distribution.step` keep them."""
+"""The diagnostics of one token, in the order in which engines and `distribution` keep them."""
+
+TRACE_FIELDS: tuple[str, ...] = tuple(each.name for each in TRACE_TABLE)
 
 
 def prompt_id(student_prompt: str, teacher_prompt: str) -> str:

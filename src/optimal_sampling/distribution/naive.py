@@ -61,7 +61,9 @@ def F(s: Sequence[float], t: Sequence[float], alpha: float) -> float:
 
 
 def log_q(s: Sequence[float], t: Sequence[float], alpha: float) -> list[float]:
-    """The mixture: the student for alpha = 0, the teacher for 1, else on the common support; the teacher if empty."""
+    """The mixture: the student for alpha = 0, the teacher for 1, else on the common support; the
+    teacher if empty.
+    """
     if alpha == 0:
         return list(s)
     if alpha == 1 or not common(s, t):

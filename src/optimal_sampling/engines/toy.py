@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig, ModelConfig, ToyOptions
-from optimal_sampling.distribution import gumbel, keys_tensor, step
-from optimal_sampling.distribution.single import single_step
+from optimal_sampling.distribution import gumbel, keys_tensor, single_step, step
 from optimal_sampling.engines.base import Engine, bad_logits_message, prompt_problem
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Completion, FinishReason, Mode, Request, TokenTrace
