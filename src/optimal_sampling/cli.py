@@ -105,14 +105,11 @@ def run_demo(arguments: Sequence[str]) -> int:
 
 def run_bench(arguments: Sequence[str]) -> int:
     """The subcommand `bench`."""
-    import tyro
     from rich.console import Console
 
-    from optimal_sampling.bench import BenchOptions, run_bench
+    from optimal_sampling.bench import parse_bench, run_bench
 
-    flat = (tyro.conf.OmitArgPrefixes,)
-    options = tyro.cli(BenchOptions, prog=f"{PROGRAM} bench", args=list(arguments), config=flat)
-    return run_bench(options, Console())
+    return run_bench(parse_bench(arguments, f"{PROGRAM} bench"), Console())
 
 
 def run_serve(arguments: Sequence[str]) -> int:
