@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimal_sampling.config import EngineConfig, MixtureConfig
+from optimal_sampling.config import LocalOptions, MixtureConfig
 from optimal_sampling.engines.local import drawing
 from optimal_sampling.engines.local.drafting import (
     DraftPolicy,
@@ -19,7 +19,14 @@ from optimal_sampling.engines.local.overlap import Overlap
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Request
 from tests.engines.conformance import Harness, requests_of
-from tests.engines.local.conftest import CONTEXT, VOCAB, engine_of, tiny_model, vocabulary
+from tests.engines.local.conftest import (
+    CONTEXT,
+    VOCAB,
+    engine_of,
+    tiny_model,
+    vocabulary,
+    with_options,
+)
 from tests.engines.local.test_engine import PROMPTS, same
 
 
@@ -171,9 +178,9 @@ def test_speculative_is_lockstep_bit_for_bit(models, mixture):
     """Guards: the losslessness of speculation: tokens and diagnostics, for every draft length."""
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 24, new=30)
     engine = engine_of(*models, mixture=mixture, batch_size=8)
-    lockstep = list(engine.with_mixture(draft_tokens=0).generate(requests))
+    lockstep = list(with_options(engine, draft_tokens=0).generate(requests))
     for drafts in (1, 2, 5, 16, "auto"):
-        drafting = engine.with_mixture(draft_tokens=drafts)
+        drafting = with_options(engine, draft_tokens=drafts)
         assert same(lockstep, drafting.generate(requests))
         assert 0 < drafting.last_run.accepted < drafting.last_run.drafted
         assert f"of {drafting.last_run.drafted} drafted" in drafting.notes()["drafts"]
@@ -188,9 +195,9 @@ def test_shared_weights_with_lookup_are_lockstep_bit_for_bit(models):
     ]
     requests = requests_of(Harness(None, None, prompts, CONTEXT), 24, new=40)
     engine = engine_of(models[1], models[1], batch_size=8, mixture=MixtureConfig(temperature=0.3))
-    lockstep = list(engine.with_mixture(draft_tokens=0).generate(requests))
+    lockstep = list(with_options(engine, draft_tokens=0).generate(requests))
     for drafts in (1, 3, 8, "auto"):
-        drafting = engine.with_mixture(draft_tokens=drafts)
+        drafting = with_options(engine, draft_tokens=drafts)
         assert same(lockstep, drafting.generate(requests))
         assert drafting.last_run.accepted > 0
 
@@ -203,15 +210,15 @@ def test_drafts_beside_long_prompts_chunks_and_preemption(models):
     )
     prompts = [([2, 3] * n, [1, 4, 5] * (n // 2 + 1)) for n in (3, 95, 185, 189, 230, 500)]
     requests = requests_of(Harness(None, None, prompts, 2048), 6, new=40)
-    lockstep = list(engine.with_mixture(draft_tokens=0, batch_size=1).generate(requests))
-    assert same(lockstep, engine.with_mixture(draft_tokens=7).generate(requests))
+    lockstep = list(with_options(engine, draft_tokens=0, batch_size=1).generate(requests))
+    assert same(lockstep, with_options(engine, draft_tokens=7).generate(requests))
 
 
 @pytest.mark.parametrize("value", [-1, "many", 1.5])
 def test_a_draft_length_that_is_none_is_refused(value):
     """Guards: a traceback from deep within a run."""
     with pytest.raises(ConfigError, match="draft_tokens"):
-        EngineConfig(draft_tokens=value)
+        LocalOptions(draft_tokens=value)
 
 
 def test_fixed_drafts_do_not_vary():
@@ -226,11 +233,11 @@ def test_drafts_do_not_decide_who_fits_into_memory(models):
     per_token = sum(r.bytes_per_token for r in engine_of(*models).pair.runners.values())
     endless = vocabulary(stop_ids=frozenset())
     engine = engine_of(*models, kv_memory_gib=64 * per_token / 2**30, batch_size=4, vocab=endless)
-    plain = list(engine.with_mixture(draft_tokens=0).generate(requests))
+    plain = list(with_options(engine, draft_tokens=0).generate(requests))
     assert any(c.error for c in plain)
     assert any(not c.error for c in plain)
     for drafts in (3, 16, "auto"):
-        drafted = list(engine.with_mixture(draft_tokens=drafts).generate(requests))
+        drafted = list(with_options(engine, draft_tokens=drafts).generate(requests))
         assert same(plain, drafted)
         assert {c.request.id: c.error for c in plain} == {c.request.id: c.error for c in drafted}
 
@@ -261,7 +268,7 @@ def test_side_by_side_draws_the_same():
 def test_noise_made_by_a_kernel_is_the_same_noise(mode, draft_tokens, monkeypatch):
     """Guards: the keys and positions that a GPU's kernel gets in place of the noise, in another order."""
     engine = engine_of(tiny_model(1, layers=1), tiny_model(2, layers=3), draft_tokens=draft_tokens)
-    engine = engine.with_mixture(mode=mode)
+    engine = engine.view(mode=mode)
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=30)
     expected = {c.request.id: c.token_ids for c in engine.generate(requests)}
     monkeypatch.setattr(drawing, "runs_fused", lambda device: True)
@@ -283,5 +290,5 @@ def test_looked_up_ids_outside_the_vocabulary_are_not_drafted():
 
     engine.drawer = Watching
     requests = [Request(str(i), 0, 0, (1, 2), prompt, 12) for i in range(6)]
-    assert same(engine.with_mixture(draft_tokens=0).generate(requests), engine.generate(requests))
+    assert same(with_options(engine, draft_tokens=0).generate(requests), engine.generate(requests))
     assert max(int(d.max()) for d in seen if d.numel()) < VOCAB

@@ -1,6 +1,7 @@
 """The local engine: the common suite, and what only it does: memory, chunks, shared weights, padded vocabularies."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.engines.local.conftest import (
     stock_logits,
     tiny_model,
     vocabulary,
+    with_options,
 )
 
 PROMPTS = [
@@ -30,7 +32,9 @@ def harness_of(student, teacher):
     stock = {"student": stock_logits(student), "teacher": stock_logits(teacher)}
     base = engine_of(student, teacher)
     return Harness(
-        open=lambda mixture, batch_size: base.with_mixture(mixture, batch_size),
+        open=lambda mixture, batch_size: base.view(
+            mixture, options=replace(base.options, batch_size=batch_size)
+        ),
         logits=lambda role, ids: stock[role](ids),
         prompts=PROMPTS,
         context_length=CONTEXT,
@@ -74,9 +78,9 @@ def test_diagnostics_have_the_same_bits_in_every_batch(models):
     """Guards: resumed runs whose records differ in the last digits (shape rules)."""
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 24, new=20)
     engine = engine_of(*models)
-    alone = list(engine.with_mixture(batch_size=1).generate(requests))
+    alone = list(with_options(engine, batch_size=1).generate(requests))
     for batch_size in (2, 5, 16, 24):
-        assert same(alone, engine.with_mixture(batch_size=batch_size).generate(requests[::-1]))
+        assert same(alone, with_options(engine, batch_size=batch_size).generate(requests[::-1]))
 
 
 def test_diagnostics_have_the_same_bits_beside_long_texts():
@@ -88,9 +92,9 @@ def test_diagnostics_have_the_same_bits_beside_long_texts():
         Request(str(n), 0, 0, tuple([2, 3, 5] * n)[:n], (1, 4) * (n // 2) + (3,), 12)
         for n in lengths
     ]
-    alone = list(engine.with_mixture(batch_size=1).generate(requests))
-    assert same(alone, engine.with_mixture(batch_size=8).generate(requests))
-    assert same(alone, engine.with_mixture(batch_size=3).generate(requests[::-1]))
+    alone = list(with_options(engine, batch_size=1).generate(requests))
+    assert same(alone, with_options(engine, batch_size=8).generate(requests))
+    assert same(alone, with_options(engine, batch_size=3).generate(requests[::-1]))
 
 
 def test_chunked_prompts_and_preemption_change_nothing(models):
@@ -178,10 +182,9 @@ def test_nan_logits_fail_their_request_only(models):
 
 def test_captured_rows_are_the_models_own(models):
     """Guards: logits of another row, position or temperature in what a user analyses."""
-    engine = engine_of(*models).with_mixture(
+    engine = engine_of(*models, batch_size=4).view(
         MixtureConfig(temperature=0.5, top_k=3),
-        4,
-        frozenset({"student_logits", "teacher_logits", "log_q"}),
+        capture=frozenset({"student_logits", "teacher_logits", "log_q"}),
     )
     stock = [stock_logits(m) for m in models]
     for c in engine.generate(requests_of(Harness(None, None, PROMPTS, CONTEXT), 5, new=6)):
@@ -196,13 +199,13 @@ def test_captured_rows_are_the_models_own(models):
         assert ((c.captured["log_q"] > -float("inf")).sum(-1) <= 3).all()
         torch.testing.assert_close(c.captured["log_q"].exp().sum(-1), torch.ones(len(c.token_ids)))
     with pytest.raises(ConfigError, match="cannot capture"):
-        engine.with_mixture(capture=frozenset({"nonsense"}))
+        engine.view(capture=frozenset({"nonsense"}))
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_one_model_alone_draws_from_that_model(models, role):
     """Guards: a baseline that is not the model it is named after."""
-    engine = engine_of(*models).with_mixture(mode=role)
+    engine = engine_of(*models).view(mode=role)
     logits = stock_logits(models[role == "teacher"])
     for c in engine.generate(requests_of(Harness(None, None, PROMPTS, CONTEXT), 5, new=6)):
         prompt = c.request.student_prompt_ids if role == "student" else c.request.teacher_prompt_ids

@@ -12,7 +12,7 @@ from optimal_sampling.engines.local.shapes import (
     measured_rules,
     replace_linears,
 )
-from tests.engines.local.conftest import tiny_model
+from tests.engines.local.conftest import tiny_model, with_options
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_a_model_with_packed_layers_gives_equal_bits_in_every_batch():
     engine = engine_of(student, teacher)
     assert any(isinstance(m, PackedLinear) for m in teacher.modules())
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=12)
-    alone = list(engine.with_mixture(batch_size=1, draft_tokens=0).generate(requests))
-    assert same(alone, engine.with_mixture(batch_size=12, draft_tokens=3).generate(requests[::-1]))
+    alone = list(with_options(engine, batch_size=1, draft_tokens=0).generate(requests))
+    assert same(alone, with_options(engine, batch_size=12, draft_tokens=3).generate(requests[::-1]))
 
 
 def test_lengths_are_rounded_within_their_class():

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
-from optimal_sampling.config import EngineConfig, MixtureConfig
+from optimal_sampling.config import LocalOptions, MixtureConfig
 from optimal_sampling.distribution import NoiseKeys, Step, draft, gumbel, keys_tensor, step
 from optimal_sampling.distribution.fused import runs_fused
 from optimal_sampling.distribution.single import single_step
@@ -45,7 +45,7 @@ class RunSetting:
     roles: tuple[str, ...]
     """Name of each context: `student` and `teacher`, or one of them alone."""
     mixture: MixtureConfig
-    options: EngineConfig
+    options: LocalOptions
     stop_ids: frozenset[int]
     vocab_size: int
     context_lengths: tuple[int | None, ...]

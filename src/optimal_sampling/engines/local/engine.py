@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
 import psutil
 import torch
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.config import EngineOptions, LocalOptions, MixtureConfig, ModelConfig
 from optimal_sampling.distribution import kernel_note
 from optimal_sampling.engines.base import Engine
 from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts
@@ -24,16 +24,12 @@ from optimal_sampling.engines.local.paged.cache import PAGE
 from optimal_sampling.engines.local.paged.forward import PagedRunner
 from optimal_sampling.engines.local.run import Run
 from optimal_sampling.errors import ConfigError, EngineError
-from optimal_sampling.types import Completion, Request
+from optimal_sampling.types import Completion, Mode, Request
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
-__all__ = ["LoadedPair", "LocalEngine", "Mode"]
-
-Mode = Literal["mixture", "student", "teacher"]
-"""Draw from q*, or from one of the two models alone."""
+__all__ = ["LoadedPair", "LocalEngine"]
 
 GIB = 2**30
-CAPTURES = frozenset({"student_logits", "teacher_logits", "log_q"})
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.75}
 """Share of the memory free after loading that the caches may take; the rest is for logits and activations."""
 
@@ -50,7 +46,7 @@ class LoadedPair:
     """Bytes that were free for caches once the models were loaded (GPU only, where caches outlive a run)."""
 
     @classmethod
-    def of(cls, models: dict[str, Any], vocab_size: int, options: EngineConfig) -> LoadedPair:
+    def of(cls, models: dict[str, Any], vocab_size: int, options: LocalOptions) -> LoadedPair:
         """Models by role, made ready to run. Raises ModelError, ConfigError, MissingDependencyError."""
         device = next(iter(models.values())).device
         if device.type == "cuda":
@@ -75,26 +71,22 @@ class LocalEngine(Engine):
     `student_logits` and `teacher_logits` before temperature, `log_q` as drawn from.
     """
 
+    captures = frozenset({"student_logits", "teacher_logits", "log_q"})
+    options: LocalOptions
+
     def __init__(
         self,
         pair: LoadedPair,
         mixture: MixtureConfig,
-        options: EngineConfig,
+        options: LocalOptions,
         vocabulary: Vocabulary,
         mode: Mode = "mixture",
-        capture: frozenset[str] = frozenset(),
     ) -> None:
-        unknown = capture - CAPTURES
-        if unknown:
-            raise ConfigError(
-                f"cannot capture {', '.join(sorted(unknown))}; there is {', '.join(sorted(CAPTURES))}"
-            )
         self.pair = pair
         self.mixture = mixture
         self.options = options
         self.vocabulary = vocabulary
         self.mode: Mode = mode
-        self.capture = capture
         self.vocab_size = vocabulary.size
         self.stop_ids = vocabulary.stop_ids
         self.drawer: Callable[[list[Lane], RunSetting, DraftPolicy], Drawer] = Drawer
@@ -107,7 +99,7 @@ class LocalEngine(Engine):
         cls,
         models: ModelConfig,
         mixture: MixtureConfig,
-        options: EngineConfig,
+        options: LocalOptions,
         vocabulary: Vocabulary,
         mode: Mode = "mixture",
         load_kwargs: dict[str, Any] | None = None,
@@ -125,22 +117,23 @@ class LocalEngine(Engine):
             LoadedPair.of(loaded, vocabulary.size, options), mixture, options, vocabulary, mode
         )
 
-    def with_mixture(
+    def view(
         self,
         mixture: MixtureConfig | None = None,
-        batch_size: int | None = None,
-        capture: frozenset[str] = frozenset(),
         mode: Mode | None = None,
-        draft_tokens: int | Literal["auto"] | None = None,
-    ) -> LocalEngine:
-        """The same loaded models with other settings; costs nothing."""
-        options = (
-            self.options if batch_size is None else replace(self.options, batch_size=batch_size)
-        )
-        options = options if draft_tokens is None else replace(options, draft_tokens=draft_tokens)
-        return LocalEngine(
-            self.pair, mixture or self.mixture, options, self.vocabulary, mode or self.mode, capture
-        )
+        options: EngineOptions | None = None,
+        capture: frozenset[str] = frozenset(),
+    ) -> Self:
+        """As in `Engine`. Raises ConfigError too where a model that takes part was not loaded."""
+        view = super().view(mixture, mode, options, capture)
+        absent = [role for role in view.roles if role not in self.pair.runners]
+        if self.pair.runners and absent:
+            raise ConfigError(
+                f"mode {view.mode!r} needs the {absent[0]}, and the engine was loaded for "
+                f"the mode {self.mode!r}"
+            )
+        view.last_run = None
+        return view
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Serve the requests; see `Engine`."""
@@ -163,11 +156,6 @@ class LocalEngine(Engine):
     def device(self) -> torch.device:
         """Where the models are."""
         return next(iter(self.pair.runners.values())).device
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The models that take part, in the order of their contexts."""
-        return ("student", "teacher") if self.mode == "mixture" else (self.mode,)
 
     def _lanes(self, pages: int | None) -> list[Lane]:
         runners = [self.pair.runners[role] for role in self.roles]

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from optimal_sampling.config import EngineConfig, ModelConfig
+from optimal_sampling.config import LocalOptions, ModelConfig
+from optimal_sampling.engines.device import resolve_device, resolve_dtype
 from optimal_sampling.engines.local import attention
 from optimal_sampling.engines.local.forward import ModelRunner
 from optimal_sampling.engines.local.kv_cache import Cache, KVCache
@@ -22,48 +23,12 @@ from optimal_sampling.engines.local.paged.forward import PagedRunner
 from optimal_sampling.engines.local.paged.kernels import Choice, Kernel, choose_kernel
 from optimal_sampling.engines.local.scheduler import Chunk
 from optimal_sampling.engines.local.shapes import PLAIN, measured_rules, replace_linears
-from optimal_sampling.errors import ConfigError, MissingDependencyError, ModelError
+from optimal_sampling.errors import MissingDependencyError, ModelError
 
-__all__ = [
-    "check_architecture",
-    "load_model",
-    "prepare",
-    "prepare_pair",
-    "resolve_device",
-    "resolve_dtype",
-]
+__all__ = ["check_architecture", "load_model", "prepare", "prepare_pair"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest accepted difference to the stock forward pass, relative to the largest logit."""
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1` ... Raises ConfigError where it is absent."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"{name!r} is no device; use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device {name!r} was asked for, but PyTorch finds no CUDA GPU here; use the device cpu"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs here"
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def load_model(
@@ -129,7 +94,7 @@ def prepare(model: Any, vocab_size: int, role: str, batch_invariant: bool) -> Mo
 
 
 def prepare_pair(
-    models: dict[str, Any], vocab_size: int, options: EngineConfig
+    models: dict[str, Any], vocab_size: int, options: LocalOptions
 ) -> tuple[dict[str, ModelRunner], str]:
     """Runners of models by role, and a line for people about their attention. The same object twice is prepared once.
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from optimal_sampling.config import EngineConfig
+from optimal_sampling.config import LocalOptions
 from optimal_sampling.engines.local.paged import kernels
 from optimal_sampling.engines.local.paged.kernels import choose_kernel, flash_attn, varlen
 from optimal_sampling.errors import ConfigError, MissingDependencyError
@@ -71,7 +71,7 @@ def test_on_a_cpu():
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):
         engine_of(tiny_model(1), tiny_model(2), attention="flash_attn")
     with pytest.raises(ConfigError, match="attention must be one of"):
-        EngineConfig(attention="flash")
+        LocalOptions(attention="flash")
 
 
 def test_a_kernel_that_is_wrong_is_not_used(flash_on_cpu, monkeypatch):

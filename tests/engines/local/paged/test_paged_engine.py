@@ -1,6 +1,7 @@
 """The engine over pages: the common suite, and the same texts as over slots."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ def paged_harness(student, teacher):
     stock = {"student": stock_logits(student), "teacher": stock_logits(teacher)}
     base = paged_engine(student, teacher)
     return Harness(
-        open=lambda mixture, batch_size: base.with_mixture(mixture, batch_size),
+        open=lambda mixture, batch_size: base.view(
+            mixture, options=replace(base.options, batch_size=batch_size)
+        ),
         logits=lambda role, ids: stock[role](ids),
         prompts=PROMPTS,
         context_length=CONTEXT,

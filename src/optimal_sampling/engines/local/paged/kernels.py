@@ -132,7 +132,7 @@ class Choice:
 def choose_kernel(
     asked: str, device: torch.device, dtype: torch.dtype, head_dims: set[int], needs: set[str]
 ) -> Choice:
-    """`asked` is `EngineConfig.attention`; `needs` are attention features that the model uses.
+    """`asked` is `LocalOptions.attention`; `needs` are attention features that the model uses.
 
     `auto` falls back to SDPA and says why. Raises ConfigError or MissingDependencyError where a kernel was asked for
     that cannot be had.
