@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimal_sampling.config import LocalOptions, MixtureConfig
-from optimal_sampling.engines.local import drawing
+from optimal_sampling.engines.local import round as round_module
 from optimal_sampling.engines.local.drafting import (
     DraftPolicy,
     FixedDrafts,
@@ -15,7 +15,9 @@ from optimal_sampling.engines.local.drafting import (
     Lookup,
     PerRound,
 )
-from optimal_sampling.engines.local.overlap import Overlap
+from optimal_sampling.engines.local.engine import LocalEngine
+from optimal_sampling.engines.local.round import Sampler
+from optimal_sampling.engines.local.streams import Overlap
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Request
 from tests.engines.conformance import Harness, requests_of
@@ -182,8 +184,8 @@ def test_speculative_is_lockstep_bit_for_bit(models, mixture):
     for drafts in (1, 2, 5, 16, "auto"):
         drafting = with_options(engine, draft_tokens=drafts)
         assert same(lockstep, drafting.generate(requests))
-        assert 0 < drafting.last_run.accepted < drafting.last_run.drafted
-        assert f"of {drafting.last_run.drafted} drafted" in drafting.notes()["drafts"]
+        assert 0 < drafting.draft_counts.accepted < drafting.draft_counts.drafted
+        assert f"of {drafting.draft_counts.drafted} drafted" in drafting.notes()["drafts"]
 
 
 def test_shared_weights_with_lookup_are_lockstep_bit_for_bit(models):
@@ -199,7 +201,7 @@ def test_shared_weights_with_lookup_are_lockstep_bit_for_bit(models):
     for drafts in (1, 3, 8, "auto"):
         drafting = with_options(engine, draft_tokens=drafts)
         assert same(lockstep, drafting.generate(requests))
-        assert drafting.last_run.accepted > 0
+        assert drafting.draft_counts.accepted > 0
 
 
 def test_drafts_beside_long_prompts_chunks_and_preemption(models):
@@ -232,7 +234,7 @@ def test_drafts_do_not_decide_who_fits_into_memory(models):
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 8, new=60)
     per_token = sum(r.bytes_per_token for r in engine_of(*models).pair.runners.values())
     endless = vocabulary(stop_ids=frozenset())
-    engine = engine_of(*models, kv_memory_gib=64 * per_token / 2**30, batch_size=4, vocab=endless)
+    engine = engine_of(*models, kv_memory_gib=65 * per_token / 2**30, batch_size=4, vocab=endless)
     plain = list(with_options(engine, draft_tokens=0).generate(requests))
     assert any(c.error for c in plain)
     assert any(not c.error for c in plain)
@@ -243,52 +245,65 @@ def test_drafts_do_not_decide_who_fits_into_memory(models):
 
 
 def test_side_by_side_draws_the_same():
-    """Guards: the branch that a GPU takes for plain decoding, where both models' work is queued at once."""
+    """Guards: the branch that a GPU takes for plain decoding, with both models' work queued."""
     engine = engine_of(tiny_model(1, layers=1), tiny_model(2, layers=3), draft_tokens=0)
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=30)
     expected = list(engine.generate(requests))
     joined = []
 
     class Beside(Overlap):
-        def __init__(self, device):
-            super().__init__(device)
-            self.works = True
+        works = True
+
+        def __init__(self):
+            self._stream = None
 
         def join(self):
             joined.append(1)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "Overlap", Beside)
-        assert same(expected, engine.generate(requests))
-    assert len(joined) == engine.last_run.rounds
+    class Overlapping(LocalEngine):
+        def _new_loop(self):
+            loop = super()._new_loop()
+            loop.sampler.overlap = Beside()
+            return loop
+
+    beside = Overlapping(engine.pair, engine.mixture, engine.options, engine.vocabulary)
+    assert same(expected, beside.generate(requests))
+    assert len(joined) == beside.draft_counts.rounds
 
 
 @pytest.mark.parametrize("mode", ["mixture", "teacher"])
 @pytest.mark.parametrize("draft_tokens", [0, 3])
-def test_noise_made_by_a_kernel_is_the_same_noise(mode, draft_tokens, monkeypatch):
-    """Guards: the keys and positions that a GPU's kernel gets in place of the noise, in another order."""
+def test_noise_from_keys_is_the_same_noise(mode, draft_tokens, monkeypatch):
+    """Guards: keys and positions in another order, which a GPU gets in place of the noise."""
     engine = engine_of(tiny_model(1, layers=1), tiny_model(2, layers=3), draft_tokens=draft_tokens)
     engine = engine.view(mode=mode)
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=30)
     expected = {c.request.id: c.token_ids for c in engine.generate(requests)}
-    monkeypatch.setattr(drawing, "runs_fused", lambda device: True)
+    monkeypatch.setattr(round_module, "runs_fused", lambda device: True)
     assert {c.request.id: c.token_ids for c in engine.generate(requests)} == expected
 
 
 def test_looked_up_ids_outside_the_vocabulary_are_not_drafted():
-    """Guards: a draft that no verification could accept, or that another model's embedding does not have."""
+    """Guards: a draft that cannot be accepted, or that another model has no embedding for."""
     model = tiny_model(2, layers=2, vocab=VOCAB + 4)
     engine = engine_of(model, model, draft_tokens=4)
     prompt = (3, 5, VOCAB + 1, 7) * 6 + (3,)
     seen = []
 
-    class Watching(drawing.Drawer):
-        def draw(self, plan, rows):
-            drawn = super().draw(plan, rows)
-            seen.append(drawn.drafts)
-            return drawn
+    class WatchedSampler(Sampler):
+        def sample(self, plan, rows):
+            sampled = super().sample(plan, rows)
+            seen.append(sampled.drafts)
+            return sampled
 
-    engine.drawer = Watching
+    class Watching(LocalEngine):
+        def _new_loop(self):
+            loop = super()._new_loop()
+            loop.sampler = WatchedSampler(loop.models, loop.settings, loop.policy)
+            return loop
+
+    watching = Watching(engine.pair, engine.mixture, engine.options, engine.vocabulary)
     requests = [Request(str(i), 0, 0, (1, 2), prompt, 12) for i in range(6)]
-    assert same(with_options(engine, draft_tokens=0).generate(requests), engine.generate(requests))
+    plain = with_options(engine, draft_tokens=0).generate(requests)
+    assert same(plain, watching.generate(requests))
     assert max(int(d.max()) for d in seen if d.numel()) < VOCAB

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from optimal_sampling.engines.local.memory import round_up
+
 __all__ = [
     "PLAIN",
     "PackedLinear",
@@ -46,11 +48,6 @@ MOST_PADDING = 16
 """More padding than this would cost more than the packed form."""
 PACK_FROM = 2**18
 """Weights of this many elements and more are packed in any case: memory traffic outweighs the call."""
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The next multiple of `multiple`."""
-    return -(-value // multiple) * multiple
 
 
 @dataclass(frozen=True)
