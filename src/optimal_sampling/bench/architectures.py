@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from optimal_sampling.bench.instruments import MeasuredEngine
 from optimal_sampling.bench.subcommands import PairOptions
 from optimal_sampling.bench.workload import ModelPair, Workload
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
-from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
-from optimal_sampling.engines.local.loading import resolve_device, resolve_dtype
-from optimal_sampling.engines.local.paged.forward import PagedRunner
+from optimal_sampling.config import LocalOptions, ModelConfig, PromptConfig
+from optimal_sampling.engines.device import resolve_device, resolve_dtype
+from optimal_sampling.engines.local.engine import LoadedPair
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Request
 from optimal_sampling.vocabulary import Vocabulary
@@ -154,7 +154,7 @@ class RandomPair(ModelPair):
         twin = RandomPair(
             self.models, name, name, same_weights=True, prompt_tokens=self.prompt_tokens
         )
-        twin.equal_tokens = self.equal_tokens
+        twin.equal_tokens, twin.kv_memory_gib = self.equal_tokens, self.kv_memory_gib
         twin._engines = {
             key: _with_teacher_alone(engine, twin.vocabulary)
             for key, engine in self._engines.items()
@@ -175,12 +175,11 @@ class RandomPair(ModelPair):
         )
         return Workload(tuple(requests), natural_end=False)
 
-    def _load(self, options: EngineConfig) -> LocalEngine:
+    def _load(self, options: LocalOptions) -> LoadedPair:
         teacher = self._load_stock("teacher")
         student = teacher if self.same_weights else self._load_stock("student")
         models = {"teacher": teacher, "student": student}
-        pair = LoadedPair.of(models, self.vocabulary.size, options)
-        return LocalEngine(pair, MixtureConfig(), options, self.vocabulary)
+        return LoadedPair.of(models, self.vocabulary.size, options)
 
     def _load_stock(self, role: str) -> Any:
         seed = 0 if self.same_weights or role == "teacher" else 1
@@ -202,15 +201,14 @@ def _shared_vocabulary(teacher: str, student: str) -> Vocabulary:
     )
 
 
-def _with_teacher_alone(engine: LocalEngine, vocabulary: Vocabulary) -> LocalEngine:
+def _with_teacher_alone(engine: MeasuredEngine, vocabulary: Vocabulary) -> MeasuredEngine:
     """The loaded teacher in both roles, without a copy."""
     for runner in engine.pair.runners.values():
-        if isinstance(runner, PagedRunner):
-            # the student's pages would stay, but the new engine counts on all of the memory
-            runner.drop_caches()
+        # the student's caches would stay, but the new engine counts on all of the memory
+        runner.drop_caches()
     runners = dict.fromkeys(engine.pair.runners, engine.pair.runners["teacher"])
     pair = replace(engine.pair, runners=runners, shared=True)
-    return LocalEngine(pair, engine.mixture, engine.options, vocabulary)
+    return MeasuredEngine(pair, engine.mixture, engine.options, vocabulary)
 
 
 def make_pair(options: PairOptions) -> ModelPair:

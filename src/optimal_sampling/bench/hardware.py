@@ -15,8 +15,8 @@ from torch import Tensor
 
 from optimal_sampling import __version__
 from optimal_sampling.config import ModelConfig
+from optimal_sampling.engines.device import resolve_device
 from optimal_sampling.engines.local.engine import LocalEngine
-from optimal_sampling.engines.local.loading import resolve_device
 
 __all__ = ["hardware", "lockstep_bound", "memory_bandwidth", "weight_bytes"]
 

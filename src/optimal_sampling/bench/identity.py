@@ -13,7 +13,7 @@ from optimal_sampling.bench.architectures import make_pair
 from optimal_sampling.bench.harness import SILENT, Display, Report, make_table
 from optimal_sampling.bench.subcommands import IdentityOptions
 from optimal_sampling.bench.workload import ModelPair, Variant, Workload
-from optimal_sampling.engines.local.loading import resolve_dtype
+from optimal_sampling.engines.device import resolve_dtype
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Completion, Request
 

@@ -6,9 +6,7 @@ The only file of the benchmarks that depends on how the engine's generation loop
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,15 +16,12 @@ from jaxtyping import Bool
 
 from optimal_sampling.bench.harness import Spent
 from optimal_sampling.engines.local.drafting import DraftPolicy
-from optimal_sampling.engines.local.drawing import Drawer, Drawn, RunSetting
 from optimal_sampling.engines.local.engine import LocalEngine
-from optimal_sampling.engines.local.kv_cache import KVCache
-from optimal_sampling.engines.local.lane import Lane
-from optimal_sampling.engines.local.paged.cache import PAGE, PagedCache
-from optimal_sampling.engines.local.run import Run
-from optimal_sampling.engines.local.scheduler import Round, Sequence
-from optimal_sampling.engines.local.transfer import to_device
-from optimal_sampling.types import Completion, Request
+from optimal_sampling.engines.local.round import RunSettings, SampledRound, Sampler
+from optimal_sampling.engines.local.run import GenerationLoop
+from optimal_sampling.engines.local.runner import CachedModel
+from optimal_sampling.engines.local.scheduler import RoundPlan, Sequence
+from optimal_sampling.engines.local.streams import to_device
 
 __all__ = ["MeasuredEngine", "OutOfTime", "Recorder", "accepts"]
 
@@ -56,11 +51,11 @@ class Recorder:
     """Rounds that read no prompt: from the start of each to the start of the next."""
     decoding_rows: int = 0
     """Rows of those rounds, summed."""
-    loop: Run | None = None
+    loop: GenerationLoop | None = None
     """The generation loop of the call."""
     _started: _Started | None = None
 
-    def before(self, plan: Round, rows: list[Sequence]) -> None:
+    def before(self, plan: RoundPlan, rows: list[Sequence]) -> None:
         """Record the start of a round. Raises OutOfTime beyond the limits."""
         now = Spent(0, time.perf_counter(), time.process_time())
         if self._started is not None and self._started.decodes:
@@ -71,11 +66,11 @@ class Recorder:
         if now.wall > self.deadline or self.rounds == self.most_rounds:
             raise OutOfTime
 
-    def after(self, lanes: list[Lane], rows: list[Sequence]) -> None:
+    def after(self, rows: list[Sequence]) -> None:
         """Record the end of a round, before its tokens are appended."""
         self.rounds += 1
         self.most_rows = max(self.most_rows, len(rows))
-        self.kv_bytes = max(self.kv_bytes, sum(map(_cache_bytes, lanes)))
+        self.kv_bytes = max(self.kv_bytes, self.loop.memory.held if self.loop else 0)
         self.resident = max(self.resident, PROCESS.memory_info().rss)
 
     @property
@@ -86,12 +81,12 @@ class Recorder:
     @property
     def drafted(self) -> int:
         """Number of drafted tokens."""
-        return self.loop.drafted if self.loop else 0
+        return self.loop.counts.drafted if self.loop else 0
 
     @property
     def accepted(self) -> int:
         """Number of drafted tokens that were accepted."""
-        return self.loop.accepted if self.loop else 0
+        return self.loop.counts.accepted if self.loop else 0
 
     def unfinished(self) -> dict[str, int]:
         """Tokens drawn so far, by request id, of the texts that are still in the scheduler."""
@@ -121,36 +116,26 @@ def _drawn_tokens(rows: list[Sequence]) -> int:
     return sum(len(sequence.output) for sequence in rows)
 
 
-def _cache_bytes(lane: Lane) -> int:
-    """Bytes of the allocated slots, or of the pages in use: all pages are allocated from the start."""
-    if isinstance(lane.cache, PagedCache):
-        return lane.spec.bytes_per_token * PAGE * sum(run.pages for run in lane.cache.runs.rows)
-    assert isinstance(lane.cache, KVCache)
-    return lane.spec.bytes_per_token * lane.cache.slots * lane.cache.length
-
-
 class MeasuredEngine(LocalEngine):
-    """A local engine that records its rounds. With an `acceptance`, that share of drafts is accepted.
+    """A local engine that records its rounds, and emulates the acceptance of drafts where it is given.
 
     Random weights agree on nothing, so without emulation every draft would be rejected.
     """
 
-    def __init__(
-        self, *settings: Any, recorder: Recorder | None = None, acceptance: float | None = None
-    ) -> None:
-        super().__init__(*settings)
-        self.recorder = recorder or Recorder()
-        self.drawer = partial(MeasuredSampler, recorder=self.recorder, acceptance=acceptance)
+    recorder: Recorder
+    acceptance: float | None = None
+    """Share of drafts that is accepted."""
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Serve the requests; see `Engine`. Raises OutOfTime at the recorder's limits."""
-        try:
-            yield from super().generate(requests)
-        finally:
-            self.recorder.loop = self.last_run
+    def _new_loop(self) -> GenerationLoop:
+        loop = super()._new_loop()
+        loop.sampler = MeasuredSampler(
+            loop.models, loop.settings, loop.policy, self.recorder, self.acceptance
+        )
+        self.recorder.loop = loop
+        return loop
 
 
-class MeasuredSampler(Drawer):
+class MeasuredSampler(Sampler):
     """Samples as usual; then, with an `acceptance`, overwrites which drafts were accepted.
 
     All work of a round is done, and only its tokens change: an accepted position takes the draft itself, a
@@ -159,35 +144,35 @@ class MeasuredSampler(Drawer):
 
     def __init__(
         self,
-        lanes: list[Lane],
-        setting: RunSetting,
+        models: list[CachedModel],
+        settings: RunSettings,
         policy: DraftPolicy,
         recorder: Recorder,
         acceptance: float | None,
     ) -> None:
-        super().__init__(lanes, setting, policy)
+        super().__init__(models, settings, policy)
         # an overwritten token could be an end of text
-        assert acceptance is None or not setting.stop_ids
+        assert acceptance is None or not settings.stop_ids
         self.recorder = recorder
         self.acceptance = acceptance
 
-    def draw(self, plan: Round, rows: list[Sequence]) -> Drawn:
-        """One round."""
+    def sample(self, plan: RoundPlan, rows: list[Sequence]) -> SampledRound:
+        """One round. Raises OutOfTime at the recorder's limits."""
         self.recorder.before(plan, rows)
-        drawn = super().draw(plan, rows)
-        self.recorder.after(self.lanes, rows)
-        if self.acceptance is None or drawn.width == 1:
-            return drawn
-        return self._emulated(drawn, rows, self.acceptance)
+        sampled = super().sample(plan, rows)
+        self.recorder.after(rows)
+        if self.acceptance is None or sampled.width == 1:
+            return sampled
+        return self._emulated(sampled, rows, self.acceptance)
 
-    def _emulated(self, drawn: Drawn, rows: list[Sequence], rate: float) -> Drawn:
+    def _emulated(self, sampled: SampledRound, rows: list[Sequence], rate: float) -> SampledRound:
         keys = [s.request.noise_key for s in rows]
         positions = [len(s.output) for s in rows]
-        accepted = accepts(keys, positions, drawn.width - 1, rate)
-        tokens = drawn.step.token.view(len(rows), drawn.width).clone()
-        other = (drawn.drafts + 1) % self.setting.vocab_size
-        tokens[:, :-1] = torch.where(to_device(accepted, self.device), drawn.drafts, other)
-        return replace(drawn, step=replace(drawn.step, token=tokens.flatten()))
+        accepted = accepts(keys, positions, sampled.width - 1, rate)
+        tokens = sampled.step.token.view(len(rows), sampled.width).clone()
+        other = (sampled.drafts + 1) % self.settings.vocab_size
+        tokens[:, :-1] = torch.where(to_device(accepted, self.device), sampled.drafts, other)
+        return replace(sampled, step=replace(sampled.step, token=tokens.flatten()))
 
 
 def accepts(

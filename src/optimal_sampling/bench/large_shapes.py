@@ -30,7 +30,7 @@ from optimal_sampling.bench.speed import (
 )
 from optimal_sampling.bench.subcommands import GpuOptions, Size, parse_sizes
 from optimal_sampling.bench.workload import ModelPair, Variant, Workload
-from optimal_sampling.engines.local.loading import resolve_device
+from optimal_sampling.engines.device import resolve_device
 from optimal_sampling.errors import ConfigError, EngineError
 
 __all__ = [

@@ -168,7 +168,7 @@ def _engine_system(name: str, pair: ModelPair, workload: Workload, batch_size: i
     engine = pair.engine(workload, batch_size, VARIANTS[name])
 
     def run(repeat: int) -> Spent:
-        if engine.pair.paged:
+        if engine.pair.recorded_graphs is not None:
             # records again the CUDA graphs that the engine dropped for the system before it
             count_tokens(engine, workload)
         return timed(lambda: count_tokens(engine, workload))

@@ -14,11 +14,12 @@ import torch
 
 from optimal_sampling.bench.hardware import memory_bandwidth
 from optimal_sampling.bench.instruments import MeasuredEngine, Recorder
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
-from optimal_sampling.engines.local.engine import LocalEngine, Mode
-from optimal_sampling.engines.local.loading import load_model, resolve_device, resolve_dtype
+from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
+from optimal_sampling.engines.device import resolve_device, resolve_dtype
+from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
+from optimal_sampling.engines.local.loading import load_model
 from optimal_sampling.toy_pair.problems import synthetic_rows
-from optimal_sampling.types import Completion, Request, prompt_id
+from optimal_sampling.types import Completion, Mode, Request, prompt_id
 from optimal_sampling.vocabulary import PromptRenderer, Vocabulary, resolve_model
 
 __all__ = ["ModelPair", "Variant", "Workload", "count_tokens", "describe_lengths"]
@@ -64,7 +65,7 @@ class ModelPair:
     def __init__(self, models: ModelConfig, vocabulary: Vocabulary | None = None) -> None:
         self.models = models
         self.vocabulary = vocabulary or Vocabulary.load(models.student, models.teacher)
-        self._engines: dict[bool, LocalEngine] = {}
+        self._engines: dict[bool, MeasuredEngine] = {}
         self._stock: dict[str, Any] = {}
 
     @property
@@ -122,19 +123,13 @@ class ModelPair:
             draft_tokens=variant.draft_tokens,
             kv_memory_gib=variant.kv_memory_gib or self.kv_memory_gib,
         )
-        vocabulary = self.vocabulary
+        engine = loaded.view(mode=variant.mode, options=options, capture=variant.capture)
+        engine.recorder = recorder or Recorder()
+        given = variant.acceptance
+        engine.acceptance = self.acceptance if given is None else given
         if not workload.natural_end:
-            vocabulary = replace(vocabulary, stop_ids=frozenset())
-        return MeasuredEngine(
-            loaded.pair,
-            loaded.mixture,
-            options,
-            vocabulary,
-            variant.mode,
-            variant.capture,
-            recorder=recorder,
-            acceptance=self.acceptance if variant.acceptance is None else variant.acceptance,
-        )
+            engine.stop_ids = frozenset()
+        return engine
 
     def stock(self, role: str) -> Any:
         """A model as Transformers loads it, with its own attention."""
@@ -160,14 +155,17 @@ class ModelPair:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _loaded(self, batch_invariant: bool) -> LocalEngine:
+    def _loaded(self, batch_invariant: bool) -> MeasuredEngine:
         if batch_invariant not in self._engines:
-            options = EngineConfig(batch_invariant=batch_invariant)
-            self._engines[batch_invariant] = self._load(options)
+            options = LocalOptions(batch_invariant=batch_invariant)
+            loaded = self._load(options)
+            self._engines[batch_invariant] = MeasuredEngine(
+                loaded, MixtureConfig(), options, self.vocabulary
+            )
         return self._engines[batch_invariant]
 
-    def _load(self, options: EngineConfig) -> LocalEngine:
-        return LocalEngine.load(self.models, MixtureConfig(), options, self.vocabulary)
+    def _load(self, options: LocalOptions) -> LoadedPair:
+        return LocalEngine.load(self.models, MixtureConfig(), options, self.vocabulary).pair
 
     def _load_stock(self, role: str) -> Any:
         name = self.models.teacher if role == "teacher" else self.models.student
