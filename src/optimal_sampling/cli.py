@@ -138,9 +138,9 @@ def run_bench(arguments: Sequence[str]) -> int:
     """The subcommand `bench`."""
     from rich.console import Console
 
-    from optimal_sampling.bench import BenchOptions, run_bench
+    from optimal_sampling.bench import parse_bench, run_bench
 
-    return run_bench(_parse("bench", BenchOptions(), arguments), Console())
+    return run_bench(parse_bench(arguments, f"{PROGRAM} bench"), Console())
 
 
 def run_serve(arguments: Sequence[str]) -> int:
