@@ -1,10 +1,10 @@
-"""What q* costs in vLLM: against each model alone, with drafts, the local engine, and a nested engine.
+"""What q* costs in vLLM, beside each model alone, drafts, the local and a nested engine.
 
-    python benchmarks/vllm/compare.py     random models on a CPU: 8 layers x 512 and 2 x 256, 32,000 tokens
+    python benchmarks/vllm/compare.py     random models on a CPU: 8 x 512 and 2 x 256
 
-All engines are in memory, each in a process of its own with one thread, and take turns. Wall-clock time is what
-a user waits; CPU time is disturbed less by others on the machine. Prints tables and ends with one line of JSON.
-For a GPU there is gpu.py.
+All engines are in memory, each in a process of its own with one thread, and take turns. Wall-clock
+time is what a user waits; CPU time is disturbed less by others on the machine. Prints tables and
+ends with one line of JSON. For a GPU there is gpu.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHAPES = {
 
 
 def make_models(root: Path) -> dict[str, str]:
-    """Random models whose distributions are flat, so that they overlap as those of a real pair do."""
+    """Random models of flat distributions, which overlap as those of a real pair do."""
     models = ModelConfig(device="cpu", dtype="float32")
     for seed, (role, shape) in enumerate(SHAPES.items()):
         shape.model(models, seed).save_pretrained(root / role)

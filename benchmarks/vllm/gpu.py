@@ -1,11 +1,12 @@
 """The engines of compare.py at the shapes of Qwen2.5-3B and 1.5B, on a GPU, without a download.
 
-    python benchmarks/vllm/gpu.py            8 x 256, 16 x 512, 32 x 512, 16 x 1024, 8 x 2048 (sequences x tokens)
+    python benchmarks/vllm/gpu.py            8 x 256 to 8 x 2048 (sequences x tokens)
     python benchmarks/vllm/gpu.py --tiny     the same script with small shapes, on whatever there is
 
-Weights are random (vLLM's load_format=dummy), and both models' distributions almost uniform. So times of a step
-are those of the real models, but how many drafts are accepted is not: here it is nearly all of them, and the
-rows with drafts are a bound. Engines are opened one after the other; wall-clock time. Ends with one line of JSON.
+Weights are random (vLLM's load_format=dummy), and both models' distributions almost uniform. So
+times of a step are those of the real models, but how many drafts are accepted is not: here it is
+nearly all of them, and the rows with drafts are a bound. Engines are opened one after the other;
+wall-clock time. Ends with one line of JSON.
 """
 
 from __future__ import annotations

@@ -98,7 +98,8 @@ def opened(setup: Setup) -> Iterator[Worker]:
 def measure(setups: Sequence[Setup], works: Sequence[Work], repeats: int, at_once: bool) -> Times:
     """Every engine does every work `repeats` times, after one short turn that does not count.
 
-    `at_once`: all engines are in memory and take turns; otherwise they are opened one after the other.
+    `at_once`: all engines are in memory and take turns; otherwise they are opened one after the
+    other.
     """
     times: Times = {}
     for group in [setups] if at_once else [[setup] for setup in setups]:
