@@ -131,7 +131,7 @@ def measure_growth(
 
 
 def _growth(pair: ModelPair, prompts: int, batch_size: int) -> dict[str, float]:
-    """Most requests in flight, seconds, largest size of the caches, and growth of resident memory."""
+    """One run: seconds, most requests in flight, and memory."""
     workload, recorder = pair.workload(prompts), Recorder()
     engine = pair.engine(workload, batch_size, recorder=recorder)
     before = _resident()

@@ -38,7 +38,6 @@ __all__ = [
 
 Rates: TypeAlias = Mapping[str, float]
 """Tokens per second by name of the system."""
-Clock: TypeAlias = Literal["wall", "cpu"]
 
 
 def ignore(text: Any) -> None:
@@ -117,7 +116,7 @@ def timed(work: Callable[[], int | Spent]) -> Spent:
     return Spent(made, time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def per_second(timings: Timings, clock: Clock) -> dict[str, float]:
+def per_second(timings: Timings, clock: Literal["wall", "cpu"]) -> dict[str, float]:
     """Median tokens per second of each system."""
     return {
         name: median(spent.tokens / getattr(spent, clock) for spent in repeats)
@@ -126,7 +125,7 @@ def per_second(timings: Timings, clock: Clock) -> dict[str, float]:
 
 
 def quotients(rates: Rates, named: Iterable[tuple[str, str, str]]) -> dict[str, float]:
-    """Ratios by name, of those (name, numerator, denominator) whose two systems were measured."""
+    """Ratios of those (name, numerator, denominator) whose two systems were measured."""
     return {
         name: rates[over] / rates[under]
         for name, over, under in named

@@ -22,7 +22,6 @@ __all__ = ["Comparison", "compare", "differences", "run"]
 CHUNK = 128
 """Prompts whose texts are held at once."""
 BATCH = 32
-LOCKSTEP = Variant(draft_tokens=0)
 DRAFTS = {
     "drafts auto / lockstep": Variant(draft_tokens="auto"),
     "drafts 4 / lockstep": Variant(draft_tokens=4),
@@ -82,7 +81,7 @@ def compare(pair: ModelPair, prompts: int, display: Display = SILENT) -> list[Co
 
 def _compare_texts(pair: ModelPair, workload: Workload, display: Display) -> list[Comparison]:
     found = {name: Comparison(name) for name in DRAFTS}
-    lockstep = pair.engine(workload, BATCH, LOCKSTEP)
+    lockstep = pair.engine(workload, BATCH, Variant(draft_tokens=0))
     engines = {name: pair.engine(workload, BATCH, variant) for name, variant in DRAFTS.items()}
     for first in range(0, len(workload.requests), CHUNK):
         requests = workload.requests[first : first + CHUNK]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -202,10 +202,9 @@ def measure_large_batch(pair: RandomPair, size: Size, budget: Budget) -> dict[st
     if budget.left() <= 0:
         return {"skipped": "no time left"}
     workload = pair.workload(size.batch, size.tokens)
-    lockstep = VARIANTS[LOCKSTEP]
     try:
         predicted = predicted_bytes(pair.engine(workload, size.batch), workload)
-        done = run_bounded(pair, workload, size.batch, lockstep, budget.recorder())
+        done = run_bounded(pair, workload, size.batch, VARIANTS[LOCKSTEP], budget.recorder())
     except (EngineError, RuntimeError) as error:
         return {"skipped": f"failed: {str(error).splitlines()[0]}"}
     recorder = done.recorder
@@ -354,10 +353,9 @@ def _measure_table(
         "engine": notes,
         "bandwidth": pair.bandwidth,
         "cells": [{**asdict(cell), "tokens_per_second": cell.rate} for cell in cells],
-        "bounds": {name: _by_size(limits, name) for name in (IDEAL, ROOFLINE)},
+        "bounds": {
+            name: {str(size): rate for (row, size), rate in limits.items() if row == name}
+            for name in (IDEAL, ROOFLINE)
+        },
         "targets": [{**asdict(target), "met": target.met} for target in reached],
     }
-
-
-def _by_size(rates: Mapping[tuple[str, Size], float], name: str) -> dict[str, float]:
-    return {str(size): rate for (row, size), rate in rates.items() if row == name}

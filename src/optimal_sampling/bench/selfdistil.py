@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 from rich.table import Table
 
-from optimal_sampling.bench.architectures import make_pair
+from optimal_sampling.bench.architectures import RandomPair
 from optimal_sampling.bench.harness import (
     Display,
     Rates,
@@ -23,7 +23,7 @@ from optimal_sampling.bench.harness import (
     quotients,
 )
 from optimal_sampling.bench.instruments import Recorder
-from optimal_sampling.bench.subcommands import PairOptions, SelfDistilOptions
+from optimal_sampling.bench.subcommands import SelfDistilOptions
 from optimal_sampling.bench.workload import ModelPair, Variant, Workload, count_tokens
 from optimal_sampling.config import PromptConfig
 
@@ -120,16 +120,10 @@ def run(options: SelfDistilOptions, display: Display) -> Report:
 
 def _one_model(options: SelfDistilOptions) -> ModelPair:
     """The teacher in both roles."""
-    if options.teacher_shape is None:
-        return ModelPair(replace(options.models, student=options.models.teacher))
-    pair = make_pair(
-        PairOptions(
-            models=options.models,
-            teacher_shape=options.teacher_shape,
-            student_shape=options.teacher_shape,
-            same_weights=True,
-            prompt_tokens=options.prompt_tokens,
-        )
-    )
+    models, shape = options.models, options.teacher_shape
+    if shape is None:
+        return ModelPair(replace(models, student=models.teacher))
+    tokens = options.prompt_tokens
+    pair = RandomPair(models, shape, shape, same_weights=True, prompt_tokens=tokens)
     pair.equal_tokens = options.new_tokens
     return pair
