@@ -12,10 +12,9 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from optimal_sampling.records.files import write_atomically
-from optimal_sampling.records.ledger import MEANS, Totals
-from optimal_sampling.records.run_folder import RunFolder
+from optimal_sampling.records.run_folder import MEANS, RunFolder, Totals
 from optimal_sampling.records.schema import Record
+from optimal_sampling.records.store import write_atomically
 
 __all__ = ["Summary", "Tally"]
 
