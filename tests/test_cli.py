@@ -12,7 +12,7 @@ from dataclasses import fields
 import pytest
 
 from optimal_sampling import toy_pair
-from optimal_sampling.bench.options import BenchOptions
+from optimal_sampling.bench.subcommands import BenchOptions
 from optimal_sampling.cli import (
     ALIASES,
     COMMANDS,
