@@ -2,9 +2,10 @@
 
     python benchmarks/compare_trees.py OLD_SRC NEW_SRC --pairs 9 --num-prompts 64
 
-Each pair of runs is one process per tree, which runs `python -m optimal_sampling bench speed` with one repeat
-and one thread; the order alternates. Prints for each row the geometric mean of the ratio of CPU time, new over
-old, with a 95% interval (paired t on the logarithms). Ends with one line of JSON. Needs SciPy.
+Each pair of runs is one process per tree, which runs `python -m optimal_sampling bench speed` with
+one repeat and one thread; the order alternates. Prints for each row the geometric mean of the ratio
+of CPU time, new over old, with a 95% interval (paired t on the logarithms). Ends with one line of
+JSON. Needs SciPy.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ROWS = ("teacher alone", "q* lockstep", "q* speculative, auto (the default)")
 
 
 def measure(tree: str, prompts: int) -> dict[str, float]:
-    """Tokens per second of CPU time of one tree, by table and row. Raises SystemExit where it fails."""
+    """Tokens per CPU second of one tree, by table and row. Raises SystemExit where it fails."""
     environment = {**os.environ, "PYTHONPATH": tree, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "line.json"
@@ -53,7 +54,7 @@ def rates(line: dict) -> dict[str, float]:
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """Geometric mean, and both ends of its 95% interval by Student's t; needs two ratios or more."""
+    """Geometric mean and its 95% interval, by Student's t, of at least two ratios."""
     from scipy import stats
 
     logs = [math.log(ratio) for ratio in ratios]

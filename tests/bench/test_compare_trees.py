@@ -20,7 +20,7 @@ def script():
 
 
 def test_the_interval_is_that_of_a_paired_t_test(script):
-    """Guards: an arithmetic mean of ratios; an interval of the normal distribution, which is too narrow."""
+    """Guards: an arithmetic mean of ratios; the narrower interval of a normal distribution."""
     mean, low, high = script.interval([1.0, 2.0, 4.0])
     assert mean == pytest.approx(2.0)
     # t(0.975, 2) = 4.302653; standard error = log(2) / sqrt(3)
@@ -29,7 +29,7 @@ def test_the_interval_is_that_of_a_paired_t_test(script):
 
 
 def test_the_rows_are_those_of_the_line_of_json(script):
-    """Guards: wall clock instead of CPU time; two tables of one batch size that overwrite each other."""
+    """Guards: wall clock for CPU time; two tables of one batch size in one row."""
 
     def table(natural, rate):
         setting = {"batch_size": 32, "natural_end": natural}
