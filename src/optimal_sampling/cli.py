@@ -210,7 +210,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
         raise ConfigError(
             f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; see {PROGRAM} --help"
         )
-    return COMMANDS[name][1](arguments[1:])
+    try:
+        return COMMANDS[name][1](arguments[1:])
+    except SystemExit:
+        if {"-h", "--help"} & {*arguments}:
+            print(EXAMPLES[name])
+        raise
 
 
 def _help() -> str:
@@ -242,19 +247,14 @@ def _parse(
     description: str | None = None,
 ) -> Options:
     """A subcommand's options, over their defaults. A bad one, and `--help`, end the process."""
-    try:
-        return tyro.cli(
-            type(default),
-            default=default,
-            prog=f"{PROGRAM} {command}",
-            args=list(arguments),
-            config=(tyro.conf.OmitArgPrefixes,),
-            description=description,
-        )
-    except SystemExit:
-        if {"-h", "--help"} & {*arguments}:
-            print(EXAMPLES[command])
-        raise
+    return tyro.cli(
+        type(default),
+        default=default,
+        prog=f"{PROGRAM} {command}",
+        args=list(arguments),
+        config=(tyro.conf.OmitArgPrefixes,),
+        description=description,
+    )
 
 
 def _check_engine_options(arguments: Sequence[str], engine: type[EngineOptions]) -> None:
