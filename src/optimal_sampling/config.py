@@ -19,6 +19,7 @@ from optimal_sampling.types import AlphaMethod
 
 __all__ = [
     "ENGINES",
+    "Checked",
     "DataConfig",
     "EngineOptions",
     "GenerateConfig",
