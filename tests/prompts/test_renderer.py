@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from optimal_sampling.config import PromptConfig
 from optimal_sampling.errors import ConfigError, PromptError
 from optimal_sampling.prompts import PromptRenderer
-from optimal_sampling.prompts.rows import conversation_of
-from optimal_sampling.prompts.template import fill, names_in
+from optimal_sampling.prompts.rows import conversation_of, fill, names_in
 from optimal_sampling.vocabulary import Vocabulary
 from tests.vocabulary.conftest import (
     ALWAYS_OPEN,

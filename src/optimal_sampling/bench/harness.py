@@ -34,6 +34,7 @@ __all__ = [
     "per_second",
     "quotients",
     "run_bench",
+    "timed",
 ]
 
 Rates: TypeAlias = Mapping[str, float]

@@ -14,8 +14,13 @@ from typing import Any
 from optimal_sampling.config import PromptConfig
 from optimal_sampling.errors import ConfigError, PromptError
 from optimal_sampling.prompts.chat import PROBE, ChatFormat, Role
-from optimal_sampling.prompts.rows import Conversation, conversation_of
-from optimal_sampling.prompts.template import fill, names_in, value_text
+from optimal_sampling.prompts.rows import (
+    Conversation,
+    conversation_of,
+    fill,
+    names_in,
+    value_text,
+)
 from optimal_sampling.vocabulary.shared import Vocabulary
 
 __all__ = ["PromptRenderer", "RenderedPrompt"]
