@@ -20,7 +20,16 @@ from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.noise import NoiseKeys, NoiseSource, scrambled_ids
 from optimal_sampling.types import TRACE_FIELDS
 
-__all__ = ["SIZES", "TRACED", "Sizes", "fused_draft", "fused_step", "kernel_note", "runs_fused"]
+__all__ = [
+    "COLUMNS",
+    "SIZES",
+    "TRACED",
+    "Sizes",
+    "fused_draft",
+    "fused_step",
+    "kernel_note",
+    "runs_fused",
+]
 
 
 class Sizes(NamedTuple):
@@ -31,6 +40,9 @@ class Sizes(NamedTuple):
 
 
 SIZES = Sizes(1 << 14, 1 << 11)
+
+COLUMNS = 16
+"""Numbers that a program leaves for the next one, in float64."""
 
 TRACED = (
     "alpha",
@@ -109,7 +121,7 @@ def fused_draft(
     device = student_logits.device
     token = torch.zeros(rows, dtype=torch.int64, device=device)
     if rows:
-        drafted = _buffer(rows, programs.DRAFTED, batch.pieces, device)
+        drafted = _buffer(rows, batch.pieces, device)
         programs.draft[rows, batch.pieces](
             batch,
             _noise(noise, batch.vocab),
@@ -144,9 +156,9 @@ def fused_step(
         bad_teacher=torch.empty(rows, dtype=torch.bool, device=device),
     )
     if rows:
-        measured = _buffer(rows, programs.MEASURED, batch.pieces, device)
-        solved = _buffer(rows, programs.SOLVED, 1, device)
-        mixed = _buffer(rows, programs.MIXED, batch.pieces, device)
+        measured = _buffer(rows, batch.pieces, device)
+        solved = _buffer(rows, 1, device)
+        mixed = _buffer(rows, batch.pieces, device)
         method, settings = _settings(mixture)
         width = _power_of_two(batch.pieces)
         pieces = {"PIECE": sizes.piece, "BLOCK": sizes.block, **_LAUNCH}
@@ -206,8 +218,8 @@ def _batch(student: Tensor, teacher: Tensor, temperature: float, sizes: Sizes) -
     )
 
 
-def _buffer(rows: int, columns: Any, pieces: int, device: torch.device) -> Tensor:
-    return torch.empty(rows, columns.value * pieces, dtype=torch.float64, device=device)
+def _buffer(rows: int, pieces: int, device: torch.device) -> Tensor:
+    return torch.empty(rows, pieces, COLUMNS, dtype=torch.float64, device=device)
 
 
 def _power_of_two(count: int) -> int:
