@@ -9,14 +9,18 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
     "Array",
     "Flags",
+    "Logits",
     "Namespace",
+    "Positions",
+    "Scores",
+    "Tokens",
     "argmax",
     "array_of",
     "at_least",
@@ -36,6 +40,19 @@ same operators.
 
 Flags: TypeAlias = NDArray[np.bool_]
 """One truth value per row; on an accelerator a tensor."""
+
+
+Logits: TypeAlias = Float[Tensor, "rows vocab"]
+"""Of one model, one row per token to draw."""
+
+Scores: TypeAlias = Float32[Tensor, "rows vocab"]
+"""Log-probabilities, up to a constant per row where that is said; or noise."""
+
+Tokens: TypeAlias = Int64[Tensor, " rows"]
+"""One token id per row."""
+
+Positions: TypeAlias = Int[Tensor, " rows"]
+"""Index of each row's token in its completion, 0 for the first."""
 
 
 class Namespace(Protocol):
@@ -120,9 +137,7 @@ def dot(x: Array | Tensor, y: Array, out: Array) -> None:
         np.vecdot(x, y, out=out)
 
 
-def keep_largest(
-    scores: Float32[Tensor, "rows vocab"], top_k: int, top_p: float
-) -> Bool[Tensor, "rows vocab"]:
+def keep_largest(scores: Scores, top_k: int, top_p: float) -> Bool[Tensor, "rows vocab"]:
     """The k likeliest tokens, then of these the fewest whose share reaches p; at least one.
 
     -1 and 1 switch off. `scores` are log-probabilities up to a constant per row. Of equal scores

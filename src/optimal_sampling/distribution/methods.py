@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxtyping import Int
-from torch import Tensor
-
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution.arrays import Array, array_of
+from optimal_sampling.distribution.arrays import Array, Positions, array_of
 from optimal_sampling.distribution.pair import Pair
 from optimal_sampling.distribution.solver import solve_kl_symmetry
 
 __all__ = ["METHODS", "Method"]
 
-Method = Callable[[Pair, Int[Tensor, " rows"], MixtureConfig], Array]
+Method = Callable[[Pair, Positions, MixtureConfig], Array]
 
 METHODS: dict[str, Method] = {}
 
@@ -31,21 +28,19 @@ def _register(method: Method) -> Method:
 
 
 @_register
-def kl_symmetry(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def kl_symmetry(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """KL(q||p_student) = KL(q||p_teacher): the minimax point."""
     return solve_kl_symmetry(pair, mixture.alpha_min, mixture.alpha_max)
 
 
 @_register
-def mirror(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def mirror(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """1 - alpha of kl_symmetry: leans to the surer model."""
     return 1 - solve_kl_symmetry(pair, 1 - mixture.alpha_max, 1 - mixture.alpha_min)
 
 
 @_register
-def reverse_kl_symmetry(
-    pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig
-) -> Array:
+def reverse_kl_symmetry(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """KL(p_student||q) = KL(p_teacher||q): alpha = KL(t||s) / (KL(s||t) + KL(t||s)).
 
     1/2 for inf / inf and 0 / 0.
@@ -61,7 +56,7 @@ def reverse_kl_symmetry(
 
 
 @_register
-def ess_balance(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def ess_balance(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """sum q^2/p_student = sum q^2/p_teacher, that is F(2 alpha) = F(2 alpha - 1).
 
     1/2 on a common support. Where the supports differ, F is that of the common one and its ends
@@ -85,7 +80,7 @@ def ess_balance(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConf
 
 
 @_register
-def entropy(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def entropy(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """argmax of H(q) over [alpha_min, alpha_max]: of a grid, then of ever closer alphas."""
     xp = pair.xp
     low = mixture.alpha_min
@@ -107,13 +102,13 @@ def entropy(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) 
 
 
 @_register
-def fixed(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def fixed(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """The same alpha at every token."""
     return pair.full(mixture.fixed_alpha)
 
 
 @_register
-def trust_region(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def trust_region(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """The largest alpha with KL(q||p_student) <= trust_region: that KL has the slope alpha F''.
 
     Newton's steps, halved brackets where they leave it and at every fourth; to 1e-6 of alpha or of
@@ -142,7 +137,7 @@ def trust_region(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureCon
 
 
 @_register
-def schedule(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def schedule(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """Linear in the position, from schedule_start to schedule_end at token schedule_tokens."""
     share = pair.xp.clip(array_of(position) / mixture.schedule_tokens, 0.0, 1.0)
     return mixture.schedule_start + (mixture.schedule_end - mixture.schedule_start) * share

@@ -11,13 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int, Int64
+from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.arrays import (
     Array,
     Flags,
+    Logits,
+    Positions,
+    Scores,
+    Tokens,
     argmax,
     array_of,
     at_least,
@@ -60,13 +64,13 @@ _INF = float("inf")
 class Drawn:
     """One drawn token per row. A row that is bad has token 0 and a trace of NaN."""
 
-    token: Int64[Tensor, " rows"]
+    token: Tokens
     trace: Float32[Tensor, "rows fields"]
     """Of `types.TRACE_FIELDS`. KLs, ESS and entropy describe q before top-k and top-p."""
     bad_student: Bool[Tensor, " rows"]
     """The student's logits hold NaN or +inf, or nothing but -inf."""
     bad_teacher: Bool[Tensor, " rows"]
-    log_q: Float32[Tensor, "rows vocab"] | None = None
+    log_q: Scores | None = None
     """What the token was drawn from, after top-k and top-p; on request. NaN in bad rows."""
 
     def pack(self) -> Float32[Tensor, "rows columns"]:
@@ -118,10 +122,10 @@ class Solved:
 @torch.no_grad()
 @np.errstate(all="ignore")
 def step(
-    student_logits: Float[Tensor, "rows vocab"],
-    teacher_logits: Float[Tensor, "rows vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     noise: NoiseSource,
-    position: Int[Tensor, " rows"],
+    position: Positions,
     mixture: MixtureConfig,
     *,
     keep_log_q: bool = False,
@@ -146,7 +150,7 @@ def step(
 
 @torch.no_grad()
 def single_step(
-    logits: Float[Tensor, "rows vocab"],
+    logits: Logits,
     noise: NoiseSource,
     mixture: MixtureConfig,
     role: str,
@@ -168,9 +172,7 @@ def _draw_and_trace(solved: Solved, noise: NoiseSource, keep_log_q: bool = False
 
 
 @torch.no_grad()
-def draft(
-    student_logits: Float[Tensor, "rows vocab"], noise: NoiseSource, mixture: MixtureConfig
-) -> Int64[Tensor, " rows"]:
+def draft(student_logits: Logits, noise: NoiseSource, mixture: MixtureConfig) -> Tokens:
     """argmax(log p_student + noise): what the student alone would draw with this noise."""
     if runs_fused(student_logits.device):
         return fused_draft(student_logits, noise, mixture.temperature)
@@ -192,8 +194,8 @@ def row_slices(rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
 
 
 def make_pair(
-    student_logits: Float[Tensor, "rows vocab"],
-    teacher_logits: Float[Tensor, "rows vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     mixture: MixtureConfig,
 ) -> Pair:
     """The class of pair that suits the vocabulary and the device, whatever the number of rows."""
@@ -201,9 +203,7 @@ def make_pair(
     return (WholePair if whole else TiledPair)(student_logits, teacher_logits, mixture)
 
 
-def solve(
-    pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig, *, ess: bool = True
-) -> Solved:
+def solve(pair: Pair, position: Positions, mixture: MixtureConfig, *, ess: bool = True) -> Solved:
     """q of every row of a pair, made with the same `mixture`; once per pair.
 
     `position` is the index of the token in its completion, 0 for the first. Both ESS, a further
@@ -222,16 +222,14 @@ def solve(
     )
 
 
-def solve_single(logits: Float[Tensor, "rows vocab"], mixture: MixtureConfig, role: str) -> Solved:
+def solve_single(logits: Logits, mixture: MixtureConfig, role: str) -> Solved:
     """The `student` or the `teacher` alone. What takes two models is NaN in the trace."""
     model = SingleModel(logits, mixture.temperature, role)
     unknown = model.moments.F
     return Solved(model, mixture, model.moments, clamped=unknown, fallback=unknown, ess=None)
 
 
-def _choose_alpha(
-    pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig
-) -> tuple[Array, Flags]:
+def _choose_alpha(pair: Pair, position: Positions, mixture: MixtureConfig) -> tuple[Array, Flags]:
     """alpha of every row within the bounds, and whether a bound moved it.
 
     Where the supports do not meet there is no mixture: q is the teacher, unless the configuration
@@ -262,7 +260,7 @@ def _ess(pair: Pair, moments: Moments) -> tuple[Array, Array]:
     return student, teacher
 
 
-def log_q(solved: Solved) -> Float32[Tensor, "rows vocab"]:
+def log_q(solved: Solved) -> Scores:
     """What tokens are drawn from, normalised, after top-k and top-p. NaN in bad rows."""
     scores = solved.moments.log_q()
     if solved.truncated:
@@ -276,8 +274,8 @@ def log_q(solved: Solved) -> Float32[Tensor, "rows vocab"]:
 
 
 def draw(
-    solved: Solved, noise: NoiseSource, from_log_q: Float32[Tensor, "rows vocab"] | None = None
-) -> tuple[Int64[Tensor, " rows"], Array]:
+    solved: Solved, noise: NoiseSource, from_log_q: Scores | None = None
+) -> tuple[Tokens, Array]:
     """argmax(log q + noise) of every row, the first of equals, and its log q; token 0 in bad rows.
 
     `from_log_q`: `log_q(solved)`, where it is made already.
@@ -298,7 +296,7 @@ def draw(
 
 
 def trace_of(
-    solved: Solved, token: Int64[Tensor, " rows"], drawn_log_q: Array | None = None
+    solved: Solved, token: Tokens, drawn_log_q: Array | None = None
 ) -> Float32[Tensor, "rows fields"]:
     """The fields of `types.TRACE_TABLE` for one token per row; NaN in bad rows.
 

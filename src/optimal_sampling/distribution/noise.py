@@ -17,11 +17,11 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int, Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optimal_sampling.distribution.arrays import array_of, namespace, tensor_of
+from optimal_sampling.distribution.arrays import Positions, Scores, array_of, namespace, tensor_of
 from optimal_sampling.distribution.cpu.workspace import TILE
 
 __all__ = ["NoiseKeys", "NoiseSource", "gumbel", "keys_tensor", "noise_tensor", "scrambled_ids"]
@@ -89,7 +89,7 @@ def _constants(device: torch.device) -> tuple[_Words, _Words, Tensor]:
     return array_of(shift), array_of(scramble), offset
 
 
-def _words(keys: Int64[Tensor, " rows"], position: Int[Tensor, " rows"]) -> tuple[_Words, _Words]:
+def _words(keys: Int64[Tensor, " rows"], position: Positions) -> tuple[_Words, _Words]:
     """The addend and the odd multiplier of every row: 63 bits that follow from key and position."""
     if keys.device.type == "cpu":
         places = position.numpy().astype(np.uint64)
@@ -127,7 +127,7 @@ def _to_gumbel(h: Int32[Tensor, "n width"], out: Float32[Tensor, "n width"]) -> 
 @torch.no_grad()
 def gumbel(
     keys: Int64[Tensor, " rows"],
-    position: Int[Tensor, " rows"],
+    position: Positions,
     tokens: int | Int64[Tensor, "rows tokens"],
 ) -> Float32[Tensor, "rows tokens"]:
     """Standard Gumbel noise for each row's (key, position) and tokens.
@@ -163,16 +163,16 @@ class NoiseKeys:
     """What `gumbel` makes noise from, where it is not made yet: the fused kernel makes its own."""
 
     keys: Int64[Tensor, " rows"]
-    position: Int[Tensor, " rows"]
+    position: Positions
 
     def __getitem__(self, rows: slice) -> NoiseKeys:
         return NoiseKeys(self.keys[rows], self.position[rows])
 
 
-NoiseSource: TypeAlias = Float32[Tensor, "rows vocab"] | NoiseKeys
+NoiseSource: TypeAlias = Scores | NoiseKeys
 """Gumbel noise, or what it is made from."""
 
 
-def noise_tensor(noise: NoiseSource, vocab_size: int) -> Float32[Tensor, "rows vocab"]:
+def noise_tensor(noise: NoiseSource, vocab_size: int) -> Scores:
     """The noise itself, made now if need be."""
     return gumbel(noise.keys, noise.position, vocab_size) if isinstance(noise, NoiseKeys) else noise

@@ -18,13 +18,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.arrays import (
     Array,
     Flags,
+    Logits,
+    Scores,
+    Tokens,
     argmax,
     array_of,
     at_least,
@@ -76,14 +79,14 @@ class Moments(ABC):
         """H(q) = log_sum - E_q[score]."""
 
     @abstractmethod
-    def draw(self, noise: Float32[Tensor, "rows vocab"]) -> tuple[Int64[Tensor, " rows"], Array]:
+    def draw(self, noise: Scores) -> tuple[Tokens, Array]:
         """argmax(log q + noise), the first of equals, and its log q."""
 
     @abstractmethod
-    def log_q(self) -> Float32[Tensor, "rows vocab"]:
+    def log_q(self) -> Scores:
         """The normalised mixture, -inf where it is 0; a new tensor."""
 
-    def renormalise(self, scores: Float32[Tensor, "rows vocab"]) -> Float32[Tensor, "rows vocab"]:
+    def renormalise(self, scores: Scores) -> Scores:
         """Log-probabilities from those of `log_q` that truncation has left; in place."""
         scores -= scores.to(torch.float64).logsumexp(-1, keepdim=True)
         return scores
@@ -111,8 +114,8 @@ class Pair(ABC):
 
     def __init__(
         self,
-        student_logits: Float[Tensor, "rows vocab"],
-        teacher_logits: Float[Tensor, "rows vocab"],
+        student_logits: Logits,
+        teacher_logits: Logits,
         mixture: MixtureConfig,
     ) -> None:
         self.rows, self.vocab = student_logits.shape
@@ -228,7 +231,7 @@ class Pair(ABC):
         partitions = self.partitions(doubled, doubled - 1)
         return 1 / at_least(self.xp.exp(partitions - 2 * at.F), 1.0)
 
-    def token_log_p(self, token: Int64[Tensor, " rows"]) -> tuple[Array, Array]:
+    def token_log_p(self, token: Tokens) -> tuple[Array, Array]:
         """log p of tokens under student and teacher, as restricted to the teacher's support."""
         student, teacher = self._logits_of(token)
         return (
@@ -276,7 +279,7 @@ class Pair(ABC):
         """[2, rows]: log of the sum of exp(score) at both betas; anything where `known`."""
 
     @abstractmethod
-    def _logits_of(self, token: Int64[Tensor, " rows"]) -> list[Array]:
+    def _logits_of(self, token: Tokens) -> list[Array]:
         """The logits of tokens as they were given, of the student and of the teacher."""
 
 
@@ -284,28 +287,28 @@ class Pair(ABC):
 class SingleMoments(Moments):
     """alpha is 0 or 1; what takes two models is NaN."""
 
-    log_p: Float32[Tensor, "rows vocab"]
+    log_p: Scores
 
     @property
     def entropy(self) -> Array:
         """Not taken: it would cost a pass."""
         return self.F
 
-    def log_p_of(self, token: Int64[Tensor, " rows"]) -> Array:
+    def log_p_of(self, token: Tokens) -> Array:
         """log p of tokens."""
         chosen = self.log_p.gather(-1, token[:, None])
         return array_of(chosen[:, 0].to(torch.float64))
 
-    def draw(self, noise: Float32[Tensor, "rows vocab"]) -> tuple[Int64[Tensor, " rows"], Array]:
+    def draw(self, noise: Scores) -> tuple[Tokens, Array]:
         """argmax(log p + noise) and its log p."""
         token = argmax(self.log_p + noise)
         return token, self.log_p_of(token)
 
-    def log_q(self) -> Float32[Tensor, "rows vocab"]:
+    def log_q(self) -> Scores:
         """A copy of log p."""
         return self.log_p.clone()
 
-    def renormalise(self, scores: Float32[Tensor, "rows vocab"]) -> Float32[Tensor, "rows vocab"]:
+    def renormalise(self, scores: Scores) -> Scores:
         """Log-probabilities of what truncation has left."""
         return scores.log_softmax(-1)
 
@@ -313,7 +316,7 @@ class SingleMoments(Moments):
 class SingleModel:
     """A model's log-probabilities, [rows, vocab], and which rows are bad."""
 
-    def __init__(self, logits: Float[Tensor, "rows vocab"], temperature: float, role: str) -> None:
+    def __init__(self, logits: Logits, temperature: float, role: str) -> None:
         self.xp = namespace(logits.device)
         self.vocab = logits.shape[1]
         scaled = logits.to(torch.float32) / temperature
@@ -335,7 +338,7 @@ class SingleModel:
         """The same number for every row."""
         return array_of(torch.full_like(tensor_of(self.bad), value, dtype=torch.float64))
 
-    def token_log_p(self, token: Int64[Tensor, " rows"]) -> tuple[Array, Array]:
+    def token_log_p(self, token: Tokens) -> tuple[Array, Array]:
         """log p of tokens under student and teacher; NaN for the model that is not given."""
         log_p = self.moments.log_p_of(token)
         unknown = self.moments.F

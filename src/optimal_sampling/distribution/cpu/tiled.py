@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from optimal_sampling.distribution.arrays import (
     Array,
     Flags,
+    Scores,
+    Tokens,
     argmax,
     array_of,
     dot,
@@ -47,7 +49,7 @@ class TiledMoments(Moments):
         """H(q)."""
         return self.log_sum - self.mean_score
 
-    def draw(self, noise: Float32[Tensor, "rows vocab"]) -> tuple[Int64[Tensor, " rows"], Array]:
+    def draw(self, noise: Scores) -> tuple[Tokens, Array]:
         """argmax(log q + noise) and its log q."""
         space = self._weighted()
         tokens = [torch.zeros(0, dtype=torch.int64, device=space.device)]
@@ -68,7 +70,7 @@ class TiledMoments(Moments):
             score = score.view(shape).gather(-1, tile)[:, 0]
         return token, array_of(score) - self.log_sum
 
-    def log_q(self) -> Float32[Tensor, "rows vocab"]:
+    def log_q(self) -> Scores:
         """The normalised mixture."""
         space = self._weighted()
         log_q = torch.empty(space.rows, space.vocab, device=space.device)
@@ -258,7 +260,7 @@ class TiledPair(Pair):
             x.sub_(shift[..., None])
         torch.sum(x.clamp_(min=MIN_EXPONENT).exp_(), -1, out=block.per_model)
 
-    def _logits_of(self, token: Int64[Tensor, " rows"]) -> list[Array]:
+    def _logits_of(self, token: Tokens) -> list[Array]:
         chosen = [logits.gather(-1, token[:, None])[:, 0] for logits in self._logits]
         return [array_of(logits.to(torch.float64)) for logits in chosen]
 

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from optimal_sampling.distribution.arrays import Array, Flags
+from optimal_sampling.distribution.arrays import Array, Flags, Scores, Tokens
 from optimal_sampling.distribution.pair import MASKED, MASKED_LOGIT, Moments, Pair
 
 __all__ = ["MAX_VOCAB", "WholePair"]
@@ -41,7 +41,7 @@ class WholeMoments(Moments):
         mean_score: Array = np.vecdot(self.weight, self.score) / self.total
         return self.log_sum - mean_score
 
-    def draw(self, noise: Float32[Tensor, "rows vocab"]) -> tuple[Int64[Tensor, " rows"], Array]:
+    def draw(self, noise: Scores) -> tuple[Tokens, Array]:
         """argmax(log q + noise) and its log q."""
         noisy = noise.numpy().astype(np.float64)
         noisy += self.score
@@ -49,7 +49,7 @@ class WholeMoments(Moments):
         drawn = self.score[np.arange(len(token)), token]
         return torch.from_numpy(token), drawn - self.log_sum
 
-    def log_q(self) -> Float32[Tensor, "rows vocab"]:
+    def log_q(self) -> Scores:
         """The normalised mixture."""
         log_q = torch.from_numpy(self.score - self.log_sum[:, None])
         log_q.masked_fill_(log_q < MASKED, -torch.inf)
@@ -141,7 +141,7 @@ class WholePair(Pair):
         squares *= self._z
         return 1 / np.maximum(squares / (at.total * at.total), 1.0)
 
-    def _logits_of(self, token: Int64[Tensor, " rows"]) -> list[Array]:
+    def _logits_of(self, token: Tokens) -> list[Array]:
         ids = token.numpy()
         rows = np.arange(self.rows)
         return [logits[rows, ids].astype(np.float64) for logits in self._logits]

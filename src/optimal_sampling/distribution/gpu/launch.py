@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
+from optimal_sampling.distribution.arrays import Logits, Positions, Tokens
 from optimal_sampling.distribution.noise import NoiseKeys, NoiseSource, scrambled_ids
 from optimal_sampling.types import TRACE_FIELDS
 
@@ -109,11 +109,11 @@ def runs_fused(
 
 
 def fused_draft(
-    student_logits: Float[Tensor, "rows vocab"],
+    student_logits: Logits,
     noise: NoiseSource,
     temperature: float,
     sizes: Sizes = SIZES,
-) -> Int64[Tensor, " rows"]:
+) -> Tokens:
     """argmax(log p_student + noise)."""
     programs = _programs()
     batch = _batch(student_logits, student_logits, temperature, sizes)
@@ -137,10 +137,10 @@ def fused_draft(
 
 
 def fused_step(
-    student_logits: Float[Tensor, "rows vocab"],
-    teacher_logits: Float[Tensor, "rows vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     noise: NoiseSource,
-    position: Int[Tensor, " rows"],
+    position: Positions,
     mixture: MixtureConfig,
     sizes: Sizes = SIZES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
