@@ -25,12 +25,17 @@ __all__ = [
     "array_of",
     "at_least",
     "at_most",
+    "cuts",
     "dot",
+    "fill_rows",
+    "full",
     "keep_largest",
     "namespace",
     "stack",
     "tensor_of",
+    "to_float32",
     "uses_numpy",
+    "values_of",
 ]
 
 Array: TypeAlias = NDArray[np.float64]
@@ -100,6 +105,20 @@ def tensor_of(x: NDArray[Any] | Tensor) -> Tensor:
     return x if isinstance(x, Tensor) else torch.from_numpy(x)
 
 
+def full(rows: int, value: float, device: torch.device) -> Array:
+    """The same number for every row."""
+    if uses_numpy(device):
+        return np.full(rows, value)
+    numbers = torch.full((rows,), value, dtype=torch.float64, device=device)
+    return array_of(numbers)
+
+
+def to_float32(x: Array, xp: Namespace) -> Array:
+    """Rounded to float32, kept in float64."""
+    rounded = xp.asarray(x, dtype=xp.float32)
+    return xp.asarray(rounded, dtype=xp.float64)
+
+
 def stack(arrays: Sequence[Array] | Sequence[Tensor]) -> Array:
     """[k, rows], float64. np.stack takes four times as long."""
     if isinstance(arrays[0], Tensor):
@@ -129,12 +148,28 @@ def argmax(y: Float[Tensor, "n width"]) -> Int64[Tensor, " n"]:
     return y.argmax(-1)
 
 
+def values_of(x: Logits, token: Tokens) -> Array:
+    """Of one token per row, float64."""
+    chosen = x.gather(-1, token[:, None])
+    return array_of(chosen[:, 0].to(torch.float64))
+
+
+def fill_rows(x: Tensor, rows: Flags, value: float) -> None:
+    """Write the value everywhere into these rows of [..., rows, vocab]."""
+    x.masked_fill_(tensor_of(rows)[:, None], value)
+
+
 def dot(x: Array | Tensor, y: Array, out: Array) -> None:
     """Sum of x y over the last axis. NumPy's takes a third of a product and its sum."""
     if isinstance(x, Tensor):
         torch.sum(x * tensor_of(y), -1, out=tensor_of(out))
     else:
         np.vecdot(x, y, out=out)
+
+
+def cuts(top_k: int, top_p: float) -> bool:
+    """Whether `keep_largest` may leave a token out."""
+    return top_k > 0 or top_p < 1
 
 
 def keep_largest(scores: Scores, top_k: int, top_p: float) -> Bool[Tensor, "rows vocab"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution.arrays import Array, Positions, array_of
+from optimal_sampling.distribution.arrays import Array, Positions, array_of, at_least, at_most
 from optimal_sampling.distribution.pair import Pair
 from optimal_sampling.distribution.solver import solve_kl_symmetry
 
@@ -47,9 +47,11 @@ def reverse_kl_symmetry(pair: Pair, position: Positions, mixture: MixtureConfig)
     """
     xp = pair.xp
     infinite = pair.full(float("inf"))
-    to_student = xp.clip(pair.moments(pair.full(1.0)).slope, 0.0, None)
+    at_teacher = pair.moments(pair.full(1.0))
+    to_student = at_least(at_teacher.slope, 0.0)
     to_student = xp.where(pair.student_misses, infinite, to_student)
-    to_teacher = xp.clip(-pair.moments(pair.full(0.0)).slope, 0.0, None)
+    at_student = pair.moments(pair.full(0.0))
+    to_teacher = at_least(-at_student.slope, 0.0)
     to_teacher = xp.where(pair.teacher_misses, infinite, to_teacher)
     alpha = 1 / (1 + to_teacher / to_student)
     return xp.where(xp.isnan(alpha), 0.5, alpha)
@@ -127,17 +129,21 @@ def trust_region(pair: Pair, position: Positions, mixture: MixtureConfig) -> Arr
         fits = excess <= 0
         low = xp.where(~done & fits, at.alpha, low)
         high = xp.where(~done & ~fits, at.alpha, high)
-        done = done | (fits & (excess > -1e-6 * limit)) | (high - low <= 1e-6) | (low == 1)
+        done = done | (fits & (excess > -1e-6 * limit))
+        done = done | (high - low <= 1e-6) | (low == 1)
         if pair.on_cpu and done.all():
             break
-        newton = at.alpha - (excess + 5e-7 * limit) / (at.alpha * at.curvature)
+        slope = at.alpha * at.curvature
+        newton = at.alpha - (excess + 5e-7 * limit) / slope
         inside = (newton > low) & (newton < high) & (number % 4 != 3)
-        alpha = xp.where(done, low, xp.where(inside, newton, (low + high) / 2))
+        going = xp.where(inside, newton, (low + high) / 2)
+        alpha = xp.where(done, low, going)
     return low
 
 
 @_register
 def schedule(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """Linear in the position, from schedule_start to schedule_end at token schedule_tokens."""
-    share = pair.xp.clip(array_of(position) / mixture.schedule_tokens, 0.0, 1.0)
-    return mixture.schedule_start + (mixture.schedule_end - mixture.schedule_start) * share
+    start = mixture.schedule_start
+    share = at_most(array_of(position) / mixture.schedule_tokens, 1.0)
+    return start + (mixture.schedule_end - start) * share

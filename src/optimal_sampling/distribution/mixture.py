@@ -26,10 +26,14 @@ from optimal_sampling.distribution.arrays import (
     array_of,
     at_least,
     at_most,
+    cuts,
+    fill_rows,
     keep_largest,
     stack,
     tensor_of,
+    to_float32,
     uses_numpy,
+    values_of,
 )
 from optimal_sampling.distribution.cpu.tiled import TiledPair
 from optimal_sampling.distribution.cpu.whole import MAX_VOCAB, WholePair
@@ -75,8 +79,9 @@ class Drawn:
 
     def pack(self) -> Float32[Tensor, "rows columns"]:
         """Token, bad_student, bad_teacher and the trace: one copy to the host. Ids to 2^24."""
-        head = torch.stack([self.token, self.bad_student, self.bad_teacher], -1)
-        return torch.cat([head.to(torch.float32), self.trace], -1)
+        integers = [self.token, self.bad_student, self.bad_teacher]
+        head = torch.stack(integers, -1).to(torch.float32)
+        return torch.cat([head, self.trace], -1)
 
     @staticmethod
     def concatenate(parts: Sequence[Drawn]) -> Drawn:
@@ -113,7 +118,7 @@ class Solved:
     @property
     def truncated(self) -> bool:
         """Whether top-k or top-p cuts q."""
-        return self.mixture.top_k > 0 or self.mixture.top_p < 1
+        return cuts(self.mixture.top_k, self.mixture.top_p)
 
 
 # In one call
@@ -145,7 +150,9 @@ def step(
         pair = make_pair(student_logits[part], teacher_logits[part], mixture)
         solved = solve(pair, position[part], mixture)
         parts.append(_draw_and_trace(solved, noise[part], keep_log_q))
-    return parts[0] if len(parts) == 1 else Drawn.concatenate(parts)
+    if len(parts) == 1:
+        return parts[0]
+    return Drawn.concatenate(parts)
 
 
 @torch.no_grad()
@@ -177,7 +184,8 @@ def draft(student_logits: Logits, noise: NoiseSource, mixture: MixtureConfig) ->
     if runs_fused(student_logits.device):
         return fused_draft(student_logits, noise, mixture.temperature)
     made = noise_tensor(noise, student_logits.shape[1])
-    return argmax(torch.add(made, student_logits, alpha=1 / mixture.temperature))
+    noisy = torch.add(made, student_logits, alpha=1 / mixture.temperature)
+    return argmax(noisy)
 
 
 def row_slices(rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
@@ -199,8 +207,10 @@ def make_pair(
     mixture: MixtureConfig,
 ) -> Pair:
     """The class of pair that suits the vocabulary and the device, whatever the number of rows."""
-    whole = uses_numpy(student_logits.device) and student_logits.shape[1] <= MAX_VOCAB
-    return (WholePair if whole else TiledPair)(student_logits, teacher_logits, mixture)
+    small = student_logits.shape[1] <= MAX_VOCAB
+    if small and uses_numpy(student_logits.device):
+        return WholePair(student_logits, teacher_logits, mixture)
+    return TiledPair(student_logits, teacher_logits, mixture)
 
 
 def solve(pair: Pair, position: Positions, mixture: MixtureConfig, *, ess: bool = True) -> Solved:
@@ -247,8 +257,7 @@ def _choose_alpha(pair: Pair, position: Positions, mixture: MixtureConfig) -> tu
     if not pair.none(forced):
         alpha = xp.where(forced, 1.0, alpha)
         clamped = clamped & ~forced
-    rounded = xp.asarray(alpha, dtype=xp.float32)
-    return xp.asarray(rounded, dtype=xp.float64), clamped
+    return to_float32(alpha, xp), clamped
 
 
 def _ess(pair: Pair, moments: Moments) -> tuple[Array, Array]:
@@ -268,8 +277,7 @@ def log_q(solved: Solved) -> Scores:
         kept = scores.masked_fill_(~keep, -torch.inf)
         scores = solved.moments.renormalise(kept)
     if solved.models.maybe_bad:
-        bad = tensor_of(solved.models.bad)
-        scores.masked_fill_(bad[:, None], torch.nan)
+        fill_rows(scores, solved.models.bad, torch.nan)
     return scores
 
 
@@ -288,8 +296,7 @@ def draw(
         token, chosen = solved.moments.draw(made)
     else:
         token = argmax(from_log_q + made)
-        values = from_log_q.gather(-1, token[:, None])
-        chosen = array_of(values[:, 0].to(torch.float64))
+        chosen = values_of(from_log_q, token)
     if models.maybe_bad:
         token.masked_fill_(tensor_of(models.bad), 0)
     return token, chosen
@@ -325,7 +332,10 @@ def _quantities(solved: Solved) -> dict[str, Array | Flags]:
     if models.maybe_masked:
         kl_student = models.xp.where(models.use_teacher, _INF, kl_student)
         kl_teacher = models.xp.where(models.use_student, _INF, kl_teacher)
-    ess_student, ess_teacher = solved.ess or [models.full(_NAN)] * 2
+    if solved.ess is None:
+        ess_student = ess_teacher = models.full(_NAN)
+    else:
+        ess_student, ess_teacher = solved.ess
     return {
         "alpha": moments.alpha,
         "clamped": solved.clamped,
@@ -343,6 +353,7 @@ def _mixed_log_p(solved: Solved, student: Array, teacher: Array) -> Array:
     """log q of tokens from their log p, before top-k and top-p. 0 times -inf is no part of it."""
     where = solved.models.xp.where
     alpha = solved.alpha
-    mixed = (1 - alpha) * student + alpha * teacher - solved.moments.F
+    mixed = (1 - alpha) * student + alpha * teacher
+    mixed -= solved.moments.F
     below_one = where(alpha == 0, student, mixed)
     return where(alpha == 1, teacher, below_one)

@@ -67,9 +67,10 @@ def _splitmix_tensor(x: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
 def _scramble(ids: Int64[Tensor, "*shape"]) -> Int32[Tensor, "*shape"]:
     """t(id) of token ids."""
     if ids.device.type == "cpu":
-        successors = ids.numpy().astype(np.uint64) + np.uint64(1)
-        state = _splitmix(successors * _U0)
-        return torch.from_numpy(state.astype(np.uint32).view(np.int32))
+        unsigned = ids.numpy().astype(np.uint64)
+        state = _splitmix((unsigned + np.uint64(1)) * _U0)
+        low = state.astype(np.uint32).view(np.int32)
+        return torch.from_numpy(low)
     offset = (ids + 1) * _signed(_GOLDEN, 64)
     return _splitmix_tensor(offset).to(torch.int32)
 
@@ -175,4 +176,6 @@ NoiseSource: TypeAlias = Scores | NoiseKeys
 
 def noise_tensor(noise: NoiseSource, vocab_size: int) -> Scores:
     """The noise itself, made now if need be."""
-    return gumbel(noise.keys, noise.position, vocab_size) if isinstance(noise, NoiseKeys) else noise
+    if isinstance(noise, NoiseKeys):
+        return gumbel(noise.keys, noise.position, vocab_size)
+    return noise

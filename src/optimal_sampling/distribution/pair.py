@@ -16,7 +16,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,11 +30,16 @@ from optimal_sampling.distribution.arrays import (
     argmax,
     array_of,
     at_least,
+    cuts,
+    fill_rows,
+    full,
     keep_largest,
     namespace,
     stack,
     tensor_of,
+    to_float32,
     uses_numpy,
+    values_of,
 )
 
 __all__ = ["MASKED", "MASKED_LOGIT", "Moments", "Pair", "SingleModel"]
@@ -88,8 +92,8 @@ class Moments(ABC):
 
     def renormalise(self, scores: Scores) -> Scores:
         """Log-probabilities from those of `log_q` that truncation has left; in place."""
-        scores -= scores.to(torch.float64).logsumexp(-1, keepdim=True)
-        return scores
+        log_sum = scores.to(torch.float64).logsumexp(-1, keepdim=True)
+        return scores.sub_(log_sum)
 
 
 class Pair(ABC):
@@ -128,8 +132,9 @@ class Pair(ABC):
         self._neutralise_bad()
         top_k = mixture.teacher_support_top_k
         top_p = mixture.teacher_support_top_p
-        if top_k > 0 or top_p < 1:
-            keep = keep_largest(self.models[1].to(torch.float32), top_k, top_p)
+        if cuts(top_k, top_p):
+            teacher = self.models[1].to(torch.float32)
+            keep = keep_largest(teacher, top_k, top_p)
             self.models.masked_fill_(~keep, MASKED_LOGIT)
             self._measure()
         self._normalise()
@@ -138,9 +143,7 @@ class Pair(ABC):
 
     def full(self, value: float) -> Array:
         """The same number for every row."""
-        if self.on_cpu:
-            return np.full(self.rows, value)
-        return array_of(torch.full((self.rows,), value, dtype=torch.float64, device=self.device))
+        return full(self.rows, value, self.device)
 
     def none(self, flags: Flags) -> bool:
         """True where it is known that no flag is set. An accelerator is not waited for."""
@@ -148,12 +151,12 @@ class Pair(ABC):
 
     def _neutralise_bad(self) -> None:
         """Make both models agree on rows that are no distribution."""
-        bad = ~((self.largest > MASKED) & (self.largest < float("inf")))  # true for NaN
-        self.bad_student, self.bad_teacher = bad
+        good = (self.largest > MASKED) & (self.largest < float("inf"))  # false for NaN
+        self.bad_student, self.bad_teacher = ~good
         self.bad = self.bad_student | self.bad_teacher
         self.maybe_bad = not self.none(self.bad)
         if self.maybe_bad:
-            self.models.masked_fill_(tensor_of(self.bad)[:, None], 0.0)
+            fill_rows(self.models, self.bad, 0.0)
             self._measure()
 
     def _intersect_supports(self) -> None:
@@ -174,7 +177,7 @@ class Pair(ABC):
         self._uncut = self.models.clone()
         self.models.masked_fill_(~common, MASKED_LOGIT)
         # equal models until `restore_support`
-        self.models.masked_fill_(tensor_of(self.disjoint)[:, None], 0.0)
+        fill_rows(self.models, self.disjoint, 0.0)
 
     def restore_support(self, alpha: Array) -> None:
         """Give rows with alpha = 1 the teacher's whole support, those with alpha = 0 the student's.
@@ -187,9 +190,10 @@ class Pair(ABC):
             raise RuntimeError("this pair is solved already; make another one")
         self.use_teacher = (alpha == 1) & (self.student_misses | self.disjoint)
         self.use_student = (alpha == 0) & (self.teacher_misses | self.disjoint)
-        for use, whole in zip((self.use_student, self.use_teacher), self._uncut, strict=True):
-            restored = torch.where(tensor_of(use)[:, None], whole, self.models)
-            self.models.copy_(restored)
+        student, teacher = self._uncut
+        for use, whole in ((self.use_student, student), (self.use_teacher, teacher)):
+            rows = tensor_of(use)[:, None]
+            self.models.copy_(torch.where(rows, whole, self.models))
         self._uncut = None
         student_z, teacher_z = self.log_z
         self.log_z = (
@@ -204,13 +208,14 @@ class Pair(ABC):
 
         alpha is rounded to float32, in which it is reported.
         """
-        xp = self.xp
-        rounded = xp.asarray(alpha, dtype=xp.float32)
-        alpha = xp.asarray(rounded, dtype=xp.float64)
+        alpha = to_float32(alpha, self.xp)
         last = self._last
-        changed = self.bad | True if last is None else alpha != last.alpha
-        if last is not None and self.none(changed):
-            return last
+        if last is None:
+            changed = self.bad | True
+        else:
+            changed = alpha != last.alpha
+            if self.none(changed):
+                return last
         self._last = self._moments(alpha, changed)
         return self._last
 
@@ -220,7 +225,8 @@ class Pair(ABC):
         uneven = self.student_misses | self.teacher_misses
         known = ((betas == 0) | (betas == 1)) & ~uneven
         log_sums = self._log_sums(betas, known)
-        return self.xp.where(known, 0.0, log_sums - self.log_z[0] - betas * self.gap)
+        F = log_sums - self.log_z[0] - betas * self.gap
+        return self.xp.where(known, 0.0, F)
 
     def ess(self, at: Moments) -> Array:
         """[2, rows]: 1 / sum q^2/p_student and 1 / sum q^2/p_teacher.
@@ -229,14 +235,16 @@ class Pair(ABC):
         """
         doubled = 2 * at.alpha
         partitions = self.partitions(doubled, doubled - 1)
-        return 1 / at_least(self.xp.exp(partitions - 2 * at.F), 1.0)
+        squares = self.xp.exp(partitions - 2 * at.F)
+        return 1 / at_least(squares, 1.0)
 
     def token_log_p(self, token: Tokens) -> tuple[Array, Array]:
         """log p of tokens under student and teacher, as restricted to the teacher's support."""
         student, teacher = self._logits_of(token)
+        student_offset, teacher_offset = self.offset
         return (
-            student / self.temperature - self.offset[0],
-            teacher / self.temperature - self.offset[1],
+            student / self.temperature - student_offset,
+            teacher / self.temperature - teacher_offset,
         )
 
     def _derivatives(
@@ -294,15 +302,10 @@ class SingleMoments(Moments):
         """Not taken: it would cost a pass."""
         return self.F
 
-    def log_p_of(self, token: Tokens) -> Array:
-        """log p of tokens."""
-        chosen = self.log_p.gather(-1, token[:, None])
-        return array_of(chosen[:, 0].to(torch.float64))
-
     def draw(self, noise: Scores) -> tuple[Tokens, Array]:
         """argmax(log p + noise) and its log p."""
         token = argmax(self.log_p + noise)
-        return token, self.log_p_of(token)
+        return token, values_of(self.log_p, token)
 
     def log_q(self) -> Scores:
         """A copy of log p."""
@@ -317,7 +320,8 @@ class SingleModel:
     """A model's log-probabilities, [rows, vocab], and which rows are bad."""
 
     def __init__(self, logits: Logits, temperature: float, role: str) -> None:
-        self.xp = namespace(logits.device)
+        self.device = logits.device
+        self.xp = namespace(self.device)
         self.vocab = logits.shape[1]
         scaled = logits.to(torch.float32) / temperature
         log_p = scaled.log_softmax(-1)
@@ -328,7 +332,7 @@ class SingleModel:
         self.bad_student = nowhere if self.is_teacher else self.bad
         self.bad_teacher = self.bad if self.is_teacher else nowhere
         self.use_student = self.use_teacher = nowhere
-        self.maybe_bad = not uses_numpy(logits.device) or bool(bad.any())
+        self.maybe_bad = not uses_numpy(self.device) or bool(bad.any())
         self.maybe_masked = False
         alpha = self.full(float(self.is_teacher))
         unknown = self.full(float("nan"))
@@ -336,10 +340,10 @@ class SingleModel:
 
     def full(self, value: float) -> Array:
         """The same number for every row."""
-        return array_of(torch.full_like(tensor_of(self.bad), value, dtype=torch.float64))
+        return full(len(self.bad), value, self.device)
 
     def token_log_p(self, token: Tokens) -> tuple[Array, Array]:
         """log p of tokens under student and teacher; NaN for the model that is not given."""
-        log_p = self.moments.log_p_of(token)
+        log_p = values_of(self.moments.log_p, token)
         unknown = self.moments.F
         return (unknown, log_p) if self.is_teacher else (log_p, unknown)

@@ -22,6 +22,7 @@ from optimal_sampling.distribution.arrays import (
     array_of,
     dot,
     tensor_of,
+    values_of,
 )
 from optimal_sampling.distribution.cpu.workspace import (
     MIN_EXPONENT,
@@ -60,14 +61,15 @@ class TiledMoments(Moments):
             best = argmax(noisy)
             tokens.append(best + block.columns.start)
             # of the score and of the noisy score
-            winners.append(block.scratch.gather(-1, best.expand(2, -1)[..., None]))
+            both = best.expand(2, -1)[..., None]
+            winners.append(block.scratch.gather(-1, both))
         token = torch.cat(tokens)
         score, noisy = torch.cat(winners, 1)[..., 0]
         if space.tiles > 1:
             shape = space.rows, space.tiles
             tile = noisy.view(shape).argmax(-1, keepdim=True)
-            token = token.view(shape).gather(-1, tile)[:, 0]
-            score = score.view(shape).gather(-1, tile)[:, 0]
+            token = token.view(shape).gather(-1, tile).squeeze(-1)
+            score = score.view(shape).gather(-1, tile).squeeze(-1)
         return token, array_of(score) - self.log_sum
 
     def log_q(self) -> Scores:
@@ -130,7 +132,7 @@ class TiledPair(Pair):
             top = xp.where(usual, top, 0 * space.maximum_array[:, rows, 0])
             space.maximum_array[:, rows, 0] = top
             # true for NaN
-            underflows = not self.on_cpu or not bool((least - top >= MIN_EXPONENT).all())
+            underflows = not self.on_cpu or not (least - top >= MIN_EXPONENT).all()
             self._underflows += [underflows] * len(band)
             for block, models in zip(band, sources, strict=True):
                 self._exponentiate(block, models, underflows)
@@ -144,7 +146,8 @@ class TiledPair(Pair):
         logits = self._logits[model][block.rows, block.columns]
         if logits.dtype == torch.float32 and self.temperature == 1:
             return logits
-        return block.inside[model].copy_(logits).mul_(1 / self.temperature)
+        copy = block.inside[model].copy_(logits)
+        return copy.mul_(1 / self.temperature)
 
     def _ranged(self, block: Block, source: Callable[[Block, int], Tensor]) -> list[Tensor]:
         """Both models in one block; notes their largest and least."""
@@ -162,15 +165,16 @@ class TiledPair(Pair):
         terms = block.both
         if underflows:
             terms = torch.clamp(terms, min=MIN_EXPONENT, out=block.scratch)
-        torch.sum(torch.exp(terms, out=block.scratch), -1, out=block.per_model)
+        torch.exp(terms, out=block.scratch)
+        torch.sum(block.scratch, -1, out=block.per_model)
 
     def _normalise(self) -> None:
         self.no_student = self.largest[0] < MASKED
-        per_model = self.space.per_model_array
-        log_z = self.xp.log(self.xp.sum(per_model, -1, dtype=self.xp.float64))
-        self.log_z = (log_z[0], log_z[1])
-        offset = self._shifted + log_z
-        self.offset = (offset[0], offset[1])
+        xp = self.xp
+        sums = xp.sum(self.space.per_model_array, -1, dtype=xp.float64)
+        log_z = xp.log(sums)
+        self.log_z = tuple(log_z)
+        self.offset = tuple(self._shifted + log_z)
 
     def _moments(self, alpha: Array, changed: Flags) -> Moments:
         space = self.space
@@ -213,23 +217,28 @@ class TiledPair(Pair):
             score[:, block.inner.stop :] = MASKED_LOGIT
             torch.amax(score, -1, keepdim=True, out=block.shift)
             block.shift.mul_(relative if isinstance(relative, bool) else tensor_of(relative))
-            torch.exp(torch.sub(score, block.shift, out=w).clamp_(min=MIN_EXPONENT), out=w)
+            torch.sub(score, block.shift, out=w)
+            w.clamp_(min=MIN_EXPONENT).exp_()
         else:
             torch.exp(score.clamp_(min=MIN_EXPONENT) if underflows else score, out=w)
         torch.sum(w, -1, out=block.sums[0])
         dot(block.w_array, block.x_array, out=block.sums_array[1])
         d = torch.sub(block.teacher, block.student, out=block.x)
-        torch.sum(w.mul_(d), -1, out=block.sums[2])
-        torch.sum(w.mul_(d), -1, out=block.sums[3])
+        w.mul_(d)
+        torch.sum(w, -1, out=block.sums[2])
+        w.mul_(d)
+        torch.sum(w, -1, out=block.sums[3])
         dot(block.w_array, block.x_array, out=block.sums_array[4])
 
     def _totals(self, sums: Array, shift: Array) -> tuple[Array, Array]:
         """Sums over the last axis, the tiles of a row, relative to exp(top), and top."""
         xp = self.xp
         if self.space.tiles == 1:
-            return xp.asarray(sums[..., 0], dtype=xp.float64), shift[..., 0]
+            only = sums[..., 0]
+            return xp.asarray(only, dtype=xp.float64), shift[..., 0]
         top = xp.amax(shift, -1)
-        scale = xp.exp(xp.asarray(shift - top[..., None], dtype=xp.float64))
+        lower = shift - top[..., None]
+        scale = xp.exp(xp.asarray(lower, dtype=xp.float64))
         return xp.sum(sums * scale, -1), top
 
     def _log_sums(self, betas: Array, known: Flags) -> Array:
@@ -258,11 +267,11 @@ class TiledPair(Pair):
             shift = torch.amax(x, -1, out=block.shift_per_model)
             shift.mul_(relative if isinstance(relative, bool) else tensor_of(relative))
             x.sub_(shift[..., None])
-        torch.sum(x.clamp_(min=MIN_EXPONENT).exp_(), -1, out=block.per_model)
+        x.clamp_(min=MIN_EXPONENT).exp_()
+        torch.sum(x, -1, out=block.per_model)
 
     def _logits_of(self, token: Tokens) -> list[Array]:
-        chosen = [logits.gather(-1, token[:, None])[:, 0] for logits in self._logits]
-        return [array_of(logits.to(torch.float64)) for logits in chosen]
+        return [values_of(logits, token) for logits in self._logits]
 
 
 def _scores(block: Block) -> Float32[Tensor, "n width"]:

@@ -51,7 +51,8 @@ class WholeMoments(Moments):
 
     def log_q(self) -> Scores:
         """The normalised mixture."""
-        log_q = torch.from_numpy(self.score - self.log_sum[:, None])
+        normalised = self.score - self.log_sum[:, None]
+        log_q = torch.from_numpy(normalised)
         log_q.masked_fill_(log_q < MASKED, -torch.inf)
         return log_q.to(torch.float32)
 
@@ -96,7 +97,9 @@ class WholePair(Pair):
         self.offset = tuple(top + log_z)
 
     def _exp(self, x: Array) -> Array:
-        return np.exp(np.maximum(x, _MIN_EXPONENT)) if self._underflows else np.exp(x)
+        if self._underflows:
+            x = np.maximum(x, _MIN_EXPONENT)
+        return np.exp(x)
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -128,7 +131,8 @@ class WholePair(Pair):
         top = np.maximum.reduce(score, -1)
         score -= top[:, :, None]
         np.maximum(score, _MIN_EXPONENT, out=score)
-        total = np.add.reduce(np.exp(score, out=score), -1)
+        np.exp(score, out=score)
+        total = np.add.reduce(score, -1)
         log_sums: Array = np.log(total) + top
         return log_sums
 
@@ -139,7 +143,8 @@ class WholePair(Pair):
         for p, square in zip(self._weights, squares, strict=True):
             np.vecdot(at.weight, at.weight / p, out=square)
         squares *= self._z
-        return 1 / np.maximum(squares / (at.total * at.total), 1.0)
+        squares /= at.total * at.total
+        return 1 / np.maximum(squares, 1.0)
 
     def _logits_of(self, token: Tokens) -> list[Array]:
         ids = token.numpy()

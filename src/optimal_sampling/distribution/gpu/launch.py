@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution.arrays import Logits, Positions, Tokens
+from optimal_sampling.distribution.arrays import Logits, Positions, Tokens, cuts
 from optimal_sampling.distribution.noise import NoiseKeys, NoiseSource, scrambled_ids
 from optimal_sampling.types import TRACE_FIELDS
 
@@ -93,8 +93,8 @@ def covers(mixture: MixtureConfig, keep_log_q: bool = False) -> bool:
     top-k and top-p, log q itself, nor fields of the trace beyond TRACED. Logits 5e11 below their
     row's largest count as -inf.
     """
-    restricted = mixture.teacher_support_top_k > 0 or mixture.teacher_support_top_p < 1
-    truncated = mixture.top_k > 0 or mixture.top_p < 1
+    restricted = cuts(mixture.teacher_support_top_k, mixture.teacher_support_top_p)
+    truncated = cuts(mixture.top_k, mixture.top_p)
     known = mixture.alpha_method in _COVERED and set(TRACE_FIELDS) <= set(TRACED)
     return known and not (restricted or truncated or keep_log_q)
 

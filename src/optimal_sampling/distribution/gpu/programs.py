@@ -238,7 +238,8 @@ def _to_gumbel(h):
     # -log1p(-v) = -log(rest) v / (1 - rest): the quotient makes up for the rounding of `rest`
     rest = 1 - v
     lost = 1 - rest
-    log1p = -tl.log(rest) * (v / tl.where(lost == 0, 1.0, lost))
+    quotient = v / tl.where(lost == 0, 1.0, lost)
+    log1p = -tl.log(rest) * quotient
     return -tl.log(tl.where(lost == 0, v, log1p))
 
 
@@ -290,7 +291,8 @@ def _load(logits, ids, batch):
 def _head(logits, batch, BLOCK: constexpr):
     """The largest logit of the first tile: an origin until that of the row is known."""
     x = _load(logits, tl.arange(0, BLOCK), batch)
-    top = tl.max(tl.where((x > _MASKED_LOGIT) & (x < _INF), x, _MASKED_LOGIT), 0)
+    finite = (x > _MASKED_LOGIT) & (x < _INF)
+    top = tl.max(tl.where(finite, x, _MASKED_LOGIT), 0)
     return tl.where(top > _MASKED_LOGIT, top, 0.0)
 
 
@@ -343,7 +345,8 @@ def _no_sums(BLOCK: constexpr):
 def _weigh(x, top):
     """Weights relative to the largest so far, that largest, and the scale of older weights."""
     new = tl.maximum(top, tl.max(x, 0))
-    return tl.exp(x - new), new, tl.exp(top - new)
+    weights = tl.exp(x - new)
+    return weights, new, tl.exp(top - new)
 
 
 @triton.jit
@@ -372,7 +375,11 @@ def _total(x):
 @triton.jit
 def _totals(sums):
     """The sums over all lanes."""
-    return Sums(sums.top, _total(sums.w), _total(sums.w_d), _total(sums.w_dd), _total(sums.w_ddd))
+    w = _total(sums.w)
+    w_d = _total(sums.w_d)
+    w_dd = _total(sums.w_dd)
+    w_ddd = _total(sums.w_ddd)
+    return Sums(sums.top, w, w_d, w_dd, w_ddd)
 
 
 @triton.jit
@@ -418,7 +425,8 @@ def _put_best(out, best, best_id):
 def _pieces(columns, row, count, WIDTH: constexpr):
     """All pieces of a row."""
     every = tl.arange(0, WIDTH)
-    return Pieces(columns + (row * count + every) * _COLUMNS, every < count)
+    first = columns + (row * count + every) * _COLUMNS
+    return Pieces(first, every < count)
 
 
 @triton.jit
@@ -462,7 +470,8 @@ def _best(pieces):
     highest = _column(pieces, _HIGHEST, -_INF)
     ids = _column(pieces, _BEST_ID, 0.0)
     winners = (highest == tl.max(highest, 0)) & pieces.inside
-    return tl.min(tl.where(winners, ids, 2.0**31 - 1), 0).to(tl.int64)
+    first = tl.min(tl.where(winners, ids, 2.0**31 - 1), 0)
+    return first.to(tl.int64)
 
 
 # First launch
@@ -513,8 +522,8 @@ def _derivatives(sums, gap):
     mean = sums.w_d / sums.w
     square = mean * mean
     variance = sums.w_dd / sums.w - square
-    third = sums.w_ddd / sums.w - mean * (3 * variance + square)
-    return mean - gap, variance, third
+    third = sums.w_ddd / sums.w
+    return mean - gap, variance, third - mean * (3 * variance + square)
 
 
 @triton.jit
@@ -530,7 +539,8 @@ def _derivatives_at(batch, alpha, known, BLOCK: constexpr):
 
 @triton.jit
 def _is_root(slope, curvature):
-    return tl.abs(slope) <= tl.maximum(curvature, 1.0) * _TOLERANCE
+    limit = tl.maximum(curvature, 1.0) * _TOLERANCE
+    return tl.abs(slope) <= limit
 
 
 @triton.jit
@@ -728,7 +738,8 @@ def mix(batch, noise, solved, mixed, HASHED: constexpr, PIECE: constexpr, BLOCK:
         s, t, d = _pair(batch, ids, origins)
         x = _between(s, t, alpha)
         p, top, fade = _weigh(x, q.top)
-        q_x = (q_x + q.w * (q.top - top)) * fade + p * (x - top)
+        q_x += q.w * (q.top - top)
+        q_x = q_x * fade + p * (x - top)
         q = _add(q, x, d, 1)
         # q^2 / p_student = exp(2 x - s)
         squares_s = _add(squares_s, _if_shared(d, x + alpha * d), d, 0)
