@@ -60,25 +60,30 @@ Positions: TypeAlias = Int[Tensor, " rows"]
 """Index of each row's token in its completion, 0 for the first."""
 
 
+_Unary: TypeAlias = Callable[[Array], Array]
+_Binary: TypeAlias = Callable[[Array, Array], Array]
+_Function: TypeAlias = Callable[..., Array]
+
+
 class Namespace(Protocol):
     """What the modules `numpy` and `torch` have in common, as far as it is used."""
 
     float32: Any
     float64: Any
-    abs: Callable[[Array], Array]
-    exp: Callable[[Array], Array]
-    log: Callable[[Array], Array]
-    sqrt: Callable[[Array], Array]
+    abs: _Unary
+    exp: _Unary
+    log: _Unary
+    sqrt: _Unary
     isnan: Callable[[Array], Flags]
-    maximum: Callable[[Array, Array], Array]
-    minimum: Callable[[Array, Array], Array]
+    maximum: _Binary
+    minimum: _Binary
     where: Callable[[Flags, Array | float, Array | float], Array]
-    amax: Callable[..., Array]
-    amin: Callable[..., Array]
-    asarray: Callable[..., Array]
-    clip: Callable[..., Array]
-    log1p: Callable[..., Array]
-    sum: Callable[..., Array]
+    amax: _Function
+    amin: _Function
+    asarray: _Function
+    clip: _Function
+    log1p: _Function
+    sum: _Function
 
 
 NUMPY_DEVICES = frozenset({"cpu"})

@@ -1,7 +1,7 @@
 """How alpha is chosen: one function per method, from a pair of models to the free alpha of a row.
 
-To add a method: one function here, one literal in `types.AlphaMethod`. A method need not know the
-bounds. Where it finds that its alpha lies beyond one, any value beyond it will do.
+CONTRIBUTING.md says how to add one. A method need not know the bounds. Where it finds that its
+alpha lies beyond one, any value beyond it will do.
 """
 
 from __future__ import annotations

@@ -86,14 +86,11 @@ class Drawn:
     @staticmethod
     def concatenate(parts: Sequence[Drawn]) -> Drawn:
         """Tokens of more rows."""
-        kept = [part.log_q for part in parts if part.log_q is not None]
-        return Drawn(
-            torch.cat([part.token for part in parts]),
-            torch.cat([part.trace for part in parts]),
-            torch.cat([part.bad_student for part in parts]),
-            torch.cat([part.bad_teacher for part in parts]),
-            torch.cat(kept) if kept else None,
-        )
+        names = ["token", "trace", "bad_student", "bad_teacher"]
+        if parts[0].log_q is not None:
+            names.append("log_q")
+        columns = [[getattr(part, name) for part in parts] for name in names]
+        return Drawn(*[torch.cat(column) for column in columns])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

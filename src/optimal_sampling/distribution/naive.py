@@ -6,9 +6,9 @@ function works on many rows, noise or devices, this one has a loop.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import exp, fsum, inf, log
 from typing import TypeAlias
 
 from optimal_sampling.config import MixtureConfig
@@ -18,7 +18,6 @@ __all__ = ["NAIVE_METHODS", "Naive", "kl", "log_q", "log_softmax", "naive_step",
 Row: TypeAlias = Sequence[float]
 """One number per token id."""
 
-_INF = math.inf
 _EPSILON = 1e-12  # how close to 0 and 1 an alpha of the open interval can come
 
 
@@ -37,17 +36,17 @@ class Position:
 
 def log_sum_exp(values: Row) -> float:
     """log sum exp; -inf for nothing."""
-    top = max(values, default=-_INF)
-    if top == -_INF:
+    top = max(values, default=-inf)
+    if top == -inf:
         return top
-    total = math.fsum(math.exp(value - top) for value in values)
-    return top + math.log(total)
+    total = fsum(exp(value - top) for value in values)
+    return top + log(total)
 
 
 def log_softmax(scores: Row) -> list[float]:
     """Normalised; a row of -inf stays one."""
     log_z = log_sum_exp(scores)
-    if log_z == -_INF:
+    if log_z == -inf:
         return list(scores)
     return [score - log_z for score in scores]
 
@@ -64,19 +63,19 @@ def largest(scores: Row, top_k: int, top_p: float) -> set[int]:
         if kept and top_p < 1 and mass >= top_p:
             break
         kept.add(i)
-        mass += math.exp(value)
+        mass += exp(value)
     return kept
 
 
 def restrict(scores: Row, keep: set[int]) -> list[float]:
     """Log-probabilities of what is left: -inf outside of `keep`."""
-    kept = [score if i in keep else -_INF for i, score in enumerate(scores)]
+    kept = [score if i in keep else -inf for i, score in enumerate(scores)]
     return log_softmax(kept)
 
 
 def common(s: Row, t: Row) -> set[int]:
     """Ids possible under both models."""
-    return {i for i in range(len(s)) if min(s[i], t[i]) > -_INF}
+    return {i for i in range(len(s)) if min(s[i], t[i]) > -inf}
 
 
 def log_q(s: Row, t: Row, alpha: float) -> list[float]:
@@ -89,7 +88,7 @@ def log_q(s: Row, t: Row, alpha: float) -> list[float]:
         return list(s)
     if alpha == 1 or not both:
         return list(t)
-    scores = [-_INF] * len(s)
+    scores = [-inf] * len(s)
     for i in both:
         scores[i] = (1 - alpha) * s[i] + alpha * t[i]
     return log_softmax(scores)
@@ -99,29 +98,36 @@ def kl(p: Row, q: Row) -> float:
     """KL(p||q) of two rows of log-probabilities."""
     terms = []
     for a, b in zip(p, q, strict=True):
-        if a > -_INF:
-            terms.append(math.exp(a) * (a - b))
-    return math.fsum(terms)
+        if a > -inf:
+            terms.append(exp(a) * (a - b))
+    return fsum(terms)
 
 
 def ess(q: Row, p: Row) -> float:
     """1 / sum q^2 / p."""
     terms = []
     for a, b in zip(q, p, strict=True):
-        if a > -_INF:
+        if a > -inf:
             terms.append(2 * a - b)
-    return 0.0 if _INF in terms else math.exp(-log_sum_exp(terms))
+    if inf in terms:
+        return 0.0
+    return exp(-log_sum_exp(terms))
 
 
 def shannon(q: Row) -> float:
     """H(q), nats."""
-    return -math.fsum(math.exp(a) * a for a in q if a > -_INF)
+    terms = [exp(a) * a for a in q if a > -inf]
+    return -fsum(terms)
 
 
 def slope(s: Row, t: Row, alpha: float) -> float:
     """F' = E_q[log p_teacher - log p_student] on the common support."""
     q = log_q(s, t, alpha)
-    return math.fsum(math.exp(q[i]) * (t[i] - s[i]) for i in common(s, t))
+    terms = []
+    for i in common(s, t):
+        d = t[i] - s[i]
+        terms.append(exp(q[i]) * d)
+    return fsum(terms)
 
 
 def bisect(rising: Callable[[float], float]) -> float:
@@ -153,7 +159,7 @@ def reverse_kl_symmetry(at: Position) -> float:
     to_teacher = kl(at.s, at.t)
     if to_student == to_teacher:
         return 0.5
-    if to_student == _INF:
+    if to_student == inf:
         return 1.0
     return to_student / (to_student + to_teacher)
 
@@ -167,7 +173,7 @@ def ess_balance(at: Position) -> float:
         to_teacher = ess(q, at.t)
         if min(to_student, to_teacher) == 0:
             return alpha - 0.5
-        return math.log(to_teacher) - math.log(to_student)
+        return log(to_teacher) - log(to_student)
 
     return bisect(lead)
 
@@ -190,13 +196,19 @@ def trust_region(at: Position) -> float:
     limit = at.mixture.trust_region
     if kl(at.t, at.s) <= limit:
         return 1.0
-    return bisect(lambda alpha: kl(log_q(at.s, at.t, alpha), at.s) - limit)
+
+    def excess(alpha: float) -> float:
+        q = log_q(at.s, at.t, alpha)
+        return kl(q, at.s) - limit
+
+    return bisect(excess)
 
 
 def schedule(at: Position) -> float:
     """Linear in the position."""
-    share = min(at.index / at.mixture.schedule_tokens, 1.0)
-    return (1 - share) * at.mixture.schedule_start + share * at.mixture.schedule_end
+    mixture = at.mixture
+    share = min(at.index / mixture.schedule_tokens, 1.0)
+    return (1 - share) * mixture.schedule_start + share * mixture.schedule_end
 
 
 NAIVE_METHODS = {
@@ -226,7 +238,7 @@ def solve(at: Position) -> tuple[float, bool, bool]:
     alpha = min(max(free, mixture.alpha_min), mixture.alpha_max)
     if not disjoint:
         return alpha, abs(alpha - free) > 1e-7, False
-    if alpha == 0 and max(at.s) > -_INF:
+    if alpha == 0 and max(at.s) > -inf:
         return 0.0, False, False
     return 1.0, False, True
 
@@ -262,7 +274,8 @@ def naive_step(
     alpha = solved if alpha is None else alpha
     q = log_q(s, t, alpha)
     drawn = restrict(q, largest(q, mixture.top_k, mixture.top_p))
-    token = max(range(len(q)), key=lambda i: (drawn[i] + noise[i], -i))
+    noisy = [a + b for a, b in zip(drawn, noise, strict=True)]
+    token = noisy.index(max(noisy))
     trace = {
         "alpha": alpha,
         "clamped": float(clamped),

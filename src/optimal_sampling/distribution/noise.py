@@ -40,6 +40,7 @@ _MIX2 = 0x94D049BB133111EB
 _U30, _U27, _U31, _U0, _U1, _U2 = (
     np.array(c, dtype=np.uint64) for c in (30, 27, 31, _GOLDEN, _MIX1, _MIX2)
 )
+_S0, _S1, _S2 = (_signed(c, 64) for c in (_GOLDEN, _MIX1, _MIX2))
 _SCRAMBLE = _signed(0x85EBCA6B, 32)
 _UNIT = 2.0**-31 * (1 - 2.0**-24)  # the largest hash, 2^31 as a float, must still give less than 1
 
@@ -59,8 +60,8 @@ def _splitmix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _splitmix_tensor(x: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
     """The same bits. torch has no unsigned >>: the sign bits of its own are masked."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(_MIX1, 64)
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(_MIX2, 64)
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _S1
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _S2
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
@@ -71,7 +72,7 @@ def _scramble(ids: Int64[Tensor, "*shape"]) -> Int32[Tensor, "*shape"]:
         state = _splitmix((unsigned + np.uint64(1)) * _U0)
         low = state.astype(np.uint32).view(np.int32)
         return torch.from_numpy(low)
-    offset = (ids + 1) * _signed(_GOLDEN, 64)
+    offset = (ids + 1) * _S0
     return _splitmix_tensor(offset).to(torch.int32)
 
 
@@ -99,7 +100,7 @@ def _words(keys: Int64[Tensor, " rows"], position: Positions) -> tuple[_Words, _
         halves = state.astype("<u8", copy=False).view("<i4")
         a, b = halves.reshape(-1, 2).T
         return a, b | 1
-    offset = position.to(torch.int64) * _signed(_GOLDEN, 64)
+    offset = position.to(torch.int64) * _S0
     words = _splitmix_tensor(_splitmix_tensor(keys) + offset)
     upper = (words >> 32).to(torch.int32)
     return array_of(words.to(torch.int32)), array_of(upper | 1)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from torch import Tensor
 
 from optimal_sampling.distribution.arrays import (
@@ -28,6 +28,7 @@ from optimal_sampling.distribution.cpu.workspace import (
     MIN_EXPONENT,
     Block,
     Loan,
+    Tile,
     Workspace,
     borrow,
 )
@@ -38,7 +39,7 @@ __all__ = ["TiledPair"]
 _UNDERFLOW = 1e-12  # a sum below this is taken again, relative to the largest term
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class TiledMoments(Moments):
     """With E_q[score], and the buffers that hold the models."""
 
@@ -129,7 +130,7 @@ class TiledPair(Pair):
             least = xp.amin(space.least[:, rows], -1)
             # otherwise bad, or a student without the teacher's support
             usual = (top > MASKED) & (top < float("inf"))
-            top = xp.where(usual, top, 0 * space.maximum_array[:, rows, 0])
+            top = xp.where(usual, top, 0.0)
             space.maximum_array[:, rows, 0] = top
             # true for NaN
             underflows = not self.on_cpu or not (least - top >= MIN_EXPONENT).all()
@@ -182,8 +183,9 @@ class TiledPair(Pair):
         if self.on_cpu:
             self._sweep(changed)
         else:
+            everywhere = self.bad | True
             for block in space.blocks:
-                self._sums(block, True, relative=True)
+                self._sums(block, True, everywhere[block.rows, None])
         totals, top = self._totals(space.sums_array, space.shift_array)
         mean_score, *means = totals[1:] / totals[0]
         log_sum = self.xp.log(totals[0]) + top
@@ -208,7 +210,7 @@ class TiledPair(Pair):
             if relative.any():
                 self._sums(block, True, relative)
 
-    def _sums(self, block: Block, underflows: bool, relative: Flags | bool | None = None) -> None:
+    def _sums(self, block: Block, underflows: bool, relative: Flags | None = None) -> None:
         """Sums of w, w score, w d, w d^2 and w d^3, with w = exp(score - shift)."""
         score = block.x
         w = block.w
@@ -216,7 +218,7 @@ class TiledPair(Pair):
         if relative is not None:
             score[:, block.inner.stop :] = MASKED_LOGIT
             torch.amax(score, -1, keepdim=True, out=block.shift)
-            block.shift.mul_(relative if isinstance(relative, bool) else tensor_of(relative))
+            block.shift.mul_(tensor_of(relative))
             torch.sub(score, block.shift, out=w)
             w.clamp_(min=MIN_EXPONENT).exp_()
         else:
@@ -244,11 +246,13 @@ class TiledPair(Pair):
     def _log_sums(self, betas: Array, known: Flags) -> Array:
         space = self.space
         needed = ~(known[0] & known[1])
+        everywhere = known | True
         space.betas_array[..., 0] = betas
         space.shift_per_model.zero_()
         for block in space.blocks:
             if not self.none(needed[block.rows]):
-                self._partition(block, None if self.on_cpu else True)
+                relative = None if self.on_cpu else everywhere[:, block.rows]
+                self._partition(block, relative)
         if self.on_cpu:
             sums = self.xp.sum(space.per_model_array, -1)
             far = needed & ~((sums > _UNDERFLOW) & (sums < float("inf")))
@@ -259,13 +263,13 @@ class TiledPair(Pair):
         totals, top = self._totals(space.per_model_array, array_of(space.shift_per_model))
         return self.xp.log(totals) + top
 
-    def _partition(self, block: Block, relative: Flags | bool | None) -> None:
+    def _partition(self, block: Block, relative: Flags | None) -> None:
         """Sums of exp(x - shift) at both betas, where `relative` with the largest x as shift."""
         x = torch.lerp(block.student, block.teacher, block.betas, out=block.scratch)
         if relative is not None:
             x[..., block.inner.stop :] = MASKED_LOGIT
             shift = torch.amax(x, -1, out=block.shift_per_model)
-            shift.mul_(relative if isinstance(relative, bool) else tensor_of(relative))
+            shift.mul_(tensor_of(relative))
             x.sub_(shift[..., None])
         x.clamp_(min=MIN_EXPONENT).exp_()
         torch.sum(x, -1, out=block.per_model)
@@ -274,7 +278,7 @@ class TiledPair(Pair):
         return [values_of(logits, token) for logits in self._logits]
 
 
-def _scores(block: Block) -> Float32[Tensor, "n width"]:
+def _scores(block: Block) -> Tile:
     """(1 - alpha) student + alpha teacher of one block, in its scratch."""
     torch.lerp(block.student, block.teacher, block.weight, out=block.x)
     return block.x[:, block.inner]

@@ -25,7 +25,7 @@ MAX_VOCAB = 4096
 _MIN_EXPONENT = -700.0  # exp of less is no normal float64, and slow
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class WholeMoments(Moments):
     """With the scores of every token, [rows, vocab], and their exponentials."""
 

@@ -113,6 +113,8 @@ class Known(NamedTuple):
     """Whether there is no token that both models have; one that only one of them has."""
     only_student: object
     only_teacher: object
+    rootless: object
+    """Whether the row is bad or disjoint, so that no alpha is to be solved for."""
     gap: object
     """log Z of the teacher less the student's; the same in the sums of `measure`."""
     head_gap: object
@@ -133,6 +135,13 @@ class Pieces(NamedTuple):
 
     first: object
     inside: object
+
+
+class Trace(NamedTuple):
+    """The fields of one row, and what makes them NaN where it is bad: NaN, else 0."""
+
+    fields: object
+    nan: object
 
 
 # Columns of what the launches leave for one another, per row and piece. Of Sums, the first column:
@@ -566,8 +575,7 @@ def _root(batch, settings, derivatives, known, BLOCK: constexpr):
     slope, curvature, third = derivatives
     left = tl.where(slope >= 0, low, alpha)
     right = tl.where(slope >= 0, alpha, high)
-    done = _is_root(slope, curvature) | (right - left <= _TOLERANCE)
-    done = done | known.bad_student | known.bad_teacher | known.disjoint
+    done = known.rootless | _is_root(slope, curvature) | (right - left <= _TOLERANCE)
     passes = 1
     while (passes < _MAX_PASSES) & (done == 0):
         alpha = _next(alpha, slope, curvature, third, left, right, passes)
@@ -607,8 +615,7 @@ def _ess_balance(batch, known, BLOCK: constexpr):
     """`ess_balance`: 1/2 on a common support and in bad rows, else bisected."""
     low = tl.full([], 0.0, tl.float64)
     high = tl.full([], 1.0, tl.float64)
-    useless = known.bad_student | known.bad_teacher | known.disjoint
-    level = ((known.only_student | known.only_teacher) == 0) | useless
+    level = ((known.only_student | known.only_teacher) == 0) | known.rootless
     steps = tl.where(level, 24, 0)
     while steps < 24:
         alpha = (low + high) / 2
@@ -644,18 +651,21 @@ def _known(pieces):
     at_t = top_t.to(tl.float32)
     log_z_s = top_s - at_s + tl.log(student.w)
     log_z_t = top_t - at_t + tl.log(teacher.w)
-    shared = tl.max(_column(pieces, _SHARED, _NO_MAXIMUM), 0)
+    # with NaN and +inf, the sum is NaN
+    good_s = (student.top > -_SUPPORT_GAP) & (student.w > 0)
+    good_t = (teacher.top > -_SUPPORT_GAP) & (teacher.w > 0)
+    shared = tl.max(_column(pieces, _SHARED, _NO_MAXIMUM), 0) > -_SUPPORT_GAP
     return Known(
         at_student=at_s,
         at_teacher=at_t,
         log_z_student=log_z_s,
         log_z_teacher=log_z_t,
-        # with NaN and +inf, the sum is NaN
-        bad_student=((student.top > -_SUPPORT_GAP) & (student.w > 0)) == 0,
-        bad_teacher=((teacher.top > -_SUPPORT_GAP) & (teacher.w > 0)) == 0,
-        disjoint=(shared > -_SUPPORT_GAP) == 0,
+        bad_student=good_s == 0,
+        bad_teacher=good_t == 0,
+        disjoint=shared == 0,
         only_student=tl.min(_column(pieces, _LEAST_D, 0.0), 0) < -_SUPPORT_GAP,
         only_teacher=tl.max(_column(pieces, _MOST_D, 0.0), 0) > _SUPPORT_GAP,
+        rootless=(good_s & good_t & shared) == 0,
         gap=log_z_t - log_z_s,
         head_gap=_log_sum(teacher) - _log_sum(student),
     )
@@ -766,7 +776,12 @@ def _ess(pieces, first, log_sum, log_z):
 
 
 @triton.jit
-def _trace_mixture(out, pieces, known, nan):
+def _put_field(trace, column, value):
+    tl.store(trace.fields + column, value + trace.nan)
+
+
+@triton.jit
+def _trace_mixture(trace, pieces, known):
     """Write what does not depend on the token. Gives F."""
     alpha = _get(known, _ALPHA)
     log_z_s = _get(known, _LOG_Z_STUDENT)
@@ -789,14 +804,14 @@ def _trace_mixture(out, pieces, known, nan):
     ess_s = _ess(pieces, _SQUARES_STUDENT, log_sum, log_z_s)
     ess_t = _ess(pieces, _SQUARES_TEACHER, log_sum, log_z_t)
     entropy = tl.log(q.w) - q_x / q.w
-    _put(out, _TRACE_ALPHA, alpha + nan)
-    _put(out, _TRACE_CLAMPED, _get(known, _CLAMPED) + nan)
-    _put(out, _TRACE_KL_STUDENT, tl.where(no_student, _INF, kl_s) + nan)
-    _put(out, _TRACE_KL_TEACHER, tl.where(no_teacher, _INF, kl_t) + nan)
-    _put(out, _TRACE_ESS_STUDENT, tl.where(no_student, 0.0, ess_s) + nan)
-    _put(out, _TRACE_ESS_TEACHER, tl.where(no_teacher, 0.0, ess_t) + nan)
-    _put(out, _TRACE_ENTROPY, tl.maximum(entropy, 0.0) + nan)
-    _put(out, _TRACE_FALLBACK, _get(known, _FALLBACK) + nan)
+    _put_field(trace, _TRACE_ALPHA, alpha)
+    _put_field(trace, _TRACE_CLAMPED, _get(known, _CLAMPED))
+    _put_field(trace, _TRACE_KL_STUDENT, tl.where(no_student, _INF, kl_s))
+    _put_field(trace, _TRACE_KL_TEACHER, tl.where(no_teacher, _INF, kl_t))
+    _put_field(trace, _TRACE_ESS_STUDENT, tl.where(no_student, 0.0, ess_s))
+    _put_field(trace, _TRACE_ESS_TEACHER, tl.where(no_teacher, 0.0, ess_t))
+    _put_field(trace, _TRACE_ENTROPY, tl.maximum(entropy, 0.0))
+    _put_field(trace, _TRACE_FALLBACK, _get(known, _FALLBACK))
     return F
 
 
@@ -808,7 +823,7 @@ def _logit(logits, token, scale):
 
 
 @triton.jit
-def _trace_token(out, batch, token, known, F, nan):
+def _trace_token(trace, batch, token, known, F):
     """Write the log-probabilities of the drawn token."""
     alpha = _get(known, _ALPHA)
     at_s = _get(known, _AT_STUDENT)
@@ -820,9 +835,9 @@ def _trace_token(out, batch, token, known, F, nan):
     # 0 times -inf is no part of a mixture
     log_q = tl.where(alpha < 1, (1 - alpha) * log_p_s, 0.0)
     log_q += tl.where(alpha > 0, alpha * log_p_t, 0.0)
-    _put(out, _TRACE_LOG_P_STUDENT, log_p_s + nan)
-    _put(out, _TRACE_LOG_P_TEACHER, log_p_t + nan)
-    _put(out, _TRACE_LOG_Q, log_q - F + nan)
+    _put_field(trace, _TRACE_LOG_P_STUDENT, log_p_s)
+    _put_field(trace, _TRACE_LOG_P_TEACHER, log_p_t)
+    _put_field(trace, _TRACE_LOG_Q, log_q - F)
 
 
 @triton.jit
@@ -836,9 +851,9 @@ def finish(batch, solved, mixed, outputs, WIDTH: constexpr):
     bad = bad_s | bad_t
     token = tl.where(bad, 0, _best(pieces))
     nan = tl.where(bad, float("nan"), 0.0)
-    out = outputs.trace + row * _TRACE_WIDTH
-    F = _trace_mixture(out, pieces, known, nan)
-    _trace_token(out, batch, token, known, F, nan)
+    trace = Trace(outputs.trace + row * _TRACE_WIDTH, nan)
+    F = _trace_mixture(trace, pieces, known)
+    _trace_token(trace, batch, token, known, F)
     tl.store(outputs.token + row, token)
     tl.store(outputs.bad_student + row, bad_s)
     tl.store(outputs.bad_teacher + row, bad_t)
