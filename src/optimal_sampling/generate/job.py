@@ -9,7 +9,7 @@ from typing import Any
 from optimal_sampling.config import GenerateConfig
 from optimal_sampling.errors import EngineError, OptimalSamplingError, PromptError
 from optimal_sampling.generate.dataset import Dataset, open_dataset
-from optimal_sampling.generate.fingerprint import model_facts
+from optimal_sampling.generate.fingerprint import check_rows, model_facts
 from optimal_sampling.generate.progress import Progress
 from optimal_sampling.generate.summary import Summary, Tally
 from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
@@ -40,6 +40,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
     dataset, vocabulary, renderer = _open(config)
     facts = model_facts(config.models) if config.engine.loads_models else {}
     with RunFolder(config, facts) as folder:
+        check_rows(dataset, folder)
         job = _Job(config, dataset, renderer, vocabulary, folder, progress)
         try:
             with progress:
