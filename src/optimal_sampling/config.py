@@ -146,6 +146,11 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with a model. Off unless you have read that code."""
 
+    @property
+    def revisions(self) -> tuple[str | None, str | None]:
+        """Of the student and the teacher."""
+        return self.student_revision, self.teacher_revision
+
 
 DraftTokens = int | Literal["auto"]
 

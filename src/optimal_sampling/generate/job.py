@@ -69,7 +69,9 @@ def preview(config: GenerateConfig, count: int = 3) -> Iterator[tuple[int, Rende
 def _open(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRenderer]:
     dataset = open_dataset(config.data, config.run.seed)
     models = config.models
-    vocabulary = Vocabulary.load(models.student, models.teacher, models.trust_remote_code)
+    vocabulary = Vocabulary.load(
+        models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+    )
     renderer = PromptRenderer(
         config.prompt,
         vocabulary,
