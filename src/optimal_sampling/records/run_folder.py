@@ -20,7 +20,7 @@ from optimal_sampling.records.schema import FIELDS, SCHEMA_VERSION, Key, Record,
 from optimal_sampling.records.store import RecordFile, Scan, read_json, write_atomically
 from optimal_sampling.version import __version__
 
-__all__ = ["MAY_DIFFER", "MEANS", "Ledger", "RunFolder", "Totals", "load"]
+__all__ = ["MAY_DIFFER", "MEANS", "Ledger", "RunFolder", "Totals", "differences", "load"]
 
 MAY_DIFFER = frozenset(
     {
