@@ -188,7 +188,7 @@ def _file(path: Path) -> Source:
         return Source(str(path), lambda: read_parquet(path), _survey_of(rows, names))
     if is_json(path.name):
         return Source(str(path), lambda: read_json(path), lambda limit: _survey_json(path, limit))
-    raise DatasetError(f"dataset {path} is neither {_KINDS}, by its name")
+    raise DatasetError(f"the name of dataset {path} has the ending of no known kind: {_KINDS}")
 
 
 def _survey_of(rows: int, names: list[str]) -> Callable[[int | None], Survey]:
@@ -218,7 +218,7 @@ def _folder(folder: Path, config: DataConfig) -> Source:
     hidden = [any(part.startswith((".", "_")) for part in name.parts[:-1]) for name in names]
     names = [name for name, is_hidden in zip(names, hidden, strict=True) if not is_hidden]
     if not names:
-        raise DatasetError(f"dataset {folder} is a folder without files of {_KINDS}")
+        raise DatasetError(f"dataset {folder} is a folder without files of the kinds {_KINDS}")
     names = _choose(folder, names, "subset", config.subset)
     names = _choose(folder, names, "split", config.split)
     parts = [_file(folder / name) for name in names]
@@ -296,7 +296,7 @@ def _hub(config: DataConfig) -> Source:
     except DatasetError:
         raise
     except Exception as error:  # of the hub, the network or the files: any class
-        reason = str(error).strip() or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         if "config name" in reason.lower():
             reason += " (choose one with --subset)"
         raise DatasetError(

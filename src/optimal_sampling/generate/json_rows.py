@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -21,7 +22,7 @@ __all__ = ["JSON_SUFFIXES", "is_json", "read_json"]
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _BOM = b"\xef\xbb\xbf"
-_CHUNK = 1 << 16  # characters of a list read at a time
+_CHUNK = 1 << 16  # bytes of a list read at a time
 
 
 def _open_zstd(path: Path, mode: str) -> io.BufferedReader:
@@ -45,17 +46,18 @@ def is_json(name: str) -> bool:
     return stem.endswith(JSON_SUFFIXES)
 
 
-def read_json(path: Path) -> Iterator[dict[str, Any]]:
+def read_json(path: Path, chunk: int = _CHUNK) -> Iterator[dict[str, Any]]:
     """The rows of a file, one in memory at a time. Raises DatasetError.
 
-    A file that begins with `[` is a list of objects, whatever its name; others have one per line.
+    A file that begins with `[` is a list of objects, whatever its name, and is read `chunk`
+    bytes at a time; others have one object per line.
     """
     opener = _OPENERS.get(path.suffix.lower(), open)
     try:
         with opener(path, "rb") as file:
             is_list = _first_byte(file) == b"["
         with opener(path, "rb") as file:
-            yield from (_list_rows if is_list else _line_rows)(path, file)
+            yield from _list_rows(path, file, chunk) if is_list else _line_rows(path, file)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
         reason = getattr(error, "strerror", None) or error
         raise DatasetError(f"cannot read dataset {path}: {reason}") from error
@@ -84,7 +86,7 @@ def _parsed_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DatasetError(f"{place}, byte {error.start + 1}: not UTF-8") from None
     except json.JSONDecodeError as error:
-        message = f"{place}, column {error.colno}: {error.msg}"
+        message = f"{place}, column {error.pos + 1}: {error.msg}"
         if line.strip() == b"{":
             message += "; an object over several lines? Give a list, or one object per line (JSONL)"
         raise DatasetError(message) from None
@@ -93,10 +95,10 @@ def _parsed_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return _object(row, f"dataset {path}, line {number}, column 1")
 
 
-def _list_rows(path: Path, file: BinaryIO) -> Iterator[dict[str, Any]]:
+def _list_rows(path: Path, file: BinaryIO, chunk: int) -> Iterator[dict[str, Any]]:
     """The objects of a list, each parsed as soon as it has been read whole."""
     decode = json.JSONDecoder().raw_decode
-    text = _Text(path, file)
+    text = _Text(path, file, chunk)
     text.skip("[")
     for index in count():
         if text.next() == "]":
@@ -113,13 +115,17 @@ def _list_rows(path: Path, file: BinaryIO) -> Iterator[dict[str, Any]]:
 class _Text:
     """The text of a file, of which a part is in memory, and a place in it."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, chunk: int) -> None:
         self._path = path
-        self._file = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        self._chunk = chunk
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._buffer = ""
         self._place = 0
         self._line = 1
-        """Number of the line at which the buffer starts."""
+        """Number of the line in which the buffer starts."""
+        self._column = 0
+        """Characters of that line before the buffer."""
 
     def next(self) -> str:
         """The next character that is no space; empty at the end of the file."""
@@ -129,7 +135,7 @@ class _Text:
                 return rest
             if rest:
                 self._place += 1
-            elif not self._read(_CHUNK):
+            elif not self._read(self._chunk):
                 return ""
 
     def skip(self, character: str) -> None:
@@ -147,7 +153,8 @@ class _Text:
                 # A text that stops early is wrong at its end, or from the start of a string on.
                 is_cut = error.pos > len(self._buffer) - 16 or error.msg.startswith("Unterminated")
                 offset = error.pos - self._place
-                if not is_cut or not self._read(max(_CHUNK, len(self._buffer))):
+                rest = len(self._buffer) - self._place
+                if not is_cut or not self._read(max(self._chunk, rest)):
                     self._place += offset
                     self.fail(error.msg)
             except (RecursionError, ValueError) as error:
@@ -157,24 +164,28 @@ class _Text:
 
     def fail(self, reason: str) -> NoReturn:
         """Raise DatasetError for the text at this place."""
-        column = self._place - self._buffer.rfind("\n", 0, self._place)
-        place = f"line {self._line_here()}, column {column}"
+        place = f"line {self._line_here()}, column {self._column_here() + 1}"
         raise DatasetError(f"dataset {self._path} is not JSON at {place}: {reason}")
 
     def _line_here(self) -> int:
         return self._line + self._buffer.count("\n", 0, self._place)
 
-    def _read(self, characters: int) -> bool:
+    def _column_here(self) -> int:
+        newline = self._buffer.rfind("\n", 0, self._place)
+        return self._place - newline - 1 if newline >= 0 else self._column + self._place
+
+    def _read(self, size: int) -> bool:
         """Read on, and drop what lies before the place; False at the end of the file."""
+        data = self._file.read(size)
         try:
-            more = self._file.read(characters)
+            more = self._decoder.decode(data, final=not data)
         except UnicodeDecodeError:
             self._place = len(self._buffer)
             self.fail("not UTF-8 soon after this place")
-        self._line = self._line_here()
+        self._line, self._column = self._line_here(), self._column_here()
         self._buffer = self._buffer[self._place :] + more
         self._place = 0
-        return bool(more)
+        return bool(data)
 
 
 def _refuse(place: str, error: Exception) -> NoReturn:
