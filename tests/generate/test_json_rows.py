@@ -107,10 +107,10 @@ def test_a_list_is_the_same_wherever_it_is_cut(tmp_path_factory, rows, indent, a
         ('[{"a": 1}]\n\n{"a": 2}', r"line 3, column 1: text after the list"),
         ('[{"a": 1}, "b"]', r"item 1 of the list: expected an object \{\.\.\.\}, found a string"),
         ("[[1, 2]]", r"item 0 of the list: .* found an array"),
-        ('[{"a": "\\x"}]', r"line 1, column 8: Invalid \\escape"),
+        ('[{"a": "\\x"}]', r"line 1, column 9: Invalid \\escape"),
         ("[" * 100_000, r"is not JSON at line 1: nested too deeply"),
         ('[{"a": ' + "1" * 5000 + "}]", r"is not JSON at line 1: Exceeds the limit"),
-        ('{\n  "data": [{"a": 1}]\n}', r"line 1, column 2: .*an object over several lines"),
+        ('{\n  "data": [{"a": 1}]\n}', r"line 1, column 3: .*an object over several lines"),
     ],
 )
 def test_bad_lists(tmp_path, text, message, chunk):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ _READ_BYTES = 1 << 20  # read from a column at a time
 
 def _open(path: Path) -> pyarrow.parquet.ParquetFile:
     try:
-        return pyarrow.parquet.ParquetFile(path, buffer_size=_READ_BYTES)
+        return pyarrow.parquet.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False)
     except (OSError, pyarrow.ArrowException) as error:
         raise DatasetError(f"cannot read dataset {path} as Parquet: {error}") from error
 
@@ -54,17 +53,19 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 def _column(file: pyarrow.parquet.ParquetFile, group: int, name: str) -> Iterator[Any]:
     """The values of a column in a row group. Raises OSError where the disk fails."""
     layout = file.metadata.row_group(group)
-    rows = layout.num_rows
-    row_bytes = layout.total_byte_size // max(1, rows) + 1
+    row_bytes = layout.total_byte_size // max(1, layout.num_rows) + 1
     size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))
+    done = 0
     try:
         for batch in file.iter_batches(size, [group], [name], use_threads=False):
-            rows -= batch.num_rows
+            done += batch.num_rows
             yield from _values(batch.column(name), name)
     except (OSError, pyarrow.ArrowException) as error:
         if getattr(error, "errno", None):
             raise
-        yield from repeat(Unreadable(f"column {name!r} cannot be read: {error}"), rows)
+        reason = f"column {name!r} cannot be read: {' '.join(str(error).split())}"
+        for row in range(done, layout.num_rows):  # each a text of its own, as rows have
+            yield Unreadable(reason, f"<row {row} of row group {group}: {reason}>")
 
 
 def read_table(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
