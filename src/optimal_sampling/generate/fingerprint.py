@@ -64,11 +64,6 @@ def check_rows(dataset: Dataset, folder: RunFolder) -> None:
     """
     rows = folder.ledger.rows
     last = max(rows, default=-1)
-    if dataset.is_whole and last >= dataset.total:
-        raise DatasetError(
-            f"dataset {dataset.source.name} has {dataset.total} rows, and {folder.path} has "
-            f"records of row {last}; {_REMEDY}"
-        )
     changed: dict[int, dict[str, Any]] = {}
     for index, row in dataset if rows else ():
         if index > last or len(changed) == _COMPARED_ROWS:
@@ -86,6 +81,11 @@ def check_rows(dataset: Dataset, folder: RunFolder) -> None:
         raise DatasetError(
             f"row {first} of dataset {dataset.source.name} has changed since {folder.path} was "
             f"begun, in: {found[first]} ({len(found)} such rows found); {_REMEDY}"
+        )
+    if dataset.is_whole and last >= dataset.total:
+        raise DatasetError(
+            f"dataset {dataset.source.name} has {dataset.total} rows, and {folder.path} has "
+            f"records of row {last}; {_REMEDY}"
         )
 
 
