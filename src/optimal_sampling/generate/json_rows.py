@@ -8,9 +8,9 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -37,6 +37,15 @@ _OPENERS: dict[str, Callable[[Path, str], Any]] = {
 }
 """How files of each compression are opened, by the end of their names."""
 
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    UnicodeDecodeError,
+    zlib.error,
+    lzma.LZMAError,
+    pyarrow.ArrowException,
+)
+
 
 def is_json(name: str) -> bool:
     """Whether a file has the name of a JSON file, compressed or not."""
@@ -58,7 +67,7 @@ def read_json(path: Path, chunk: int = _CHUNK) -> Iterator[dict[str, Any]]:
             is_list = _first_byte(file) == b"["
         with opener(path, "rb") as file:
             yield from _list_rows(path, file, chunk) if is_list else _line_rows(path, file)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+    except _UNREADABLE as error:
         reason = getattr(error, "strerror", None) or error
         raise DatasetError(f"cannot read dataset {path}: {reason}") from error
 
@@ -97,95 +106,43 @@ def _parsed_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def _list_rows(path: Path, file: BinaryIO, chunk: int) -> Iterator[dict[str, Any]]:
     """The objects of a list, each parsed as soon as it has been read whole."""
-    decode = json.JSONDecoder().raw_decode
-    text = _Text(path, file, chunk)
-    text.skip("[")
-    for index in count():
-        if text.next() == "]":
-            break
-        if index:
-            text.skip(",")
-        text.next()
-        yield _object(text.take(decode), f"dataset {path}, item {index} of the list")
-    text.skip("]")
-    if text.next():
-        text.fail("text after the list")
-
-
-class _Text:
-    """The text of a file, of which a part is in memory, and a place in it."""
-
-    def __init__(self, path: Path, file: BinaryIO, chunk: int) -> None:
-        self._path = path
-        self._chunk = chunk
-        self._file = file
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._buffer = ""
-        self._place = 0
-        self._line = 1
-        """Number of the line in which the buffer starts."""
-        self._column = 0
-        """Characters of that line before the buffer."""
-
-    def next(self) -> str:
-        """The next character that is no space; empty at the end of the file."""
-        while True:
-            rest = self._buffer[self._place : self._place + 1]
-            if rest and not rest.isspace():
-                return rest
-            if rest:
-                self._place += 1
-            elif not self._read(self._chunk):
-                return ""
-
-    def skip(self, character: str) -> None:
-        """Go past the next character that is no space. Raises DatasetError for another one."""
-        if self.next() != character:
-            self.fail(f"Expecting '{character}'")
-        self._place += 1
-
-    def take(self, decode: Callable[[str, int], tuple[Any, int]]) -> Any:
-        """The value that starts here, and go past it. Raises DatasetError."""
-        while True:
-            try:
-                value, self._place = decode(self._buffer, self._place)
-            except json.JSONDecodeError as error:
-                # A text that stops early is wrong at its end, or from the start of a string on.
-                is_cut = error.pos > len(self._buffer) - 16 or error.msg.startswith("Unterminated")
-                offset = error.pos - self._place
-                rest = len(self._buffer) - self._place
-                if not is_cut or not self._read(max(self._chunk, rest)):
-                    self._place += offset
-                    self.fail(error.msg)
-            except (RecursionError, ValueError) as error:
-                _refuse(f"dataset {self._path} is not JSON at line {self._line_here()}", error)
-            else:
-                return value
-
-    def fail(self, reason: str) -> NoReturn:
-        """Raise DatasetError for the text at this place."""
-        place = f"line {self._line_here()}, column {self._column_here() + 1}"
-        raise DatasetError(f"dataset {self._path} is not JSON at {place}: {reason}")
-
-    def _line_here(self) -> int:
-        return self._line + self._buffer.count("\n", 0, self._place)
-
-    def _column_here(self) -> int:
-        newline = self._buffer.rfind("\n", 0, self._place)
-        return self._place - newline - 1 if newline >= 0 else self._column + self._place
-
-    def _read(self, size: int) -> bool:
-        """Read on, and drop what lies before the place; False at the end of the file."""
-        data = self._file.read(size)
+    to_text = codecs.getincrementaldecoder("utf-8-sig")()
+    text, line, index, is_whole = "", 1, 0, False
+    while not (is_whole and _LIST_END.fullmatch(text)):
+        place, item = f"dataset {path} is not JSON at line", f"item {index} of the list"
         try:
-            more = self._decoder.decode(data, final=not data)
-        except UnicodeDecodeError:
-            self._place = len(self._buffer)
-            self.fail("not UTF-8 soon after this place")
-        self._line, self._column = self._line_here(), self._column_here()
-        self._buffer = self._buffer[self._place :] + more
-        self._place = 0
-        return bool(data)
+            row, end = _next_item(text, _COMMA if index else _LIST_START)
+        except json.JSONDecodeError as error:
+            if is_whole or not _may_be_cut(text, error):
+                raise DatasetError(
+                    f"{place} {line + error.lineno - 1}, {item}: {error.msg}"
+                ) from None
+            data = file.read(max(chunk, len(text)))
+            text += to_text.decode(data, final=not data)
+            is_whole = not data
+        except (RecursionError, ValueError) as error:
+            _refuse(f"{place} {line}, {item}", error)
+        else:
+            yield _object(row, f"dataset {path}, {item}")
+            line += text.count("\n", 0, end)
+            text, index = text[end:], index + 1
+
+
+_LIST_START, _COMMA = re.compile(r"\s*\[\s*"), re.compile(r"\s*,\s*")
+_LIST_END = re.compile(r"\s*(\[\s*)?\]\s*")
+
+
+def _next_item(text: str, before: re.Pattern[str]) -> tuple[Any, int]:
+    """The value after a bracket or comma, and where it ends. Raises JSONDecodeError."""
+    start = before.match(text)
+    if start is None:
+        raise json.JSONDecodeError("Expecting ','", text, len(text) - len(text.lstrip()))
+    return json.JSONDecoder().raw_decode(text, start.end())
+
+
+def _may_be_cut(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether a text only stops too early: it is wrong at its end, or from a quote on."""
+    return error.pos > len(text.rstrip()) - 16 or error.msg.startswith("Unterminated")
 
 
 def _refuse(place: str, error: Exception) -> NoReturn:
