@@ -6,6 +6,7 @@ import datetime
 import decimal
 import json
 import uuid
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
@@ -192,11 +193,21 @@ def test_a_bad_value_that_a_template_asks_for(tmp_path, fake_engine, job):
     solution = nested(bad_text(pyarrow.string()))["struct"]
     path = write(tmp_path / "rows.parquet", problem=problems, solution=solution)
     prompt = PromptConfig(teacher_template="{problem} {solution}")
-    config = job(str(path))
-    object.__setattr__(config, "prompt", prompt)
+    config = replace(job(str(path)), prompt=prompt)
     summary = generate(config)
     assert (summary.good, summary.failed) == (2, 1)
     assert summary.errors == {"column 'solution' is not UTF-8 at byte 5": 1}
+
+
+def test_an_image_that_a_template_asks_for(tmp_path, fake_engine, job):
+    """Guards: a megabyte of `b'...'` as a prompt."""
+    images = pyarrow.array([{"bytes": b"\x89PNG\xff", "path": None}, {"bytes": None, "path": "a"}])
+    path = write(tmp_path / "rows.parquet", problem=pyarrow.array(["a", "b"]), image=images)
+    prompt = PromptConfig(teacher_template="{problem} {image}")
+    config = replace(job(str(path)), prompt=prompt)
+    summary = generate(config)
+    assert (summary.good, summary.failed) == (1, 1)
+    assert summary.errors == {"a column that a prompt shows holds 5 bytes, no text": 1}
 
 
 def damage(path, column):

@@ -135,7 +135,8 @@ class Record(TypedDict):
     row: Annotated[
         dict[str, Any],
         Field(
-            "columns of the row, unchanged but for NaN (null); a column may have any name",
+            "columns of the row, unchanged but for NaN (null), bytes (their number and a hash) and "
+            "values that cannot be read; a column may have any name",
             lambda s: jsonable(s.prompt.row),
         ),
     ]
