@@ -178,6 +178,10 @@ class ModelConfig(Checked):
     student: str = "toy-student"
     """The model to be trained: a folder, a hub id, or the built-in `toy-student`.
     The same as the teacher is loaded once."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a teacher from the hub."""
+    student_revision: str | None = None
+    """Branch, tag or commit of a student from the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
@@ -191,6 +195,11 @@ class ModelConfig(Checked):
         super().__post_init__()
         self._check_path("teacher")
         self._check_path("student")
+
+    @property
+    def revisions(self) -> tuple[str | None, str | None]:
+        """Of the student and the teacher."""
+        return self.student_revision, self.teacher_revision
 
 
 DraftTokens = int | Literal["auto"]
@@ -303,6 +312,12 @@ class DataConfig(Checked):
 
     dataset: str = "synthetic"
     """A JSONL or Parquet file, a folder of such files, a hub id, or `synthetic` (arithmetic)."""
+    split: str | None = None
+    """Split of a hub dataset (unset: `train`, or the only one) or of a folder's files."""
+    subset: str | None = None
+    """Subset of a hub dataset (its config name), or a subfolder of a folder."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
     prompt_column: str | None = None
     """Column with the prompt; unset: the first of problem, question, prompt, messages."""
     answer_column: str | None = None

@@ -9,7 +9,7 @@ from typing import Any
 from optimal_sampling.config import GenerateConfig
 from optimal_sampling.errors import EngineError, OptimalSamplingError, PromptError
 from optimal_sampling.generate.dataset import Dataset, open_dataset
-from optimal_sampling.generate.fingerprint import model_facts
+from optimal_sampling.generate.fingerprint import check_rows, model_facts
 from optimal_sampling.generate.progress import Progress, Summary, Tally
 from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.records.run_folder import RunFolder
@@ -39,6 +39,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
     dataset, vocabulary, renderer = _open(config)
     facts = model_facts(config.models) if config.engine.loads_models else {}
     with RunFolder(config, facts) as folder:
+        check_rows(dataset, folder)
         job = _Job(config, dataset, renderer, vocabulary, folder, progress)
         try:
             with progress:
@@ -67,7 +68,9 @@ def preview(config: GenerateConfig, count: int = 3) -> Iterator[tuple[int, Rende
 def _open(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRenderer]:
     dataset = open_dataset(config.data, config.run.seed)
     models = config.models
-    vocabulary = Vocabulary.load(models.student, models.teacher, models.trust_remote_code)
+    vocabulary = Vocabulary.load(
+        models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+    )
     renderer = PromptRenderer(
         config.prompt,
         vocabulary,

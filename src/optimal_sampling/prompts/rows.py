@@ -163,5 +163,12 @@ def value_text(value: object) -> str | None:
     if isinstance(value, str):
         return value
     if isinstance(value, (Mapping, list, tuple)):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return json.dumps(value, ensure_ascii=False, default=_inner_text)
+    return str(value)
+
+
+def _inner_text(value: object) -> str:
+    """Text of a value inside a column that JSON does not have. Raises PromptError for bytes."""
+    if isinstance(value, bytes):
+        raise PromptError(f"a column that a prompt shows holds {len(value)} bytes, no text")
     return str(value)

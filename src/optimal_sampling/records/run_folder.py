@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.errors import RunFolderError
-from optimal_sampling.records.schema import FIELDS, SCHEMA_VERSION, Key, Record, key_of
+from optimal_sampling.records.schema import FIELDS, SCHEMA_VERSION, Key, Record, key_of, row_id
 from optimal_sampling.records.store import RecordFile, Scan, read_json, write_atomically
 from optimal_sampling.version import __version__
 
@@ -83,6 +83,8 @@ class Ledger:
     good: set[Key] = field(default_factory=set)
     failed: dict[Key, int] = field(default_factory=dict)
     """Attempts at each sample that is not good yet."""
+    rows: dict[int, str] = field(default_factory=dict)
+    """`row_id` of each row that good records were made of, by its index in the dataset."""
     totals: Totals = field(default_factory=Totals)
 
     def add(self, record: Record) -> None:
@@ -95,6 +97,7 @@ class Ledger:
             return
         self.failed.pop(key, None)
         self.good.add(key)
+        self.rows[record["row_index"]] = row_id(record["row"])
         self.totals.add(record)
 
     def attempts(self, key: Key) -> int:

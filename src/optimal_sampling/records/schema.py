@@ -7,10 +7,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from operator import attrgetter
 from typing import Annotated, Any, NotRequired, TypedDict, cast, get_type_hints
 
-from optimal_sampling.types import Completion, FinishReason, TokenTrace, prompt_id
+from optimal_sampling.types import Completion, FinishReason, TokenTrace, Unreadable, prompt_id
 
 __all__ = [
     "FIELDS",
@@ -20,6 +21,7 @@ __all__ = [
     "Prompt",
     "Record",
     "Sample",
+    "jsonable",
     "key_of",
     "record_of",
     "row_id",
@@ -133,8 +135,9 @@ class Record(TypedDict):
     row: Annotated[
         dict[str, Any],
         Field(
-            "columns of the row, unchanged but for NaN (null); a column may have any name",
-            lambda s: _jsonable(s.prompt.row),
+            "columns of the row, unchanged but for NaN (null), bytes (their number and a hash) and "
+            "values that cannot be read; a column may have any name",
+            lambda s: jsonable(s.prompt.row),
         ),
     ]
     student_prompt: Annotated[
@@ -242,23 +245,28 @@ def key_of(record: Record) -> Key:
 
 
 def row_id(row: Mapping[str, Any]) -> str:
-    """Identity of a row that could not be rendered: a content hash of the row."""
-    return prompt_id("\x00row", json.dumps(_jsonable(row), sort_keys=True))
+    """Content hash of a row, as it is and as a record has it."""
+    return prompt_id("\x00row", json.dumps(jsonable(row), sort_keys=True))
 
 
-def _jsonable(value: Any, depth: int = 0) -> Any:
+def jsonable(value: Any, depth: int = 0) -> Any:
     """A value that JSON can hold.
 
-    NaN and infinities become null, unknown types and values nested too deeply become text.
+    NaN and infinities become null. Bytes become their number and a hash of them, values that could
+    not be read, unknown types and values nested too deeply become text.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes, blake2b {blake2b(value, digest_size=8).hexdigest()}>"
+    if isinstance(value, Unreadable):
+        return value.text or f"<{value.reason}>"
     if depth > _MAX_DEPTH:
-        return json.dumps(value, default=str)
+        return json.dumps(value, default=jsonable)
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(inner, depth + 1) for key, inner in value.items()}
+        return {str(key): jsonable(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(inner, depth + 1) for inner in value]
+        return [jsonable(inner, depth + 1) for inner in value]
     return str(value)

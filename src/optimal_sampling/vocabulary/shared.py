@@ -72,15 +72,24 @@ class Vocabulary:
     """Differences between the two tokenizers that the user should know of."""
 
     @classmethod
-    def load(cls, student: str, teacher: str, trust_remote_code: bool = False) -> Vocabulary:
+    def load(
+        cls,
+        student: str,
+        teacher: str,
+        trust_remote_code: bool = False,
+        *,
+        revisions: tuple[str | None, str | None] = (None, None),
+    ) -> Vocabulary:
         """The vocabulary of two models by name, from their tokenizers and configs.
+
+        `revisions`: of the student and the teacher, where they are of the hub.
 
         Raises ModelError and MissingDependencyError as `load_tokens` does, TokenizerMismatchError.
         """
-        student_tokens = load_tokens(student, trust_remote_code)
-        if student == teacher:
+        student_tokens = load_tokens(student, trust_remote_code, revisions[0])
+        if (student, revisions[0]) == (teacher, revisions[1]):
             return cls.share(student_tokens, student_tokens)
-        return cls.share(student_tokens, load_tokens(teacher, trust_remote_code))
+        return cls.share(student_tokens, load_tokens(teacher, trust_remote_code, revisions[1]))
 
     @classmethod
     def share(cls, student: ModelTokens, teacher: ModelTokens) -> Vocabulary:

@@ -113,7 +113,10 @@ class LocalEngine(Engine):
         load_kwargs: dict[str, Any] | None = None,
     ) -> Self:
         """Load the models. Raises ModelError, ConfigError, MissingDependencyError."""
-        paths = {"student": resolve_model(models.student), "teacher": resolve_model(models.teacher)}
+        paths = {
+            "student": resolve_model(models.student, models.student_revision, weights=True),
+            "teacher": resolve_model(models.teacher, models.teacher_revision, weights=True),
+        }
         shared = os.path.realpath(paths["student"]) == os.path.realpath(paths["teacher"])
         loaded: dict[str, Any] = {}
         for role in ("teacher", "student"):

@@ -86,7 +86,8 @@ def engine_arguments(
     """
     _check_given(given)
     _check_models(models)
-    teacher, student = resolve_model(models.teacher), resolve_model(models.student)
+    teacher = resolve_model(models.teacher, models.teacher_revision, weights=True)
+    student = resolve_model(models.student, models.student_revision, weights=True)
     arguments: dict[str, Any] = {
         "model": teacher,
         "trust_remote_code": models.trust_remote_code,
