@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +23,7 @@ from optimal_sampling.records.schema import SCHEMA_VERSION, Key, Record, key_of
 from optimal_sampling.records.store import RecordFile, Scan
 from optimal_sampling.version import __version__
 
-__all__ = ["MAY_DIFFER", "RunFolder", "differences", "load", "record_files"]
+__all__ = ["MAY_DIFFER", "RunFolder", "differences", "load", "record_files", "template_date"]
 
 MAY_DIFFER = frozenset(
     {
@@ -44,6 +45,10 @@ MAY_DIFFER = frozenset(
 
 All others change tokens or records; they are compared.
 """
+
+
+TEMPLATE_DATE = "template_date"
+"""The fact that says on which date a run's chat templates print."""
 
 
 class RunFolder:
@@ -113,6 +118,20 @@ class RunFolder:
 def record_files(run: Path) -> list[Path]:
     """The files of records of a run folder, by name."""
     return sorted((run / "records").glob("*.jsonl"))
+
+
+def template_date(run: str | Path) -> date:
+    """The date that chat templates print in a run: today, or that of the run's first call.
+
+    Folders that do not say it have the date of their `config.json`. Raises RunFolderError.
+    """
+    path = Path(run) / "config.json"
+    if not path.exists():
+        return date.today()
+    options = read_json(path).get("compared")
+    if isinstance(options, dict) and TEMPLATE_DATE in options:
+        return date.fromisoformat(options[TEMPLATE_DATE])
+    return date.fromtimestamp(path.stat().st_mtime)
 
 
 def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
@@ -229,6 +248,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
 
 
 def _flag(name: str) -> str:
+    if name == TEMPLATE_DATE:
+        return "date that chat templates print"
     if name.endswith("_files"):
         return f"content hash of the {name.removesuffix('_files')}'s folder"
     return "--" + name.replace("_", "-")
