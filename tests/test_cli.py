@@ -8,24 +8,24 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 
 import pytest
 
 from optimal_sampling import toy_pair
-from optimal_sampling.bench.options import BenchOptions
+from optimal_sampling.bench import parse_bench
 from optimal_sampling.cli import (
     ALIASES,
     COMMANDS,
     EXAMPLES,
     EXIT_CODES,
-    GenerateOptions,
     _parse,
     main,
     parse_generate,
 )
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.demo import DemoOptions
-from optimal_sampling.records.files import Lock
+from optimal_sampling.records.store import Lock
 from optimal_sampling.serve import ServeConfig
 
 
@@ -246,15 +246,17 @@ def test_options_of_another_engine_are_refused(command, arguments, message):
     assert message in said
 
 
-def test_help_ends_with_examples(capsys):
+def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
     """Guards: examples with options that do not exist, and a subcommand without any."""
-    options = {
-        "generate": GenerateOptions,
-        "demo": DemoOptions,
-        "bench": BenchOptions,
-        "serve": ServeConfig,
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").touch()  # named by an example
+    parsers = {
+        "generate": parse_generate,
+        "demo": partial(_parse, "demo", DemoOptions()),
+        "bench": partial(parse_bench, program="bench"),
+        "serve": partial(_parse, "serve", ServeConfig()),
     }
-    assert EXAMPLES.keys() == options.keys() == COMMANDS.keys()
+    assert EXAMPLES.keys() == parsers.keys() == COMMANDS.keys()
     for command, text in EXAMPLES.items():
         with pytest.raises(SystemExit):
             main([command, "--help"])
@@ -265,7 +267,7 @@ def test_help_ends_with_examples(capsys):
         for line in lines:
             program, name, *arguments = shlex.split(line)
             assert (program, name) == ("optimal-sampling", command)
-            _parse(command, options[command](), arguments)
+            parsers[command](arguments)
 
 
 def test_help_shows_the_options_of_the_chosen_engine(capsys):

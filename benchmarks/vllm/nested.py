@@ -1,7 +1,7 @@
-"""The design that this package replaces: a logits processor of the teacher's vLLM that calls a second vLLM.
+"""A logits processor of the teacher's vLLM that calls a second vLLM: the nested engine.
 
-At every token it asks the student's engine for the log-probabilities of the whole vocabulary after the whole text of
-every sequence, and mixes them with the teacher's at alpha = 1/2.
+At every token it asks the student's engine for the log-probabilities of the whole vocabulary after
+the whole text of every sequence, and mixes them with the teacher's at alpha = 1/2.
 """
 
 from __future__ import annotations

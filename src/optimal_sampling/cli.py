@@ -5,6 +5,7 @@ Flags are derived from the config classes. `--help` imports nothing heavy.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import inspect
 import os
@@ -209,7 +210,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
         raise ConfigError(
             f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; see {PROGRAM} --help"
         )
-    return COMMANDS[name][1](arguments[1:])
+    try:
+        return COMMANDS[name][1](arguments[1:])
+    except SystemExit:
+        if {"-h", "--help"} & {*arguments}:
+            print(EXAMPLES[name])
+        raise
 
 
 def _help() -> str:
@@ -241,19 +247,14 @@ def _parse(
     description: str | None = None,
 ) -> Options:
     """A subcommand's options, over their defaults. A bad one, and `--help`, end the process."""
-    try:
-        return tyro.cli(
-            type(default),
-            default=default,
-            prog=f"{PROGRAM} {command}",
-            args=list(arguments),
-            config=(tyro.conf.OmitArgPrefixes,),
-            description=description,
-        )
-    except SystemExit:
-        if {"-h", "--help"} & {*arguments}:
-            print(EXAMPLES[command])
-        raise
+    return tyro.cli(
+        type(default),
+        default=default,
+        prog=f"{PROGRAM} {command}",
+        args=list(arguments),
+        config=(tyro.conf.OmitArgPrefixes,),
+        description=description,
+    )
 
 
 def _check_engine_options(arguments: Sequence[str], engine: type[EngineOptions]) -> None:
@@ -307,13 +308,10 @@ def _check_constraint(arguments: Sequence[str], result: Sequence[str]) -> None:
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:
-    found = None
-    for place, argument in enumerate(arguments):
-        if argument == f"--{name}" and place + 1 < len(arguments):
-            found = arguments[place + 1]
-        elif argument.startswith(f"--{name}="):
-            found = argument.partition("=")[2]
-    return found
+    parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", dest="value")
+    known, _ = parser.parse_known_args(arguments)
+    return str(known.value) if known.value is not None else None
 
 
 def _yaml_arguments(path: Path) -> list[str]:
@@ -321,18 +319,18 @@ def _yaml_arguments(path: Path) -> list[str]:
 
     Values are text as written: YAML itself would read 10:20 as a number and a bare `on` as true.
     """
-    kinds = _option_types() | dict.fromkeys(NO_OPS, bool)
+    types = _option_types()
     arguments = []
     for key, value in _read_yaml(path).items():
         name = str(key).replace("_", "-")
         name = ALIASES.get(name, name)
-        if name not in kinds:
-            raise ConfigError(f"{path}: unknown option {key!r}{did_you_mean(name, kinds)}")
+        if name not in types:
+            raise ConfigError(f"{path}: unknown option {key!r}{did_you_mean(name, types)}")
         if not isinstance(value, str):
             raise ConfigError(f"{path}: {key} must be a single value, got {value!r}")
         if value.lower() in _UNSET:
             continue
-        if kinds[name] is not bool:
+        if types[name] != "bool":
             arguments.append(f"--{name}={value}")
         elif value.lower() not in _TRUTH:
             raise ConfigError(f"{path}: {name} must be true or false, got {value!r}")
@@ -360,17 +358,14 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return document
 
 
-def _option_types() -> dict[str, type]:
-    """Flags of `generate` as they are typed, with the type of their default."""
+def _option_types() -> dict[str, Any]:
+    """Flags of `generate` as they are typed, with the annotations of their fields."""
     config = GenerateConfig()
-    sections = [getattr(config, item.name) for item in fields(config)]
-    kinds: dict[str, type] = {"engine": str}
-    for section in (*sections, *(engine() for engine in ENGINES.values())):
-        kinds |= {
-            item.name.replace("_", "-"): type(getattr(section, item.name))
-            for item in fields(section)
-        }
-    return kinds
+    sections = [type(getattr(config, item.name)) for item in fields(config)]
+    types: dict[str, Any] = {"engine": "str", **dict.fromkeys(NO_OPS, "bool")}
+    for section in (*sections, *ENGINES.values()):
+        types |= {item.name.replace("_", "-"): item.type for item in fields(section)}
+    return types
 
 
 def _dry_run(config: GenerateConfig) -> int:

@@ -5,16 +5,21 @@ The command line is derived from them: a field is a flag, and the docstring unde
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import re
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Hashable
+from dataclasses import dataclass, fields
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from optimal_sampling.errors import ConfigError, did_you_mean
-from optimal_sampling.types import ALPHA_METHODS, AlphaMethod
+from optimal_sampling.types import AlphaMethod
 
 __all__ = [
     "ENGINES",
+    "Checked",
     "DataConfig",
     "EngineOptions",
     "GenerateConfig",
@@ -30,9 +35,62 @@ __all__ = [
 ]
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+@dataclass(frozen=True)
+class Checked:
+    """Base of the option classes, which checks that a value has the type of its field.
+
+    NumPy scalars become plain numbers and paths become text. Raises ConfigError.
+    """
+
+    def __post_init__(self) -> None:
+        hints = _hints(cast(Hashable, type(self)))
+        for field in fields(self):
+            value = _converted(field.name, hints[field.name], getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+
+    def _check_range(
+        self, names: str, low: float, high: float = math.inf, *, above: bool = False
+    ) -> None:
+        """Values from `low` (with `above`: larger than it) to `high`; None is unset."""
+        for name in names.split():
+            value = getattr(self, name)
+            if value is None or (low <= value <= high and not (above and value == low)):
+                continue
+            bounds = f"be larger than {low}" if above else f"be at least {low}"
+            if high < math.inf:
+                bounds = f"lie in {'(' if above else '['}{low}, {high}]"
+            raise ConfigError(f"{name} must {bounds}, got {value}")
+
+    def _check_path(self, name: str) -> None:
+        path = getattr(self, name)
+        if not path or "\0" in path:
+            raise ConfigError(f"{name} must be a name without NUL characters, got {path!r}")
+
+
+@functools.cache
+def _hints(options: Hashable) -> dict[str, Any]:
+    return get_type_hints(options)
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
+def _converted(name: str, hint: Any, value: Any) -> Any:
+    """The value as one of the plain types of the hint. Raises ConfigError."""
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value  # a NumPy scalar
+    plain = os.fspath(plain) if isinstance(plain, os.PathLike) else plain
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    texts = [text for kind in kinds if get_origin(kind) is Literal for text in get_args(kind)]
+    if isinstance(plain, str) and (str in kinds or plain in texts):
+        return str(plain)
+    if type(plain) is int and float in kinds:
+        return float(plain)
+    if type(plain) in kinds or (isinstance(plain, Checked) and isinstance(plain, hint)):
+        return plain
+    wanted = [_TYPE_NAMES[kind] for kind in kinds if kind in _TYPE_NAMES]
+    wanted += [f"one of {', '.join(texts)}"] if texts else []
+    expected = " or ".join(wanted) or f"of the class {hint.__name__}"
+    raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
 
 def parse_slice(text: str) -> slice:
@@ -47,12 +105,13 @@ def parse_slice(text: str) -> slice:
             f"got {text!r}"
         )
     start, stop, step = (int(part) if part else None for part in match.groups())
-    _require(step != 0, f"data_slice has a step of 0: {text!r}")
+    if step == 0:
+        raise ConfigError(f"data_slice has a step of 0: {text!r}")
     return slice(start or 0, stop, step or 1)
 
 
 @dataclass(frozen=True)
-class MixtureConfig:
+class MixtureConfig(Checked):
     """The distribution of every token: q ∝ p_student^(1-alpha) * p_teacher^alpha."""
 
     alpha_method: AlphaMethod = "kl_symmetry"
@@ -85,47 +144,33 @@ class MixtureConfig:
     """Draw from the k likeliest tokens of q, after mixing; -1: all of q."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.alpha_method in ALPHA_METHODS,
-            f"unknown alpha method {self.alpha_method!r}; "
-            f"the methods are: {', '.join(ALPHA_METHODS)}",
-        )
-        for name in ("fixed_alpha", "alpha_min", "alpha_max", "schedule_start", "schedule_end"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")
-        _require(
-            self.alpha_min <= self.alpha_max,
-            f"alpha_min ({self.alpha_min}) is larger than alpha_max ({self.alpha_max})",
-        )
-        _require(
-            self.alpha_method != "fixed" or self.alpha_min <= self.fixed_alpha <= self.alpha_max,
-            f"fixed_alpha ({self.fixed_alpha}) lies outside [alpha_min, alpha_max] = "
-            f"[{self.alpha_min}, {self.alpha_max}] and would be clamped at every token; "
-            "move the bounds",
-        )
-        _require(
-            math.isfinite(self.temperature) and self.temperature > 0,
-            f"temperature must be larger than 0, got {self.temperature}",
-        )
-        for name in ("top_p", "teacher_support_top_p"):
-            value = getattr(self, name)
-            _require(0 < value <= 1, f"{name} must lie in (0, 1], got {value}")
+        super().__post_init__()
+        self._check_range("fixed_alpha alpha_min alpha_max schedule_start schedule_end", 0, 1)
+        self._check_range("top_p teacher_support_top_p", 0, 1, above=True)
+        self._check_range("trust_region", 0)
+        self._check_range("schedule_tokens", 1)
+        self._check_range("temperature", 0, above=True)
+        if self.temperature == math.inf:
+            raise ConfigError("temperature must be finite")
         for name in ("top_k", "teacher_support_top_k"):
             value = getattr(self, name)
-            _require(
-                value == -1 or value >= 1, f"{name} must be -1 (off) or at least 1, got {value}"
+            if value != -1 and value < 1:
+                raise ConfigError(f"{name} must be -1 (off) or at least 1, got {value}")
+        if self.alpha_min > self.alpha_max:
+            raise ConfigError(
+                f"alpha_min ({self.alpha_min}) is larger than alpha_max ({self.alpha_max})"
             )
-        _require(
-            self.trust_region >= 0, f"trust_region must be at least 0 nats, got {self.trust_region}"
-        )
-        _require(
-            self.schedule_tokens >= 1,
-            f"schedule_tokens must be at least 1, got {self.schedule_tokens}",
-        )
+        is_fixed = self.alpha_method == "fixed"
+        if is_fixed and not self.alpha_min <= self.fixed_alpha <= self.alpha_max:
+            raise ConfigError(
+                f"fixed_alpha ({self.fixed_alpha}) lies outside [alpha_min, alpha_max] = "
+                f"[{self.alpha_min}, {self.alpha_max}] and would be clamped at every token; "
+                "move the bounds"
+            )
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The two models, and how they are loaded."""
 
     teacher: str = "toy-teacher"
@@ -142,12 +187,17 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with a model. Off unless you have read that code."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_path("teacher")
+        self._check_path("student")
+
 
 DraftTokens = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
-class EngineOptions:
+class EngineOptions(Checked):
     """Options of one engine: they change speed and memory, not the distribution of tokens."""
 
     name: ClassVar[str]
@@ -161,16 +211,13 @@ class EngineOptions:
     """The engine reads the weights of the two models."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "prefill_chunk"):
-            value = getattr(self, name, 1)
-            _require(value >= 1, f"{name} must be at least 1, got {value}")
+        super().__post_init__()
+        names = {field.name for field in fields(self)}
+        self._check_range(" ".join(names & {"batch_size", "prefill_chunk"}), 1)
+        self._check_range(" ".join(names & {"kv_memory_gib"}), 0, above=True)
         drafts = getattr(self, "draft_tokens", 0)
-        _require(
-            drafts == "auto" or (isinstance(drafts, int) and drafts >= 0),
-            f"draft_tokens must be 'auto' or a number of at least 0, got {drafts!r}",
-        )
-        memory = getattr(self, "kv_memory_gib", None)
-        _require(memory is None or memory > 0, f"kv_memory_gib must be larger than 0, got {memory}")
+        if drafts != "auto" and drafts < 0:
+            raise ConfigError(f"draft_tokens must be 'auto' or at least 0, got {drafts!r}")
 
 
 @dataclass(frozen=True)
@@ -195,14 +242,6 @@ class LocalOptions(EngineOptions):
     else the `flash_attn` package), otherwise PyTorch's SDPA over slots; the notes say why."""
     batch_invariant: bool = True
     """On a CPU in float32: shapes under which a row's logits do not depend on its batch."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        kinds = ("auto", "varlen", "flash_attn", "sdpa")
-        _require(
-            self.attention in kinds,
-            f"attention must be one of {', '.join(kinds)}, got {self.attention!r}",
-        )
 
 
 @dataclass(frozen=True)
@@ -259,7 +298,7 @@ def engine_options(name: str) -> type[EngineOptions]:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """The rows that become prompts."""
 
     dataset: str = "synthetic"
@@ -277,21 +316,15 @@ class DataConfig:
     """Completions per prompt."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.num_examples is None or self.num_examples >= 1,
-            f"num_examples must be at least 1, got {self.num_examples}",
-        )
-        _require(
-            self.samples_per_prompt >= 1,
-            f"samples_per_prompt must be at least 1, got {self.samples_per_prompt}",
-        )
-        _require(bool(self.dataset), "dataset must not be empty")
+        super().__post_init__()
+        self._check_range("num_examples samples_per_prompt", 1)
+        self._check_path("dataset")
         if self.data_slice is not None:
             parse_slice(self.data_slice)
 
 
 @dataclass(frozen=True)
-class PromptConfig:
+class PromptConfig(Checked):
     """How a row becomes the prompts of the two models."""
 
     chat_template: bool = True
@@ -311,7 +344,7 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """The run: its folder, its seed, and what is recorded."""
 
     output_dir: str = "outputs/run"
@@ -326,18 +359,14 @@ class RunConfig:
     """Later calls try a failed prompt again until it has failed this often."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.max_new_tokens >= 1,
-            f"max_new_tokens must be at least 1, got {self.max_new_tokens}",
-        )
-        _require(
-            self.max_attempts >= 1, f"max_attempts must be at least 1, got {self.max_attempts}"
-        )
-        _require(bool(self.output_dir), "output_dir must not be empty")
+        super().__post_init__()
+        self._check_range("max_new_tokens max_attempts", 1)
+        self._check_path("output_dir")
+        object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Checked):
     """All options of `generate`: prompts of a dataset in, records of q* out."""
 
     models: ModelConfig = ModelConfig()

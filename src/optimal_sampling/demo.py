@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from optimal_sampling.config import DataConfig, GenerateConfig, LocalOptions, RunConfig
+from optimal_sampling.config import Checked, DataConfig, GenerateConfig, LocalOptions, RunConfig
 from optimal_sampling.generate import generate
 from optimal_sampling.generate.progress import Progress
 from optimal_sampling.prompts import PromptRenderer
@@ -37,7 +37,7 @@ _MEANS: dict[Literal["alpha_mean", "clamped_share", "kl_student", "kl_teacher"],
 
 
 @dataclass(frozen=True)
-class DemoOptions:
+class DemoOptions(Checked):
     """Generate from q* with the shipped pair, and compare it with student and teacher alone."""
 
     output_dir: str = "outputs/demo"

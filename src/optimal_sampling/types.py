@@ -105,6 +105,11 @@ class Request:
         return self.student_prompt_ids if role == "student" else self.teacher_prompt_ids
 
     @property
+    def key(self) -> tuple[str, int]:
+        """What identifies this request among those of a run: the prompt and the sample."""
+        return self.id, self.sample_index
+
+    @property
     def noise_key(self) -> int:
         """64-bit key of this request's noise."""
         return noise_key(self.seed, self.id, self.sample_index)
@@ -151,3 +156,8 @@ class Completion:
     error: str = ""
     seconds: float = 0.0
     captured: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def failed(cls, request: Request, error: str) -> Completion:
+        """A completion of no tokens, and why."""
+        return cls(request, (), "error", TokenTrace.from_rows([]), error)

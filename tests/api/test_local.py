@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import optimal_sampling_hf
-from optimal_sampling.api.local import OptimalSamplingModel, SamplingOutput
-from optimal_sampling.api.tensors import PerToken
+from optimal_sampling.api.local import OptimalSamplingModel, PerToken, SamplingOutput
 from optimal_sampling.config import LocalOptions, MixtureConfig
 from optimal_sampling.engines import Engine
 from optimal_sampling.engines.local.engine import LocalEngine

@@ -1,4 +1,4 @@
-"""Interleaving, medians, ratios and tables of made-up timings; options; one tiny run of each subcommand."""
+"""Medians, ratios and tables of made-up timings; options; a tiny run of each subcommand."""
 
 import io
 import json
@@ -134,7 +134,7 @@ def test_a_table_of_speeds_has_its_rows_bounds_and_ratios(shipped):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_logits_processor_row_of_a_large_vocabulary(monkeypatch):
-    """Guards: "Inplace update to inference tensor", as the mixture keeps buffers of the engine's runs."""
+    """Guards: "Inplace update to inference tensor", in buffers that the engine left."""
     wide = Architecture("qwen3", 64, 2, 4, 2, 128, 40_000, 4096, head_dim=16)
     monkeypatch.setitem(ARCHITECTURES, "wide", wide)
     pair = RandomPair(ModelConfig(device="cpu"), "wide", "wide", prompt_tokens=5)
@@ -194,7 +194,7 @@ def run_line(capsys, *arguments):
     ],
 )
 def test_every_subcommand_ends_with_one_line_of_json(name, options, tmp_path, capsys):
-    """Guards: a benchmark that breaks unnoticed; figures that no program can read; labels that are missing."""
+    """Guards: a benchmark that breaks unnoticed; figures that no program can read."""
     path = tmp_path / "line.json"
     text, line = run_line(capsys, name, *options, "--output", str(path))
     assert json.loads(path.read_text()) == line
@@ -307,7 +307,7 @@ def test_sections_of_a_table_are_separated():
 
 
 def test_importing_the_benchmark_is_left_to_the_command():
-    """Guards: `optimal-sampling --help` and `bench --help` that take seconds because they load torch."""
+    """Guards: `--help` that takes seconds because it loads torch."""
     code = (
         "import sys, optimal_sampling.bench, optimal_sampling.cli as c\n"
         "sys.exit(c.main(['--help']) or 'torch' in sys.modules)"

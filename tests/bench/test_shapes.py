@@ -1,4 +1,4 @@
-"""Shapes: the sizes of published models, weights that can be run, and acceptance that is emulated at its rate."""
+"""Architectures of published models, and acceptance that is emulated at its rate."""
 
 import pytest
 import torch
@@ -88,7 +88,9 @@ def test_drafts_are_accepted_at_the_rate(pair, rate):
     engine = pair.engine(work, 32, Variant(draft_tokens=1, acceptance=rate), recorder)
     done = texts(engine, work.requests)
     assert all(len(c.token_ids) == 40 and max(c.token_ids) < 512 for c in done.values())
-    assert recorder.accepted / recorder.drafted == pytest.approx(rate, abs=0.06)
+    assert recorder.loop.counts.accepted / recorder.loop.counts.drafted == pytest.approx(
+        rate, abs=0.06
+    )
 
 
 def test_acceptance_is_a_function_of_request_and_position():
@@ -157,7 +159,7 @@ def test_the_recorder_ends_a_run(pair):
 
 
 def test_the_roofline_counts_what_is_read():
-    """Guards: an embedding that is only looked up, counted; a tied output layer, or our own forms, forgotten."""
+    """Guards: an embedding counted that is only looked up; a tied output layer forgotten."""
     shape = ARCHITECTURES["tiny"]
     layers = 2 * (
         64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128

@@ -95,8 +95,8 @@ def test_equals_pytorch(vocab, method):
     student, teacher = student.to(dtype), teacher.to(dtype)
     bounds = ((0.0, 1.0), (0.5, 1.0), (0.2, 0.45))[(vocab + METHODS.index(method)) % 3]
     mixture = MixtureConfig(
-        alpha_method=method, alpha_min=bounds[0], alpha_max=bounds[1], fixed_alpha=bounds[0], schedule_tokens=6,
-        temperature=0.7 if vocab % 2 else 1.0, force_first_token=vocab > 64,
+        alpha_method=method, alpha_min=bounds[0], alpha_max=bounds[1], fixed_alpha=bounds[0],
+        schedule_tokens=6, temperature=0.7 if vocab % 2 else 1.0, force_first_token=vocab > 64,
     )  # fmt: skip
     want = step(student, teacher, keys, keys.position, mixture)
     check(fused_step(student, teacher, keys, keys.position, mixture), want)

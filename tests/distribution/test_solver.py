@@ -143,7 +143,7 @@ def test_converged_rows_stay_frozen():
 
 
 def test_large_vocabulary():
-    """Guards: sums of 262,144 terms that lose the sixth digit, and tiles that are added up wrongly."""
+    """Guards: sums of 262,144 terms that lose the sixth digit, and tiles added up wrongly."""
     g = torch.Generator().manual_seed(2)
     student = 4 * torch.randn(2, 262_144, generator=g)
     teacher = student * 0.7 + torch.randn(2, 262_144, generator=g)

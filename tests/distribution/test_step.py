@@ -1,4 +1,4 @@
-"""`step` against the naive oracle, and what it promises about rows, dtypes, supports and bad input."""
+"""`step` against the naive oracle, and its promises on rows, dtypes, supports and bad input."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def close(got, want, scale=1.0):
 
 
 def test_every_method_has_a_fast_and_a_naive_function():
-    """Guards: a method that the config accepts and `step` does not know, or one without an oracle."""
+    """Guards: a method that the config accepts and `step` lacks, or one without an oracle."""
     assert set(METHODS) == set(ALPHA_METHODS) == set(NAIVE_METHODS)
 
 
@@ -272,7 +272,7 @@ def test_whole_and_tiled_agree(method, mixture):
 @pytest.mark.parametrize("vocab", [50, 20_001])
 @pytest.mark.parametrize("method", ALPHA_METHODS)
 def test_bad_rows_disturb_nobody(method, vocab):
-    """Guards: one NaN request that fails, slows or changes its neighbours, now or in the next step."""
+    """Guards: one NaN request that fails, slows or changes its neighbours, now or later."""
     student, teacher, noise, position = batch(6, vocab)
     mixture = MixtureConfig(alpha_method=method)
     good = step(student, teacher, noise, position, mixture).pack()

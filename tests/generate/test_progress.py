@@ -7,8 +7,12 @@ import io
 from rich.console import Console
 
 from optimal_sampling.generate import generate
-from optimal_sampling.generate.progress import LinesProgress, TerminalProgress, progress_for
-from optimal_sampling.generate.summary import Tally
+from optimal_sampling.generate.progress import (
+    LinesProgress,
+    Tally,
+    TerminalProgress,
+    progress_for,
+)
 
 RECORD = {
     "error": "",

@@ -1,7 +1,6 @@
 """Classes for lists of prompts, one per engine.
 
     batch     what they share
-    tensors   padded tensors of results
     local     `OptimalSamplingModel`, on the local engine
     vllm      `OptimalSamplingV1`, on vLLM
 

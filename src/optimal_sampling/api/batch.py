@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import TracebackType
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from optimal_sampling.config import MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine
 from optimal_sampling.errors import ConfigError, EngineError, PromptError
-from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
+from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.types import Completion, Request, prompt_id
 from optimal_sampling.vocabulary import Vocabulary
 
-__all__ = ["MIXTURE_OPTIONS", "BatchSampler", "Row", "check_length", "prompt_lists", "taken"]
+__all__ = ["MIXTURE_OPTIONS", "BatchSampler", "prompt_lists", "taken", "whole_number"]
 
 MIXTURE_OPTIONS = frozenset({"trust_region", "schedule_start", "schedule_end", "schedule_tokens"})
 """Fields of MixtureConfig that the constructors take as keyword arguments."""
-
-
-@dataclass(slots=True)
-class Row:
-    """Result of one prompt: a completion, or the reason why there is none."""
-
-    completion: Completion | None = None
-    error: str = ""
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """Ids of the completion, none where the prompt failed."""
-        return self.completion.token_ids if self.completion else ()
-
-    @property
-    def finish_reason(self) -> str:
-        """`stop`, `length` or `error`."""
-        return self.completion.finish_reason if self.completion else "error"
-
-    def trace(self, name: str) -> tuple[float, ...]:
-        """A column of the completion's trace, empty where the prompt failed."""
-        return self.completion.trace[name] if self.completion else ()
 
 
 class BatchSampler:
@@ -68,12 +47,7 @@ class BatchSampler:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _check_open(self) -> None:
@@ -105,18 +79,19 @@ class BatchSampler:
         prompts: Iterable[tuple[str, str]],
         seed: int,
         max_new_tokens: int,
-    ) -> list[Row]:
-        """One row per (student's, teacher's) prompts, in their order. Warns of failed prompts."""
-        rendered = [_render(renderer, *pair) for pair in prompts]
-        rows = [Row(error=prompt if isinstance(prompt, str) else "") for prompt in rendered]
-        requests = _requests(rendered, seed, max_new_tokens)
-        places = {(each.id, each.sample_index): place for place, each in requests.items()}
-        for completion in engine.generate(requests.values()):
-            row = rows[places[completion.request.id, completion.request.sample_index]]
-            if completion.finish_reason == "error":
-                row.error = completion.error
-            else:
-                row.completion = completion
+    ) -> list[Completion]:
+        """One per (student's, teacher's) prompts, in their order; of no tokens where one failed.
+
+        Warns of failed prompts.
+        """
+        jobs = list(_requests(renderer, prompts, seed, max_new_tokens))
+        results = {request.key: Completion.failed(request, error) for request, error in jobs}
+        for completion in engine.generate(request for request, error in jobs if not error):
+            request = completion.request
+            if completion.error:
+                completion = Completion.failed(request, completion.error)
+            results[request.key] = completion
+        rows = [results[request.key] for request, _ in jobs]
         failed = [(place, row.error) for place, row in enumerate(rows) if row.error]
         if failed:
             place, error = failed[0]
@@ -125,34 +100,30 @@ class BatchSampler:
         return rows
 
 
-def _render(renderer: PromptRenderer, student: str, teacher: str) -> RenderedPrompt | str:
-    """Both prompts, or why there are none."""
-    try:
-        return renderer.render_texts(student, teacher)
-    except PromptError as error:
-        return str(error)
-
-
 def _requests(
-    rendered: Sequence[RenderedPrompt | str], seed: int, max_new_tokens: int
-) -> dict[int, Request]:
-    """Requests by place. The k-th occurrence of a prompt is its sample k."""
+    renderer: PromptRenderer, prompts: Iterable[tuple[str, str]], seed: int, max_new_tokens: int
+) -> Iterator[tuple[Request, str]]:
+    """Requests, each with "" or the reason why its prompt cannot be rendered.
+
+    The k-th occurrence of a prompt is its sample k.
+    """
     seen: Counter[str] = Counter()
-    requests = {}
-    for place, prompt in enumerate(rendered):
-        if isinstance(prompt, str):
-            continue
-        identity = prompt_id(prompt.student_text, prompt.teacher_text)
-        requests[place] = Request(
-            id=identity,
-            sample_index=seen[identity],
-            seed=seed,
-            student_prompt_ids=prompt.student_ids,
-            teacher_prompt_ids=prompt.teacher_ids,
-            max_new_tokens=max_new_tokens,
+    for place, (student, teacher) in enumerate(prompts):
+        error = ""
+        identity = f"prompt {place}"
+        student_ids: tuple[int, ...] = ()
+        teacher_ids: tuple[int, ...] = ()
+        try:
+            prompt = renderer.render_texts(student, teacher)
+            identity = prompt_id(prompt.student_text, prompt.teacher_text)
+            student_ids, teacher_ids = prompt.student_ids, prompt.teacher_ids
+        except PromptError as reason:
+            error = str(reason)
+        yield (
+            Request(identity, seen[identity], seed, student_ids, teacher_ids, max_new_tokens),
+            error,
         )
         seen[identity] += 1
-    return requests
 
 
 def prompt_lists(
@@ -179,10 +150,15 @@ def _listed(name: str, prompts: Iterable[str]) -> list[str]:
     return given
 
 
-def check_length(name: str, tokens: int) -> None:
-    """Raise ConfigError unless `tokens`, the option `name`, is a number of tokens."""
-    if not isinstance(tokens, int) or tokens < 1:
-        raise ConfigError(f"{name} must be a whole number, at least 1, got {tokens}")
+def whole_number(name: str, value: Any, least: float = -math.inf) -> int:
+    """The value of the option `name` as an int. Raises ConfigError."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} must be a whole number, got {value!r}") from None
+    if number < least:
+        raise ConfigError(f"{name} must be at least {least}, got {number}")
+    return number
 
 
 def taken(kwargs: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ In names of arguments and outputs, `theta` is the student and `t` the teacher.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
@@ -17,19 +17,17 @@ from torch import Tensor
 from optimal_sampling.api.batch import (
     MIXTURE_OPTIONS,
     BatchSampler,
-    Row,
-    check_length,
     prompt_lists,
     taken,
+    whole_number,
 )
-from optimal_sampling.api.tensors import PerToken, padded_ids, per_token
 from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.errors import ConfigError, did_you_mean
 from optimal_sampling.prompts import PromptRenderer
-from optimal_sampling.types import AlphaMethod
+from optimal_sampling.types import AlphaMethod, Completion
 
-__all__ = ["OptimalSamplingModel", "SamplingOutput"]
+__all__ = ["OptimalSamplingModel", "PerToken", "SamplingOutput"]
 
 _ENGINE_OPTIONS = frozenset(item.name for item in fields(LocalOptions))
 _MODEL_OPTIONS = frozenset({"load_in_4bit", "trust_remote_code"})
@@ -216,7 +214,8 @@ class OptimalSamplingModel(BatchSampler):
         """
         _check_options(prompt_options, _PROMPT_OPTIONS)
         student, teacher = prompt_lists(prompts, prompts_t, "prompts_t")
-        check_length("max_new_tokens", max_new_tokens)
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
+        seed = whole_number("seed", seed)
         self._check_open()
         config = _prompt_config({**self._prompt_defaults, **_prompt_options(prompt_options)})
         renderer = PromptRenderer(config, self.vocabulary)
@@ -233,14 +232,13 @@ class OptimalSamplingModel(BatchSampler):
 
     def _output(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Completion],
         with_diagnostics: bool,
         skip_decode: bool,
         capture: frozenset[str],
     ) -> SamplingOutput:
-        alphas = per_token([row.trace("alpha") for row in rows])
-        completions = [row.completion for row in rows]
-        ess_ratios = per_token([each.trace.ess_ratio if each else () for each in completions])
+        alphas = _per_token([row.trace["alpha"] for row in rows])
+        ess_ratios = _per_token([row.trace.ess_ratio for row in rows])
         logits, probabilities = None, None
         if "student_logits" in capture:
             logits = {name: self._captured(rows, key) for name, key in _CAPTURED.items()}
@@ -249,7 +247,7 @@ class OptimalSamplingModel(BatchSampler):
         texts = None if skip_decode else [self.vocabulary.decode(row.token_ids) for row in rows]
         return SamplingOutput(
             generated_texts=texts,
-            generated_ids=padded_ids([row.token_ids for row in rows], self.vocabulary.pad_id),
+            generated_ids=_padded_ids([row.token_ids for row in rows], self.vocabulary.pad_id),
             alpha_values=alphas,
             ess_ratios=ess_ratios,
             diagnostics=_diagnostics(rows, alphas, ess_ratios) if with_diagnostics else {},
@@ -259,12 +257,12 @@ class OptimalSamplingModel(BatchSampler):
             errors=[row.error for row in rows],
         )
 
-    def _captured(self, rows: Sequence[Row], name: str) -> Float[Tensor, "batch seq vocab"]:
+    def _captured(self, rows: Sequence[Completion], name: str) -> Float[Tensor, "batch seq vocab"]:
         length = max((len(row.token_ids) for row in rows), default=0)
         result = torch.full((len(rows), length, self.vocabulary.size), float("nan"))
         for place, row in enumerate(rows):
-            if row.completion is not None and row.token_ids:
-                result[place, : len(row.token_ids)] = row.completion.captured[name]
+            if row.token_ids:
+                result[place, : len(row.token_ids)] = row.captured[name]
         return result
 
 
@@ -273,9 +271,11 @@ def _capture(logits: bool, q_star_probs: bool) -> frozenset[str]:
     return frozenset({*names, "log_q"} if q_star_probs else names)
 
 
-def _diagnostics(rows: Sequence[Row], alphas: PerToken, ess_ratios: PerToken) -> dict[str, Any]:
+def _diagnostics(
+    rows: Sequence[Completion], alphas: PerToken, ess_ratios: PerToken
+) -> dict[str, Any]:
     columns: dict[str, Any] = {
-        name: per_token([row.trace(source) for row in rows])
+        name: _per_token([row.trace[source] for row in rows])
         for name, source in _DIAGNOSTICS.items()
     }
     means = {
@@ -327,15 +327,9 @@ def _prompt_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _prompt_config(options: Mapping[str, Any]) -> PromptConfig:
-    thinking = options.get("thinking", "default")
-    if thinking not in ("on", "off", "default"):
-        raise ConfigError(f"thinking must be on, off or default, got {thinking!r}")
-    return PromptConfig(
-        chat_template=bool(options.get("enable_chat_template")),
-        thinking=thinking,
-        student_system_prompt=options.get("student_system_prompt"),
-        teacher_system_prompt=options.get("teacher_system_prompt"),
-    )
+    chat_template = bool(options.get("enable_chat_template"))
+    own = {name: value for name, value in options.items() if name != "enable_chat_template"}
+    return PromptConfig(chat_template=chat_template, **own)
 
 
 def _device(device: str) -> str:
@@ -365,3 +359,61 @@ def _dtype(dtype: torch.dtype | str, device: str) -> torch.dtype:
     ):  # the signature's default, and no type to compute in on a CPU
         return torch.float32
     return cast(torch.dtype, found)
+
+
+def _over_tokens(name: str, least: int) -> Callable[..., Any]:
+    """The method `name` of tensors, which without arguments leaves the padding out.
+
+    It is NaN for fewer than `least` tokens.
+    """
+
+    def reduce(self: PerToken, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return getattr(super(PerToken, self), name)(*args, **kwargs)
+        tokens = self.tokens()
+        return getattr(tokens, name)() if len(tokens) >= least else torch.tensor(torch.nan)
+
+    reduce.__name__ = name
+    reduce.__doc__ = f"Over the tokens; with arguments as `torch.Tensor.{name}`."
+    return reduce
+
+
+class PerToken(Tensor):
+    """A float tensor over tokens whose padding is NaN.
+
+    `mean`, `sum`, `std`, `min` and `max` *without arguments* leave the padding out and give plain
+    numbers (NaN where there is no token at all; 0 for `sum`). With a `dim`, and everywhere else, it
+    is an ordinary tensor; indexing keeps the class.
+    """
+
+    mean: Any = _over_tokens("mean", least=1)
+    sum: Any = _over_tokens("sum", least=0)
+    std: Any = _over_tokens("std", least=2)
+    min: Any = _over_tokens("min", least=1)
+    max: Any = _over_tokens("max", least=1)
+
+    def tokens(self) -> Float[Tensor, " tokens"]:
+        """The values without the padding, as an ordinary tensor."""
+        plain = self.as_subclass(Tensor)
+        return plain[~plain.isnan()]
+
+    def __format__(self, spec: str) -> str:
+        value: object = self.item() if self.dim() == 0 else self.as_subclass(Tensor)
+        return format(value, spec)
+
+
+def _per_token(values: Sequence[Sequence[float]]) -> PerToken:
+    """[batch, seq] of float32, padded with NaN."""
+    return _padded(values, torch.nan, torch.float32).as_subclass(PerToken)
+
+
+def _padded_ids(ids: Sequence[Sequence[int]], pad_id: int) -> Int[Tensor, "batch seq"]:
+    """Token ids as one tensor."""
+    return _padded(ids, pad_id, torch.long)
+
+
+def _padded(rows: Sequence[Sequence[float]], padding: float, dtype: torch.dtype) -> Tensor:
+    result = torch.full((len(rows), max(map(len, rows), default=0)), padding, dtype=dtype)
+    for place, row in enumerate(rows):
+        result[place, : len(row)] = torch.tensor(row, dtype=dtype)
+    return result

@@ -12,17 +12,16 @@ from typing import Any, cast
 from optimal_sampling.api.batch import (
     MIXTURE_OPTIONS,
     BatchSampler,
-    Row,
-    check_length,
     prompt_lists,
     taken,
+    whole_number,
 )
 from optimal_sampling.config import MixtureConfig, ModelConfig, PromptConfig, VllmOptions
 from optimal_sampling.engines.vllm.engine import VllmEngine
 from optimal_sampling.engines.vllm.trace_store import alpha_summary
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.prompts import PromptRenderer
-from optimal_sampling.types import AlphaMethod
+from optimal_sampling.types import AlphaMethod, Completion
 
 __all__ = ["OptimalSamplingOutput", "OptimalSamplingV1"]
 
@@ -154,7 +153,8 @@ class OptimalSamplingV1(BatchSampler):
         can go on.
         """
         teacher, student = prompt_lists(prompts, theta_prompts, "theta_prompts")
-        check_length("max_tokens", max_tokens)
+        max_tokens = whole_number("max_tokens", max_tokens, least=1)
+        seed = whole_number("seed", seed)
         self._check_open()
         mixture = self._mixture_of_call(temperature, top_p, top_k, force_first_token)
         track = self._track and use_optimal_sampling
@@ -188,9 +188,9 @@ def _engine_options(
     return options, {"gpu_memory_utilization": gpu_memory_utilization, **settings}
 
 
-def _alpha_stats(rows: Sequence[Row]) -> dict[str, Any]:
+def _alpha_stats(rows: Sequence[Completion]) -> dict[str, Any]:
     columns = [
-        {name: list(row.trace(source)) for name, source in _STATISTICS.items()} for row in rows
+        {name: list(row.trace[source]) for name, source in _STATISTICS.items()} for row in rows
     ]
     history = [alpha for each in columns for alpha in each["alpha"]]
     clamped = [flag for each in columns for flag in each["clamped"]]

@@ -78,9 +78,10 @@ class Architecture:
         )
 
     def model(self, models: ModelConfig, seed: int) -> Any:
-        """A model with random weights, made on its device; the global random state is left as it was.
+        """A model with random weights, made on its device.
 
-        The weights have the architecture's own initial spread, so activations are finite.
+        They have the architecture's own initial spread, so activations are finite. The
+        global random state is left as it was.
         """
         from transformers import AutoModelForCausalLM
 
@@ -149,7 +150,7 @@ class RandomPair(ModelPair):
         return {**found, "same_weights": self.same_weights, "dtype": self.models.dtype, **rate}
 
     def twin(self) -> RandomPair:
-        """The teacher's architecture as its own student, with the engines that are loaded already."""
+        """The teacher's architecture as its own student, with the loaded engines."""
         name = self.names_by_role["teacher"]
         twin = RandomPair(
             self.models, name, name, same_weights=True, prompt_tokens=self.prompt_tokens

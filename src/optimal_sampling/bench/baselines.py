@@ -17,11 +17,11 @@ from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import step
 from optimal_sampling.types import Request
 
-__all__ = ["StudentMixture", "transformers_generate"]
+__all__ = ["transformers_generate"]
 
 
 class StudentMixture(LogitsProcessor):  # type: ignore[misc]
-    """Turns the teacher's scores into log q*: runs the student over new tokens, with its own cache."""
+    """Turns the teacher's scores into log q*. Runs the student with a cache of its own."""
 
     def __init__(
         self, student: Any, mask: Int[Tensor, "batch prompt"], mixture: MixtureConfig
@@ -31,7 +31,8 @@ class StudentMixture(LogitsProcessor):  # type: ignore[misc]
         self.mixture = mixture
         self.cache = DynamicCache()
 
-    # the mixture's buffers are kept per thread, and those that an engine has left are inference tensors
+    # the mixture's buffers are kept per thread, and those that an engine has left are
+    # inference tensors
     @torch.inference_mode()
     def __call__(
         self, input_ids: Int[Tensor, "batch length"], scores: Float[Tensor, "batch vocab"]
@@ -68,8 +69,8 @@ def transformers_generate(
 ) -> int:
     """Sample the teacher with `generate`, or q* through a logits processor (`mix`).
 
-    `assisted`: the student drafts for the teacher (assisted generation), at batch 1 only. Returns the number
-    of tokens.
+    `assisted`: the student drafts for the teacher (assisted generation), at batch 1 only.
+    Returns the number of tokens.
     """
     teacher = pair.stock_teacher_for_assistant() if assisted else pair.stock("teacher")
     student = pair.stock("student")

@@ -1,9 +1,9 @@
-"""KV caches predicted and measured, admission where a batch does not fit, and growth with the prompts."""
+"""KV caches predicted and measured, admission, and growth with the number of prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 import psutil
 import torch
@@ -16,15 +16,7 @@ from optimal_sampling.bench.subcommands import MemoryOptions, ScalingOptions, Si
 from optimal_sampling.bench.workload import ModelPair, Variant, Workload, count_tokens
 from optimal_sampling.engines.local.engine import LocalEngine
 
-__all__ = [
-    "Footprint",
-    "Growth",
-    "measure_growth",
-    "measure_memory",
-    "predicted_bytes",
-    "run_memory",
-    "run_scaling",
-]
+__all__ = ["measure_memory", "predicted_bytes", "run_memory", "run_scaling"]
 
 OVERSIZE = 8
 """The last row of `memory` has this fraction of the memory that its batch took."""
@@ -67,7 +59,7 @@ def predicted_bytes(engine: LocalEngine, workload: Workload) -> int:
 def measure_memory(
     pair: ModelPair, sizes: Sequence[Size], display: Display = SILENT
 ) -> list[Footprint]:
-    """Every size once; the last once more in an eighth of the memory it took, or in that of two texts."""
+    """Every size once; the last again in an eighth of its memory, or in that of two texts."""
     found = []
     for size in sizes:
         display.status(f"batch {size}")
@@ -93,7 +85,7 @@ def _footprint(pair: ModelPair, size: Size, budget_mib: float | None) -> Footpri
         kv_mib=recorder.kv_bytes / MIB,
         grown_mib=(peak - before) / MIB,
         most_rows=recorder.most_rows,
-        preemptions=recorder.preemptions,
+        preemptions=recorder.loop.scheduler.preemptions,
         finished=sum(len(c.token_ids) == size.tokens for c in done),
     )
 
@@ -112,15 +104,7 @@ def _allocated(device: torch.device) -> int:
 def memory_table(footprints: Sequence[Footprint], label: str) -> Table:
     """The table to be printed."""
     columns = ("batch x tokens", "budget", "KV should", "KV took", "grown", "in flight")
-    rows = [
-        (
-            str(Size(f.batch, f.tokens)),
-            "" if f.budget_mib is None else f"{f.budget_mib:.1f}",
-            *(f"{x:.1f}" for x in (f.predicted_mib, f.kv_mib, f.grown_mib)),
-            *map(str, (f.most_rows, f.preemptions, f.finished)),
-        )
-        for f in footprints
-    ]
+    rows = [(str(Size(f.batch, f.tokens)), *astuple(f)[2:]) for f in footprints]
     title = f"Memory of a batch of texts of equal length{label}, MiB"
     return make_table(title, (*columns, "preempted", "finished"), rows)
 
@@ -134,25 +118,10 @@ def run_memory(options: MemoryOptions, display: Display) -> Report:
     return Report(pair.names, [asdict(f) for f in footprints], failed)
 
 
-@dataclass(frozen=True)
-class Growth:
-    """One run of `scaling`."""
-
-    prompts: int
-    batch_size: int
-    tokens: int
-    cpu_seconds: float
-    wall_seconds: float
-    most_rows: int
-    """Requests in flight at once."""
-    kv_mib: float
-    """Largest size of both KV caches."""
-    grown_mib: float
-    """Resident memory at the end, over that at the start."""
-
-
-def measure_growth(pair: ModelPair, prompts: int, display: Display = SILENT) -> list[Growth]:
-    """1, 2, 4 and 8 times `prompts` at batch 32, then the most prompts in one batch of HUGE_BATCH."""
+def measure_growth(
+    pair: ModelPair, prompts: int, display: Display = SILENT
+) -> list[dict[str, float]]:
+    """1, 2, 4 and 8 times `prompts` at batch 32, then 8 times at HUGE_BATCH."""
     sizes = [*((prompts * factor, 32) for factor in (1, 2, 4, 8)), (prompts * 8, HUGE_BATCH)]
     found = []
     for count, batch_size in (sizes[0], *sizes):  # the first run is the warm-up
@@ -161,43 +130,39 @@ def measure_growth(pair: ModelPair, prompts: int, display: Display = SILENT) -> 
     return found[1:]
 
 
-def _growth(pair: ModelPair, prompts: int, batch_size: int) -> Growth:
+def _growth(pair: ModelPair, prompts: int, batch_size: int) -> dict[str, float]:
+    """One run: seconds, most requests in flight, and memory."""
     workload, recorder = pair.workload(prompts), Recorder()
     engine = pair.engine(workload, batch_size, recorder=recorder)
     before = _resident()
     spent = timed(lambda: count_tokens(engine, workload))
-    return Growth(
-        prompts=prompts,
-        batch_size=batch_size,
-        tokens=spent.tokens,
-        cpu_seconds=spent.cpu,
-        wall_seconds=spent.wall,
-        most_rows=recorder.most_rows,
-        kv_mib=recorder.kv_bytes / MIB,
-        grown_mib=(_resident() - before) / MIB,
-    )
-
-
-def growth_table(growth: Sequence[Growth]) -> Table:
-    """The table to be printed."""
-    columns = ("prompts", "batch", "in flight", "tokens", "CPU s", "CPU ms / token")
-    rows = [
-        (
-            *map(str, (g.prompts, g.batch_size, g.most_rows, g.tokens)),
-            f"{g.cpu_seconds:.2f}",
-            f"{1e3 * g.cpu_seconds / g.tokens:.2f}",
-            f"{g.kv_mib:.2f}",
-            f"{g.grown_mib:.0f}",
-        )
-        for g in growth
-    ]
-    title = "Growth with the number of prompts"
-    return make_table(title, (*columns, "KV caches MiB", "memory grown MiB"), rows)
+    return {
+        "prompts": prompts,
+        "batch_size": batch_size,
+        "most_rows": recorder.most_rows,
+        "tokens": spent.tokens,
+        "cpu_seconds": spent.cpu,
+        "wall_seconds": spent.wall,
+        "kv_mib": recorder.kv_bytes / MIB,
+        "grown_mib": (_resident() - before) / MIB,
+    }
 
 
 def run_scaling(options: ScalingOptions, display: Display) -> Report:
     """The subcommand `scaling`."""
     pair = make_pair(options)
     growth = measure_growth(pair, max(1, options.num_prompts // 4), display)
-    display.show(growth_table(growth))
-    return Report(pair.names, [asdict(g) for g in growth])
+    columns = (
+        "prompts",
+        "batch",
+        "in flight",
+        "tokens",
+        "CPU s",
+        "wall s",
+        "KV caches MiB",
+        "memory grown MiB",
+        "CPU ms / token",
+    )
+    rows = [(*g.values(), 1e3 * g["cpu_seconds"] / g["tokens"]) for g in growth]
+    display.show(make_table("Growth with the number of prompts", columns, rows))
+    return Report(pair.names, growth)

@@ -1,4 +1,4 @@
-"""The machine: what a figure was measured on, its memory bandwidth, and the bound that this sets."""
+"""The machine: its names, its memory bandwidth, and the bound that this sets."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _driver() -> str:
 
 
 def memory_bandwidth(device: torch.device, mebibytes: int | None = None) -> float:
-    """Bytes per second: the faster of a large copy (bytes read and written) and a sum, best of 5."""
+    """Bytes per second of a large copy (read and written) or sum, the best of 5."""
     count = (mebibytes or MEBIBYTES[device.type]) * 2**20 // 4
     source = torch.ones(count, device=device)
     target = torch.empty_like(source)
@@ -97,7 +97,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of the weights that a forward pass reads: all but an embedding that is only looked up."""
+    """Bytes of the weights that a forward pass reads; an embedding alone is only looked up."""
     # by attribute, because the engine replaces linear layers by its own forms of them
     layers = [module for module in model.modules() if hasattr(module, "in_features")]
     counted = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -107,7 +107,7 @@ def weight_bytes(model: Any) -> int:
 
 
 def _layer_bytes(layer: Any) -> int:
-    """Bytes of a linear layer. The engine's own forms keep float32 weights that are no parameters."""
+    """Bytes of a linear layer. The engine's own kinds have float32 weights, no parameters."""
     sizes = {
         name: _parameter_bytes(parameter)
         for name, parameter in layer.named_parameters(recurse=False)
@@ -123,8 +123,8 @@ def _parameter_bytes(parameter: Tensor) -> int:
 def lockstep_bound(engine: LocalEngine, batch: int, cached: float, bandwidth: float) -> float:
     """Most tokens per second of lockstep decoding, with `cached` tokens in each cache on average.
 
-    Every round reads both models' weights (once where they are the same) and both contexts' caches, at
-    `bandwidth` bytes per second.
+    Every round reads both models' weights (once where they are the same) and both contexts'
+    caches, at `bandwidth` bytes per second.
     """
     runners = [engine.pair.runners[role] for role in engine.roles]
     weights = sum({id(r): weight_bytes(r.model) for r in runners}.values())

@@ -1,4 +1,4 @@
-"""The measuring harness: interleaved repeats, medians, ratios, tables, and one line of JSON at the end.
+"""The measuring harness: interleaved repeats, medians, ratios, tables, one line of JSON.
 
 Imports no torch until a subcommand runs, so that scripts which time other processes can use it.
 """
@@ -24,25 +24,21 @@ from optimal_sampling.config import ModelConfig
 __all__ = [
     "SILENT",
     "Display",
-    "Quotient",
     "RateTable",
     "Rates",
     "Report",
     "Spent",
     "System",
-    "Timings",
     "interleave",
     "make_table",
     "per_second",
     "quotients",
     "run_bench",
+    "timed",
 ]
 
 Rates: TypeAlias = Mapping[str, float]
 """Tokens per second by name of the system."""
-Quotient: TypeAlias = tuple[str, str, str]
-"""A ratio of rates: its name, the numerator's system, the denominator's."""
-Clock: TypeAlias = Literal["wall", "cpu"]
 
 
 def ignore(text: Any) -> None:
@@ -81,8 +77,8 @@ class System:
 
     name: str
     run: Callable[[int], int | Spent]
-    """Does the work once; the argument is the number of the repeat, 0 for the warm-up. Returns the number
-    of tokens, or a `Spent` where only a part of the work counts."""
+    """Does the work once; the argument is the number of the repeat, 0 for the warm-up. Returns
+    the number of tokens, or a `Spent` where only a part of the work counts."""
     repeats: int | None = None
     """Most counted repeats; None: as many as the others."""
 
@@ -96,7 +92,8 @@ def interleave(
 ) -> Timings:
     """Run all systems in turn, once to warm up and then `repeats` times.
 
-    Every second turn is in reverse order, so that a machine that slows down does so for all of them.
+    Every second turn is in reverse order, so that a machine that slows down does so for all of
+    them.
     """
     systems = list(systems)
     timings: Timings = {system.name: [] for system in systems}
@@ -120,7 +117,7 @@ def timed(work: Callable[[], int | Spent]) -> Spent:
     return Spent(made, time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def per_second(timings: Timings, clock: Clock) -> dict[str, float]:
+def per_second(timings: Timings, clock: Literal["wall", "cpu"]) -> dict[str, float]:
     """Median tokens per second of each system."""
     return {
         name: median(spent.tokens / getattr(spent, clock) for spent in repeats)
@@ -128,8 +125,8 @@ def per_second(timings: Timings, clock: Clock) -> dict[str, float]:
     }
 
 
-def quotients(rates: Rates, named: Iterable[Quotient]) -> dict[str, float]:
-    """Those ratios whose two systems were measured."""
+def quotients(rates: Rates, named: Iterable[tuple[str, str, str]]) -> dict[str, float]:
+    """Ratios of those (name, numerator, denominator) whose two systems were measured."""
     return {
         name: rates[over] / rates[under]
         for name, over, under in named
@@ -156,7 +153,7 @@ class RateTable:
         return cls(title, wall, cpu, ratios(wall), ratios(cpu))
 
     def table(self, bounds: Rates | None = None) -> Table:
-        """The table to be printed. `bounds`: tokens per wall-clock second that are possible at most."""
+        """The table to be printed. `bounds`: most possible tokens per wall-clock second."""
         rows = [
             *_rows(self.per_wall_second, self.per_cpu_second, ".0f"),
             *_rows(bounds or {}, {}, ".0f"),
@@ -174,18 +171,29 @@ def _rows(wall: Rates, cpu: Rates, form: str) -> list[Sequence[str]]:
     return [*rows, ()] if rows else []
 
 
-def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table whose figures are at the right; an empty row ends a section."""
+def make_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str | float | None]]
+) -> Table:
+    """A table whose figures are at the right; an empty row ends a section.
+
+    Numbers with a fraction have two decimals; None is an empty cell.
+    """
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column(columns[0], no_wrap=True)
     for name in columns[1:]:
         table.add_column(name, justify="right")
     for row in rows:
         if row:
-            table.add_row(*row)
+            table.add_row(*map(_cell, row))
         else:
             table.add_section()
     return table
+
+
+def _cell(value: str | float | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return "" if value is None else str(value)
 
 
 @dataclass(frozen=True)

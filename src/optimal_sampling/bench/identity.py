@@ -1,9 +1,9 @@
-"""Speculative decoding against lockstep: the same tokens and diagnostics, bit for bit, on many prompts."""
+"""Speculative decoding against lockstep: the same tokens and diagnostics, bit for bit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ __all__ = ["Comparison", "compare", "differences", "run"]
 CHUNK = 128
 """Prompts whose texts are held at once."""
 BATCH = 32
-LOCKSTEP = Variant(draft_tokens=0)
 DRAFTS = {
     "drafts auto / lockstep": Variant(draft_tokens="auto"),
     "drafts 4 / lockstep": Variant(draft_tokens=4),
@@ -59,7 +58,10 @@ class Comparison:
 
 
 def differences(plain: Completion, other: Completion) -> tuple[bool, bool]:
-    """Whether tokens differ, and whether a bit of diagnostics or captured rows does. NaN equals NaN."""
+    """Whether tokens differ, and whether a bit of diagnostics or captured rows does.
+
+    NaN equals NaN.
+    """
     tokens = plain.token_ids != other.token_ids or plain.finish_reason != other.finish_reason
     traces = [np.array(list(c.trace.columns.values())).tobytes() for c in (plain, other)]
     if traces[0] != traces[1] or plain.captured.keys() != other.captured.keys():
@@ -79,7 +81,7 @@ def compare(pair: ModelPair, prompts: int, display: Display = SILENT) -> list[Co
 
 def _compare_texts(pair: ModelPair, workload: Workload, display: Display) -> list[Comparison]:
     found = {name: Comparison(name) for name in DRAFTS}
-    lockstep = pair.engine(workload, BATCH, LOCKSTEP)
+    lockstep = pair.engine(workload, BATCH, Variant(draft_tokens=0))
     engines = {name: pair.engine(workload, BATCH, variant) for name, variant in DRAFTS.items()}
     for first in range(0, len(workload.requests), CHUNK):
         requests = workload.requests[first : first + CHUNK]
@@ -116,11 +118,7 @@ def identity_table(comparisons: Sequence[Comparison]) -> Table:
     """The table to be printed."""
     title = f"Texts drawn in two ways, batch {BATCH}: how many differ"
     columns = ("", "prompts", "tokens", "in tokens", "in bits")
-    rows = [
-        (c.what, *map(str, (c.prompts, c.tokens, c.other_tokens, c.other_bits)))
-        for c in comparisons
-    ]
-    return make_table(title, columns, rows)
+    return make_table(title, columns, [astuple(c) for c in comparisons])
 
 
 def run(options: IdentityOptions, display: Display) -> Report:

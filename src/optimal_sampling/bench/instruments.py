@@ -51,7 +51,7 @@ class Recorder:
     """Rounds that read no prompt: from the start of each to the start of the next."""
     decoding_rows: int = 0
     """Rows of those rounds, summed."""
-    loop: GenerationLoop | None = None
+    loop: GenerationLoop = field(init=False)
     """The generation loop of the call."""
     _started: _Started | None = None
 
@@ -70,28 +70,11 @@ class Recorder:
         """Record the end of a round, before its tokens are appended."""
         self.rounds += 1
         self.most_rows = max(self.most_rows, len(rows))
-        self.kv_bytes = max(self.kv_bytes, self.loop.memory.held if self.loop else 0)
+        self.kv_bytes = max(self.kv_bytes, self.loop.memory.held)
         self.resident = max(self.resident, PROCESS.memory_info().rss)
-
-    @property
-    def preemptions(self) -> int:
-        """Times that a row gave its memory to an older one."""
-        return self.loop.scheduler.preemptions if self.loop else 0
-
-    @property
-    def drafted(self) -> int:
-        """Number of drafted tokens."""
-        return self.loop.counts.drafted if self.loop else 0
-
-    @property
-    def accepted(self) -> int:
-        """Number of drafted tokens that were accepted."""
-        return self.loop.counts.accepted if self.loop else 0
 
     def unfinished(self) -> dict[str, int]:
         """Tokens drawn so far, by request id, of the texts that are still in the scheduler."""
-        if self.loop is None:
-            return {}
         scheduler = self.loop.scheduler
         return {s.request.id: len(s.output) for s in (*scheduler.running, *scheduler.waiting)}
 
@@ -117,7 +100,7 @@ def _drawn_tokens(rows: list[Sequence]) -> int:
 
 
 class MeasuredEngine(LocalEngine):
-    """A local engine that records its rounds, and emulates the acceptance of drafts where it is given.
+    """A local engine that records its rounds, and emulates the acceptance of drafts.
 
     Random weights agree on nothing, so without emulation every draft would be rejected.
     """
@@ -138,8 +121,9 @@ class MeasuredEngine(LocalEngine):
 class MeasuredSampler(Sampler):
     """Samples as usual; then, with an `acceptance`, overwrites which drafts were accepted.
 
-    All work of a round is done, and only its tokens change: an accepted position takes the draft itself, a
-    rejected one the next id. Acceptance is a function of the request and the position.
+    All work of a round is done, and only its tokens change: an accepted position takes the
+    draft itself, a rejected one the next id. Acceptance is a function of the request and the
+    position.
     """
 
     def __init__(
@@ -178,7 +162,7 @@ class MeasuredSampler(Sampler):
 def accepts(
     keys: list[int], first: list[int], drafts: int, rate: float
 ) -> Bool[np.ndarray, "rows drafts"]:
-    """Whether each request (64-bit key) accepts the drafts at its positions first, first + 1, ..."""
+    """Whether each request (64-bit key) accepts its drafts from position `first` on."""
     positions = np.array(first, dtype=np.uint64)[:, None] + np.arange(drafts, dtype=np.uint64)
     hashed = _mix(_mix(np.array(keys, dtype=np.uint64))[:, None] ^ _mix(positions))
     uniform = (hashed >> np.uint64(11)) * 2.0**-53
@@ -187,7 +171,7 @@ def accepts(
 
 
 def _mix(x: Any) -> Any:
-    """MurmurHash3's finaliser (fmix64): every bit of the input flips half the bits of the output."""
+    """MurmurHash3's finaliser, fmix64, of uint64 arrays."""
     shift, one, two = np.uint64(33), np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
     x = (x ^ (x >> shift)) * one
     x = (x ^ (x >> shift)) * two

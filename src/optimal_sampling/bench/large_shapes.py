@@ -1,14 +1,15 @@
 """A table of large shapes in one call that keeps to a budget of time; what does not fit is skipped.
 
-Every cell is one run, cut off when its share of the time is over; a share that is not used goes to the cells
-after it. Sizes with a target come first. Texts are of equal length, prompts of random ids.
+Every cell is one run, cut off when its share of the time is over; a share that is not used goes to
+the cells after it. Sizes with a target come first. Texts are of equal length, prompts of random
+ids.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -38,8 +39,6 @@ __all__ = [
     "VARIANTS",
     "Budget",
     "Cell",
-    "LargeBatch",
-    "Target",
     "large_pairs",
     "measure_cell",
     "measure_cells",
@@ -63,7 +62,7 @@ WARM_UP_TOKENS = 32
 FEWEST_ROUNDS = 16
 """Rounds that a run which is cut off must have for a figure."""
 HUGE_SHARE, MARGIN = 0.2, 0.03
-"""Shares of the budget: for the size that memory does not hold; for the last round and the tables."""
+"""Shares of the budget: for --huge; for the last round and the tables."""
 
 
 @dataclass
@@ -120,30 +119,6 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class LargeBatch:
-    """As much of the batch that memory does not hold as there was time for."""
-
-    size: Size
-    shape: str
-    prompt_tokens: int = 0
-    predicted_gib: float = 0.0
-    """Keys and values of all texts at their longest."""
-    kv_gib: float = 0.0
-    """Largest size of the caches."""
-    most_rows: int = 0
-    """Requests in flight at once."""
-    rounds: int = 0
-    preemptions: int = 0
-    finished: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    decoding: float = 0.0
-    """Tokens per second of the rounds that read no prompt."""
-    skipped: str = ""
-    """Why there is no figure."""
-
-
-@dataclass(frozen=True)
 class BoundedRun:
     """A run that ended at the limits of its recorder, if not before."""
 
@@ -162,7 +137,7 @@ class BoundedRun:
 def run_bounded(
     pair: ModelPair, workload: Workload, batch: int, variant: Variant, recorder: Recorder
 ) -> BoundedRun:
-    """Generate until done, or until no further round may start. Raises EngineError if a text fails."""
+    """Generate until done, or to the recorder's limits. Raises EngineError if a text fails."""
     started = time.perf_counter()
     engine = pair.engine(workload, batch, variant, recorder)
     drawn: dict[str, int] = {}
@@ -222,31 +197,30 @@ def measure_cell(pair: RandomPair, size: Size, row: str, budget: Budget) -> Cell
     return Cell(size, row, done.tokens, done.seconds, done.decoding, complete)
 
 
-def measure_large_batch(pair: RandomPair, size: Size, shape: str, budget: Budget) -> LargeBatch:
-    """Plain decoding of the whole batch until the budget is spent."""
+def measure_large_batch(pair: RandomPair, size: Size, budget: Budget) -> dict[str, Any]:
+    """Plain decoding of the batch until the budget is spent, or why it was `skipped`."""
     if budget.left() <= 0:
-        return LargeBatch(size, shape, skipped="no time left")
+        return {"skipped": "no time left"}
     workload = pair.workload(size.batch, size.tokens)
-    lockstep = VARIANTS[LOCKSTEP]
     try:
         predicted = predicted_bytes(pair.engine(workload, size.batch), workload)
-        done = run_bounded(pair, workload, size.batch, lockstep, budget.recorder())
+        done = run_bounded(pair, workload, size.batch, VARIANTS[LOCKSTEP], budget.recorder())
     except (EngineError, RuntimeError) as error:
-        return LargeBatch(size, shape, skipped=f"failed: {str(error).splitlines()[0]}")
-    return LargeBatch(
-        size=size,
-        shape=shape,
-        prompt_tokens=pair.prompt_tokens,
-        predicted_gib=predicted / 2**30,
-        kv_gib=done.recorder.kv_bytes / 2**30,
-        most_rows=done.recorder.most_rows,
-        rounds=done.recorder.rounds,
-        preemptions=done.recorder.preemptions,
-        finished=done.finished,
-        tokens=done.tokens,
-        seconds=done.seconds,
-        decoding=done.decoding,
-    )
+        return {"skipped": f"failed: {str(error).splitlines()[0]}"}
+    recorder = done.recorder
+    return {
+        "prompt_tokens": pair.prompt_tokens,
+        "predicted_gib": predicted / 2**30,
+        "kv_gib": recorder.kv_bytes / 2**30,
+        "most_rows": recorder.most_rows,
+        "rounds": recorder.rounds,
+        "preemptions": recorder.loop.scheduler.preemptions,
+        "finished": done.finished,
+        "tokens": done.tokens,
+        "seconds": done.seconds,
+        "decoding": done.decoding,
+        "skipped": "",
+    }
 
 
 CellRates = dict[tuple[str, Size], float]
@@ -321,30 +295,13 @@ def _figure(cell: Cell) -> str:
     return "-" if cell.skipped else f"{cell.rate:.0f}{'' if cell.complete else '*'}"
 
 
-def large_batch_table(batch: LargeBatch) -> Table:
-    """A batch larger than memory holds, and how much of it was drawn."""
-    title = f"{batch.size} tokens, {batch.shape} shape as both models, lockstep"
-    rows = [
-        (name.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else str(value))
-        for name, value in asdict(batch).items()
-        if name not in ("size", "shape", "skipped")
-    ]
-    return make_table(title, ("by admission", ""), rows)
-
-
-def target_table(found: Sequence[Target]) -> Table:
-    """Each target, and whether it is met."""
-    rows = [(t.what, f"{t.wanted:g}", f"{t.found:.2f}", "yes" if t.met else "no") for t in found]
-    return make_table("Targets", ("target", "wanted", "found", "met"), rows)
-
-
 def run(options: GpuOptions, display: Display) -> Report:
     """The subcommand `gpu`. Raises ConfigError where large shapes are asked of a CPU."""
     return report(options, *large_pairs(options), display)
 
 
 def large_pairs(options: GpuOptions) -> tuple[RandomPair, RandomPair]:
-    """The pair of the table, and that of the size that memory does not hold. Nothing is loaded yet."""
+    """The pair of the table, and that of --huge. Nothing is loaded yet."""
     teacher, student, huge = options.teacher_shape, options.student_shape, options.huge_shape
     on_cpu = resolve_device(options.device).type == "cpu"
     if on_cpu and {teacher, student, huge} != {"tiny"}:
@@ -367,10 +324,15 @@ def report(
     pair.close()
     shape, [size] = options.huge_shape, parse_sizes([options.huge])
     display.status(f"{size} tokens of {shape}, {budget.left():.0f} s left")
-    batch = measure_large_batch(large, size, shape, budget)
-    skipped = f"skipped: {size} of {shape}: {batch.skipped}"
-    display.show(skipped if batch.skipped else large_batch_table(batch))
-    return Report({**pair.names, "huge": large.names}, [{**result, "admission": asdict(batch)}])
+    facts = measure_large_batch(large, size, budget)
+    if facts["skipped"]:
+        display.show(f"skipped: {size} of {shape}: {facts['skipped']}")
+    else:
+        title = f"{size} tokens, {shape} shape as both models, lockstep"
+        rows = [(name.replace("_", " "), value) for name, value in facts.items()]
+        display.show(make_table(title, ("by admission", ""), rows[:-1]))
+    admission = {"size": asdict(size), "shape": shape, **facts}
+    return Report({**pair.names, "huge": large.names}, [{**result, "admission": admission}])
 
 
 def _measure_table(
@@ -383,17 +345,17 @@ def _measure_table(
     limits = bounds(pair, sizes, rates)
     reached = targets(rates | limits)
     display.show(shapes_table(sizes, cells, limits))
-    display.show(target_table(reached))
+    rows = [(t.what, t.wanted, t.found, "yes" if t.met else "no") for t in reached]
+    display.show(make_table("Targets", ("target", "wanted", "found", "met"), rows))
     notes = pair.engine(pair.workload(1), 1).notes()
     display.show(", ".join(f"{name} {value}" for name, value in notes.items()))
     return {
         "engine": notes,
         "bandwidth": pair.bandwidth,
         "cells": [{**asdict(cell), "tokens_per_second": cell.rate} for cell in cells],
-        "bounds": {name: _by_size(limits, name) for name in (IDEAL, ROOFLINE)},
+        "bounds": {
+            name: {str(size): rate for (row, size), rate in limits.items() if row == name}
+            for name in (IDEAL, ROOFLINE)
+        },
         "targets": [{**asdict(target), "met": target.met} for target in reached],
     }
-
-
-def _by_size(rates: Mapping[tuple[str, Size], float], name: str) -> dict[str, float]:
-    return {str(size): rate for (row, size), rate in rates.items() if row == name}

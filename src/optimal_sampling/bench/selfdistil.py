@@ -1,7 +1,7 @@
 """One model as its own teacher: two contexts in one forward pass, beside that model alone.
 
-With equal prompts q* is the model itself, and what is measured is the cost of the second context. With the
-solution in the teacher's prompt, drafts are looked up there.
+With equal prompts q* is the model itself, and what is measured is the cost of the second context.
+With the solution in the teacher's prompt, drafts are looked up there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 from rich.table import Table
 
-from optimal_sampling.bench.architectures import make_pair
+from optimal_sampling.bench.architectures import RandomPair
 from optimal_sampling.bench.harness import (
     Display,
     Rates,
@@ -23,11 +23,11 @@ from optimal_sampling.bench.harness import (
     quotients,
 )
 from optimal_sampling.bench.instruments import Recorder
-from optimal_sampling.bench.subcommands import PairOptions, SelfDistilOptions
+from optimal_sampling.bench.subcommands import SelfDistilOptions
 from optimal_sampling.bench.workload import ModelPair, Variant, Workload, count_tokens
 from optimal_sampling.config import PromptConfig
 
-__all__ = ["EQUAL_ROWS", "PRIVILEGED", "PRIVILEGED_ROWS", "SelfDistilResult", "measure", "run"]
+__all__ = ["PRIVILEGED", "measure", "run"]
 
 BATCH = 8
 ALONE, PLAIN_ALONE = "the model alone", "the model alone, shapes not padded"
@@ -73,8 +73,12 @@ def measure(
         def run(repeat: int) -> Spent:
             recorder = Recorder()
             count_tokens(pair.engine(workload, BATCH, variant, recorder), workload)
-            if recorder.drafted:
-                drafts[name] = _drafts(recorder)
+            counts = recorder.loop.counts
+            if counts.drafted:
+                drafts[name] = {
+                    "accepted": counts.accepted / counts.drafted,
+                    "tokens_per_round": recorder.decoding.tokens / recorder.decoding_rows,
+                }
             return recorder.decoding
 
         return System(name, run)
@@ -92,13 +96,6 @@ def measure(
     return SelfDistilResult(**vars(RateTable.of(title, timings, ratios)), drafts=drafts)
 
 
-def _drafts(recorder: Recorder) -> dict[str, float]:
-    return {
-        "accepted": recorder.accepted / recorder.drafted,
-        "tokens_per_round": recorder.decoding.tokens / recorder.decoding_rows,
-    }
-
-
 def ratios(rates: Rates) -> dict[str, float]:
     """To the model alone, as fast as it runs."""
     alone = max(rates[name] for name in (ALONE, PLAIN_ALONE) if name in rates)
@@ -107,7 +104,7 @@ def ratios(rates: Rates) -> dict[str, float]:
 
 
 def run(options: SelfDistilOptions, display: Display) -> Report:
-    """The subcommand `selfdistil`. Random weights repeat no solution: shapes have the first table only."""
+    """The subcommand `selfdistil`. Random weights repeat no solution: one table for shapes."""
     pair = _one_model(options)
     count = max(BATCH, options.num_prompts // 8)
     cases = [(pair.workload(count), EQUAL_ROWS)]
@@ -123,16 +120,10 @@ def run(options: SelfDistilOptions, display: Display) -> Report:
 
 def _one_model(options: SelfDistilOptions) -> ModelPair:
     """The teacher in both roles."""
-    if options.teacher_shape is None:
-        return ModelPair(replace(options.models, student=options.models.teacher))
-    pair = make_pair(
-        PairOptions(
-            models=options.models,
-            teacher_shape=options.teacher_shape,
-            student_shape=options.teacher_shape,
-            same_weights=True,
-            prompt_tokens=options.prompt_tokens,
-        )
-    )
+    models, shape = options.models, options.teacher_shape
+    if shape is None:
+        return ModelPair(replace(models, student=models.teacher))
+    tokens = options.prompt_tokens
+    pair = RandomPair(models, shape, shape, same_weights=True, prompt_tokens=tokens)
     pair.equal_tokens = options.new_tokens
     return pair

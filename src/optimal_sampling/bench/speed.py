@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -28,7 +29,6 @@ from optimal_sampling.bench.workload import (
     Variant,
     Workload,
     count_tokens,
-    describe_lengths,
 )
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "STUDENT",
     "TEACHER",
     "Setting",
-    "SpeedResult",
     "draft_settings",
     "fixed_drafts",
     "ideal_lockstep",
@@ -196,16 +195,18 @@ def measure_setting(
 def _lengths(pair: ModelPair, workload: Workload, setting: Setting) -> tuple[str, float]:
     """The table's title, and the mean number of tokens in a cache while a text is drawn."""
     done = list(pair.engine(workload, 32).generate(workload.requests))
+    prompts = [len(c.request.teacher_prompt_ids) for c in done]
+    texts = [len(c.token_ids) for c in done]
     equal = f"{workload.requests[0].max_new_tokens} tokens each"
     ends = "natural end of text" if setting.natural_end else equal
-    title = f"batch {setting.batch_size}, {setting.prompts} prompts, {ends}{pair.label}"
-    drawn = [len(c.token_ids) for c in done]
-    cached = [
-        count * (len(c.request.teacher_prompt_ids) + count / 2)
-        for c, count in zip(done, drawn, strict=True)
-    ]
-    lengths = describe_lengths(workload.requests, done)
-    return f"{title}\n{lengths}", sum(cached) / sum(drawn)
+    mean, most = fmean(texts), max(texts)
+    title = (
+        f"batch {setting.batch_size}, {setting.prompts} prompts, {ends}{pair.label}\n"
+        f"prompts {fmean(prompts):.1f} (most {max(prompts)}), "
+        f"completions {mean:.1f} (most {most}, mean/most {mean / most:.2f}) tokens"
+    )
+    cached = sum(new * (old + new / 2) for new, old in zip(texts, prompts, strict=True))
+    return title, cached / sum(texts)
 
 
 def ideal_lockstep(rates: Rates) -> float:

@@ -1,4 +1,4 @@
-"""One class of options per subcommand of `optimal-sampling bench`. Imports no torch: `--help` is fast."""
+"""Options of `optimal-sampling bench`, a class per subcommand. Imports no torch."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class ModelOptions(BenchOptions):
 
     models: ModelConfig = DEFAULT_MODELS
     teacher_shape: str | None = None
-    """Random weights of a known architecture, such as Qwen2.5-3B, instead of --teacher: for timing, no
-    downloads."""
+    """Random weights of a known architecture, such as Qwen2.5-3B, instead of --teacher: for
+    timing, no downloads."""
     prompt_tokens: int = 128
     """Shapes: length of the prompts, random ids."""
 
@@ -142,8 +142,8 @@ class PairOptions(ModelOptions):
 class ScalingOptions(PairOptions):
     """Time and memory against the number of prompts, and an oversized batch."""
 
-    name: ClassVar[str] = "scaling"
-    function: ClassVar[str] = "footprint:run_scaling"
+    name = "scaling"
+    function = "footprint:run_scaling"
     new_tokens: int = 48
     """Shapes: length of every completion."""
     num_prompts: int = 512
@@ -156,8 +156,8 @@ class ScalingOptions(PairOptions):
 class SpeedOptions(ScalingOptions):
     """q* beside both models alone and Transformers."""
 
-    name: ClassVar[str] = "speed"
-    function: ClassVar[str] = "speed:run_speed"
+    name = "speed"
+    function = "speed:run_speed"
     repeats: int = 5
     """Counted repeats of every row."""
 
@@ -166,16 +166,16 @@ class SpeedOptions(ScalingOptions):
 class DraftsOptions(SpeedOptions):
     """q* by draft length, at batch 1, 8, 32 and 128."""
 
-    name: ClassVar[str] = "drafts"
-    function: ClassVar[str] = "speed:run_drafts"
+    name = "drafts"
+    function = "speed:run_drafts"
 
 
 @dataclass(frozen=True)
 class SelfDistilOptions(ModelOptions):
-    """The teacher as its own student, with equal prompts and with a solution to look drafts up in."""
+    """The teacher as its own student: equal prompts, and a solution to look drafts up in."""
 
-    name: ClassVar[str] = "selfdistil"
-    function: ClassVar[str] = "selfdistil:run"
+    name = "selfdistil"
+    function = "selfdistil:run"
     new_tokens: int = 48
     """Shapes: length of every completion."""
     num_prompts: int = 512
@@ -193,8 +193,8 @@ class SelfDistilOptions(ModelOptions):
 class MemoryOptions(PairOptions):
     """KV caches predicted and measured, requests in flight, preemptions."""
 
-    name: ClassVar[str] = "memory"
-    function: ClassVar[str] = "footprint:run_memory"
+    name = "memory"
+    function = "footprint:run_memory"
     sizes: tuple[str, ...] = ("8x64", "32x64", "32x160", "256x160")
     """BATCHxTOKENS, such as 8x256 32x512."""
     acceptance: float = 0.9
@@ -209,8 +209,8 @@ class MemoryOptions(PairOptions):
 class IdentityOptions(PairOptions):
     """Texts drawn with and without drafts, compared bit for bit; fails where any differ."""
 
-    name: ClassVar[str] = "identity"
-    function: ClassVar[str] = "identity:run"
+    name = "identity"
+    function = "identity:run"
     new_tokens: int = 48
     """Shapes: length of every completion."""
     num_prompts: int = 1000
@@ -221,8 +221,8 @@ class IdentityOptions(PairOptions):
 class SolverOptions(BenchOptions):
     """Noise, alpha, draw and diagnostics without a model, on one thread."""
 
-    name: ClassVar[str] = "solver"
-    function: ClassVar[str] = "mixture_cost:run"
+    name = "solver"
+    function = "mixture_cost:run"
     repeats: int = 5
     """Counted repeats of every row."""
 
@@ -231,8 +231,8 @@ class SolverOptions(BenchOptions):
 class GpuOptions(BenchOptions):
     """A table of large shapes, within a budget of time."""
 
-    name: ClassVar[str] = "gpu"
-    function: ClassVar[str] = "large_shapes:run"
+    name = "gpu"
+    function = "large_shapes:run"
     device: str = "auto"
     """`cuda`, `cuda:1` ...; auto: the first GPU if there is one. On a CPU `tiny` shapes alone."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -246,8 +246,8 @@ class GpuOptions(BenchOptions):
     sizes: tuple[str, ...] = ("32x512", "8x256", "16x512", "16x1024", "8x2048")
     """BATCHxTOKENS, such as 8x256 32x512."""
     huge: str = "256x16384"
-    """The size that memory does not hold, of --huge-shape; prompts of half its tokens, so memory fills at
-    once."""
+    """The size that memory does not hold, of --huge-shape; prompts of half its tokens, so
+    memory fills at once."""
     huge_shape: str = "Qwen3-1.7B"
     """The model of --huge, for both roles."""
     budget: float = 540.0

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -20,10 +18,10 @@ from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
 from optimal_sampling.engines.local.loading import load_model
 from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.toy_pair.problems import synthetic_rows
-from optimal_sampling.types import Completion, Mode, Request, prompt_id
+from optimal_sampling.types import Mode, Request, prompt_id
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
-__all__ = ["ModelPair", "Variant", "Workload", "count_tokens", "describe_lengths"]
+__all__ = ["ModelPair", "Variant", "Workload", "count_tokens"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Variant:
 
 
 class ModelPair:
-    """The models of a benchmark, loaded once: in the local engine, and as Transformers loads them."""
+    """The models of a benchmark, in the local engine and as Transformers loads them."""
 
     natural = True
     """Its texts can end by themselves."""
@@ -92,7 +90,7 @@ class ModelPair:
 
     @property
     def padded(self) -> bool:
-        """Whether shapes that make results independent of the batch differ from the fastest ones."""
+        """Whether `batch_invariant` changes shapes here."""
         dtype = resolve_dtype(self.models.dtype, self.device)
         return self.device.type == "cpu" and dtype == torch.float32
 
@@ -139,7 +137,7 @@ class ModelPair:
         return self._stock[role]
 
     def stock_teacher_for_assistant(self) -> Any:
-        """The stock teacher with the student's number of rows, which assisted generation requires."""
+        """The stock teacher with as many rows as the student, as assisted generation requires."""
         if "assisted" not in self._stock:
             model = copy.deepcopy(self.stock("teacher"))
             model.resize_token_embeddings(self.stock("student").config.vocab_size)
@@ -176,14 +174,3 @@ class ModelPair:
 def count_tokens(engine: LocalEngine, workload: Workload) -> int:
     """Draw every text of a workload; the number of tokens."""
     return sum(len(completion.token_ids) for completion in engine.generate(workload.requests))
-
-
-def describe_lengths(requests: Sequence[Request], completions: Sequence[Completion]) -> str:
-    """Mean and maximum of prompts and completions, in tokens."""
-    prompts = [len(r.teacher_prompt_ids) for r in requests]
-    texts = [len(c.token_ids) for c in completions]
-    mean, most = fmean(texts), max(texts)
-    return (
-        f"prompts {fmean(prompts):.1f} (most {max(prompts)}), "
-        f"completions {mean:.1f} (most {most}, mean/most {mean / most:.2f}) tokens"
-    )

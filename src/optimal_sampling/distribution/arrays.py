@@ -120,14 +120,14 @@ def at_least(x: Array, least: float) -> Array:
     """max(x, least); np.clip takes four times as long. NaN stays."""
     if isinstance(x, Tensor):
         return x.clamp(min=least)
-    return np.maximum(cast(NDArray[np.float64], x), least)
+    return np.maximum(cast("NDArray[np.float64]", x), least)
 
 
 def at_most(x: Array, most: float) -> Array:
     """min(x, most). NaN stays."""
     if isinstance(x, Tensor):
         return x.clamp(max=most)
-    return np.minimum(cast(NDArray[np.float64], x), most)
+    return np.minimum(cast("NDArray[np.float64]", x), most)
 
 
 def argmax(y: Float[Tensor, "n width"]) -> Int64[Tensor, " n"]:

@@ -86,7 +86,7 @@ def ess_balance(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConf
 
 @_register
 def entropy(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
-    """argmax of H(q) over [alpha_min, alpha_max]: the best of a grid, then of ever closer alphas."""
+    """argmax of H(q) over [alpha_min, alpha_max]: of a grid, then of ever closer alphas."""
     xp = pair.xp
     low = mixture.alpha_min
     high = mixture.alpha_max

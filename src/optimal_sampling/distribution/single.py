@@ -1,4 +1,4 @@
-"""One model alone, as what `mixture` solves a pair to: the same noise, temperature and truncation."""
+"""One model alone, in the form of a solved pair: the same noise, temperature and truncation."""
 
 from __future__ import annotations
 

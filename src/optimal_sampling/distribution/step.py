@@ -63,7 +63,7 @@ class Drawn:
 def draft(
     student_logits: Float[Tensor, "rows vocab"], noise: NoiseSource, mixture: MixtureConfig
 ) -> Int64[Tensor, " rows"]:
-    """The token that the student alone would draw with this noise: argmax(log p_student + noise)."""
+    """argmax(log p_student + noise): what the student alone would draw with this noise."""
     if runs_fused(student_logits.device):
         return fused_draft(student_logits, noise, mixture.temperature)
     made = noise_tensor(noise, student_logits.shape[1])

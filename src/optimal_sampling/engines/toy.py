@@ -87,7 +87,7 @@ class ToyEngine(Engine):
             rows = [self.vocab_size] * len(prompts)
             problem = prompt_problem(self.roles, prompts, contexts, rows)
             if problem:
-                yield Completion(request, (), "error", TokenTrace.from_rows([]), problem)
+                yield Completion.failed(request, problem)
                 continue
             tokens, values, reason, error = self._decode(request)
             trace = TokenTrace.from_rows(values)

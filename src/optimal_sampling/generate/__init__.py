@@ -3,8 +3,7 @@
     job          `generate`: the order of the work
     dataset      the rows
     fingerprint  hashes of the models' files
-    progress     what is shown during a run
-    summary      counts of a run, and what is shown at its end
+    progress     counts of a run, shown while it goes and in the summary at its end
 
 Torch is loaded when there is a sample to generate.
 """
@@ -12,6 +11,6 @@ Torch is loaded when there is a sample to generate.
 from __future__ import annotations
 
 from optimal_sampling.generate.job import Interrupted, generate, preview
-from optimal_sampling.generate.summary import Summary
+from optimal_sampling.generate.progress import Summary
 
 __all__ = ["Interrupted", "Summary", "generate", "preview"]

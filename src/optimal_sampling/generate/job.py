@@ -10,12 +10,11 @@ from optimal_sampling.config import GenerateConfig
 from optimal_sampling.errors import EngineError, OptimalSamplingError, PromptError
 from optimal_sampling.generate.dataset import Dataset, open_dataset
 from optimal_sampling.generate.fingerprint import model_facts
-from optimal_sampling.generate.progress import Progress
-from optimal_sampling.generate.summary import Summary, Tally
+from optimal_sampling.generate.progress import Progress, Summary, Tally
 from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.records.run_folder import TEMPLATE_DATE, RunFolder, template_date
 from optimal_sampling.records.schema import Key, Prompt, Sample, record_of, row_id
-from optimal_sampling.types import Completion, Request, TokenTrace, prompt_id
+from optimal_sampling.types import Completion, Request, prompt_id
 from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["Interrupted", "generate", "preview"]
@@ -144,8 +143,7 @@ class _Job:
                 request = self._request(prompt.id, sample_index, rendered)
                 self._in_flight[prompt.id, sample_index] = prompt
                 if isinstance(rendered, str):
-                    no_tokens = TokenTrace.from_rows([])
-                    self._finish(Completion(request, (), "error", no_tokens, rendered))
+                    self._finish(Completion.failed(request, rendered))
                 else:
                     yield request
 
@@ -175,7 +173,7 @@ class _Job:
 
     def _finish(self, completion: Completion) -> None:
         """Write the record of a completion and count it."""
-        key = completion.request.id, completion.request.sample_index
+        key = completion.request.key
         sample = Sample(
             prompt=self._in_flight.pop(key),
             completion=completion,

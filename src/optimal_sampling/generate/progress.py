@@ -1,22 +1,196 @@
-"""What is shown during a run: a live bar on a terminal, a line every few seconds on a pipe."""
+"""Counts of a run: shown while it goes, and in the summary at its end.
+
+On a terminal a live bar, on a pipe a line every few seconds.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from types import TracebackType
+from pathlib import Path
 from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
 
-from optimal_sampling.generate.summary import Tally
+from optimal_sampling.records.run_folder import MEANS, RunFolder, Totals
+from optimal_sampling.records.schema import Record
+from optimal_sampling.records.store import write_atomically
 
-__all__ = ["LinesProgress", "Progress", "TerminalProgress", "progress_for"]
+__all__ = ["LinesProgress", "Progress", "Summary", "Tally", "TerminalProgress", "progress_for"]
 
 _SECONDS_BETWEEN_LINES = 5.0
+_ERRORS_SHOWN = 5
+
+
+@dataclass
+class Tally:
+    """Counts of one call of `generate`. A sample is one completion of one prompt."""
+
+    rows: int
+    samples_per_prompt: int
+    duplicates: int = 0
+    """Rows whose two prompts are those of an earlier row."""
+    already_good: int = 0
+    given_up: int = 0
+    """Samples that had failed `max_attempts` times before this call."""
+    failed: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    made: Totals = field(default_factory=Totals)
+    """Good records of this call."""
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, record: Record) -> None:
+        """Count a record of this call."""
+        if record["error"]:
+            self.failed += 1
+            self.errors[record["error"]] += 1
+        else:
+            self.made.add(record)
+
+    def restart_clock(self) -> None:
+        """Measure speed from now on; called when the engine is ready."""
+        self.started = time.monotonic()
+
+    @property
+    def asked(self) -> int:
+        """Samples asked for, less the duplicates found so far."""
+        return (self.rows - self.duplicates) * self.samples_per_prompt
+
+    @property
+    def done(self) -> int:
+        """Good samples, of this call and before."""
+        return self.already_good + self.made.records
+
+    @property
+    def owed(self) -> int:
+        """Samples that this call still has to try."""
+        return self.asked - self.done - self.failed - self.given_up
+
+    @property
+    def seconds(self) -> float:
+        """Time since the engine was ready."""
+        return time.monotonic() - self.started
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of this call."""
+        return self.made.tokens / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None before the first sample of this call."""
+        tried = self.made.records + self.failed
+        return self.owed * self.seconds / tried if tried else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of one call of `generate`, and means over all good records of the folder."""
+
+    status: str
+    """`complete`, `failed` (some samples did) or `interrupted`."""
+    run_folder: str
+    records_file: str
+    asked: int
+    good: int
+    already_good: int
+    generated: int
+    failed: int
+    given_up: int
+    owed: int
+    duplicate_rows: int
+    torn_lines: int
+    bad_lines: int
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    folder_records: int
+    folder_tokens: int
+    means: Mapping[str, float | None]
+    finish_reasons: Mapping[str, int]
+    errors: Mapping[str, int]
+    notes: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls, tally: Tally, folder: RunFolder, notes: Mapping[str, str], *, interrupted: bool
+    ) -> Summary:
+        """The state of a call now."""
+        totals = folder.ledger.totals
+        missing = tally.failed + tally.given_up
+        return cls(
+            status="interrupted" if interrupted else "failed" if missing else "complete",
+            run_folder=str(folder.path),
+            records_file=str(folder.file.path),
+            asked=tally.asked,
+            good=tally.done,
+            already_good=tally.already_good,
+            generated=tally.made.records,
+            failed=missing,
+            given_up=tally.given_up,
+            owed=tally.owed,
+            duplicate_rows=tally.duplicates,
+            torn_lines=folder.torn_lines,
+            bad_lines=folder.bad_lines,
+            seconds=round(tally.seconds, 3),
+            tokens=tally.made.tokens,
+            tokens_per_second=round(tally.tokens_per_second, 1),
+            folder_records=totals.records,
+            folder_tokens=totals.tokens,
+            means={name: totals.mean(name) for name in MEANS},
+            finish_reasons=dict(totals.finish_reasons),
+            errors=dict(tally.errors.most_common(_ERRORS_SHOWN)),
+            notes=dict(notes),
+        )
+
+    def save(self, shard: str) -> Path:
+        """Write `summary.json`, or `summary-<shard>.json` of a data slice, into the run folder."""
+        name = "summary.json" if shard == "main" else f"summary-{shard}.json"
+        path = Path(self.run_folder) / name
+        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+        return path
+
+    def table(self) -> Table:
+        """A table for the terminal. Counts of zero, such as torn lines, are left out."""
+        title = Text(f"{self.status}: {self.run_folder}")
+        table = Table(title=title, show_header=False, title_justify="left")
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in self._lines():
+            # Text: an error may quote [/brackets] that look like markup
+            table.add_row(Text(name), Text(value))
+        return table
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        """Name and value of each line of the table."""
+        optional = {
+            "failed": self.failed,
+            "of these not tried again (--max-attempts)": self.given_up,
+            "still owed": self.owed,
+            "duplicate rows, generated once": self.duplicate_rows,
+            "torn lines cut": self.torn_lines,
+            "bad lines found (owed again)": self.bad_lines,
+        }
+        yield "samples", f"{self.good} good of {self.asked} asked ({self.generated} new)"
+        yield from ((name, str(count)) for name, count in optional.items() if count)
+        made = f"{self.tokens} tokens in {self.seconds:.1f} s"
+        yield "speed", f"{self.tokens_per_second:.1f} tokens/s ({made})"
+        for name, mean in self.means.items():
+            yield name.replace("_", " "), "-" if mean is None else f"{mean:.4f}"
+        reasons = (f"{name} {count}" for name, count in sorted(self.finish_reasons.items()))
+        yield "finish reasons", ", ".join(reasons)
+        yield from ((f"{count} x failed", error) for error, count in self.errors.items())
+        yield from self.notes.items()
+        yield "records", self.records_file
 
 
 class Progress:
@@ -28,12 +202,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         pass
 
 
@@ -74,12 +243,7 @@ class TerminalProgress(Progress):
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Annotated, Any, NotRequired, TypedDict, cast, get_type_hints
 
-from optimal_sampling.types import Completion, FinishReason, Request, TokenTrace, prompt_id
+from optimal_sampling.types import Completion, FinishReason, TokenTrace, prompt_id
 
 __all__ = [
     "FIELDS",
@@ -63,11 +63,6 @@ class Sample:
     """The completion, decoded with its special tokens; None where there is none."""
 
     @property
-    def request(self) -> Request:
-        """The request that the completion answers."""
-        return self.completion.request
-
-    @property
     def trace(self) -> TokenTrace:
         """Diagnostics of every token."""
         return self.completion.trace
@@ -101,6 +96,10 @@ def _mean_of(column: str, meaning: str) -> Field:
     return Field(meaning, lambda s: _mean(s.trace[column]), is_mean=True)
 
 
+def _extreme_alpha(choose: Callable[..., float | None], meaning: str) -> Field:
+    return Field(meaning, lambda s: choose(map(_rounded, _finite(s.trace["alpha"])), default=None))
+
+
 def _token_list(column: str, meaning: str) -> Field:
     """A column of the trace, one number per token."""
     meaning = f"{meaning} of every token; absent with `--no-token-lists`"
@@ -122,10 +121,10 @@ class Record(TypedDict):
         int,
         Field(
             "which of `--samples-per-prompt`; with `id` the identity of a record",
-            attrgetter("request.sample_index"),
+            attrgetter("completion.request.sample_index"),
         ),
     ]
-    seed: Annotated[int, Field("the run's seed", attrgetter("request.seed"))]
+    seed: Annotated[int, Field("the run's seed", attrgetter("completion.request.seed"))]
     row_index: Annotated[
         int,
         Field(
@@ -181,20 +180,8 @@ class Record(TypedDict):
     alpha_mean: Annotated[
         float | None, _mean_of("alpha", "weight of the teacher, mean over tokens")
     ]
-    alpha_min: Annotated[
-        float | None,
-        Field(
-            "smallest over tokens",
-            lambda s: min(map(_rounded, _finite(s.trace["alpha"])), default=None),
-        ),
-    ]
-    alpha_max: Annotated[
-        float | None,
-        Field(
-            "largest over tokens",
-            lambda s: max(map(_rounded, _finite(s.trace["alpha"])), default=None),
-        ),
-    ]
+    alpha_min: Annotated[float | None, _extreme_alpha(min, "smallest over tokens")]
+    alpha_max: Annotated[float | None, _extreme_alpha(max, "largest over tokens")]
     clamped_share: Annotated[
         float | None,
         _mean_of("clamped", "share of tokens whose alpha `--alpha-min` or `--alpha-max` moved"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
+from optimal_sampling.config import Checked, MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.serve.request_body import ServerSettings
@@ -21,7 +21,7 @@ KEY_VARIABLE = "OPTIMAL_SAMPLING_API_KEY"
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(Checked):
     """An OpenAI-compatible server of q*. The API key is read from OPTIMAL_SAMPLING_API_KEY."""
 
     models: ModelConfig = field(default_factory=ModelConfig)
@@ -46,11 +46,9 @@ class ServeConfig:
     """Largest request body."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.port < 65536:
-            raise ConfigError(f"port must lie in 1..65535, got {self.port}")
-        for name in ("max_n", "max_body_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
+        self._check_range("port", 1, 65535)
+        self._check_range("max_n max_body_bytes", 1)
         for name, default in (("temperature", 1.0), ("top_p", 1.0), ("top_k", -1)):
             if getattr(self.mixture, name) != default:
                 raise ConfigError(f"{name} is each request's own; the server has none")

@@ -177,7 +177,7 @@ class TiledPair(Pair):
         return self._collect(alpha)
 
     def _sweep(self, changed: Array) -> None:
-        """Take the sums of every block with a changed row; again, relative, where they underflow."""
+        """Take the sums of blocks with a changed row; again, relative, where they underflow."""
         space = self.space
         if not self.on_cpu:
             for block in space.blocks:
@@ -236,7 +236,7 @@ class TiledPair(Pair):
         )
 
     def _totals(self, sums: Array, shift: Array) -> tuple[Array, Array]:
-        """Sums over the tiles of a row, relative to exp(top), and top: [..., rows, tiles] before."""
+        """Sums over the last axis, the tiles of a row, relative to exp(top), and top."""
         xp = self.xp
         if self.space.tiles == 1:
             return xp.asarray(sums[..., 0], dtype=xp.float64), shift[..., 0]

@@ -386,20 +386,11 @@ def measure(
     origins = Origins(head_s, head_t)
     nothing = tl.full([], _NO_MAXIMUM, tl.float32)
     zero = tl.zeros([BLOCK], tl.float32)
-    top_s = nothing
-    top_t = nothing
-    top_x = nothing
-    z_s = zero
-    z_t = zero
-    s_d = zero
-    t_d = zero
-    w = zero
-    w_d = zero
-    w_dd = zero
-    w_ddd = zero
+    top_s, top_t, top_x = nothing, nothing, nothing
+    z_s, z_t, s_d, t_d = zero, zero, zero, zero
+    w, w_d, w_dd, w_ddd = zero, zero, zero, zero
     shared = zero + _NO_MAXIMUM
-    most = zero
-    least = zero
+    most, least = zero, zero
     first = piece * PIECE
     for start in range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK):
         s, t, d = _pair(batch, start + tl.arange(0, BLOCK), origins)

@@ -32,7 +32,7 @@ __all__ = ["Mixed", "Row", "mix"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of logits: its request, and the index of its token in the completion (0 the first)."""
+    """One row of logits: its request, and its token's index in the completion."""
 
     request_id: str
     position: int
