@@ -69,32 +69,28 @@ class PromptRenderer:
         columns: Iterable[str] | None = None,
         day: date | None = None,
     ) -> None:
-        self._config = config = prompt_config
+        self._config = prompt_config
         self._prompt_column = prompt_column
         self._answer_column = answer_column
         self._columns = None if columns is None else self._names({*columns})
         self._blocks = vocabulary.thinking_blocks
         self.day = day or date.today()
-        self._student = ChatFormat(
-            role="student",
-            config=config,
-            tokenizer=vocabulary.student_tokenizer,
-            rows=vocabulary.student_rows,
-            system_prompt=config.student_system_prompt,
-            day=self.day,
-        )
-        self._teacher = ChatFormat(
-            role="teacher",
-            config=config,
-            tokenizer=vocabulary.teacher_tokenizer,
-            rows=vocabulary.teacher_rows,
-            system_prompt=config.teacher_system_prompt,
-            day=self.day,
-        )
+        self._student = self._format("student", vocabulary)
+        self._teacher = self._format("teacher", vocabulary)
         self._check_columns()
         templates = self._check_literals()
         thinking = self._check_thinking()
         self.notes = (*templates, *self._student.notes(), *self._teacher.notes(), *thinking)
+
+    def _format(self, role: Role, vocabulary: Vocabulary) -> ChatFormat:
+        return ChatFormat(
+            role=role,
+            config=self._config,
+            tokenizer=getattr(vocabulary, f"{role}_tokenizer"),
+            rows=getattr(vocabulary, f"{role}_rows"),
+            system_prompt=getattr(self._config, f"{role}_system_prompt"),
+            day=self.day,
+        )
 
     @property
     def prints_date(self) -> bool:
@@ -217,26 +213,22 @@ class PromptRenderer:
             raise ConfigError(_unknown_column(name, self._columns))
 
     def _check_literals(self) -> list[str]:
-        """Notes on templates that show no column, or the name of one in braces.
+        """Notes on templates that show no column.
 
-        Raises ConfigError for a template that does both, as `{{problem}}` does.
+        Raises ConfigError for one that has the name of a column in double braces instead.
         """
         notes = []
         known = self._names(set()) if self._columns is None else self._columns
         for role in ("student", "teacher"):
             template = getattr(self._config, f"{role}_template")
-            literals = sorted(literals_in(template) & known)
-            if literals and not names_in(template):
+            if names_in(template):
+                continue
+            for name in sorted(literals_in(template) & known):
                 raise ConfigError(
-                    f"the {role}'s template writes the text {{{literals[0]}}} into every prompt; "
-                    f"for the column write {{{literals[0]}}} with single braces"
+                    f"the {role}'s template writes the text {{{name}}} into every prompt; "
+                    f"for the column write {{{name}}} with single braces"
                 )
-            notes += [
-                f"the {role}'s template writes the text {{{name}}}, not the column"
-                for name in literals
-            ]
-            if not names_in(template):
-                notes.append(f"the {role}'s template shows no column: all its user turns are equal")
+            notes.append(f"the {role}'s template shows no column: all its user turns are equal")
         return notes
 
     def _check_thinking(self) -> list[str]:

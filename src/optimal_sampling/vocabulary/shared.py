@@ -131,7 +131,7 @@ class Vocabulary:
 
     @cached_property
     def thinking_blocks(self) -> tuple[Block, ...]:
-        """Opening and closing markers of reasoning: those of both chat templates, and known ones."""
+        """Opening and closing markers of reasoning: of both chat templates, and known ones."""
         tokenizers = (self.student_tokenizer, self.teacher_tokenizer)
         own = [block for tokenizer in tokenizers for block in thinking_blocks(tokenizer)]
         return tuple(dict.fromkeys((*own, *KNOWN_BLOCKS)))
