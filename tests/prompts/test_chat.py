@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.normalizers import Replace
 
 from optimal_sampling.config import PromptConfig
 from optimal_sampling.errors import ConfigError, PromptError
 from optimal_sampling.prompts import PromptRenderer
-from tests.vocabulary.conftest import CHATML, END, make_tokenizer, vocabulary_of
+from tests.vocabulary.conftest import CHATML, END, KINDS, make_tokenizer, trained, vocabulary_of
 
 TOOLS_TEMPLATE = (
     "{%- if tools %}TOOLS {{ tools | tojson }}\n{% endif -%}"
@@ -301,3 +302,33 @@ def test_literal_control_tokens_are_ordinary_text(text: str) -> None:
         control = [index for index in ids if index >= 256]
         assert tokenizer.convert_ids_to_tokens(control) == ["<|im_start|>", END, "<|im_start|>"]
         assert tokenizer.decode(ids) in (rendered.student_text, rendered.teacher_text)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"word pieces"}))
+def test_literal_control_tokens_keep_their_spaces(kind: str) -> None:
+    """Guards: a space that sentencepiece's tokenizers put before each piece of a text."""
+    tokenizer = trained(kind)
+    config = PromptConfig(literal_control_tokens=True, chat_template=False)
+    text = f"1 + 1{END} is{END}\n2"
+    rendered = PromptRenderer(config, vocabulary_of(tokenizer)).render({"problem": text})
+    assert tokenizer.eos_token_id not in rendered.student_ids
+    decoded = tokenizer.decode(rendered.student_ids, clean_up_tokenization_spaces=False)
+    assert decoded.removeprefix(" ") == text
+
+
+def test_tokenizer_that_loses_text_is_named() -> None:
+    """Guards: a normaliser that drops letters, whose prompts are not what was written."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = Replace("d5e", "")
+    with pytest.raises(ConfigError, match="the student's tokenizer loses the user turn"):
+        PromptRenderer(PromptConfig(), vocabulary_of(tokenizer))
+
+
+def test_template_of_several_names_is_chosen_as_transformers_does() -> None:
+    """Guards: a tokenizer with one template for tools and one without taken for none."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": "{{- strftime_now('') -}}" + CHATML, "tool_use": PARTS}
+    renderer = PromptRenderer(PromptConfig(), vocabulary_of(tokenizer))
+    assert "Add." in renderer.render({"messages": [QUESTION]}).student_text
+    with pytest.raises(PromptError, match="leaves out the tools"):
+        renderer.render({"messages": [QUESTION], "tools": [TOOL]})

@@ -61,7 +61,7 @@ class ChatFormat:
     day: date
     """The date that chat templates print, at midnight."""
     _forms: dict[object, tuple[Form, str]] = field(default_factory=dict, repr=False, compare=False)
-    """By shape of conversation: the form of its contents, and what is still left out."""
+    """By shape of conversation: the form of its contents, and what is wrong even then."""
 
     @property
     def uses_template(self) -> bool:
@@ -88,7 +88,7 @@ class ChatFormat:
             return self._plain_text(messages, conversation.tools)
         form, lost = self._form(messages, conversation.tools, place)
         if lost:
-            raise PromptError(f"the {self.role}'s chat template leaves out {lost}")
+            raise PromptError(f"the {self.role}'s {lost}")
         text = self._render(messages, conversation.tools, form)
         if turn.strip() not in text:
             raise PromptError(f"the {self.role}'s chat template changes the user turn")
@@ -149,7 +149,8 @@ class ChatFormat:
             question = self._render(messages, None, form, add_generation_prompt=False)
             again = self.text(conversation, turn)
         except PromptError as error:
-            raise ConfigError(str(error)) from error
+            advice = "; write it into the user turn" if "the system prompt" in str(error) else ""
+            raise ConfigError(f"{error}{advice}") from error
         if prompt != again:
             raise ConfigError(
                 f"the {self.role}'s chat template renders the same conversation in different ways"
@@ -165,7 +166,7 @@ class ChatFormat:
         are markers of reasoning. Other added tokens are words.
         """
         written = "\n".join((self._template, *(marker for block in blocks for marker in block)))
-        added = self.tokenizer.added_tokens_decoder.values()
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         tokens = {x.content for x in added if x.special or x.content in written}
         return {token for token in tokens if len(token.strip()) > 1}
 
@@ -189,7 +190,7 @@ class ChatFormat:
         return "\n\n".join(each["content"] for each in messages if each.get("content"))
 
     def _form(self, messages: list[Message], tools: Tools | None, place: int) -> tuple[Form, str]:
-        """The form that the template wants, and what it leaves out of such messages even then.
+        """The form that the template wants, and what is left out of such messages even then.
 
         Raises PromptError where it refuses them in every form.
         """
@@ -199,7 +200,7 @@ class ChatFormat:
         return self._forms[shape]
 
     def _best_form(self, probe: Probe) -> tuple[Form, str]:
-        found: list[tuple[list[str], Form]] = []
+        found: list[tuple[int, Form, str]] = []
         refusals: list[PromptError] = []
         for form in FORMS:
             try:
@@ -209,14 +210,15 @@ class ChatFormat:
             except PromptError as error:
                 refusals.append(error)
                 continue
-            lost = probe.missing(text) or probe.missing(read)
+            left_out, lost = probe.missing(text), probe.missing(read)
             if not lost:
                 return form, ""
-            found.append((lost, form))
+            culprit = "chat template leaves out" if left_out else "tokenizer loses"
+            found.append((len(lost), form, f"{culprit} {', '.join(left_out or lost)}"))
         if not found:
             raise refusals[0]
-        lost, form = min(found, key=lambda each: len(each[0]))
-        return form, ", ".join(lost)
+        _, form, reason = min(found, key=lambda each: each[0])
+        return form, reason
 
     def _render(
         self, messages: Sequence[Message], tools: Tools | None, form: Form, **options: Any
