@@ -123,6 +123,25 @@ def test_text_that_looks_like_json_stays_a_problem() -> None:
         assert row["problem"] in renderer.render(row).student_text
 
 
+BY_ID = TOOLS_TEMPLATE.replace("{{ c.function.name }}", "{{ c.id }}")
+
+
+@pytest.mark.parametrize("arguments", [{"a": 2}, {}, '{"a": 2}', "{}"])
+def test_tool_calls_may_be_shown_by_their_ids(arguments: Any) -> None:
+    """Guards: conversations refused because a template shows the id of a call, not its name."""
+    call = {"id": "functions.add:0", "function": {"name": "add", "arguments": arguments}}
+    row = {"messages": [QUESTION, {"role": "assistant", "tool_calls": [call]}, RESULT]}
+    text = renderer_of(BY_ID).render(row).student_text
+    assert f"<call>functions.add:0 {arguments}</call>" in text
+
+
+def test_system_prompt_of_the_config_replaces_a_developers() -> None:
+    """Guards: two system prompts that contradict each other."""
+    row = {"messages": [{"role": "developer", "content": "theirs"}, QUESTION]}
+    text = renderer_of(student_system_prompt="ours").render(row).student_text
+    assert text.startswith("<|im_start|>developer\nours<|im_end|>\n<|im_start|>user\nAdd.")
+
+
 PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
     "{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"

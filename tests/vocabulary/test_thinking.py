@@ -63,7 +63,17 @@ def test_markers_are_found_in_the_template(template: str, block: tuple[str, str]
 
 
 @pytest.mark.parametrize(
-    "template", [None, CHATML, "{{ raise_exception('no') }}", "{{ messages[0].content }}", "x", ""]
+    "template",
+    [
+        None,
+        CHATML,
+        "{{ raise_exception('no') }}",
+        "{{ messages[0].content }}",
+        "x",
+        "",
+        "{% if add_generation_prompt %}<answer>{% endif %}" + CHATML,
+        shown("<r>", "y" * 81),
+    ],
 )
 def test_template_without_thinking_has_no_markers(template: str | None) -> None:
     """Guards: tags of a prompt, or the text of a turn, taken for a block of reasoning."""

@@ -52,7 +52,7 @@ def thinking_blocks(tokenizer: Any) -> tuple[Block, ...]:
     before, reasoning, after = _after(question, thought).partition(_REASONING)
     closing, answer, _ = after.partition(_ANSWER)
     if reasoning and answer:
-        found.insert(0, (before.removeprefix(header).strip(), closing.strip()))
+        found.append((before.removeprefix(header).strip(), closing.strip()))
     return tuple(dict.fromkeys(block for block in found if _is_block(block)))
 
 
