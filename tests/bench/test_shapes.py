@@ -9,7 +9,7 @@ from optimal_sampling.bench.hardware import lockstep_bound, memory_bandwidth, we
 from optimal_sampling.bench.instruments import OutOfTime, Recorder, accepts
 from optimal_sampling.bench.workload import Variant
 from optimal_sampling.config import ModelConfig
-from optimal_sampling.engines.local.shapes import replace_linears
+from optimal_sampling.engines.local.layers import replace_linears
 from optimal_sampling.errors import ConfigError
 
 PARAMETERS = {

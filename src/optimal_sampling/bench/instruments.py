@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Bool
 
 from optimal_sampling.bench.harness import Spent
+from optimal_sampling.engines.device import to_device
 from optimal_sampling.engines.local.drafting import DraftPolicy
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.engines.local.round import RunSettings, SampledRound, Sampler
 from optimal_sampling.engines.local.run import GenerationLoop
 from optimal_sampling.engines.local.runner import CachedModel
 from optimal_sampling.engines.local.scheduler import RoundPlan, Sequence
-from optimal_sampling.engines.local.streams import to_device
 
 __all__ = ["MeasuredEngine", "OutOfTime", "Recorder", "accepts"]
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimal_sampling.config import LocalOptions, MixtureConfig
+from optimal_sampling.engines.device import Overlap
 from optimal_sampling.engines.local import round as round_module
 from optimal_sampling.engines.local.drafting import (
     DraftPolicy,
@@ -17,7 +18,6 @@ from optimal_sampling.engines.local.drafting import (
 )
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.engines.local.round import Sampler
-from optimal_sampling.engines.local.streams import Overlap
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Request
 from tests.engines.conformance import Harness, requests_of
@@ -41,7 +41,7 @@ def simulate(acceptance, step, verify, rows=1, rounds=400, sure=None, seed=0):
         round_, forced = PerRound(policy, [True] * rows), policy.forced()
         alive, width, made = [True] * rows, 1, rows
         outcomes = []
-        while width < policy.width and width != forced:
+        while width <= policy.most and width != forced:
             confidence = [(sure or (lambda r: 0.95))(rng) for _ in range(rows)]
             if not round_.wants(confidence, insist=forced is not None):
                 break
@@ -53,7 +53,7 @@ def simulate(acceptance, step, verify, rows=1, rounds=400, sure=None, seed=0):
                     ok = rng.random() < (
                         acceptance(confidence[row]) if callable(acceptance) else acceptance
                     )
-                    policy.observe_draft(confidence[row], ok)
+                    policy.accept.observe(confidence[row], ok)
                     made += ok
                     alive[row] = ok
         spent = width * step(rows) + verify(width * rows)

@@ -159,5 +159,7 @@ def borrow(rows: int, vocab: int, device: torch.device) -> Loan:
     if key not in cache:
         while len(cache) >= 4:
             cache.pop(next(iter(cache)))
-        cache[key] = Workspace(rows, vocab, device)
+        # a tensor of inference mode cannot be written to outside of it
+        with torch.inference_mode(False):
+            cache[key] = Workspace(rows, vocab, device)
     return Loan(cache[key])

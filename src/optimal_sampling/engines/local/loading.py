@@ -16,7 +16,7 @@ import torch
 from optimal_sampling.config import LocalOptions, ModelConfig
 from optimal_sampling.engines.device import resolve_device, resolve_dtype
 from optimal_sampling.engines.local import attention
-from optimal_sampling.engines.local.norms import fuse_norms
+from optimal_sampling.engines.local.layers import PLAIN, fuse_norms, measured_rules, replace_linears
 from optimal_sampling.engines.local.paged.attention_backends import (
     Backend,
     Choice,
@@ -26,11 +26,10 @@ from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
 from optimal_sampling.engines.local.runner import ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
-from optimal_sampling.engines.local.shapes import PLAIN, measured_rules, replace_linears
 from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
 from optimal_sampling.errors import MissingDependencyError, ModelError
 
-__all__ = ["check_architecture", "load_model", "prepare", "prepare_pair"]
+__all__ = ["check_architecture", "load_model", "prepare_pair"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest accepted difference to the stock forward pass, relative to the largest logit."""
@@ -85,11 +84,6 @@ def _four_bit(kwargs: dict[str, Any]) -> Any:
 
     options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("bnb_4bit_")}
     return BitsAndBytesConfig(load_in_4bit=True, **options)
-
-
-def prepare(model: Any, vocab_size: int, role: str, batch_invariant: bool) -> SlotRunner:
-    """The model over slots, checked against its stock forward pass. Raises ModelError."""
-    return _slot_runner(model, vocab_size, batch_invariant, check_architecture(model, role))
 
 
 def prepare_pair(
@@ -148,7 +142,6 @@ def _slot_runner(model: Any, vocab_size: int, batch_invariant: bool, probe: Prob
 class Probe:
     """What a model showed when it was tried."""
 
-    layers: int
     bytes_per_token: int
     """Of the KV cache."""
     head_dims: set[int]
@@ -219,5 +212,5 @@ def _two_chunks(
     last = torch.tensor([other[3:11], text[11:19]]).to(model.device)
     logits, _, plan = runner.forward(cache, last, np.array([3, 11]), (), chunks)
     called, needs = (plan.layers_called, plan.needs) if plan else ([], set())
-    probe = Probe(cache.layers, cache.bytes_per_token, cache.head_dims, needs)
+    probe = Probe(cache.bytes_per_token, cache.head_dims, needs)
     return logits[1].float(), called, probe

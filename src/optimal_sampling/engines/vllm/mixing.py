@@ -27,11 +27,11 @@ from optimal_sampling.distribution import (
 from optimal_sampling.distribution.arrays import tensor_of
 from optimal_sampling.engines.vllm.request_options import RequestOptions
 
-__all__ = ["Mixed", "Row", "mix"]
+__all__ = ["LogitsRow", "Mixed", "mix"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LogitsRow:
     """One row of logits: its request, and its token's index in the completion."""
 
     request_id: str
@@ -62,10 +62,11 @@ class Mixed:
         return [traced[row] for row in rows]
 
 
+@torch.no_grad()
 def mix(
     student_logits: Float[Tensor, "rows wide_vocab"] | None,
     teacher_logits: Float[Tensor, "rows wide_vocab"],
-    rows: Sequence[Row] | None,
+    rows: Sequence[LogitsRow] | None,
     default: MixtureConfig,
     vocab_size: int,
     width: int,
@@ -78,28 +79,26 @@ def mix(
     """
     if rows is None:
         untruncated = RequestOptions(replace(default, top_k=-1, top_p=1.0))
-        rows = [Row("", 1, untruncated)] * teacher_logits.shape[0]
-    # Tensors of vLLM's inference mode cannot be written to outside of it, and the buffers of
-    # `distribution` are used in both.
-    with torch.inference_mode(False), torch.no_grad():
-        teacher = teacher_logits[:, :vocab_size]
-        student = None if student_logits is None else student_logits[:, :vocab_size]
-        scores = teacher.new_full((len(rows), width), -torch.inf, dtype=torch.float32)
-        bad = torch.zeros(len(rows), 2, dtype=torch.bool, device=teacher.device)
-        parts = []
-        for options, places in _groups(rows):
-            for part in row_slices(len(places), vocab_size, teacher.device):
-                index = part if len(places) == len(rows) else torch.tensor(places[part])
-                position = torch.tensor([max(rows[place].position, 0) for place in places[part]])
-                own = None if student is None else student[index]
-                solved, own_scores = _solve(own, teacher[index], position, options)
-                scores[index, :vocab_size] = own_scores
-                bad[index] = _bad(solved)
-                parts.append((places[part], solved))
-        return scores, Mixed(parts, bad)
+        rows = [LogitsRow("", 1, untruncated)] * teacher_logits.shape[0]
+    teacher = teacher_logits[:, :vocab_size]
+    student = None if student_logits is None else student_logits[:, :vocab_size]
+    scores = teacher.new_full((len(rows), width), -torch.inf, dtype=torch.float32)
+    bad = torch.zeros(len(rows), 2, dtype=torch.bool, device=teacher.device)
+    parts = []
+    for options, every_place in _groups(rows):
+        for part in row_slices(len(every_place), vocab_size, teacher.device):
+            places = every_place[part]
+            index = part if len(every_place) == len(rows) else torch.tensor(places)
+            position = torch.tensor([max(rows[place].position, 0) for place in places])
+            own = None if student is None else student[index]
+            solved, own_scores = _solve(own, teacher[index], position, options)
+            scores[index, :vocab_size] = own_scores
+            bad[index] = _bad(solved)
+            parts.append((places, solved))
+    return scores, Mixed(parts, bad)
 
 
-def _groups(rows: Sequence[Row]) -> list[tuple[RequestOptions, list[int]]]:
+def _groups(rows: Sequence[LogitsRow]) -> list[tuple[RequestOptions, list[int]]]:
     """Rows that can be solved together, by their places, and the options of one of them."""
     groups: dict[tuple[MixtureConfig, str, bool], list[int]] = {}
     for place, row in enumerate(rows):
