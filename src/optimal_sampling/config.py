@@ -354,6 +354,8 @@ class PromptConfig(Checked):
     """The student's user turn, with {problem}, {answer}, {solution} or any other column."""
     teacher_template: str = "{problem}"
     """The teacher's user turn; {answer} or {solution} show it what the student does not see."""
+    literal_control_tokens: bool = False
+    """Encode control tokens in the texts of a row, such as <|im_end|>, as ordinary text."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from optimal_sampling.generate.dataset import Dataset, open_dataset
 from optimal_sampling.generate.fingerprint import check_rows, model_facts
 from optimal_sampling.generate.progress import Progress, Summary, Tally
 from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
-from optimal_sampling.records.run_folder import RunFolder
+from optimal_sampling.records.run_folder import TEMPLATE_DATE, RunFolder, template_date
 from optimal_sampling.records.schema import Key, Prompt, Sample, record_of, row_id
 from optimal_sampling.types import Completion, Request, prompt_id
 from optimal_sampling.vocabulary import Vocabulary
@@ -38,6 +38,8 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
     progress = progress or Progress()
     dataset, vocabulary, renderer = _open(config)
     facts = model_facts(config.models) if config.engine.loads_models else {}
+    if renderer.prints_date:
+        facts[TEMPLATE_DATE] = renderer.day.isoformat()
     with RunFolder(config, facts) as folder:
         check_rows(dataset, folder)
         job = _Job(config, dataset, renderer, vocabulary, folder, progress)
@@ -77,6 +79,7 @@ def _open(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRenderer]:
         prompt_column=dataset.prompt_column,
         answer_column=dataset.answer_column,
         columns=dataset.columns,
+        day=template_date(config.run.output_dir),
     )
     return dataset, vocabulary, renderer
 
@@ -107,7 +110,8 @@ class _Job:
 
         Models are loaded only if a sample is owed.
         """
-        texts = (*self.vocabulary.notes, *self.renderer.notes)
+        on_rows = self.renderer.row_notes(row for _, row in self.dataset)
+        texts = (*self.vocabulary.notes, *self.renderer.notes, *on_rows)
         notes = {f"note {number}": text for number, text in enumerate(texts, start=1)}
         requests = self._owed_requests()
         first = next(requests, None)
@@ -177,6 +181,7 @@ class _Job:
             prompt=self._in_flight.pop(key),
             completion=completion,
             text=self.vocabulary.decode(completion.token_ids),
+            raw_text=self.vocabulary.decode_raw(completion.token_ids),
             attempts=self.folder.ledger.attempts(key) + 1,
         )
         record = record_of(sample, token_lists=self.config.run.token_lists)

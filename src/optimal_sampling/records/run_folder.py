@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +21,17 @@ from optimal_sampling.records.schema import FIELDS, SCHEMA_VERSION, Key, Record,
 from optimal_sampling.records.store import RecordFile, Scan, read_json, write_atomically
 from optimal_sampling.version import __version__
 
-__all__ = ["MAY_DIFFER", "MEANS", "Ledger", "RunFolder", "Totals", "differences", "load"]
+__all__ = [
+    "MAY_DIFFER",
+    "MEANS",
+    "TEMPLATE_DATE",
+    "Ledger",
+    "RunFolder",
+    "Totals",
+    "differences",
+    "load",
+    "template_date",
+]
 
 MAY_DIFFER = frozenset(
     {
@@ -43,6 +54,9 @@ MAY_DIFFER = frozenset(
 All others change tokens or records; they are compared.
 """
 
+
+TEMPLATE_DATE = "template_date"
+"""The fact that says on which date a run's chat templates print."""
 
 MEANS = tuple(name for name, field in FIELDS.items() if field.is_mean)
 """Fields of a record that are means over its tokens."""
@@ -170,6 +184,20 @@ def _record_files(run: Path) -> list[Path]:
     return sorted((run / "records").glob("*.jsonl"))
 
 
+def template_date(run: str | Path) -> date:
+    """The date that chat templates print in a run: today, or that of the run's first call.
+
+    Folders that do not say it have the date of their `config.json`. Raises RunFolderError.
+    """
+    path = Path(run) / "config.json"
+    if not path.exists():
+        return date.today()
+    options = read_json(path).get("compared")
+    if isinstance(options, dict) and TEMPLATE_DATE in options:
+        return date.fromisoformat(options[TEMPLATE_DATE])
+    return date.fromtimestamp(path.stat().st_mtime)
+
+
 def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
     """The good records of a run folder, one per sample, in the order of the files.
 
@@ -230,6 +258,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], form: str) ->
 
 
 def _flag(name: str) -> str:
+    if name == TEMPLATE_DATE:
+        return "date that chat templates print"
     if name.endswith("_files"):
         return f"content hash of the {name.removesuffix('_files')}'s folder"
     return "--" + name.replace("_", "-")

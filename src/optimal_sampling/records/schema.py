@@ -61,6 +61,8 @@ class Sample:
     text: str
     """The completion, decoded."""
     attempts: int
+    raw_text: str | None = None
+    """The completion, decoded with its special tokens; None where there is none."""
 
     @property
     def trace(self) -> TokenTrace:
@@ -157,6 +159,13 @@ class Record(TypedDict):
     completion: Annotated[
         str, Field("text without its stop token and special tokens", attrgetter("text"))
     ]
+    completion_raw: Annotated[
+        NotRequired[str],
+        Field(
+            "text with its special tokens, without its stop token; absent if equal to `completion`",
+            lambda s: None if s.raw_text == s.text else s.raw_text,
+        ),
+    ]
     completion_ids: Annotated[
         list[int],
         Field("every token drawn, the stop token included", lambda s: list(s.completion.token_ids)),
@@ -235,8 +244,12 @@ FIELDS: dict[str, Field] = {name: hint.__metadata__[0] for name, hint in _HINTS.
 
 def record_of(sample: Sample, *, token_lists: bool = True) -> Record:
     """The record of a sample. Without `token_lists`, it has no fields with one number per token."""
-    names = [name for name in FIELDS if token_lists or name in Record.__required_keys__]
-    return cast(Record, {name: FIELDS[name].take(sample) for name in names})
+    lists = "token_alpha", "token_kl_student", "token_kl_teacher"
+    names = [name for name in FIELDS if token_lists or name not in lists]
+    record = {name: FIELDS[name].take(sample) for name in names}
+    if record["completion_raw"] is None:
+        del record["completion_raw"]
+    return cast(Record, record)
 
 
 def key_of(record: Record) -> Key:

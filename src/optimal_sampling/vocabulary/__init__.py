@@ -1,7 +1,8 @@
 """Which token ids mean the same to both models.
 
-    tokens   a model by name: its folder, tokenizer, end tokens and sizes, without its weights
-    shared   `Vocabulary`: the ids that both models share
+    tokens    a model by name: its folder, tokenizer, end tokens and sizes, without its weights
+    thinking  the markers around a model's reasoning, from its chat template
+    shared    `Vocabulary`: the ids that both models share
 
 Transformers is imported when a tokenizer is loaded.
 """
