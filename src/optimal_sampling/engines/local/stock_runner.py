@@ -1,0 +1,201 @@
+"""A model run with its own forward pass and its own cache, as Transformers' `generate` runs it.
+
+For models whose attention cannot be plugged in: recurrent and hybrid ones, and those with an attention of their
+own. One token per row and round; no drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from optimal_sampling.engines.local.scheduler import Chunk
+
+__all__ = ["StockCache", "StockRunner"]
+
+
+@dataclass(slots=True, eq=False)
+class StockRow:
+    """One row: the tokens that no forward pass has seen, and the group in which the others were."""
+
+    pending: list[int] = field(default_factory=list)
+    length: int = 0
+    """Tokens that the model's cache holds."""
+    group: Group | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Rows whose tokens go through the model together; all of one length, so that nothing is padded."""
+
+    rows: list[StockRow]
+    ids: Int[Tensor, "rows tokens"]
+    kwargs: dict[str, Any]
+    """What `generate` hands from one forward pass to the next, the cache among it."""
+
+    def keep(self, rows: list[StockRow]) -> None:
+        """Drop every row but these, which are in the group's order."""
+        if len(rows) == len(self.rows):
+            return
+        index = torch.tensor([self.rows.index(row) for row in rows], device=self.ids.device)
+        count = len(self.rows)
+        self.ids = self.ids[index]
+        for name, value in self.kwargs.items():
+            if hasattr(value, "reorder_cache"):
+                value.reorder_cache(index)
+            elif isinstance(value, Tensor) and value.shape[:1] == (count,) and count > 1:
+                self.kwargs[name] = value[index]
+        self.rows = rows
+
+
+class StockCache:
+    """The rows of one model by slot. A row's memory is the model's own cache, made at its first token."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, StockRow] = {}
+
+    def row(self, slot: int, start: int) -> StockRow:
+        """The row whose next token has position `start`. A new one where it is 0."""
+        if start == 0 or slot not in self.rows:
+            self.rows[slot] = StockRow()
+        row = self.rows[slot]
+        if row.length + len(row.pending) != start:
+            raise ValueError(
+                f"slot {slot} holds {row.length + len(row.pending)} tokens, not {start}"
+            )
+        return row
+
+    def move(self, source: int, target: int, count: int) -> None:
+        """Row `target` becomes what row `source` is, which goes; `count` tokens of it are cached."""
+        self.rows[target] = self.rows.pop(source)
+
+    def clear(self, row: int) -> None:
+        """Forget a row."""
+        self.rows.pop(row, None)
+
+    def shrink(self, slots: int) -> None:
+        """Forget the rows from `slots` on."""
+        for slot in [s for s in self.rows if s >= slots]:
+            del self.rows[slot]
+
+
+class StockRunner:
+    """Forward passes over the rows of a `StockCache`.
+
+    `batched`: rows that start in one round with texts of one length go through the model together. Their logits are
+    then those of a batch, equal to a single row's up to rounding; otherwise to the bit.
+    """
+
+    def __init__(self, model: Any, vocab_size: int, batched: bool = False) -> None:
+        self.model = model
+        self.vocab_size = vocab_size
+        self.batched = batched
+        self.device: torch.device = model.device
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        cache: StockCache,
+        tokens: Int[Tensor, "rows 1"],
+        start: Int[np.ndarray, " rows"],
+        idle: Sequence[int] = (),
+        chunks: Sequence[Chunk] = (),
+    ) -> Float[Tensor, "rows 1 vocab"]:
+        """Logits after `tokens`, which have the positions `start` in slots 0, 1, ...; chunks come before them.
+
+        Chunks wait for the first token after them: a recurrent model reads a prompt in one forward pass. The logits
+        of idle rows mean nothing.
+        """
+        for chunk in chunks:
+            cache.row(chunk.slot, chunk.start).pending.extend(chunk.ids)
+        cache.shrink(len(tokens))
+        ids, working = tokens[:, 0].tolist(), {}
+        for slot in sorted(set(range(len(tokens))) - set(idle)):
+            row = cache.row(slot, int(start[slot]))
+            row.pending.append(ids[slot])
+            working[slot] = row
+        logits = self._run(list(working.values()))
+        output = torch.zeros(len(tokens), 1, self.vocab_size, dtype=self.model.dtype)
+        output = output.to(self.device)
+        for slot, row in working.items():
+            output[slot, 0] = logits[row]
+        return output
+
+    def _run(self, rows: list[StockRow]) -> dict[StockRow, Float[Tensor, " vocab"]]:
+        new = [row for row in rows if row.group is None]
+        groups = {id(row.group): row.group for row in rows if row.group is not None}
+        members = {key: [r for r in group.rows if r in rows] for key, group in groups.items()}
+        steps = [self._step(group, members[key]) for key, group in groups.items()]
+        steps += [self._start(part) for part in self._parts(new)]
+        found: dict[StockRow, Tensor] = {}
+        for group, logits in steps:
+            for row, values in zip(group.rows, logits, strict=True):
+                found[row] = values[: self.vocab_size]
+                row.length += len(row.pending)
+                row.pending.clear()
+        return found
+
+    def _parts(self, rows: list[StockRow]) -> list[list[StockRow]]:
+        """Which new rows start together."""
+        if not self.batched:
+            return [[row] for row in rows]
+        lengths = sorted({len(row.pending) for row in rows})
+        return [[row for row in rows if len(row.pending) == length] for length in lengths]
+
+    def _start(self, rows: list[StockRow]) -> tuple[Group, Float[Tensor, "rows vocab"]]:
+        """Read the texts of new rows."""
+        ids = torch.tensor([row.pending for row in rows], device=self.device)
+        group = Group(rows, ids, self._prepared(ids))
+        for row in rows:
+            row.group = group
+        inputs = self.model.prepare_inputs_for_generation(
+            ids, is_first_iteration=True, **group.kwargs
+        )
+        return group, self._forward(group, inputs)
+
+    def _prepared(self, ids: Int[Tensor, "rows tokens"]) -> dict[str, Any]:
+        """What `generate` would hand to the first forward pass: a new cache, positions, masks."""
+        from transformers import GenerationConfig
+
+        kept: dict[str, Any] = {}
+
+        def keep(
+            model: Any, input_ids: Tensor, generation_config: Any = None, **kwargs: Any
+        ) -> Tensor:
+            ours = ("logits_processor", "stopping_criteria", "synced_gpus", "streamer")
+            kept.update({k: v for k, v in kwargs.items() if k not in ours})
+            return input_ids
+
+        config = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0)
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            custom_generate=keep,
+        )
+        return kept
+
+    def _step(
+        self, group: Group, rows: list[StockRow]
+    ) -> tuple[Group, Float[Tensor, "rows vocab"]]:
+        """Read one more token of each row."""
+        group.keep(rows)
+        last = torch.tensor([row.pending for row in rows], device=self.device)
+        group.ids = torch.cat([group.ids, last], 1)
+        cached = group.kwargs.get("use_cache", True)
+        inputs = self.model.prepare_inputs_for_generation(
+            group.ids, next_sequence_length=1 if cached else None, **group.kwargs
+        )
+        return group, self._forward(group, inputs)
+
+    def _forward(self, group: Group, inputs: dict[str, Any]) -> Float[Tensor, "rows vocab"]:
+        outputs = self.model(**inputs, return_dict=True)
+        group.kwargs = self.model._update_model_kwargs_for_generation(outputs, group.kwargs)
+        logits: Tensor = outputs.logits[:, -1]
+        return logits
