@@ -116,9 +116,9 @@ def _layers_to_keep(fields: dict[str, Any]) -> list[int]:
 def _shrunk(name: str, value: Any, kept: list[int], count: int) -> Any:
     if name == "per_layer_config":
         return {
-            kept.index(int(layer)): _shrink(of_layer)
+            kept.index(int(layer)) if layer.isdigit() else layer: _shrink(of_layer)
             for layer, of_layer in value.items()
-            if int(layer) in kept
+            if not layer.isdigit() or int(layer) in kept
         }
     if isinstance(value, dict):
         if "model_type" in value:
@@ -169,6 +169,12 @@ def _fit(fields: dict[str, Any], large: dict[str, Any]) -> None:
             fields[name] = fields[heads] if same else fields[name]
     if "qk_rope_head_dim" in fields and large.get("head_dim") == large["qk_rope_head_dim"]:
         fields["head_dim"] = fields["qk_rope_head_dim"]
+    rope, rest = fields.get("qk_rope_head_dim"), fields.get("qk_nope_head_dim")
+    if rope and rest and large.get("head_dim") == large["qk_rope_head_dim"] + large["qk_nope_head_dim"]:
+        fields["head_dim"] = rope + rest
+    if fields.get("num_layers_per_stack"):
+        fields["num_hidden_layers"] = large["num_hidden_layers"] // large["num_layers_per_stack"]
+        fields["num_layers_per_stack"] = 1
     expand = fields.get("mamba_expand", fields.get("expand"))
     if not expand or not fields.get("hidden_size"):
         return
