@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import sys
 import warnings
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from optimal_sampling.engines.local.model_check import SmallCopy, reason_of
+from optimal_sampling.engines.local.shrinking import text_model
+from optimal_sampling.errors import ModelError
+
 NAMES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 MOE = {"n_routed_experts": 8, "num_experts_per_tok": 2}
 
 # what the default configuration leaves out, as published checkpoints have it
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
     "cohere_compass_text": {
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -24,6 +34,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 4, "rope_theta": 10000.0, "clip_qkv": 8}},
     "deepseek_v2": {**MOE, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
     "dots1": {**MOE, "n_shared_experts": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "mamba", "attention"] * 8},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
@@ -82,7 +93,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "zaya (windows)": (
         "zaya",
-        {"layer_types": ["hybrid", "hybrid_sliding"] * 40, "sliding_window": 4096},
+        {"layer_types": ["hybrid", "hybrid_sliding"] * 20, "sliding_window": 4096},
     ),
 }
 
@@ -95,10 +106,91 @@ def config_of(name: str) -> tuple[Any, Any]:
         warnings.simplefilter("ignore")
         config = CONFIG_MAPPING[family](**changes)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        text = config.get_text_config(decoder=True)
-        if text is not config and not config.is_encoder_decoder:  # a multimodal wrapper
-            config = type(text)(**DEFAULTS[text.model_type]) if text.model_type in DEFAULTS else text
-            model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), model_class)
+        model_class, text = text_model(model_class, config)
+        if text is not config:  # a multimodal wrapper
+            config = type(text)(**DEFAULTS.get(text.model_type, {}))
     if hasattr(config, "is_decoder"):  # BERT's relatives, which are encoders otherwise
         config.is_decoder = True
     return model_class, config
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the local engine runs a family."""
+
+    family: str
+    model_class: str
+    kind: str
+    """`native`, `own cache`, `refused` or `not testable`."""
+    reason: str = ""
+
+    def row(self) -> str:
+        """Its row of docs/models.md."""
+        reason = self.reason.replace("|", "\\|")
+        return f"| {self.family} | {self.model_class} | {self.kind} | {reason} |"
+
+
+def outcome(name: str) -> Outcome:
+    """What the checks at load say of a family or a variant, on a small random copy of it."""
+    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[VARIANTS.get(name, (name, {}))[0]]
+    try:
+        model_class, config = config_of(name)
+        small = SmallCopy(model_class, config, "")
+    except Exception as error:  # configurations and models fail in ways of their own
+        return Outcome(name, class_name, "not testable", reason_of(error))
+    try:
+        small.check_attention()
+        return Outcome(name, class_name, "native")
+    except ModelError as error:
+        why = _short(error)
+    try:
+        batched = small.check_own_cache()
+    except ModelError as error:
+        return Outcome(name, class_name, "refused", f"{why}; {_short(error)}")
+    rows = "" if batched else "; one row at a time"
+    return Outcome(name, class_name, "own cache", why + rows)
+
+
+def _short(error: ModelError) -> str:
+    """An error without the model's name and the numbers that differ between machines."""
+    text = re.sub(r"^the +model is an? \w+, (which|whose) ", "", str(error))
+    text = re.sub(r" \(by [^)]*\)", "", text)
+    return re.sub(r"(; it would be sampled wrongly)?(, so it is refused|; refused)$", "", text)
+
+
+HEADER = """# Models
+
+How the local engine runs every causal family of Transformers {version}, found by
+`python -m tests.engines.local.families > docs/models.md`: each is built small and with random weights, with every kind
+of layer, and with windows, chunks and rotary switches of some dozen tokens. What a default configuration leaves off is
+listed as a variant, in brackets.
+
+- **native**: in the engine's own batch, with its cache and drafts. The logits of a short row, a long row and a row that
+  grows past every length, in one batch and with prompts in chunks, are those of the model's own forward pass in
+  float64.
+- **own cache**: with the model's own forward pass and cache, one token at a time. The reason says why not natively.
+- **refused**: neither gives the logits of the model's own uncached forward pass.
+- **not testable**: no small copy can be made or run; the error is given. Such a model is refused.
+
+{counts}
+
+| Family | Class | Runs | Why |
+|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """The text of docs/models.md."""
+    outcomes = [outcome(name) for name in sorted([*NAMES, *VARIANTS])]
+    kinds = Counter(o.kind for o in outcomes)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) + "."
+    header = HEADER.format(version=transformers.__version__, counts=counts)
+    return header + "".join(f"{o.row()}\n" for o in outcomes)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    with contextlib.redirect_stdout(sys.stderr):  # some models print
+        text = table()
+    sys.stdout.write(text)

@@ -16,6 +16,7 @@ from optimal_sampling.config import EngineConfig, ModelConfig
 from optimal_sampling.engines.local import attention
 from optimal_sampling.engines.local.forward import ModelRunner
 from optimal_sampling.engines.local.kv_cache import Cache, KVCache
+from optimal_sampling.engines.local.model_check import call_problem, check_small_copy, reason_of
 from optimal_sampling.engines.local.norms import fuse_norms
 from optimal_sampling.engines.local.paged.cache import PagedCache
 from optimal_sampling.engines.local.paged.forward import PagedRunner
@@ -214,17 +215,10 @@ def check_architecture(model: Any, role: str, kernel: Kernel | None = None) -> P
         raise
     except Exception as error:
         raise ModelError(
-            f"the {role} model is a {name}, which the local engine cannot run: {error}"
+            f"the {role} model is a {name}, which the local engine cannot run: {reason_of(error)}"
         ) from error
-    layers = config.num_hidden_layers
-    if sorted(called) != list(range(layers)):
-        kinds = sorted(set(getattr(config, "layer_types", None) or [config.model_type]))
-        message = (
-            f"calls a plugged-in attention function in {len(set(called))} of its {layers} layers"
-        )
-        raise ModelError(
-            f"the {role} model is a {name}, which {message} (layers of kind {', '.join(kinds)}); refused"
-        )
+    if problem := call_problem(called, config):
+        raise ModelError(f"the {role} model is a {name}, which {problem}; refused")
     difference = (ours - stock).abs().max().item()
     allowed = TOLERANCE.get(model.dtype, 0.1) * max(1.0, stock.abs().max().item())
     if not difference <= allowed and stock.isfinite().all():
@@ -234,6 +228,7 @@ def check_architecture(model: Any, role: str, kernel: Kernel | None = None) -> P
         raise ModelError(
             f"the {role} model is a {name}, whose {message}; it would be sampled wrongly, so it is refused"
         )
+    check_small_copy(model, role)
     return probe
 
 

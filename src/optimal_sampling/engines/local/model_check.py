@@ -6,7 +6,9 @@ Windows, chunks, rotary factors and attention temperatures show only on long tex
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,15 +24,18 @@ from optimal_sampling.engines.local.forward import ModelRunner
 from optimal_sampling.engines.local.kv_cache import KVCache
 from optimal_sampling.engines.local.norms import fuse_norms
 from optimal_sampling.engines.local.scheduler import Chunk
-from optimal_sampling.engines.local.shrinking import POSITIONS, VOCAB, small_model
+from optimal_sampling.engines.local.shrinking import POSITIONS, VOCAB, small_model, text_model
+from optimal_sampling.engines.local.stock_runner import StockCache, StockRunner
 from optimal_sampling.errors import ModelError
 
-__all__ = ["Layer", "check_small_copy", "stock_layers", "stock_logits"]
+__all__ = ["Layer", "SmallCopy", "call_problem", "check_small_copy", "reason_of", "stock_layers", "stock_logits"]
 
 RECORDER = "optimal_sampling_recorder"
 """Transformers finds the attention function that records masks under this name."""
-TOLERANCE = 1e-4
-"""Largest accepted difference to the stock logits in float64, relative to the largest logit."""
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
+"""Largest accepted difference to the stock logits, relative to the largest logit."""
+OWN_CACHE = 2e-3
+"""The same for a model with its own cache: recurrent states are float32 in most."""
 SHORT, LONG, GROWING = range(3)
 """Rows of the mixed batch: one that stays short, one past every length, one that grows past them."""
 PROMPTS = {SHORT: 4, LONG: 44, GROWING: 6}
@@ -91,33 +96,186 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def check_small_copy(model_class: Any, config: Any, role: str) -> None:
-    """Raise ModelError unless a small copy gives its stock logits: mixed rows, chunks, growth."""
-    name = model_class.__name__
-    start = f"the {role} model is a {name}"
-    try:
+def reason_of(error: Exception) -> str:
+    """Why a model's own code failed, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = lines[-1] if lines else type(error).__name__
+    if isinstance(error, TypeError) and "NoneType" in last:
+        return (
+            "its code reads the attention mask itself, to select keys (sparse attention), and a"
+            f" plugged-in attention function has none ({last})"
+        )
+    return last
+
+
+def call_problem(called: list[int], config: Any) -> str:
+    """How the calls of the attention function differ from one per layer; empty where they do not."""
+    layers: int = config.num_hidden_layers
+    counts = Counter(called)
+    if sorted(called) == list(range(layers)):
+        return ""
+    kinds = sorted(set(getattr(config, "layer_types", None) or [config.model_type]))
+    where = f"(layers of kind {', '.join(kinds)})"
+    if set(counts) == set(range(layers)):
+        times = max(counts.values())
+        return f"calls a plugged-in attention function {times} times in a layer {where}"
+    return f"calls a plugged-in attention function in {len(counts)} of its {layers} layers {where}"
+
+
+class SmallCopy:
+    """A small random copy of a model, with the logits of its own uncached forward pass.
+
+    Raises ModelError where no such copy can be made or run.
+    """
+
+    def __init__(self, model_class: Any, config: Any, role: str) -> None:
+        self.start = f"the {role} model is a {model_class.__name__}"
+        try:
+            with _quiet():
+                self._make(model_class, config)
+        except Exception as error:
+            raise ModelError(
+                f"{self.start}, of which no small copy can be run to check it on long texts:"
+                f" {reason_of(error)}"
+            ) from error
+        self.scale = max(1.0, *(float(x.abs().max()) for x in self.expected.values()))
+
+    def _make(self, model_class: Any, config: Any) -> None:
+        """In float64, or in float32 where the model's code has no float64."""
+        for dtype in (torch.float64, torch.float32):
+            self.model = small_model(model_class, config, dtype)
+            self.attention = self.model.config._attn_implementation
+            try:
+                self.expected = {row: stock_logits(self.model, *_text(row)) for row in PROMPTS}
+                self.tolerance = TOLERANCE[dtype]
+                return
+            except RuntimeError:
+                if dtype == torch.float32:
+                    raise
+
+    def check_attention(self) -> None:
+        """Raise ModelError unless it runs with the plugged-in attention: mixed rows, chunks, growth."""
         with _quiet():
-            model = small_model(model_class, config)
-            expected = {row: stock_logits(model, *_text(row)) for row in PROMPTS}
-    except Exception as error:
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            for layer in stock_layers(self.model, POSITIONS - 8):
+                if problem := layer.problem():
+                    raise ModelError(
+                        f"{self.start}, whose {problem}; it would be sampled wrongly, so it is refused"
+                    )
+            attention.register()
+            self.model.set_attn_implementation(attention.NAME)
+            fuse_norms(self.model)
+            self._compare_rows()
+
+    def _calls(self) -> str:
+        """How the model does not call the attention function once per layer."""
+        runner, cache = ModelRunner(self.model, VOCAB), KVCache()
+        cache.reshape(1, POSITIONS)
+        _, plan = runner.forward_with_plan(cache, torch.tensor([[4]]), np.array([0]))
+        config = self.model.config.get_text_config(decoder=True)
+        assert plan is not None
+        return call_problem(plan.layers_called, config)
+
+    def check_own_cache(self) -> bool:
+        """Whether rows of equal length give their own logits in one batch, with the model's own cache.
+
+        Raises ModelError unless each row alone does.
+        """
+        with _quiet():
+            self.model.set_attn_implementation(self.attention)
+            try:
+                alone = self._difference(self._own_logits(batched=False))
+            except Exception as error:
+                message = f"{self.start}, which cannot be run with its own cache"
+                raise ModelError(f"{message}: {reason_of(error)}") from error
+            allowed = OWN_CACHE * self.scale
+            if alone > allowed:
+                raise ModelError(
+                    f"{self.start}, whose logits with its own cache differ from those without (by"
+                    f" {alone:.3g} in a small copy of it; allowed: {allowed:.3g}), so that it is not"
+                    " known which are right; refused"
+                )
+            try:
+                return self._difference(self._own_logits(batched=True)) <= allowed
+            except (RuntimeError, ValueError, IndexError):  # its cache cannot drop rows
+                return False
+
+    def _difference(self, found: dict[int, Tensor]) -> float:
+        parts = [(x - self.expected[row]).abs().max().item() for row, x in found.items()]
+        return max(parts) if all(np.isfinite(parts)) else float("inf")
+
+    def _compare_rows(self) -> None:
+        """The rows of a mixed batch, then each row alone, which tells what is wrong."""
+        allowed = self.tolerance * self.scale
+        try:
+            calls = self._calls()
+            together = self._difference(_logits(self.model, tuple(PROMPTS), 7))
+            if together <= allowed and not calls:
+                return
+            alone = {
+                row: self._difference(_logits(self.model, (row,), POSITIONS)) for row in PROMPTS
+            }
+        except Exception as error:
+            message = f"{self.start}, which the local engine cannot run: {reason_of(error)}"
+            raise ModelError(message) from error
+        if calls:
+            raise ModelError(f"{self.start}, which {calls}; refused")
+        if max(alone.values()) <= allowed:
+            kind = "depend on what shares its batch or on how its prompt is cut into chunks"
+        elif alone[SHORT] <= allowed:
+            kind = "differ from its own forward pass on longer texts"
+        else:
+            kind = "differ from its own forward pass"
         raise ModelError(
-            f"{start}, of which no small copy can be run to check it on long texts: {first[0]}"
-        ) from error
-    with _quiet():
-        for layer in stock_layers(model, POSITIONS - 8):
-            if problem := layer.problem():
-                raise ModelError(f"{start}, whose {problem}; it would be sampled wrongly")
-        _compare(model, expected, start)
+            f"{self.start}, whose logits {kind} (by {together:.3g} in a small copy of it; allowed:"
+            f" {allowed:.3g}); it would be sampled wrongly, so it is refused"
+        )
+
+    def _own_logits(self, batched: bool) -> dict[int, Float[Tensor, "n vocab"]]:
+        """Logits after each prefix of every row's text, each row twice, by `StockRunner`."""
+        runner, cache = StockRunner(self.model, VOCAB, batched), StockCache()
+        rows = [row for row in PROMPTS for _ in range(2)]
+        texts = [_text(row) for row in rows]
+        chunks = [Chunk(i, 0, ids[: prompt - 1]) for i, (ids, prompt) in enumerate(texts)]
+        at = np.array([prompt - 1 for _, prompt in texts])
+        ends = np.array([len(ids) for ids, _ in texts])
+        ends[1] -= 1  # one row of a batch ends before the other
+        found: list[list[Tensor]] = [[] for _ in rows]
+        while (at < ends).any():
+            idle = [int(i) for i in np.flatnonzero(at >= ends)]
+            tokens = [[ids[min(p, len(ids) - 1)]] for (ids, _), p in zip(texts, at, strict=True)]
+            logits = runner.forward(cache, torch.tensor(tokens), at, idle, chunks)
+            chunks = []
+            for i in set(range(len(rows))) - set(idle):
+                found[i].append(logits[i, 0])
+                at[i] += 1
+        return {row: torch.stack(found[2 * i]) for i, row in enumerate(PROMPTS)}
+
+
+def check_small_copy(model: Any, role: str) -> None:
+    """Raise ModelError unless a small copy of the model runs with the plugged-in attention.
+
+    Once for each configuration: what is found does not depend on the weights.
+    """
+    model_class, config = text_model(type(model), model.config)
+    key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
+    if key not in _found:
+        try:
+            SmallCopy(model_class, config, "{role}").check_attention()
+            _found[key] = ""
+        except ModelError as error:
+            _found[key] = str(error)
+    if _found[key]:
+        raise ModelError(_found[key].replace("{role}", role))
+
+
+_found: dict[tuple[Any, str], str] = {}
+"""What `check_small_copy` found."""
 
 
 def _text(row: int) -> tuple[list[int], int]:
-    ids = torch.randint(4, VOCAB, (PROMPTS[row] + NEW[row],), generator=_generator(row)).tolist()
+    generator = torch.Generator().manual_seed(row)
+    ids = torch.randint(4, VOCAB, (PROMPTS[row] + NEW[row],), generator=generator).tolist()
     return ids, PROMPTS[row]
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def stock_logits(model: Any, ids: list[int], prompt: int) -> Float[Tensor, "new vocab"]:
@@ -156,38 +314,6 @@ def stock_layers(model: Any, length: int) -> list[Layer]:
     return layers
 
 
-def _compare(model: Any, expected: dict[int, Tensor], start: str) -> None:
-    """The rows of a mixed batch, then each row alone, which tells what is wrong."""
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
-    fuse_norms(model)
-    allowed = TOLERANCE * max(1.0, *(float(logits.abs().max()) for logits in expected.values()))
-
-    def difference(rows: tuple[int, ...], chunk: int) -> float:
-        found = _logits(model, rows, chunk)
-        parts = [(found[row] - expected[row]).abs().max().item() for row in rows]
-        return max(parts) if all(np.isfinite(parts)) else float("inf")
-
-    try:
-        together = difference((SHORT, LONG, GROWING), 7)
-        if together <= allowed:
-            return
-        alone = {row: difference((row,), POSITIONS) for row in PROMPTS}
-    except Exception as error:
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ModelError(f"{start}, which the local engine cannot run: {first[0]}") from error
-    if max(alone.values()) <= allowed:
-        kind = "depend on what shares its batch or on how its prompt is cut into chunks"
-    elif alone[SHORT] <= allowed:
-        kind = "differ from its own forward pass on longer texts"
-    else:
-        kind = "differ from its own forward pass"
-    raise ModelError(
-        f"{start}, whose logits {kind} (by {together:.3g} in a small copy of it; allowed:"
-        f" {allowed:.3g}); it would be sampled wrongly"
-    )
-
-
 def _logits(model: Any, rows: tuple[int, ...], chunk: int) -> dict[int, Float[Tensor, "n vocab"]]:
     """Logits after each prefix of every row's text: prompts in chunks, then 1 or 3 tokens at a time."""
     runner, cache = ModelRunner(model, VOCAB), KVCache()
@@ -207,7 +333,9 @@ def _logits(model: Any, rows: tuple[int, ...], chunk: int) -> dict[int, Float[Te
             for i, (ids, _) in enumerate(texts)
             if pending[i] > 0
         ]
-        tokens = [(ids + [0] * width)[c : c + width] for (ids, _), c in zip(texts, cached, strict=True)]
+        tokens = [
+            (ids + [0] * width)[c : c + width] for (ids, _), c in zip(texts, cached, strict=True)
+        ]
         start = np.array([min(c, POSITIONS - width) for c in cached])
         logits = runner.forward(cache, torch.tensor(tokens), start, idle, chunks)
         for part in chunks:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["POSITIONS", "VOCAB", "shrink_config", "small_model"]
+__all__ = ["POSITIONS", "VOCAB", "shrink_config", "small_model", "text_model"]
 
 POSITIONS = 64
 """Longest text of a small model."""
@@ -25,13 +25,17 @@ LAYERS = (
 ).split()
 
 Rule = tuple[str, int]
-RULES: tuple[Rule, ...] = (
-    (r"_token_id$|_index$|_idx$|lang_id|^seed$", -1),  # ids of tokens: 0..VOCAB - 1 as they are
-    (r"^(num_codebooks|pretraining_tp|chunk_size_feed_forward|type_vocab_size)$", -2),
+EXACT: tuple[Rule, ...] = (
     (r"original_max_position", 16),
     (r"max_position|^n_positions$|^n_ctx$|max_seq_len$|max_target_pos|max_source_pos", POSITIONS),
     (r"context_length|model_max_length", POSITIONS),
     (r"vocab_size", VOCAB),
+)
+"""First match: an integer with such a name becomes the number."""
+RULES: tuple[Rule, ...] = (
+    (r"_token_id$|_index$|_idx$|lang_id|^seed$", -1),  # ids of tokens: 0..VOCAB - 1 as they are
+    (r"^(num_codebooks|pretraining_tp|chunk_size_feed_forward|type_vocab_size)$", -2),
+    (r"original_max_position", 16),
     (r"mlp_layer|attention_every|_period$|_interval$|every_n|layer_group_size|_pattern$|layer_step$", 2),
     (r"_offset$|num_dense_layers|first_k_dense|max_window_layers|num_kv_shared_layers", 1),
     (r"num_mem_blocks|n_group$|topk_group|num_expert_group|n_groups$|ngroups$|o_groups$", 1),
@@ -67,6 +71,16 @@ def shrink_config(config: Any) -> Any:
     Raises whatever the configuration's class raises where the small sizes do not fit together.
     """
     return type(config)(**_shrink(config.to_dict()))
+
+
+def text_model(model_class: Any, config: Any) -> tuple[Any, Any]:
+    """(class, configuration) of the language model in a multimodal one; any other as it is."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = config.get_text_config(decoder=True)
+    if text is config or config.is_encoder_decoder:
+        return model_class, config
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), model_class), text
 
 
 def small_model(model_class: Any, config: Any, dtype: torch.dtype = torch.float64) -> Any:
@@ -136,8 +150,6 @@ def _shrunk(name: str, value: Any, kept: list[int], count: int) -> Any:
 def _shrunk_list(name: str, values: list[Any], kept: list[int], count: int) -> list[Any]:
     if count > 4 and len(values) == count:
         return [_shrunk(name, values[i], [], -1) for i in kept]
-    if name.endswith("factor"):
-        return _spread(values, HEAD // 2)
     if name == "mrope_section":
         return [HEAD // 2 - 2 * (HEAD // 8), HEAD // 8, HEAD // 8]
     if values and all(map(_is_int, values)) and ("layer" in name or "idx" in name):
@@ -152,6 +164,11 @@ def _spread(values: list[Any], count: int) -> list[Any]:
 
 
 def _smaller(name: str, value: int) -> int:
+    if name == "type_vocab_size":
+        return value
+    for pattern, size in EXACT:
+        if re.search(pattern, name):
+            return size if value > 16 or size == VOCAB else value
     for pattern, size in RULES:
         if re.search(pattern, name):
             if size == -1:
@@ -169,6 +186,7 @@ def _fit(fields: dict[str, Any], large: dict[str, Any]) -> None:
             fields[name] = fields[heads] if same else fields[name]
     if "qk_rope_head_dim" in fields and large.get("head_dim") == large["qk_rope_head_dim"]:
         fields["head_dim"] = fields["qk_rope_head_dim"]
+    _fit_rotary(fields, large)
     rope, rest = fields.get("qk_rope_head_dim"), fields.get("qk_nope_head_dim")
     if rope and rest and large.get("head_dim") == large["qk_rope_head_dim"] + large["qk_nope_head_dim"]:
         fields["head_dim"] = rope + rest
@@ -190,3 +208,16 @@ def _fit(fields: dict[str, Any], large: dict[str, Any]) -> None:
     if large.get("attention_hidden_size") == 2 * large["hidden_size"]:
         fields["attention_hidden_size"] = 2 * fields["hidden_size"]
         fields["attention_head_dim"] = 2 * fields["hidden_size"] // fields[heads]
+
+
+def _fit_rotary(fields: dict[str, Any], large: dict[str, Any]) -> None:
+    """As many rotary factors as pairs of rotated dimensions."""
+    rope = fields.get("rope_parameters") or {}
+    share = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+    dim = fields.get("head_dim") or (
+        fields.get("hidden_size", 0) // (fields.get("num_attention_heads") or 1)
+    )
+    pairs = fields.get("qk_rope_head_dim") or int(dim * share)
+    for name, values in (large.get("rope_parameters") or {}).items():
+        if isinstance(values, (list, tuple)) and name.endswith("_factor"):
+            rope[name] = _spread(list(values), pairs // 2)

@@ -172,7 +172,15 @@ class StockRunner:
             kept.update({k: v for k, v in kwargs.items() if k not in ours})
             return input_ids
 
-        config = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0)
+        # set here, because a checkpoint's generation_config.json may say otherwise
+        config = GenerationConfig(
+            max_new_tokens=1,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            cache_implementation="dynamic",
+            pad_token_id=0,
+        )
         self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
