@@ -13,7 +13,7 @@ import pytest
 
 from optimal_sampling import toy_pair
 from optimal_sampling.cli import ALIASES, COMMANDS, EXIT_CODES, main, parse_generate
-from optimal_sampling.config import GenerateConfig
+from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.records.files import Lock
 
 
@@ -72,12 +72,9 @@ def test_every_option_of_the_config_is_a_flag():
         text=True,
         check=True,
     ).stdout
+    assert "--engine " in text
     for section in fields(GenerateConfig):
-        for option in (
-            fields(getattr(GenerateConfig(), section.name))
-            if section.name != "engine"
-            else [section]
-        ):
+        for option in fields(getattr(GenerateConfig(), section.name)):
             assert f"--{option.name.replace('_', '-')} " in text.replace(",", " ")
     for line in EXIT_CODES.splitlines():
         assert line in text
@@ -92,7 +89,7 @@ def test_the_seeds_commands_are_understood():
         )
     )
     assert (config.models.teacher, config.models.student) == ("Qwen/A", "Qwen/B")
-    assert (config.options.batch_size, config.run.max_new_tokens, config.data.data_slice) == (
+    assert (config.engine.batch_size, config.run.max_new_tokens, config.data.data_slice) == (
         128,
         16384,
         "0::8",
@@ -213,6 +210,40 @@ def test_bad_options(command, tmp_path, arguments, message):
     assert code == 2
     assert message in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attention", "sdpa"], "--attention is an option of the engine local, and the engine"),
+        (["--no-batch-invariant"], "--no-batch-invariant is an option of the engine local"),
+        (["--batch-size=4"], "--batch-size is an option of the engine local and vllm"),
+        (["--engine", "vlm"], "unknown engine 'vlm'; did you mean 'vllm'?"),
+    ],
+)
+def test_options_of_another_engine_are_refused(command, arguments, message):
+    """Guards: an option that the chosen engine ignores."""
+    code, _, said = command(*arguments)
+    assert code == 2
+    assert message in said
+
+
+def test_help_shows_the_options_of_the_chosen_engine(capsys):
+    """Guards: options in the help that the chosen engine refuses, and engines that nobody hears of."""
+    for engine, options in ENGINES.items():
+        with pytest.raises(SystemExit):
+            main(["generate", "--engine", engine, "--help"])
+        said = capsys.readouterr().out
+        for other in ENGINES.values():
+            for name in {f.name for f in fields(other)} - {f.name for f in fields(options)}:
+                assert f"--{name.replace('_', '-')} " not in said
+        assert all(f"`{name}`" in said for name in ENGINES)
+
+
+def test_the_server_refuses_options_of_the_local_engine(capsys):
+    """Guards: `serve --attention sdpa`, taken and ignored."""
+    assert main(["serve", "--attention", "sdpa"]) == 2
+    assert "--attention is an option of the engine local" in capsys.readouterr().err
 
 
 def test_an_unknown_command(capsys):

@@ -1,8 +1,18 @@
 """Options that cannot be meant get an error that names them."""
 
+from dataclasses import fields
+from importlib import import_module
+
 import pytest
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, RunConfig
+from optimal_sampling.config import (
+    ENGINES,
+    LocalOptions,
+    MixtureConfig,
+    RunConfig,
+    VllmOptions,
+    engine_options,
+)
 from optimal_sampling.errors import ConfigError
 
 
@@ -33,10 +43,10 @@ def test_mixtures_that_make_no_sense(options, message):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        (EngineConfig, {"batch_size": 0}),
-        (EngineConfig, {"prefill_chunk": 0}),
-        (EngineConfig, {"kv_memory_gib": 0.0}),
-        (EngineConfig, {"draft_tokens": -1}),
+        (LocalOptions, {"batch_size": 0}),
+        (LocalOptions, {"prefill_chunk": 0}),
+        (LocalOptions, {"kv_memory_gib": 0.0}),
+        (LocalOptions, {"draft_tokens": -1}),
         (RunConfig, {"max_new_tokens": 0}),
         (RunConfig, {"max_attempts": 0}),
         (RunConfig, {"output_dir": ""}),
@@ -46,3 +56,26 @@ def test_runs_that_make_no_sense(kind, options):
     """Guards: an empty run that looks like a finished one."""
     with pytest.raises(ConfigError, match=next(iter(options))):
         kind(**options)
+
+
+def test_every_engine_of_the_list_can_be_imported():
+    """Guards: an engine whose name or class is misspelt in its options."""
+    for name, options in ENGINES.items():
+        assert options.name == name
+        module, engine = options.engine_class.split(":")
+        assert hasattr(import_module(module), engine)
+        assert options.fixed <= {item.name for item in fields(options)}
+
+
+def test_an_unknown_engine_lists_the_engines():
+    """Guards: a KeyError for a misspelt engine."""
+    with pytest.raises(
+        ConfigError, match="did you mean 'local'\\?; the engines are: local, vllm, toy"
+    ):
+        engine_options("locl")
+
+
+def test_drafts_of_vllm():
+    """Guards: a step of vLLM without room for the drafts of its requests."""
+    assert VllmOptions().drafts_per_step == 0
+    assert VllmOptions(8, prefill_chunk=16, draft_tokens=3).tokens_per_step == 32

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import optimal_sampling_hf
-from optimal_sampling import engines
-from optimal_sampling.config import EngineConfig, MixtureConfig
+from optimal_sampling.config import LocalOptions, MixtureConfig
 from optimal_sampling.engines import Engine
+from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.model import OptimalSamplingModel, PerToken, SamplingOutput
 from optimal_sampling.types import TRACE_FIELDS, Completion, Request, TokenTrace
@@ -31,14 +31,19 @@ class ScriptedEngine(Engine):
         self.opened = opened
         self.vocab_size, self.stop_ids = opened["vocabulary"].size, opened["vocabulary"].stop_ids
         self.mixture: MixtureConfig = opened["mixture"]
-        self.views: list[tuple[MixtureConfig, int | None, frozenset[str]]] = []
+        self.options: LocalOptions = opened["options"]
+        self.views: list[tuple[MixtureConfig, int, frozenset[str]]] = []
         self.seen: list[Request] = []
         self.closed = 0
 
-    def with_mixture(
-        self, mixture: MixtureConfig, batch_size: int | None, capture: frozenset[str]
+    def view(
+        self,
+        mixture: Any = None,
+        mode: Any = None,
+        options: Any = None,
+        capture: frozenset[str] = frozenset(),
     ) -> ScriptedEngine:
-        self.views.append((mixture, batch_size, capture))
+        self.views.append((mixture, options.batch_size, capture))
         return self
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -64,19 +69,18 @@ class ScriptedEngine(Engine):
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_scripted(
-        name: str, models: Any, mixture: Any, options: Any, vocabulary: Any, **specific: Any
-    ) -> Engine:
+    def load(
+        models: Any, mixture: Any, options: Any, vocabulary: Any, load_kwargs: Any
+    ) -> ScriptedEngine:
         return ScriptedEngine(
-            name=name,
             models=models,
             mixture=mixture,
             options=options,
             vocabulary=vocabulary,
-            **specific,
+            load_kwargs=load_kwargs,
         )
 
-    monkeypatch.setattr(engines, "open_engine", open_scripted)
+    monkeypatch.setattr(LocalEngine, "load", load)
 
 
 def make(**options: Any) -> OptimalSamplingModel:
@@ -236,13 +240,12 @@ def test_options_reach_the_engine() -> None:
     )
     model.generate(["p"], None, 9, 0.8, 0.9, 5, batch_size=2, seed=4, force_first_token=True)
     opened = SimpleNamespace(**engine_of(model).opened)
-    assert opened.name == "local"
     assert (opened.models.student, opened.models.teacher) == ("toy-student", "toy-teacher")
     assert (opened.models.dtype, opened.models.device) == ("bfloat16", "cpu")
     assert opened.models.trust_remote_code
     assert opened.models.load_in_4bit
     assert opened.load_kwargs == {"bnb_4bit_compute_dtype": torch.bfloat16}
-    assert opened.options == EngineConfig(batch_size=3)
+    assert opened.options == LocalOptions(batch_size=3)
     mixture, batch_size, capture = engine_of(model).views[0]
     assert mixture == MixtureConfig(
         alpha_method="trust_region",

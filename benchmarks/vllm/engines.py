@@ -80,15 +80,15 @@ def plain_core(setup: Setup, model: str, **settings: Any) -> Any:
 
 def composite_core(setup: Setup) -> Any:
     """vLLM with both models in it."""
-    from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+    from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
     from optimal_sampling.engines.vllm.engine import VllmEngine
 
     settings = vllm_settings(setup)
-    options = EngineConfig(batch_size=settings.pop("max_num_seqs"))
-    models = ModelConfig(teacher=setup.teacher, student=setup.student)
     drafts = setup.drafts if setup.engine == "drafts" else 0
+    options = VllmOptions(batch_size=settings.pop("max_num_seqs"), draft_tokens=drafts)
+    models = ModelConfig(teacher=setup.teacher, student=setup.student)
     return VllmEngine.load(
-        models, MixtureConfig(), options, vocabulary_of(setup), drafts, settings
+        models, MixtureConfig(), options, vocabulary_of(setup), settings=settings
     ).core
 
 
@@ -138,13 +138,13 @@ def vllm_run(setup: Setup, core: Any) -> Run:
 
 def local_run(setup: Setup) -> Run:
     """This package's local engine, in lockstep."""
-    from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+    from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig
     from optimal_sampling.engines import open_engine
     from optimal_sampling.types import Request
 
     models = ModelConfig(teacher=setup.teacher, student=setup.student)
-    options = EngineConfig(batch_size=setup.batch, batch_invariant=False, draft_tokens=0)
-    engine = open_engine("local", models, MixtureConfig(), options, vocabulary_of(setup))
+    options = LocalOptions(batch_size=setup.batch, batch_invariant=False, draft_tokens=0)
+    engine = open_engine(options, models, MixtureConfig(), vocabulary_of(setup))
 
     def run(batch: int, new: int, repeat: int, trace: str) -> int:
         requests = [

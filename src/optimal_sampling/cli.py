@@ -6,7 +6,6 @@ Knows how to read a command line and how to end a process, and nothing of what t
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import os
 import shlex
@@ -16,11 +15,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from optimal_sampling import __version__
-from optimal_sampling.config import GenerateConfig
-from optimal_sampling.errors import ConfigError, OptimalSamplingError
+from optimal_sampling.config import (
+    ENGINES,
+    EngineOptions,
+    GenerateConfig,
+    VllmOptions,
+    engine_options,
+)
+from optimal_sampling.errors import ConfigError, OptimalSamplingError, did_you_mean
 
 __all__ = ["ALIASES", "EXIT_CODES", "main"]
 
@@ -59,6 +66,9 @@ class GenerateOptions(GenerateConfig):
     A second call on the same --output-dir goes on where the first one ended.
     """
 
+    engine_name: Annotated[str, tyro.conf.arg(name="engine")] = "local"
+    """Where logits come from: `local` runs Transformers models in this process, `vllm` runs both in vLLM (the extra
+    `vllm`), `toy` is two tables, for tests. Each has its own options: `--engine NAME --help` shows them."""
     config: str | None = None
     """YAML file with options by name (`alpha_min: 0.3`); options on the command line win."""
     dry_run: bool = False
@@ -93,7 +103,6 @@ def _generate(config: GenerateConfig) -> int:
 
 def run_demo(arguments: Sequence[str]) -> int:
     """The subcommand `demo`."""
-    import tyro
     from rich.console import Console
 
     from optimal_sampling.demo import DemoOptions, run_demo
@@ -105,7 +114,6 @@ def run_demo(arguments: Sequence[str]) -> int:
 
 def run_bench(arguments: Sequence[str]) -> int:
     """The subcommand `bench`."""
-    import tyro
     from rich.console import Console
 
     from optimal_sampling.bench import BenchOptions, run_bench
@@ -117,12 +125,12 @@ def run_bench(arguments: Sequence[str]) -> int:
 
 def run_serve(arguments: Sequence[str]) -> int:
     """The subcommand `serve`."""
-    import tyro
-
     from optimal_sampling.serve import ServeConfig, serve
 
     flat = (tyro.conf.OmitArgPrefixes,)
-    serve(tyro.cli(ServeConfig, prog=f"{PROGRAM} serve", args=_unalias(arguments), config=flat))
+    args = _unalias(arguments)
+    _check_engine_options(args, VllmOptions)
+    serve(tyro.cli(ServeConfig, prog=f"{PROGRAM} serve", args=args, config=flat))
     return 0
 
 
@@ -181,7 +189,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise ConfigError(
-            f"unknown command {name!r}{_nearest(name, COMMANDS)}; see {PROGRAM} --help"
+            f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; see {PROGRAM} --help"
         )
     return COMMANDS[name][1](arguments[1:])
 
@@ -198,17 +206,33 @@ def _help() -> str:
 
 def parse_generate(arguments: Sequence[str]) -> GenerateOptions:
     """Options from the command line and, where `--config` names one, from a YAML file."""
-    import tyro
-
     path = _value_of("config", arguments)
     from_file = _yaml_arguments(Path(path)) if path is not None else []
+    args = _unalias([*from_file, *arguments])
+    engine = engine_options(_value_of("engine", args) or GenerateConfig().engine.name)
+    _check_engine_options(args, engine)
     return tyro.cli(
         GenerateOptions,
+        default=GenerateOptions(engine=engine()),  # the section of this engine
         prog=f"{PROGRAM} generate",
         description=_generate_description(),
-        args=_unalias([*from_file, *arguments]),
+        args=args,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def _check_engine_options(arguments: Sequence[str], engine: type[EngineOptions]) -> None:
+    """Refuse options that other engines have and this one has not."""
+    known = {item.name for item in fields(engine)}
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        others = [o.name for o in ENGINES.values() if name in {item.name for item in fields(o)}]
+        if flag.startswith("--") and others and name not in known:
+            raise ConfigError(
+                f"{flag} is an option of the engine {' and '.join(others)}, "
+                f"and the engine {engine.name} has no such option"
+            )
 
 
 def _generate_description() -> str:
@@ -261,7 +285,7 @@ def _yaml_arguments(path: Path) -> list[str]:
         name = str(key).replace("_", "-")
         name = ALIASES.get(name, name)
         if name not in (*known, *NO_OPS):
-            raise ConfigError(f"{path}: unknown option {key!r}{_nearest(name, known)}")
+            raise ConfigError(f"{path}: unknown option {key!r}{did_you_mean(name, known)}")
         if isinstance(value, dict | list):
             raise ConfigError(f"{path}: {key} must be a single value, got {value!r}")
         arguments += _yaml_argument(path, name, value, known.get(name, bool))
@@ -301,18 +325,14 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 def _option_types() -> dict[str, type]:
     """Flags of `generate` as they are typed, with the type of their default."""
     config = GenerateConfig()
-    parts = [
-        config,
-        *(getattr(config, item.name) for item in fields(config) if item.name != "engine"),
-    ]
-    names = {item.name: type(getattr(part, item.name)) for part in parts for item in fields(part)}
-    sections = {item.name for item in fields(config)} - {"engine"}
-    return {name.replace("_", "-"): kind for name, kind in names.items() if name not in sections}
-
-
-def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    sections = [getattr(config, item.name) for item in fields(config)]
+    kinds: dict[str, type] = {"engine": str}
+    for section in (*sections, *(engine() for engine in ENGINES.values())):
+        kinds |= {
+            item.name.replace("_", "-"): type(getattr(section, item.name))
+            for item in fields(section)
+        }
+    return kinds
 
 
 def _dry_run(config: GenerateConfig) -> int:

@@ -8,19 +8,24 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from optimal_sampling.errors import ConfigError
+from optimal_sampling.errors import ConfigError, did_you_mean
 from optimal_sampling.types import ALPHA_METHODS, AlphaMethod
 
 __all__ = [
+    "ENGINES",
     "DataConfig",
-    "EngineConfig",
+    "EngineOptions",
     "GenerateConfig",
+    "LocalOptions",
     "MixtureConfig",
     "ModelConfig",
     "PromptConfig",
     "RunConfig",
+    "ToyOptions",
+    "VllmOptions",
+    "engine_options",
     "parse_slice",
 ]
 
@@ -131,18 +136,53 @@ class ModelConfig:
     """Run Python code that comes with a model. Off unless you have read that code."""
 
 
+DraftTokens = int | Literal["auto"]
+
+
 @dataclass(frozen=True)
-class EngineConfig:
-    """How the local engine uses the machine. Changes speed and memory, never which tokens are drawn."""
+class EngineOptions:
+    """Options of one engine: they change speed and memory, not the distribution of tokens."""
+
+    name: ClassVar[str]
+    """Value of `--engine`."""
+    engine_class: ClassVar[str]
+    """`module:Class` of the engine, imported on use. The class is an `engines.base.Engine` with a classmethod
+    `load(models, mixture, options, vocabulary, mode) -> Engine`."""
+    fixed: ClassVar[frozenset[str]] = frozenset()
+    """Options that a loaded engine cannot change."""
+    loads_models: ClassVar[bool] = True
+    """The engine reads the weights of the two models."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "prefill_chunk"):
+            value = getattr(self, name, 1)
+            _require(value >= 1, f"{name} must be at least 1, got {value}")
+        drafts = getattr(self, "draft_tokens", 0)
+        _require(
+            drafts == "auto" or (isinstance(drafts, int) and drafts >= 0),
+            f"draft_tokens must be 'auto' or a number of at least 0, got {drafts!r}",
+        )
+        memory = getattr(self, "kv_memory_gib", None)
+        _require(memory is None or memory > 0, f"kv_memory_gib must be larger than 0, got {memory}")
+
+
+@dataclass(frozen=True)
+class LocalOptions(EngineOptions):
+    """The engine `local`: Transformers models in this process."""
+
+    name = "local"
+    engine_class = "optimal_sampling.engines.local.engine:LocalEngine"
+    fixed = frozenset({"attention", "batch_invariant"})
 
     batch_size: int = 32
     """Most requests in flight at once. Fewer run where the memory budget does not hold so many."""
     kv_memory_gib: float | None = None
-    """Budget for both models' KV caches in GiB; unset: a share of the memory that is free after loading."""
+    """Budget of both models' KV caches in GiB; unset: a share of the memory free after loading."""
     prefill_chunk: int = 2048
     """Most prompt tokens that one forward pass takes beside the tokens being decoded."""
-    draft_tokens: int | Literal["auto"] = "auto"
-    """Tokens drafted ahead per round: `auto` measures what pays, 0 is plain decoding. Never changes what is drawn."""
+    draft_tokens: DraftTokens = "auto"
+    """Tokens drafted ahead per round: `auto` measures what pays, 0 is plain decoding.
+    Never changes what is drawn."""
     attention: Literal["auto", "varlen", "flash_attn", "sdpa"] = "auto"
     """`auto`: Flash Attention over pages of memory on a GPU in half precision (PyTorch's own `varlen`, else the
     `flash_attn` package), and PyTorch's SDPA over slots where that cannot be, for a reason that is named."""
@@ -150,24 +190,66 @@ class EngineConfig:
     """Shapes under which a row's float32 logits on a CPU have the same bits whatever shares its batch."""
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
-        _require(
-            self.draft_tokens == "auto"
-            or (isinstance(self.draft_tokens, int) and self.draft_tokens >= 0),
-            f"draft_tokens must be 'auto' or a number of at least 0, got {self.draft_tokens!r}",
-        )
+        super().__post_init__()
         kinds = ("auto", "varlen", "flash_attn", "sdpa")
         _require(
             self.attention in kinds,
             f"attention must be one of {', '.join(kinds)}, got {self.attention!r}",
         )
-        _require(
-            self.prefill_chunk >= 1, f"prefill_chunk must be at least 1, got {self.prefill_chunk}"
+
+
+@dataclass(frozen=True)
+class VllmOptions(EngineOptions):
+    """The engine `vllm`: both models in vLLM (needs the extra `vllm`)."""
+
+    name = "vllm"
+    engine_class = "optimal_sampling.engines.vllm.engine:VllmEngine"
+    fixed = frozenset({"kv_memory_gib", "prefill_chunk", "draft_tokens"})
+
+    batch_size: int = 32
+    """Most requests in flight at once."""
+    kv_memory_gib: float | None = None
+    """Budget of both models' KV caches in GiB; unset: vLLM's own."""
+    prefill_chunk: int = 2048
+    """Most tokens of one step of vLLM. At least what one token of every request in flight takes."""
+    draft_tokens: DraftTokens = "auto"
+    """Tokens that the student drafts per step. `auto` is 0: what pays depends on the batch, and vLLM's number is
+    fixed at its start."""
+
+    @property
+    def drafts_per_step(self) -> int:
+        """`draft_tokens` as a number."""
+        return 0 if self.draft_tokens == "auto" else self.draft_tokens
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Most tokens of one step: a prefill chunk, or every request with its drafts."""
+        return max(self.prefill_chunk, self.batch_size * (self.drafts_per_step + 1))
+
+
+@dataclass(frozen=True)
+class ToyOptions(EngineOptions):
+    """The engine `toy`: two tables of logits, for tests. It has no options."""
+
+    name = "toy"
+    engine_class = "optimal_sampling.engines.toy:ToyEngine"
+    loads_models = False
+
+
+ENGINES: dict[str, type[EngineOptions]] = {
+    options.name: options for options in (LocalOptions, VllmOptions, ToyOptions)
+}
+"""All engines, by name."""
+
+
+def engine_options(name: str) -> type[EngineOptions]:
+    """Options class of an engine. Raises ConfigError for an unknown name."""
+    if name not in ENGINES:
+        known = ", ".join(ENGINES)
+        raise ConfigError(
+            f"unknown engine {name!r}{did_you_mean(name, ENGINES)}; the engines are: {known}"
         )
-        _require(
-            self.kv_memory_gib is None or self.kv_memory_gib > 0,
-            f"kv_memory_gib must be larger than 0, got {self.kv_memory_gib}",
-        )
+    return ENGINES[name]
 
 
 @dataclass(frozen=True)
@@ -255,10 +337,7 @@ class GenerateConfig:
     data: DataConfig = DataConfig()
     prompt: PromptConfig = PromptConfig()
     run: RunConfig = RunConfig()
-    options: EngineConfig = EngineConfig()
-    engine: Literal["local", "vllm", "toy"] = "local"
-    """Where logits come from: `local` runs Transformers models in this process, `vllm` runs both in vLLM (the extra
-    `vllm`), `toy` is two tables, for tests."""
+    engine: EngineOptions = LocalOptions()
 
     @property
     def worker(self) -> str:

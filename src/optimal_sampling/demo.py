@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from optimal_sampling.config import DataConfig, EngineConfig, GenerateConfig, RunConfig
+from optimal_sampling.config import DataConfig, GenerateConfig, LocalOptions, RunConfig
 from optimal_sampling.generate import generate
 from optimal_sampling.generate.progress import Progress
 from optimal_sampling.records import Record, load
 from optimal_sampling.toy_pair.problems import is_correct
-from optimal_sampling.types import Request
+from optimal_sampling.types import Mode, Request
 from optimal_sampling.vocabulary import PromptRenderer, Vocabulary
 
 __all__ = ["DemoOptions", "run_demo"]
@@ -48,7 +48,7 @@ class DemoOptions:
             run=RunConfig(
                 output_dir=self.output_dir, seed=self.seed, max_new_tokens=self.max_new_tokens
             ),
-            options=EngineConfig(batch_size=self.batch_size),
+            engine=LocalOptions(batch_size=self.batch_size),
         )
 
 
@@ -83,7 +83,7 @@ def run_demo(options: DemoOptions, progress: Progress, console: Console) -> int:
 
 def _outcomes(config: GenerateConfig, records: list[Record]) -> list[Outcome]:
     """q* as recorded, drawn again for its speed, and both models alone on the same prompts and seeds."""
-    from optimal_sampling.engines.local.engine import LocalEngine, Mode  # torch is loaded here
+    from optimal_sampling.engines import open_engine  # torch is loaded here
 
     models = config.models
     vocabulary = Vocabulary.load(models.student, models.teacher)
@@ -96,10 +96,10 @@ def _outcomes(config: GenerateConfig, records: list[Record]) -> list[Outcome]:
         ("q*", "mixture"),
     )
     outcomes = []
-    with LocalEngine.load(models, config.mixture, config.options, vocabulary) as engine:
+    with open_engine(config.engine, models, config.mixture, vocabulary) as engine:
         for name, mode in modes:
             started = time.perf_counter()
-            done = list(engine.with_mixture(mode=mode).generate(requests))
+            done = list(engine.view(mode=mode).generate(requests))
             seconds = time.perf_counter() - started
             correct = [
                 is_correct(vocabulary.decode(c.token_ids), answers[c.request.id]) for c in done

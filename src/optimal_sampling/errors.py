@@ -17,6 +17,9 @@ A single request that fails is no exception: its `Completion` has `finish_reason
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "ConfigError",
     "DatasetError",
@@ -29,6 +32,7 @@ __all__ = [
     "StorageError",
     "TokenizerMismatchError",
     "UserError",
+    "did_you_mean",
 ]
 
 
@@ -78,3 +82,9 @@ class StorageError(OptimalSamplingError):
 
 class EngineError(OptimalSamplingError):
     """The engine cannot go on."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'X'?` for the known name nearest to an unknown one, "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -10,7 +10,7 @@ import difflib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
+from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
 from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.types import AlphaMethod, Completion, Request, prompt_id
 from optimal_sampling.vocabulary import PromptError, PromptRenderer, RenderedPrompt, Vocabulary
@@ -30,7 +30,7 @@ __all__ = ["OptimalSamplingModel", "PerToken", "SamplingOutput"]
 
 Thinking = Literal["on", "off", "default"]
 
-_ENGINE_OPTIONS = frozenset(item.name for item in fields(EngineConfig))
+_ENGINE_OPTIONS = frozenset(item.name for item in fields(LocalOptions))
 _MIXTURE_OPTIONS = frozenset({"trust_region", "schedule_start", "schedule_end", "schedule_tokens"})
 _MODEL_OPTIONS = frozenset({"load_in_4bit", "trust_remote_code"})
 _PROMPT_OPTIONS = frozenset(
@@ -165,7 +165,7 @@ class OptimalSamplingModel:
     CPU, `dtype=torch.float16` is taken as float32.
 
     Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`; `batch_size`,
-    `kv_memory_gib`, `prefill_chunk`, `batch_invariant` (see EngineConfig); `trust_region`, `schedule_*` (see
+    `kv_memory_gib`, `prefill_chunk`, `batch_invariant` (see LocalOptions); `trust_region`, `schedule_*` (see
     MixtureConfig); and defaults for `generate`: `student_system_prompt` (or `theta_system_prompt`),
     `teacher_system_prompt`, `enable_chat_template`, `thinking`.
 
@@ -215,19 +215,22 @@ class OptimalSamplingModel:
         self._closed = False
         self._told: set[str] = set()
         self._tell(self.vocabulary.notes, stacklevel=3)
-        self._engine = self._open(models, EngineConfig(**_taken(kwargs, _ENGINE_OPTIONS)), kwargs)
+        self._engine = self._open(models, LocalOptions(**_taken(kwargs, _ENGINE_OPTIONS)), kwargs)
         self.notes = self._engine.notes()
         if "auto-enabled" in self.notes.get("attention", ""):
             print(f"✅ {self.notes['attention']}")
 
     def _open(
-        self, models: ModelConfig, options: EngineConfig, kwargs: Mapping[str, Any]
+        self, models: ModelConfig, options: LocalOptions, kwargs: Mapping[str, Any]
     ) -> Engine:
-        from optimal_sampling.engines import open_engine
+        from optimal_sampling.engines.local.engine import LocalEngine
 
-        load_kwargs = _taken(kwargs, _LOADER_OPTIONS)
-        return open_engine(
-            "local", models, self._mixture, options, self.vocabulary, load_kwargs=load_kwargs
+        return LocalEngine.load(
+            models,
+            self._mixture,
+            options,
+            self.vocabulary,
+            load_kwargs=_taken(kwargs, _LOADER_OPTIONS),
         )
 
     def generate(
@@ -283,9 +286,11 @@ class OptimalSamplingModel:
             "top_k": top_k,
             "force_first_token": force_first_token,
         }
-        # The local engine alone has views with another mixture, and only that engine is opened here.
-        engine = cast(Any, self._engine).with_mixture(
-            MixtureConfig(**settings), batch_size, frozenset(capture)
+        options = self._engine.options
+        if batch_size is not None:
+            options = replace(cast(LocalOptions, options), batch_size=batch_size)
+        engine = self._engine.view(
+            MixtureConfig(**settings), options=options, capture=frozenset(capture)
         )
         rows = _serve(engine, _requests(rendered, seed, max_new_tokens), rendered)
         _warn_of_failures(rows)

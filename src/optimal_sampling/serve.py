@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.errors import ConfigError
 
 __all__ = ["KEY_VARIABLE", "ServeConfig", "serve"]
@@ -27,8 +27,8 @@ class ServeConfig:
     models: ModelConfig = field(default_factory=ModelConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """Of requests that say nothing else; temperature, top_p and top_k are each request's own."""
-    options: EngineConfig = field(
-        default_factory=lambda: EngineConfig(batch_size=256, prefill_chunk=8192)
+    engine: VllmOptions = field(
+        default_factory=lambda: VllmOptions(batch_size=256, prefill_chunk=8192)
     )
     host: str = "127.0.0.1"
     """Address to listen on. Any other than this machine's own needs an API key."""
@@ -63,14 +63,10 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
         raise ConfigError(
             f"host {config.host} can be reached from elsewhere: set {KEY_VARIABLE} to an API key"
         )
-    from optimal_sampling.engines.vllm.launch import (
-        draft_tokens_of,
-        engine_arguments,
-        prepare_environment,
-    )
+    from optimal_sampling.engines.vllm.launch import engine_arguments, prepare_environment
     from optimal_sampling.vocabulary import Vocabulary
 
-    prepare_environment(config.options)
+    prepare_environment()
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 
@@ -79,7 +75,7 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
     )
     given = _vllm_settings(config)
     arguments = engine_arguments(
-        config.models, config.mixture, vocabulary, draft_tokens_of(config.options), given
+        config.models, config.mixture, vocabulary, config.engine.drafts_per_step, given
     )
     _open_gate(config, vocabulary, key, arguments)
     uvloop.run(run_server(_namespace(config, arguments)))
@@ -93,14 +89,10 @@ def _is_own_machine(host: str) -> bool:
 
 
 def _vllm_settings(config: ServeConfig) -> dict[str, Any]:
-    from optimal_sampling.engines.vllm.launch import draft_tokens_of
-
-    options = config.options
+    options = config.engine
     settings: dict[str, Any] = {
         "max_num_seqs": options.batch_size,
-        "max_num_batched_tokens": max(
-            options.prefill_chunk, options.batch_size * (draft_tokens_of(options) + 1)
-        ),
+        "max_num_batched_tokens": options.tokens_per_step,
         "disable_log_stats": False,
         "generation_config": "vllm",  # a model's own defaults would truncate q* unasked
     }

@@ -13,6 +13,7 @@ __all__ = [
     "AlphaMethod",
     "Completion",
     "FinishReason",
+    "Mode",
     "Request",
     "TokenTrace",
     "noise_key",
@@ -34,6 +35,9 @@ AlphaMethod = Literal[
 ALPHA_METHODS: tuple[str, ...] = get_args(AlphaMethod)
 
 FinishReason = Literal["stop", "length", "error"]
+
+Mode = Literal["mixture", "student", "teacher"]
+"""What tokens are drawn from: q*, or one of the two models alone."""
 
 TRACE_FIELDS: tuple[str, ...] = (
     "alpha",  # weight of the teacher, 0..1
@@ -77,6 +81,10 @@ class Request:
     student_prompt_ids: tuple[int, ...]
     teacher_prompt_ids: tuple[int, ...]
     max_new_tokens: int
+
+    def prompt_ids(self, role: str) -> tuple[int, ...]:
+        """Prompt of `student` or `teacher`."""
+        return self.student_prompt_ids if role == "student" else self.teacher_prompt_ids
 
     @property
     def noise_key(self) -> int:

@@ -86,7 +86,7 @@ def test_drafts_are_accepted_at_the_rate(pair, rate):
     work = pair.workload(32)
     engine = pair.engine(work, 32, draft_tokens=1, acceptance=rate)
     done = texts(engine, work.requests)
-    run = engine.last_run
+    run = engine.draft_counts
     assert all(len(c.token_ids) == 40 and max(c.token_ids) < 512 for c in done.values())
     assert run.accepted / run.drafted == pytest.approx(rate, abs=0.06)
 
@@ -126,7 +126,7 @@ def test_same_weights_are_made_once():
     engine = bench.engine(work, 1)
     assert len(list(engine.generate(work.requests))) == 1
     assert engine.pair.shared
-    assert len(engine.last_run.lanes) == 1
+    assert len(engine.loop.models) == 1
 
 
 def test_the_watch_sees_every_round(pair):

@@ -22,7 +22,7 @@ from optimal_sampling.bench.shapes import ShapeBench
 from optimal_sampling.bench.speed import IDEAL
 from optimal_sampling.config import ModelConfig
 from optimal_sampling.engines.local import engine
-from optimal_sampling.engines.local.paged.cache import PAGE, SPARE
+from optimal_sampling.engines.local.paged.page_manager import PAGE, SPARE
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Completion, Request, TokenTrace
 
@@ -151,8 +151,8 @@ def test_what_the_budget_does_not_allow_is_skipped_and_said(monkeypatch):
 def ending_after(rounds, original=gpu_cells.Watch.after):
     """A watch whose time is up after so many rounds."""
 
-    def after(self, lanes, rows):
-        original(self, lanes, rows)
+    def after(self, models, rows):
+        original(self, models, rows)
         if self.rounds == rounds:
             self.deadline = 0.0
 

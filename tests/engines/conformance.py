@@ -1,5 +1,6 @@
 """The suite that every engine passes. Subclass `EngineConformance` in a file pytest collects and give it a harness."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from optimal_sampling.config import MixtureConfig
+from optimal_sampling.config import LocalOptions, MixtureConfig, ToyOptions
 from optimal_sampling.engines.base import Engine
+from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import TRACE_FIELDS, Request
 
 
@@ -121,6 +123,49 @@ class EngineConformance:
                 assert completion.trace["kl_student"][i] == pytest.approx(kl, abs=2e-3)
                 assert completion.trace["log_q"][i] == pytest.approx(np.log(q[token]), abs=2e-3)
                 text.append(token)
+
+    def test_a_view_has_its_own_mixture(self, harness):
+        """Guards: a view that changes the engine it was made of, or draws as that engine does."""
+        engine = harness.open(MixtureConfig(), 4)
+        view = engine.view(MixtureConfig(alpha_min=0.9))
+        requests = requests_of(harness, 4, new=3)
+        assert (engine.mixture.alpha_min, view.mixture.alpha_min) == (0.5, 0.9)
+        assert (view.mode, view.options) == (engine.mode, engine.options)
+        alphas = [a for c in view.generate(requests) for a in c.trace["alpha"]]
+        assert min(alphas) >= 0.9 - 1e-6
+        alphas = [a for c in engine.generate(requests) for a in c.trace["alpha"]]
+        assert min(alphas) < 0.9
+
+    def test_one_model_alone(self, harness):
+        """Guards: a mode that draws from the other model, or from the mixture."""
+        engine = harness.open(MixtureConfig(temperature=0.7), 4)
+        for role in {"student", "teacher"} & engine.modes:
+            view = engine.view(mode=role)
+            assert (view.mode, engine.mode) == (role, "mixture")
+            for c in view.generate(requests_of(harness, 4, new=4)):
+                prompt = c.request.prompt_ids(role)
+                for i, token in enumerate(c.token_ids):
+                    logits = harness.logits(role, [*prompt, *c.token_ids[:i]])
+                    expected = log_softmax(logits / 0.7)[token]
+                    assert c.trace["log_q"][i] == pytest.approx(expected, abs=2e-4)
+
+    def test_settings_that_an_engine_does_not_have_are_refused(self, harness):
+        """Guards: a mode, a capture or an option that is ignored."""
+        engine = harness.open(MixtureConfig(), 4)
+        with pytest.raises(ConfigError, match="no mode 'both'"):
+            engine.view(mode="both")
+        with pytest.raises(ConfigError, match="cannot capture nonsense"):
+            engine.view(capture=frozenset({"nonsense"}))
+        [other] = {LocalOptions, ToyOptions} - {type(engine.options), LocalOptions} or {
+            LocalOptions
+        }
+        with pytest.raises(ConfigError, match=f"options of the engine {other.name} given to"):
+            engine.view(options=other())
+        for name in engine.options.fixed:
+            changed = copy.copy(engine.options)
+            object.__setattr__(changed, name, "another value")
+            with pytest.raises(ConfigError, match=f"{name} was .* when the models were loaded"):
+                engine.view(options=changed)
 
     def test_draws_follow_q(self, harness):
         """Guards: a wrong distribution. The power check: the same test rejects the teacher alone."""

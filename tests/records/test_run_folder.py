@@ -8,9 +8,10 @@ from dataclasses import fields, replace
 import pytest
 
 from optimal_sampling.config import (
+    ENGINES,
     DataConfig,
-    EngineConfig,
     GenerateConfig,
+    LocalOptions,
     MixtureConfig,
     RunConfig,
 )
@@ -34,11 +35,12 @@ def start(config, make_record):
 
 def test_option_names_are_unique():
     """Guards: two sections with a field of one name, which would be one flag and one entry of config.json."""
-    config = GenerateConfig()
-    parts = [getattr(config, item.name) for item in fields(config) if item.name != "engine"]
-    names = [item.name for part in parts for item in fields(part)]
-    assert len(names) == len(set(names))
-    assert flat(config).keys() == {*names, "engine"}
+    for engine in ENGINES.values():
+        config = GenerateConfig(engine=engine())
+        parts = [getattr(config, item.name) for item in fields(config)]
+        names = [item.name for part in parts for item in fields(part)]
+        assert len(names) == len(set(names))
+        assert flat(config).keys() == {*names, "engine"}
 
 
 def test_options_that_may_differ_exist():
@@ -99,7 +101,7 @@ def test_speed_and_amount_may_change(config, make_record):
     start(config, make_record)
     other = replace(
         config,
-        options=EngineConfig(batch_size=1, kv_memory_gib=0.5, prefill_chunk=7, draft_tokens=3),
+        engine=LocalOptions(batch_size=1, kv_memory_gib=0.5, prefill_chunk=7, draft_tokens=3),
         data=DataConfig(num_examples=5, samples_per_prompt=2, data_slice="1::3"),
         run=replace(config.run, max_attempts=9),
         models=replace(config.models, device="cpu"),

@@ -18,11 +18,11 @@ from tests.vllm.tiny import reference
 KEY = "a-key-that-no-log-may-hold"
 LAUNCH = """
 import sys
-from optimal_sampling.config import EngineConfig, MixtureConfig
+from optimal_sampling.config import MixtureConfig, VllmOptions
 from optimal_sampling.serve import ServeConfig, serve
 if __name__ == "__main__":
-    options = EngineConfig(batch_size=48, prefill_chunk=512, kv_memory_gib=0.1)
-    serve(ServeConfig(port=int(sys.argv[1]), options=options, mixture=MixtureConfig(alpha_min=0.0)))
+    options = VllmOptions(batch_size=48, prefill_chunk=512, kv_memory_gib=0.1)
+    serve(ServeConfig(port=int(sys.argv[1]), engine=options, mixture=MixtureConfig(alpha_min=0.0)))
 """
 
 

@@ -1,6 +1,7 @@
 """The common suite on vLLM: lockstep, with drafts, with the same weights twice, with padded vocabularies."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,9 @@ from tests.vllm.tiny import CONTEXT, PROMPTS, SECOND_RUNNER, Pair
 def harness_of(pair, draft_tokens=0, **settings):
     base = pair.open(draft_tokens, **settings)
     harness = Harness(
-        open=lambda mixture, batch_size: base.with_mixture(mixture, batch_size),
+        open=lambda mixture, batch_size: base.view(
+            mixture, options=replace(base.options, batch_size=batch_size)
+        ),
         logits=pair.logits,
         prompts=PROMPTS,
         context_length=CONTEXT,

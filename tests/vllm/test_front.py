@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from optimal_sampling.config import EngineConfig
 from optimal_sampling.errors import ConfigError
 
 BASIC = """
@@ -216,14 +215,6 @@ def test_what_would_sample_wrongly_is_refused(options, message):
     """Guards: options dropped in silence."""
     with pytest.raises(ConfigError, match=message):
         open_v1(**options)
-
-
-def test_options_of_the_local_engine_are_refused():
-    """Guards: `--engine vllm --attention sdpa`, taken and ignored."""
-    from optimal_sampling.engines.vllm.launch import prepare_environment
-
-    with pytest.raises(ConfigError, match="the local engine's"):
-        prepare_environment(EngineConfig(attention="sdpa"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig
 from optimal_sampling.types import Request
 from tests.engines.conformance import by_key
 from tests.vllm.tiny import STOP, Pair, all_rows, log_softmax
@@ -59,7 +59,7 @@ def serve_together(engine, requests):
     for number, (request, mixture) in enumerate(
         zip(requests, itertools.cycle(MIXTURES), strict=False)
     ):
-        view = engine.with_mixture(mixture)
+        view = engine.view(mixture)
         flights[str(number)] = view, view._add(str(number), request), _Flight(request, 0.0)
     while engine.core.has_unfinished_requests():
         for output in engine.core.step():
@@ -78,7 +78,7 @@ def local_traces(pair, served):
     from optimal_sampling.engines.local.engine import LocalEngine
 
     models = ModelConfig(teacher=pair.teacher, student=pair.student, dtype="float32", device="cpu")
-    options = EngineConfig(batch_size=64, kv_memory_gib=0.5)
+    options = LocalOptions(batch_size=64, kv_memory_gib=0.5)
     asked = defaultdict(list)
     for mixture, completion in served:
         request, tokens = completion.request, completion.token_ids
@@ -92,7 +92,7 @@ def local_traces(pair, served):
         capture = frozenset({"student_logits", "teacher_logits", "log_q"})
         found = {}
         for mixture, requests in asked.items():
-            found |= by_key(base.with_mixture(mixture, capture=capture).generate(requests))
+            found |= by_key(base.view(mixture, capture=capture).generate(requests))
     return found
 
 

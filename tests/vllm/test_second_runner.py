@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from optimal_sampling.config import EngineConfig, MixtureConfig
+from optimal_sampling.config import MixtureConfig
 from optimal_sampling.errors import ConfigError
 from tests.vllm.tiny import SECOND_RUNNER
 
@@ -55,7 +55,7 @@ def test_without_triton_it_is_refused(monkeypatch):
     monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", False)
     monkeypatch.setattr("vllm.envs.VLLM_USE_V2_MODEL_RUNNER", True, raising=False)
     with pytest.raises(ConfigError, match="unset VLLM_USE_V2_MODEL_RUNNER"):
-        prepare_environment(EngineConfig())
+        prepare_environment()
 
 
 class Runner:

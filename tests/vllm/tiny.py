@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.vocabulary import Vocabulary
 
 SECOND_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
@@ -137,10 +137,9 @@ class Pair:
         return VllmEngine.load(
             ModelConfig(teacher=self.teacher, student=self.student),
             mixture or MixtureConfig(),
-            EngineConfig(batch_size=batch_size, kv_memory_gib=0.05),
+            VllmOptions(batch_size, kv_memory_gib=0.05, draft_tokens=draft_tokens),
             self.vocabulary,
-            draft_tokens,
-            {"enforce_eager": True, "block_size": 32, **settings},
+            settings={"enforce_eager": True, "block_size": 32, **settings},
         )
 
 

@@ -77,4 +77,4 @@ def _contender(name: str, bench: Bench, workload: Workload, batch_size: int) -> 
         once()  # records anew what the contender before it made the engine forget
         return timed(once)
 
-    return Contender(name, warmed if engine.pair.paged else once)
+    return Contender(name, once if engine.pair.recorded_graphs is None else warmed)

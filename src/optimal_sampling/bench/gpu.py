@@ -14,7 +14,7 @@ from optimal_sampling.bench.options import BenchOptions, Size, parse_size
 from optimal_sampling.bench.report import Report, Show, Tell
 from optimal_sampling.bench.shapes import ShapeBench
 from optimal_sampling.bench.speed import IDEAL
-from optimal_sampling.engines.local.loading import resolve_device
+from optimal_sampling.engines.device import resolve_device
 from optimal_sampling.errors import ConfigError
 
 __all__ = ["run"]

@@ -12,9 +12,8 @@ from optimal_sampling.bench.memory import predicted_bytes
 from optimal_sampling.bench.options import Size
 from optimal_sampling.bench.report import Show, Tell
 from optimal_sampling.bench.shapes import ShapeBench
-from optimal_sampling.bench.watch import TimeIsUp, Watch
+from optimal_sampling.bench.watch import MeasuringEngine, TimeIsUp, Watch
 from optimal_sampling.bench.workload import Bench, Workload
-from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.errors import EngineError
 
 __all__ = [
@@ -116,7 +115,7 @@ class Slice:
 class Bounded:
     """A run that was cut off when its time was up."""
 
-    engine: LocalEngine
+    engine: MeasuringEngine
     watch: Watch
     seconds: float
     tokens: int
@@ -145,8 +144,8 @@ def run_bounded(
             drawn[completion.request.id] = len(completion.token_ids)
             finished += 1
     except TimeIsUp:
-        assert engine.last_run is not None
-        scheduler = engine.last_run.scheduler
+        assert engine.loop is not None
+        scheduler = engine.loop.scheduler
         drawn = {
             s.request.id: len(s.output) for s in (*scheduler.running, *scheduler.waiting)
         } | drawn
@@ -206,7 +205,7 @@ def measure_slice(bench: ShapeBench, size: Size, shape: str, clock: Clock) -> Sl
         done = run_bounded(bench, workload, size.batch, clock.left(), {"draft_tokens": 0})
     except (EngineError, RuntimeError) as error:
         return Slice(size, shape, skipped=f"failed: {str(error).splitlines()[0]}")
-    assert done.engine.last_run is not None
+    assert done.engine.loop is not None
     return Slice(
         size=size,
         shape=shape,
@@ -215,7 +214,7 @@ def measure_slice(bench: ShapeBench, size: Size, shape: str, clock: Clock) -> Sl
         kv_gib=done.watch.kv_bytes / 2**30,
         most_rows=done.watch.most_rows,
         rounds=done.watch.rounds,
-        preemptions=done.engine.last_run.scheduler.preemptions,
+        preemptions=done.engine.loop.scheduler.preemptions,
         finished=done.finished,
         tokens=done.tokens,
         seconds=done.seconds,

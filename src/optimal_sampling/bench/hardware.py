@@ -47,7 +47,7 @@ def _processor() -> str:
 def _gpu(models: ModelConfig) -> dict[str, Any]:
     import torch
 
-    from optimal_sampling.engines.local.loading import resolve_device
+    from optimal_sampling.engines.device import resolve_device
 
     device = resolve_device(models.device)
     if device.type != "cuda":

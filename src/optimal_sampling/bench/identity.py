@@ -14,7 +14,7 @@ from optimal_sampling.bench.options import BenchOptions
 from optimal_sampling.bench.pairs import make_bench
 from optimal_sampling.bench.report import Report, Show, Tell
 from optimal_sampling.bench.workload import Bench, Workload
-from optimal_sampling.engines.local.loading import resolve_dtype
+from optimal_sampling.engines.device import resolve_dtype
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Completion, Request
 

@@ -83,7 +83,7 @@ def _run(bench: Bench, size: Size, budget: float | None, tell: Tell) -> Footprin
         if engine.device.type == "cpu"
         else torch.cuda.max_memory_allocated(engine.device)
     )
-    assert engine.last_run is not None
+    assert engine.loop is not None
     return Footprint(
         batch=size.batch,
         tokens=size.tokens,
@@ -92,7 +92,7 @@ def _run(bench: Bench, size: Size, budget: float | None, tell: Tell) -> Footprin
         kv_mib=watch.kv_bytes / MIB,
         grown_mib=(peak - before) / MIB,
         most_rows=watch.most_rows,
-        preemptions=engine.last_run.scheduler.preemptions,
+        preemptions=engine.loop.scheduler.preemptions,
         finished=sum(len(c.token_ids) == size.tokens for c in done),
     )
 

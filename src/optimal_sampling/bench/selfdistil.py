@@ -96,8 +96,7 @@ def _decode(
     engine = bench.engine(workload, BATCH, watch=watch, **how)
     for _ in engine.generate(workload.requests):
         pass
-    run = engine.last_run
-    assert run is not None
+    run = engine.draft_counts
     if run.drafted:
         per_round = watch.decoding.tokens / watch.decoding_rows
         drafts[name] = {"accepted": run.accepted / run.drafted, "tokens_per_round": per_round}

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from optimal_sampling.bench.watch import MeasuringEngine
 from optimal_sampling.bench.workload import Bench, Workload
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
-from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
-from optimal_sampling.engines.local.loading import resolve_device, resolve_dtype
-from optimal_sampling.engines.local.paged.forward import PagedRunner
+from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
+from optimal_sampling.engines.device import resolve_device, resolve_dtype
+from optimal_sampling.engines.local.engine import LoadedPair
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Request
 from optimal_sampling.vocabulary import Vocabulary
@@ -168,11 +168,10 @@ class ShapeBench(Bench):
         )
         for key, engine in self._engines.items():
             for runner in engine.pair.runners.values():
-                if isinstance(runner, PagedRunner):
-                    runner.drop_caches()  # the student's would stay, where the twin counts on all of the memory
+                runner.drop_caches()  # the student's would stay; the twin counts on all the memory
             runners = dict.fromkeys(engine.pair.runners, engine.pair.runners["teacher"])
             pair = replace(engine.pair, runners=runners, shared=True)
-            found._engines[key] = LocalEngine(
+            found._engines[key] = MeasuringEngine(
                 pair, engine.mixture, engine.options, found.vocabulary
             )
         return found
@@ -198,15 +197,15 @@ class ShapeBench(Bench):
             size, frozenset(), student_context=student.context, teacher_context=teacher.context
         )
 
-    def _load(self, batch_invariant: bool) -> LocalEngine:
+    def _load(self, batch_invariant: bool) -> MeasuringEngine:
         teacher = self._random("teacher")
         models = {
             "teacher": teacher,
             "student": teacher if self.shared else self._random("student"),
         }
-        options = EngineConfig(batch_invariant=batch_invariant)
+        options = LocalOptions(batch_invariant=batch_invariant)
         pair = LoadedPair.of(models, self.vocabulary.size, options)
-        return LocalEngine(pair, MixtureConfig(), options, self.vocabulary)
+        return MeasuringEngine(pair, MixtureConfig(), options, self.vocabulary)
 
     def _load_stock(self, role: str) -> Any:
         return self._random(role)

@@ -13,14 +13,14 @@ from jaxtyping import Bool
 
 from optimal_sampling.bench.measure import Spent
 from optimal_sampling.engines.local.drafting import DraftPolicy
-from optimal_sampling.engines.local.drawing import Drawer, Drawn, RunSetting
-from optimal_sampling.engines.local.kv_cache import KVCache
-from optimal_sampling.engines.local.lane import Lane
-from optimal_sampling.engines.local.paged.cache import PAGE, PagedCache
-from optimal_sampling.engines.local.scheduler import Round, Sequence
-from optimal_sampling.engines.local.transfer import to_device
+from optimal_sampling.engines.local.engine import LocalEngine
+from optimal_sampling.engines.local.round import RunSettings, SampledRound, Sampler
+from optimal_sampling.engines.local.run import GenerationLoop
+from optimal_sampling.engines.local.runner import CachedModel
+from optimal_sampling.engines.local.scheduler import RoundPlan, Sequence
+from optimal_sampling.engines.local.streams import to_device
 
-__all__ = ["MeasuringDrawer", "TimeIsUp", "Watch", "accepts"]
+__all__ = ["MeasuringEngine", "MeasuringSampler", "TimeIsUp", "Watch", "accepts"]
 
 PROCESS = psutil.Process()
 
@@ -48,7 +48,7 @@ class Watch:
     """Rows of those rounds, summed."""
     _started: _Started | None = None
 
-    def before(self, plan: Round, rows: list[Sequence]) -> None:
+    def before(self, plan: RoundPlan, rows: list[Sequence]) -> None:
         """A round starts. Raises TimeIsUp after the deadline."""
         now = Spent(0, time.perf_counter(), time.process_time())
         if self._started is not None and self._started.decodes:
@@ -60,11 +60,11 @@ class Watch:
         if self.deadline is not None and now.wall > self.deadline:
             raise TimeIsUp
 
-    def after(self, lanes: list[Lane], rows: list[Sequence]) -> None:
+    def after(self, models: list[CachedModel], rows: list[Sequence]) -> None:
         """Its tokens were drawn."""
         self.rounds += 1
         self.most_rows = max(self.most_rows, len(rows))
-        self.kv_bytes = max(self.kv_bytes, sum(map(_cache_bytes, lanes)))
+        self.kv_bytes = max(self.kv_bytes, sum(model.cache.manager.held for model in models))
         self.resident = max(self.resident, PROCESS.memory_info().rss)
 
 
@@ -87,15 +87,7 @@ class _Started:
         )
 
 
-def _cache_bytes(lane: Lane) -> int:
-    """Of the slots that are there, or of the pages that are taken: the memory of pages is there from the start."""
-    if isinstance(lane.cache, PagedCache):
-        return lane.spec.bytes_per_token * PAGE * sum(run.pages for run in lane.cache.runs.rows)
-    assert isinstance(lane.cache, KVCache)
-    return lane.spec.bytes_per_token * lane.cache.slots * lane.cache.length
-
-
-class MeasuringDrawer(Drawer):
+class MeasuringSampler(Sampler):
     """Draws as ever. With an `acceptance`, drafts are then accepted or rejected at that rate, whatever was drawn.
 
     Random weights agree on nothing, so without this a pair of shapes would reject every draft. All work of a round is
@@ -105,31 +97,31 @@ class MeasuringDrawer(Drawer):
 
     def __init__(
         self,
-        lanes: list[Lane],
-        setting: RunSetting,
+        models: list[CachedModel],
+        settings: RunSettings,
         policy: DraftPolicy,
         acceptance: float | None = None,
         watch: Watch | None = None,
     ) -> None:
-        super().__init__(lanes, setting, policy)
-        assert acceptance is None or not setting.stop_ids, (
+        super().__init__(models, settings, policy)
+        assert acceptance is None or not settings.stop_ids, (
             "an overwritten token could be an end of text"
         )
         self.acceptance = acceptance
         self.watch = watch
 
-    def draw(self, plan: Round, rows: list[Sequence]) -> Drawn:
-        """One round, as `Drawer` does it; seen by the watch."""
+    def sample(self, plan: RoundPlan, rows: list[Sequence]) -> SampledRound:
+        """One round, as `Sampler` does it; seen by the watch."""
         if self.watch is not None:
             self.watch.before(plan, rows)
-        drawn = super().draw(plan, rows)
+        drawn = super().sample(plan, rows)
         if self.watch is not None:
-            self.watch.after(self.lanes, rows)
+            self.watch.after(self.models, rows)
         if self.acceptance is None or drawn.width == 1:
             return drawn
         return self._emulated(drawn, rows, self.acceptance)
 
-    def _emulated(self, drawn: Drawn, rows: list[Sequence], rate: float) -> Drawn:
+    def _emulated(self, drawn: SampledRound, rows: list[Sequence], rate: float) -> SampledRound:
         accepted = accepts(
             [s.request.noise_key for s in rows],
             [len(s.output) for s in rows],
@@ -137,9 +129,25 @@ class MeasuringDrawer(Drawer):
             rate,
         )
         tokens = drawn.step.token.view(len(rows), drawn.width).clone()
-        other = (drawn.drafts + 1) % self.setting.vocab_size
+        other = (drawn.drafts + 1) % self.settings.vocab_size
         tokens[:, :-1] = torch.where(to_device(accepted, self.device), drawn.drafts, other)
         return replace(drawn, step=replace(drawn.step, token=tokens.flatten()))
+
+
+class MeasuringEngine(LocalEngine):
+    """An engine whose rounds are sampled by a `MeasuringSampler`."""
+
+    acceptance: float | None = None
+    watch: Watch | None = None
+    loop: GenerationLoop | None = None
+    """Of the latest `generate` call."""
+
+    def _new_loop(self) -> GenerationLoop:
+        self.loop = loop = super()._new_loop()
+        loop.sampler = MeasuringSampler(
+            loop.models, loop.settings, loop.policy, self.acceptance, self.watch
+        )
+        return loop
 
 
 def accepts(

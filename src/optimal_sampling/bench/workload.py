@@ -6,19 +6,18 @@ import copy
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from statistics import fmean
 from typing import Any, Literal
 
 import torch
 
 from optimal_sampling.bench.roofline import memory_bandwidth
-from optimal_sampling.bench.watch import MeasuringDrawer, Watch
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
-from optimal_sampling.engines.local.engine import LocalEngine, Mode
-from optimal_sampling.engines.local.loading import resolve_device, resolve_dtype
+from optimal_sampling.bench.watch import MeasuringEngine, Watch
+from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
+from optimal_sampling.engines.device import resolve_device, resolve_dtype
 from optimal_sampling.toy_pair.problems import synthetic_rows
-from optimal_sampling.types import Completion, Request, prompt_id
+from optimal_sampling.types import Completion, Mode, Request, prompt_id
 from optimal_sampling.vocabulary import PromptRenderer, Vocabulary, resolve_model
 
 __all__ = ["Bench", "Workload", "describe_lengths"]
@@ -49,7 +48,7 @@ class Bench:
         self.vocabulary = vocabulary or Vocabulary.load(models.student, models.teacher)
         self.acceptance: float | None = None
         """Of drafts, where it is emulated."""
-        self._engines: dict[bool, LocalEngine] = {}
+        self._engines: dict[bool, MeasuringEngine] = {}
         self._stock: dict[str, Any] = {}
 
     @property
@@ -113,17 +112,21 @@ class Bench:
         capture: frozenset[str] = frozenset(),
         watch: Watch | None = None,
         acceptance: float | None = None,
-    ) -> LocalEngine:
+    ) -> MeasuringEngine:
         """Our engine; its texts end as the workload says. `acceptance`: emulated, instead of this pair's own rate."""
         key = batch_invariant and self.padded
         if key not in self._engines:
             self._engines[key] = self._load(key)
-        engine = self._engines[key].with_mixture(
-            batch_size=batch_size, mode=mode, draft_tokens=draft_tokens, capture=capture
+        loaded = self._engines[key]
+        options = replace(
+            loaded.options,
+            batch_size=batch_size,
+            draft_tokens=draft_tokens,
+            kv_memory_gib=kv_memory_gib,
         )
-        engine.options = replace(engine.options, kv_memory_gib=kv_memory_gib)
-        rate = self.acceptance if acceptance is None else acceptance
-        engine.drawer = partial(MeasuringDrawer, acceptance=rate, watch=watch)
+        engine = loaded.view(mode=mode, options=options, capture=capture)
+        engine.acceptance = self.acceptance if acceptance is None else acceptance
+        engine.watch = watch
         if not workload.natural_end:
             engine.stop_ids = frozenset()
         return engine
@@ -152,9 +155,9 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _load(self, batch_invariant: bool) -> LocalEngine:
-        options = EngineConfig(batch_invariant=batch_invariant)
-        return LocalEngine.load(self.models, MixtureConfig(), options, self.vocabulary)
+    def _load(self, batch_invariant: bool) -> MeasuringEngine:
+        options = LocalOptions(batch_invariant=batch_invariant)
+        return MeasuringEngine.load(self.models, MixtureConfig(), options, self.vocabulary)
 
     def _load_stock(self, role: str) -> Any:
         from optimal_sampling.engines.local.loading import load_model

@@ -1,40 +1,32 @@
-"""Engines turn requests into completions. Each is imported when it is chosen."""
+"""Engines turn requests into completions. Each is imported when it is opened."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.config import EngineOptions, MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine
-from optimal_sampling.errors import ConfigError
+from optimal_sampling.types import Mode
 
 if TYPE_CHECKING:
     from optimal_sampling.vocabulary import Vocabulary
 
-__all__ = ["ENGINES", "Engine", "open_engine"]
-
-ENGINES = ("local", "vllm", "toy")
+__all__ = ["Engine", "open_engine"]
 
 
 def open_engine(
-    name: str,
+    options: EngineOptions,
     models: ModelConfig,
     mixture: MixtureConfig,
-    options: EngineConfig,
     vocabulary: Vocabulary,
-    **specific: Any,
+    mode: Mode = "mixture",
 ) -> Engine:
-    """The engine of this name, its models loaded. Raises ConfigError for an unknown name, and what loading raises."""
-    if name == "local":
-        from optimal_sampling.engines.local.engine import LocalEngine
+    """The engine that the options belong to, its models loaded.
 
-        return LocalEngine.load(models, mixture, options, vocabulary, **specific)
-    if name == "vllm":
-        from optimal_sampling.engines.vllm.engine import VllmEngine
-
-        return VllmEngine.load(models, mixture, options, vocabulary, **specific)
-    if name == "toy":
-        from optimal_sampling.engines.toy import ToyEngine
-
-        return ToyEngine.random(mixture, vocabulary.size, vocabulary.stop_ids, **specific)
-    raise ConfigError(f"unknown engine {name!r}; the engines are: {', '.join(ENGINES)}")
+    Raises ModelError, ConfigError, MissingDependencyError.
+    """
+    module, name = options.engine_class.split(":")
+    engine_class = getattr(import_module(module), name)
+    engine: Engine = engine_class.load(models, mixture, options, vocabulary, mode)
+    return engine

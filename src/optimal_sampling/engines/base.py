@@ -5,12 +5,15 @@ Knows nothing of where logits come from. `tests/engines/conformance.py` holds th
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self, get_args
 
-from optimal_sampling.types import Completion, Request
+from optimal_sampling.config import EngineOptions, MixtureConfig
+from optimal_sampling.errors import ConfigError
+from optimal_sampling.types import Completion, Mode, Request
 
 __all__ = ["Engine", "bad_logits_message", "prompt_problem"]
 
@@ -33,6 +36,20 @@ class Engine(ABC):
     One `generate` at a time. `EngineError` is raised where no request can go on.
     """
 
+    modes: ClassVar[frozenset[Mode]] = frozenset(get_args(Mode))
+    """Modes that this engine has."""
+    captures: ClassVar[frozenset[str]] = frozenset()
+    """Names of the rows per token that this engine can keep in `Completion.captured`."""
+
+    options: EngineOptions
+    """Options in use; of the class that belongs to this engine."""
+    mixture: MixtureConfig
+    """The distribution that tokens are drawn from in the mode `mixture`, and its temperature, top-k and top-p in the
+    other two."""
+    mode: Mode
+    """What tokens are drawn from."""
+    capture: frozenset[str] = frozenset()
+    """Rows that are kept per token, by name."""
     vocab_size: int
     """Number of token ids that both models share; all ids drawn are below it."""
     stop_ids: frozenset[int]
@@ -41,6 +58,53 @@ class Engine(ABC):
     @abstractmethod
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Serve the requests; yields completions as they finish."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The models that take part, in the order of their contexts."""
+        return ("student", "teacher") if self.mode == "mixture" else (self.mode,)
+
+    def view(
+        self,
+        mixture: MixtureConfig | None = None,
+        mode: Mode | None = None,
+        options: EngineOptions | None = None,
+        capture: frozenset[str] = frozenset(),
+    ) -> Self:
+        """The same loaded models with other settings; costs nothing and leaves this engine as it is.
+
+        What is None stays as it is here. Closing a view closes the models of all views. Raises ConfigError for a
+        mode or a capture that the engine does not have, and for options that were fixed when the models were loaded.
+        """
+        view = copy.copy(self)
+        view.mixture = mixture or self.mixture
+        view.mode = mode or self.mode
+        view.options = options or self.options
+        view.capture = capture
+        view._check_settings(self.options)
+        return view
+
+    def _check_settings(self, loaded: EngineOptions) -> None:
+        if self.mode not in self.modes:
+            raise ConfigError(
+                f"the engine {loaded.name} has no mode {self.mode!r}; it has: "
+                f"{', '.join(sorted(self.modes))}"
+            )
+        unknown = self.capture - self.captures
+        if unknown:
+            raise ConfigError(
+                f"cannot capture {', '.join(sorted(unknown))}; the engine {loaded.name} has: "
+                f"{', '.join(sorted(self.captures)) or 'nothing to capture'}"
+            )
+        if type(self.options) is not type(loaded):
+            raise ConfigError(f"options of the engine {self.options.name} given to {loaded.name}")
+        for name in sorted(loaded.fixed):
+            before, now = getattr(loaded, name), getattr(self.options, name)
+            if now != before:
+                raise ConfigError(
+                    f"{name} was {before!r} when the models were loaded and cannot become {now!r}; "
+                    "open another engine"
+                )
 
     def notes(self) -> dict[str, str]:
         """What a user should know of how this engine runs here (device, attention, fallbacks), by name."""

@@ -13,11 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optimal_sampling.config import MixtureConfig
+from optimal_sampling.config import MixtureConfig, ModelConfig, ToyOptions
 from optimal_sampling.distribution import gumbel, keys_tensor, step
+from optimal_sampling.distribution.single import single_step
 from optimal_sampling.engines.base import Engine, bad_logits_message, prompt_problem
 from optimal_sampling.errors import ConfigError
-from optimal_sampling.types import Completion, FinishReason, Request, TokenTrace
+from optimal_sampling.types import Completion, FinishReason, Mode, Request, TokenTrace
+from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["ToyEngine"]
 
@@ -41,10 +43,25 @@ class ToyEngine(Engine):
                 f"tables of shapes {[*student_logits.shape]} and {[*teacher_logits.shape]} do not fit"
             )
         self.tables = {"student": student_logits.float(), "teacher": teacher_logits.float()}
+        self.options = ToyOptions()
         self.mixture = mixture
+        self.mode: Mode = "mixture"
         self.vocab_size = student_logits.shape[-1]
         self.stop_ids = stop_ids
         self.context_length = context_length
+
+    @classmethod
+    def load(
+        cls,
+        models: ModelConfig,
+        mixture: MixtureConfig,
+        options: ToyOptions,
+        vocabulary: Vocabulary,
+        mode: Mode = "mixture",
+    ) -> ToyEngine:
+        """Random tables over the vocabulary. The two models give their tokenizers only."""
+        engine = cls.random(mixture, vocabulary.size, vocabulary.stop_ids)
+        return engine.view(mode=mode, options=options)
 
     @classmethod
     def random(
@@ -65,45 +82,40 @@ class ToyEngine(Engine):
         """One request after the other."""
         for request in requests:
             started = time.perf_counter()
-            prompts = (request.student_prompt_ids, request.teacher_prompt_ids)
-            problem = prompt_problem(
-                ("student", "teacher"), prompts, (self.context_length,) * 2, (self.vocab_size,) * 2
-            )
+            prompts = [request.prompt_ids(role) for role in self.roles]
+            contexts = [self.context_length] * len(prompts)
+            rows = [self.vocab_size] * len(prompts)
+            problem = prompt_problem(self.roles, prompts, contexts, rows)
             if problem:
                 yield Completion(request, (), "error", TokenTrace.from_rows([]), problem)
                 continue
-            tokens, rows, reason, error = self._decode(request)
+            tokens, values, reason, error = self._decode(request)
+            trace = TokenTrace.from_rows(values)
             seconds = time.perf_counter() - started
-            yield Completion(
-                request, tuple(tokens), reason, TokenTrace.from_rows(rows), error, seconds
-            )
+            yield Completion(request, tuple(tokens), reason, trace, error, seconds)
 
     def _decode(
         self, request: Request
     ) -> tuple[list[int], list[tuple[float, ...]], FinishReason, str]:
         tokens: list[int] = []
         rows: list[tuple[float, ...]] = []
-        last = {
-            "student": request.student_prompt_ids[-1],
-            "teacher": request.teacher_prompt_ids[-1],
-        }
-        longest = max(len(request.student_prompt_ids), len(request.teacher_prompt_ids))
+        prompts = {role: request.prompt_ids(role) for role in self.roles}
+        last = {role: prompt[-1] for role, prompt in prompts.items()}
+        longest = max(map(len, prompts.values()))
         keys = keys_tensor([request.noise_key])
         while len(tokens) < request.max_new_tokens and longest + len(tokens) < self.context_length:
             position = torch.tensor([len(tokens)])
             noise = gumbel(keys, position, self.vocab_size)
-            student, teacher = (
-                self.tables[role][last[role]][None] for role in ("student", "teacher")
-            )
-            values = step(student, teacher, noise, position, self.mixture).pack()[0].tolist()
+            logits = [self.tables[role][token][None] for role, token in last.items()]
+            if self.mode == "mixture":
+                drawn = step(logits[0], logits[1], noise, position, self.mixture)
+            else:
+                drawn = single_step(logits[0], noise, self.mixture, self.mode)
+            values = drawn.pack()[0].tolist()
             token, bad_student, bad_teacher = map(int, values[:3])
             if bad_student or bad_teacher:
-                return (
-                    tokens,
-                    rows,
-                    "error",
-                    bad_logits_message(len(tokens), bad_student, bad_teacher),
-                )
+                error = bad_logits_message(len(tokens), bad_student, bad_teacher)
+                return tokens, rows, "error", error
             tokens.append(token)
             rows.append(tuple(values[3:]))
             last = dict.fromkeys(last, token)

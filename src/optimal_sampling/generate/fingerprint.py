@@ -21,10 +21,10 @@ def model_facts(models: ModelConfig) -> dict[str, str]:
 
     A hub id names its content as far as it does.
     """
-    from optimal_sampling.engines.local.loading import (
+    from optimal_sampling.engines.device import (  # torch is loaded here
         resolve_device,
         resolve_dtype,
-    )  # torch is loaded here
+    )
 
     dtype = str(resolve_dtype(models.dtype, resolve_device(models.device))).removeprefix("torch.")
     folders = {"student": resolve_model(models.student), "teacher": resolve_model(models.teacher)}

@@ -47,7 +47,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
     """
     progress = progress or Progress()
     rows, vocabulary, renderer = _open(config)
-    facts = model_facts(config.models) if config.engine != "toy" else {}
+    facts = model_facts(config.models) if config.engine.loads_models else {}
     with RunFolder(config, facts) as folder:
         job = _Job(config, rows, renderer, vocabulary, folder, progress)
         try:
@@ -120,15 +120,13 @@ class _Job:
         from optimal_sampling.engines import open_engine  # torch is loaded here
 
         config = self.config
-        with open_engine(
-            config.engine, config.models, config.mixture, config.options, self.vocabulary
-        ) as engine:
+        with open_engine(config.engine, config.models, config.mixture, self.vocabulary) as engine:
             self.tally.restart_clock()
             for completion in engine.generate(chain([first], requests)):
                 self._finish(completion)
             if self._in_flight:
                 raise EngineError(
-                    f"the engine {config.engine} ended without {len(self._in_flight)} of its requests"
+                    f"the engine {config.engine.name} ended without {len(self._in_flight)} of its requests"
                 )
             return notes | engine.notes()
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from optimal_sampling import __version__
-from optimal_sampling.config import GenerateConfig
+from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.errors import RunFolderError
 from optimal_sampling.records.files import read_json, write_atomically
 from optimal_sampling.records.ledger import Ledger
@@ -144,10 +144,9 @@ def compared(config: GenerateConfig) -> dict[str, Any]:
 
 def flat(config: GenerateConfig) -> dict[str, Any]:
     """All options by name, without the sections: names are unique, they are flags too."""
-    values = {item.name: getattr(config, item.name) for item in fields(config)}
-    engine = {"engine": values.pop("engine")}
-    return engine | {
-        item.name: getattr(part, item.name) for part in values.values() for item in fields(part)
+    sections = [getattr(config, item.name) for item in fields(config)]
+    return {"engine": config.engine.name} | {
+        item.name: getattr(section, item.name) for section in sections for item in fields(section)
     }
 
 
@@ -192,7 +191,7 @@ def _compare(path: Path, stored: Mapping[str, Any], options: Mapping[str, Any]) 
             f"{path} was changed after it was written; restore it, or choose another --output-dir"
         )
     # An option that is younger than the folder had its default then; a fact that only one side knows says nothing.
-    before = compared(GenerateConfig()) | before
+    before = compared(GenerateConfig(engine=ENGINES[options["engine"]]())) | before
     changed = differences(
         before, {name: value for name, value in options.items() if name in before}
     )

@@ -2,12 +2,13 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 
-from optimal_sampling.config import EngineConfig, MixtureConfig
+from optimal_sampling.config import LocalOptions, MixtureConfig
 from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
 from optimal_sampling.vocabulary import Vocabulary
 
@@ -46,12 +47,25 @@ def vocabulary(size=VOCAB, context=CONTEXT, stop_ids=frozenset({0})):
     )
 
 
+class WatchedEngine(LocalEngine):
+    """Keeps the loop of the latest `generate` call in `loop`."""
+
+    def _new_loop(self):
+        self.loop = super()._new_loop()
+        return self.loop
+
+
 def engine_of(student, teacher, mixture=None, vocab=None, **options):
     """A local engine on models in memory. The same object twice: shared weights."""
     vocab = vocab or vocabulary()
-    options = EngineConfig(**{"kv_memory_gib": 0.1, **options})
+    options = LocalOptions(**{"kv_memory_gib": 0.1, **options})
     pair = LoadedPair.of({"student": student, "teacher": teacher}, vocab.size, options)
-    return LocalEngine(pair, mixture or MixtureConfig(), options, vocab)
+    return WatchedEngine(pair, mixture or MixtureConfig(), options, vocab)
+
+
+def with_options(engine, **options):
+    """A view of the engine with other options."""
+    return engine.view(options=replace(engine.options, **options))
 
 
 def stock_logits(model, vocab=VOCAB):

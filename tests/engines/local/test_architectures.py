@@ -1,4 +1,4 @@
-"""Families of models: those that run give their own stock logits; those that would be sampled wrongly are refused."""
+"""Families of models: each gives its stock logits, or is refused."""
 
 import dataclasses
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from optimal_sampling.engines.local import attention
 from optimal_sampling.engines.local.loading import check_architecture, prepare
+from optimal_sampling.engines.local.slots import sdpa
 from optimal_sampling.errors import ModelError
 from tests.engines.conformance import EngineConformance
 from tests.engines.local.conftest import tiny_model
@@ -79,7 +79,7 @@ def _quiet():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", RUN)
 def test_families_that_run_give_their_stock_logits(name):
-    """Guards: an attention feature (window, soft cap, sinks, grouped heads) that is silently left out."""
+    """Guards: a feature (window, soft cap, sinks, grouped heads) that is silently left out."""
     model = model_of(name, RUN[name])
     cache = check_architecture(model, "teacher")
     assert cache.layers == 2
@@ -100,12 +100,12 @@ def test_families_that_do_not_are_refused_by_name(name):
 def test_the_check_notices_what_is_left_out(left_out, monkeypatch):
     """Guards: a check at load that passes whatever the attention function does."""
     model = tiny_model(3, kind="Gemma2", scale=0.5, sliding_window=5, attn_logit_softcapping=2.0)
-    original = attention._over_group
+    original = sdpa._over_group
 
     def broken(plan, call, query, group, packed):
         return original(plan, dataclasses.replace(call, **left_out), query, group, packed)
 
-    monkeypatch.setattr(attention, "_over_group", broken)
+    monkeypatch.setattr(sdpa, "_over_group", broken)
     with pytest.raises(ModelError, match="sampled wrongly"):
         check_architecture(model, "student")
 

@@ -1,4 +1,4 @@
-"""Drafting policy on made-up costs, lookup on made-up texts; and drafts that change nothing but time."""
+"""Drafting policy on given costs, lookup in given texts; drafts change nothing but time."""
 
 import random
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimal_sampling.config import EngineConfig, MixtureConfig
-from optimal_sampling.engines.local import drawing
+from optimal_sampling.config import LocalOptions, MixtureConfig
+from optimal_sampling.engines.local import round as round_module
 from optimal_sampling.engines.local.drafting import (
     DraftPolicy,
     FixedDrafts,
@@ -15,16 +15,25 @@ from optimal_sampling.engines.local.drafting import (
     Lookup,
     PerRound,
 )
-from optimal_sampling.engines.local.overlap import Overlap
+from optimal_sampling.engines.local.engine import LocalEngine
+from optimal_sampling.engines.local.round import Sampler
+from optimal_sampling.engines.local.streams import Overlap
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Request
 from tests.engines.conformance import Harness, requests_of
-from tests.engines.local.conftest import CONTEXT, VOCAB, engine_of, tiny_model, vocabulary
+from tests.engines.local.conftest import (
+    CONTEXT,
+    VOCAB,
+    engine_of,
+    tiny_model,
+    vocabulary,
+    with_options,
+)
 from tests.engines.local.test_engine import PROMPTS, same
 
 
 def simulate(acceptance, step, verify, rows=1, rounds=400, sure=None, seed=0):
-    """Play rounds against true costs (functions of size, in ms); returns (policy, tokens per ms, widths)."""
+    """Rounds with true costs (functions of size, in ms): (policy, tokens per ms, widths)."""
     rng, policy = random.Random(seed), DraftPolicy()
     tokens = time = 0.0
     widths = []
@@ -90,7 +99,7 @@ def test_auto_reaches_the_longest_draft_and_falls_to_lockstep():
 
 
 def test_auto_stops_when_the_student_is_unsure():
-    """Guards: drafting on through a token that will be rejected: knowing which is which has to be worth something."""
+    """Guards: drafting on through a token that will be rejected; confidences that gain nothing."""
     step, verify = (lambda r: 1.0), (lambda m: 8 + 0.1 * m)
     mixed = lambda rng: 0.98 if rng.random() < 0.85 else 0.2  # noqa: E731
     acceptance = lambda c: 0.99 if c > 0.5 else 0.15  # noqa: E731
@@ -122,7 +131,7 @@ def test_costs_are_a_line_and_follow_the_machine():
     st.integers(1, 8),
 )
 def test_lookup_proposes_what_followed(prompt, output, count):
-    """Guards: a continuation of another place, ids that are not in the text, a proposal from the end itself."""
+    """Guards: a continuation of another place, ids not in the text, the end as its own match."""
     lookup = Lookup([prompt[:1], prompt] if len(prompt) > 1 else [prompt])
     for end in range(len(output) + 1):  # the index grows with the text
         proposed = lookup.propose(output[:end], count)
@@ -171,12 +180,12 @@ def test_speculative_is_lockstep_bit_for_bit(models, mixture):
     """Guards: the losslessness of speculation: tokens and diagnostics, for every draft length."""
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 24, new=30)
     engine = engine_of(*models, mixture=mixture, batch_size=8)
-    lockstep = list(engine.with_mixture(draft_tokens=0).generate(requests))
+    lockstep = list(with_options(engine, draft_tokens=0).generate(requests))
     for drafts in (1, 2, 5, 16, "auto"):
-        drafting = engine.with_mixture(draft_tokens=drafts)
+        drafting = with_options(engine, draft_tokens=drafts)
         assert same(lockstep, drafting.generate(requests))
-        assert 0 < drafting.last_run.accepted < drafting.last_run.drafted
-        assert f"of {drafting.last_run.drafted} drafted" in drafting.notes()["drafts"]
+        assert 0 < drafting.draft_counts.accepted < drafting.draft_counts.drafted
+        assert f"of {drafting.draft_counts.drafted} drafted" in drafting.notes()["drafts"]
 
 
 def test_shared_weights_with_lookup_are_lockstep_bit_for_bit(models):
@@ -188,30 +197,30 @@ def test_shared_weights_with_lookup_are_lockstep_bit_for_bit(models):
     ]
     requests = requests_of(Harness(None, None, prompts, CONTEXT), 24, new=40)
     engine = engine_of(models[1], models[1], batch_size=8, mixture=MixtureConfig(temperature=0.3))
-    lockstep = list(engine.with_mixture(draft_tokens=0).generate(requests))
+    lockstep = list(with_options(engine, draft_tokens=0).generate(requests))
     for drafts in (1, 3, 8, "auto"):
-        drafting = engine.with_mixture(draft_tokens=drafts)
+        drafting = with_options(engine, draft_tokens=drafts)
         assert same(lockstep, drafting.generate(requests))
-        assert drafting.last_run.accepted > 0
+        assert drafting.draft_counts.accepted > 0
 
 
 def test_drafts_beside_long_prompts_chunks_and_preemption(models):
-    """Guards: a round that straddles the classes of key lengths, and drafts of a row that is still being cached."""
+    """Guards: a round that straddles the key boundary, drafts of a row not yet cached."""
     student, teacher = (tiny_model(s, layers=2, max_position_embeddings=2048) for s in (1, 2))
     engine = engine_of(
         student, teacher, vocab=vocabulary(context=2048), prefill_chunk=100, batch_size=4
     )
     prompts = [([2, 3] * n, [1, 4, 5] * (n // 2 + 1)) for n in (3, 95, 185, 189, 230, 500)]
     requests = requests_of(Harness(None, None, prompts, 2048), 6, new=40)
-    lockstep = list(engine.with_mixture(draft_tokens=0, batch_size=1).generate(requests))
-    assert same(lockstep, engine.with_mixture(draft_tokens=7).generate(requests))
+    lockstep = list(with_options(engine, draft_tokens=0, batch_size=1).generate(requests))
+    assert same(lockstep, with_options(engine, draft_tokens=7).generate(requests))
 
 
 @pytest.mark.parametrize("value", [-1, "many", 1.5])
 def test_a_draft_length_that_is_none_is_refused(value):
     """Guards: a traceback from deep within a run."""
     with pytest.raises(ConfigError, match="draft_tokens"):
-        EngineConfig(draft_tokens=value)
+        LocalOptions(draft_tokens=value)
 
 
 def test_fixed_drafts_do_not_vary():
@@ -221,67 +230,80 @@ def test_fixed_drafts_do_not_vary():
 
 
 def test_drafts_do_not_decide_who_fits_into_memory(models):
-    """Guards: requests that plain decoding serves and that fail with drafts, for room that only drafts would take."""
+    """Guards: requests that fail with drafts, for room that only drafts would take."""
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 8, new=60)
     per_token = sum(r.bytes_per_token for r in engine_of(*models).pair.runners.values())
     endless = vocabulary(stop_ids=frozenset())
-    engine = engine_of(*models, kv_memory_gib=64 * per_token / 2**30, batch_size=4, vocab=endless)
-    plain = list(engine.with_mixture(draft_tokens=0).generate(requests))
+    engine = engine_of(*models, kv_memory_gib=65 * per_token / 2**30, batch_size=4, vocab=endless)
+    plain = list(with_options(engine, draft_tokens=0).generate(requests))
     assert any(c.error for c in plain)
     assert any(not c.error for c in plain)
     for drafts in (3, 16, "auto"):
-        drafted = list(engine.with_mixture(draft_tokens=drafts).generate(requests))
+        drafted = list(with_options(engine, draft_tokens=drafts).generate(requests))
         assert same(plain, drafted)
         assert {c.request.id: c.error for c in plain} == {c.request.id: c.error for c in drafted}
 
 
 def test_side_by_side_draws_the_same():
-    """Guards: the branch that a GPU takes for plain decoding, where both models' work is queued at once."""
+    """Guards: the branch that a GPU takes for plain decoding, with both models' work queued."""
     engine = engine_of(tiny_model(1, layers=1), tiny_model(2, layers=3), draft_tokens=0)
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=30)
     expected = list(engine.generate(requests))
     joined = []
 
     class Beside(Overlap):
-        def __init__(self, device):
-            super().__init__(device)
-            self.works = True
+        works = True
+
+        def __init__(self):
+            self._stream = None
 
         def join(self):
             joined.append(1)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "Overlap", Beside)
-        assert same(expected, engine.generate(requests))
-    assert len(joined) == engine.last_run.rounds
+    class Overlapping(LocalEngine):
+        def _new_loop(self):
+            loop = super()._new_loop()
+            loop.sampler.overlap = Beside()
+            return loop
+
+    beside = Overlapping(engine.pair, engine.mixture, engine.options, engine.vocabulary)
+    assert same(expected, beside.generate(requests))
+    assert len(joined) == beside.draft_counts.rounds
 
 
 @pytest.mark.parametrize("mode", ["mixture", "teacher"])
 @pytest.mark.parametrize("draft_tokens", [0, 3])
-def test_noise_made_by_a_kernel_is_the_same_noise(mode, draft_tokens, monkeypatch):
-    """Guards: the keys and positions that a GPU's kernel gets in place of the noise, in another order."""
+def test_noise_from_keys_is_the_same_noise(mode, draft_tokens, monkeypatch):
+    """Guards: keys and positions in another order, which a GPU gets in place of the noise."""
     engine = engine_of(tiny_model(1, layers=1), tiny_model(2, layers=3), draft_tokens=draft_tokens)
-    engine = engine.with_mixture(mode=mode)
+    engine = engine.view(mode=mode)
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=30)
     expected = {c.request.id: c.token_ids for c in engine.generate(requests)}
-    monkeypatch.setattr(drawing, "runs_fused", lambda device: True)
+    monkeypatch.setattr(round_module, "runs_fused", lambda device: True)
     assert {c.request.id: c.token_ids for c in engine.generate(requests)} == expected
 
 
 def test_looked_up_ids_outside_the_vocabulary_are_not_drafted():
-    """Guards: a draft that no verification could accept, or that another model's embedding does not have."""
+    """Guards: a draft that cannot be accepted, or that another model has no embedding for."""
     model = tiny_model(2, layers=2, vocab=VOCAB + 4)
     engine = engine_of(model, model, draft_tokens=4)
     prompt = (3, 5, VOCAB + 1, 7) * 6 + (3,)
     seen = []
 
-    class Watching(drawing.Drawer):
-        def draw(self, plan, rows):
-            drawn = super().draw(plan, rows)
-            seen.append(drawn.drafts)
-            return drawn
+    class WatchedSampler(Sampler):
+        def sample(self, plan, rows):
+            sampled = super().sample(plan, rows)
+            seen.append(sampled.drafts)
+            return sampled
 
-    engine.drawer = Watching
+    class Watching(LocalEngine):
+        def _new_loop(self):
+            loop = super()._new_loop()
+            loop.sampler = WatchedSampler(loop.models, loop.settings, loop.policy)
+            return loop
+
+    watching = Watching(engine.pair, engine.mixture, engine.options, engine.vocabulary)
     requests = [Request(str(i), 0, 0, (1, 2), prompt, 12) for i in range(6)]
-    assert same(engine.with_mixture(draft_tokens=0).generate(requests), engine.generate(requests))
+    plain = with_options(engine, draft_tokens=0).generate(requests)
+    assert same(plain, watching.generate(requests))
     assert max(int(d.max()) for d in seen if d.numel()) < VOCAB

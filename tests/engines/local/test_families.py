@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from optimal_sampling.engines.local import model_check
-from optimal_sampling.engines.local.attention import Group
-from optimal_sampling.engines.local.forward import ModelRunner
+from optimal_sampling.engines.local.slots.sdpa import Group
+from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
 from optimal_sampling.engines.local.loading import check_architecture
 from optimal_sampling.engines.local.model_check import SmallCopy, check_small_copy
 from optimal_sampling.engines.local.shrinking import shrink_config, small_model
@@ -128,13 +128,13 @@ def test_the_check_reaches_past_the_windows(monkeypatch):
 
 def test_the_check_feeds_prompts_in_chunks(monkeypatch):
     """Guards: chunked prefill that no check at load covers."""
-    original = ModelRunner.forward_with_plan
+    original = SlotRunner.forward
 
     def first_chunks_only(self, cache, tokens, start, idle=(), chunks=()):
         kept = [chunk for chunk in chunks if chunk.start == 0]
         return original(self, cache, tokens, start, idle, kept)
 
-    monkeypatch.setattr(ModelRunner, "forward_with_plan", first_chunks_only)
+    monkeypatch.setattr(SlotRunner, "forward", first_chunks_only)
     with pytest.raises(ModelError, match="how its prompt is cut into chunks"):
         SmallCopy(*families.config_of("llama"), "teacher").check_attention()
 

@@ -7,9 +7,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig
 from optimal_sampling.engines import open_engine
-from optimal_sampling.engines.local.loading import load_model, resolve_device, resolve_dtype
+from optimal_sampling.engines.device import resolve_device, resolve_dtype
+from optimal_sampling.engines.local.loading import load_model
 from optimal_sampling.errors import ConfigError, EngineError, MissingDependencyError, ModelError
 from optimal_sampling.toy_pair import path
 from optimal_sampling.types import Request
@@ -36,7 +37,7 @@ def test_the_shipped_models_load_in_the_precision_that_was_asked_for():
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_damaged_weights_name_the_model(copy, damage):
-    """Guards: a traceback from deep within a file format; random weights in place of missing ones."""
+    """Guards: a traceback from within a file format; random weights in place of missing ones."""
     weights = copy / "model.safetensors"
     if damage == "missing":
         weights.unlink()
@@ -104,10 +105,10 @@ def test_four_bits_without_bitsandbytes(monkeypatch):
 
 
 def test_the_same_model_twice_is_loaded_once(copy):
-    """Guards: two copies of the weights for self-distillation, also by two spellings of one folder."""
+    """Guards: two copies of one folder's weights, also where it is spelled in two ways."""
     models = ModelConfig(teacher=str(copy), student=str(copy.parent / "." / "model"), device="cpu")
     vocabulary = Vocabulary.load(models.student, models.teacher)
-    with open_engine("local", models, MixtureConfig(), EngineConfig(), vocabulary) as engine:
+    with open_engine(LocalOptions(), models, MixtureConfig(), vocabulary) as engine:
         assert engine.pair.runners["student"] is engine.pair.runners["teacher"]
         assert "loaded once" in engine.notes()["weights"]
         request = Request("a", 0, 0, (5, 6), (7, 8, 9), 4)
@@ -115,9 +116,3 @@ def test_the_same_model_twice_is_loaded_once(copy):
         assert done.error == ""
     with pytest.raises(EngineError, match="closed"):
         next(engine.generate([request]))
-
-
-def test_an_unknown_engine_lists_the_engines():
-    """Guards: a KeyError for a misspelt engine."""
-    with pytest.raises(ConfigError, match="local"):
-        open_engine("locl", ModelConfig(), MixtureConfig(), EngineConfig(), None)

@@ -1,4 +1,4 @@
-"""The scheduler against a pretend cache: lists of token ids that must always be what the sequences say."""
+"""The scheduler against pretend caches: lists of token ids that must be what the sequences say."""
 
 import dataclasses
 
@@ -6,8 +6,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from optimal_sampling.engines.local.scheduler import CacheSpec, Limits, Scheduler, Sequence
+from optimal_sampling.engines.local.memory import KVMemory
+from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
+from optimal_sampling.engines.local.scheduler import Limits, Scheduler, Sequence
+from optimal_sampling.engines.local.slots.slot_manager import SlotManager
 from optimal_sampling.types import Request
+from tests.engines.local.test_own_cache import OwnManager
+
+UNIT = 4
+"""Slot lengths are multiples of it."""
+BYTES = (1, 2)
+"""Per token, in the caches of the two contexts."""
 
 
 def sequence(number, student=4, teacher=6, new=5):
@@ -15,16 +24,39 @@ def sequence(number, student=4, teacher=6, new=5):
         tuple(range(number * 1000 + c * 500, number * 1000 + c * 500 + n))
         for c, n in enumerate((student, teacher))
     )
-    made = Sequence(Request(str(number), 0, 0, *prompts, new), prompts)
-    made.evict()
-    return made
+    return Sequence(Request(str(number), 0, 0, *prompts, new), prompts)
 
 
-def limits(rows=4, chunk=8, memory=10**9, contexts=(None, None), caches=None, unit=4):
-    caches = caches or (CacheSpec((0,), 1), CacheSpec((1,), 2))
-    return Limits(
-        rows, chunk, memory, caches, contexts, round_length=lambda n: -(-n // unit) * unit
+def slots(rows, memory):
+    """Two caches of slots."""
+    return KVMemory(
+        [
+            SlotManager((c,), size, lambda n: -(-n // UNIT) * UNIT, rows)
+            for c, size in enumerate(BYTES)
+        ],
+        memory,
     )
+
+
+def pages(rows, memory):
+    """Two caches of as many pages."""
+    count = max(0, memory // (PAGE * sum(BYTES)) - 1)
+    return KVMemory([PageManager((c,), size, count) for c, size in enumerate(BYTES)], memory)
+
+
+def beside_slots(rows, memory):
+    """One cache of slots, and one that grows token by token."""
+    [first, _] = slots(rows, memory).managers
+    return KVMemory([first, OwnManager((1,), BYTES[1])], memory)
+
+
+def limits(rows=4, chunk=8, contexts=(None, None)):
+    return Limits(rows, chunk, contexts)
+
+
+def scheduler_of(memory=10**9, kind=slots, **options):
+    bounds = limits(**options)
+    return Scheduler(bounds, kind(bounds.rows, memory))
 
 
 class PretendCache:
@@ -39,9 +71,9 @@ class PretendCache:
                 slots[target] = slots.get(source, [])[:]
         for context, chunks in enumerate(plan.chunks):
             for chunk in chunks:
-                row = scheduler.running[chunk.slot]
-                kept = self.slots[context].get(chunk.slot, []) if chunk.start else []
-                self.slots[context][chunk.slot] = kept[: chunk.start] + chunk.ids
+                row = scheduler.running[chunk.row]
+                kept = self.slots[context].get(chunk.row, []) if chunk.start else []
+                self.slots[context][chunk.row] = kept[: chunk.start] + chunk.ids
                 row.cached[context] += len(chunk.ids)
 
     def check(self, scheduler, plan):
@@ -57,14 +89,19 @@ class PretendCache:
                     )
 
 
-def bytes_of(plan, limits):
-    """What the caches take in the shape that the plan asks for."""
-    pairs = zip(limits.caches, plan.lengths, strict=True)
-    return sum(plan.slots * len(c.contexts) * length * c.bytes_per_token for c, length in pairs)
+def reserve(memory, plan):
+    """What the engine does before a round; the budget holds at every step of it."""
+    for source, target in plan.moves:
+        for manager in memory.managers:
+            manager.move(source, target)
+    for i in memory.reservations(plan.lengths, plan.width):
+        memory.managers[i].reserve(plan.lengths, plan.width)
+        assert memory.held <= memory.budget
+    assert all(m.held >= m.bytes_needed(plan.lengths, plan.width) for m in memory.managers)
 
 
 def run(scheduler, sequences, width=1):
-    """Serve all; an output token is a number that names its sequence and position. The finished, in order."""
+    """Serve all. The finished, in order; a token is a number of its sequence and position."""
     cache, finished, source, rounds = PretendCache(2), [], iter(sequences), 0
     while True:
         plan = scheduler.next_round(source, width)
@@ -77,7 +114,7 @@ def run(scheduler, sequences, width=1):
         cache.follow(scheduler, plan)
         cache.check(scheduler, plan)
         assert 1 <= plan.width <= width
-        assert bytes_of(plan, scheduler.limits) <= scheduler.limits.memory
+        reserve(scheduler.memory, plan)
         assert len(scheduler.running) <= scheduler.limits.rows
         for context in range(2):
             assert sum(len(c.ids) for c in plan.chunks[context]) <= scheduler.limits.prefill_chunk
@@ -85,9 +122,8 @@ def run(scheduler, sequences, width=1):
         for index, row in enumerate(scheduler.running):
             if not plan.ready[index]:
                 continue
-            row.output += [
-                int(row.request.id) * 10**6 + len(row.output) + i for i in range(plan.width)
-            ]
+            first = int(row.request.id) * 10**6 + len(row.output)
+            row.output.extend(range(first, first + plan.width))
             for context in range(2):
                 held = cache.slots[context][index] if row.cached[context] else []
                 cache.slots[context][index] = held[: row.cached[context]] + row.tokens(
@@ -98,9 +134,6 @@ def run(scheduler, sequences, width=1):
                 done.append(index)
         finished += [scheduler.running[i] for i in done]
         scheduler.finish(done)
-
-
-lengths = st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(1, 20))
 
 
 NARROWED = [
@@ -116,37 +149,63 @@ NARROWED = [
 ]
 """A round in which 3 tokens per row would take 740 bytes of 720: it has to be planned for 1."""
 
+BUDGETS = {
+    slots: (10**9, 720, 1080, 1440),
+    beside_slots: (10**9, 400, 700, 1000),
+    pages: (10**9, 3 * PAGE * 2, 3 * PAGE * 3, 3 * PAGE * 6),
+}
+"""In bytes, by pressure."""
+SCALE = {slots: 1, beside_slots: 1, pages: 40}
+"""Tokens per token of a shape: texts of several pages."""
 
-@example(NARROWED, 5, 14, 1, 3)
+
+@example(NARROWED, 5, 14, 1, 3, slots)
 @given(
-    st.lists(lengths, max_size=12),
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(1, 20)), max_size=12),
     st.integers(1, 5),
     st.integers(1, 20),
     st.integers(0, 3),
     st.integers(1, 4),
+    st.sampled_from([slots, pages, beside_slots]),
 )
 def test_everyone_is_served_once_and_caches_hold_the_right_text(
-    shapes, rows, chunk, pressure, width
+    shapes, rows, chunk, pressure, width, kind
 ):
-    """Guards: rows mixed up by moves, preemption that loses or repeats tokens, chunks that overlap, starvation."""
-    memory = 10**9 if not pressure else 60 * 3 * (pressure + 1) * 2
-    scheduler = Scheduler(limits(rows=rows, chunk=chunk, memory=memory))
-    sequences = [sequence(i, *shape) for i, shape in enumerate(shapes)]
+    """Guards: rows mixed up by moves, preemption that loses tokens, chunks that overlap,
+    starvation, caches that outgrow the budget between two reshapes.
+    """
+    scale = SCALE[kind]
+    scheduler = scheduler_of(BUDGETS[kind][pressure], kind, rows=rows, chunk=chunk * scale)
+    sequences = [
+        sequence(i, student * scale, teacher * scale, new)
+        for i, (student, teacher, new) in enumerate(shapes)
+    ]
     finished = run(scheduler, sequences, width)
     rejected = [s for s, _ in scheduler.rejected]
     assert sorted(int(s.request.id) for s in [*finished, *rejected]) == list(range(len(shapes)))
     for s in finished:
-        assert (
-            s.output[: s.request.max_new_tokens]
-            == [int(s.request.id) * 10**6 + i for i in range(len(s.output))][
-                : s.request.max_new_tokens
-            ]
-        )
+        count = s.request.max_new_tokens
+        assert s.output[:count] == [int(s.request.id) * 10**6 + i for i in range(count)]
+
+
+def test_caches_shrink_before_others_grow():
+    """Guards: a cache that grows while another still holds memory that it no longer needs."""
+    memory = slots(1, 100 * 1 + 100 * 2 + 2)
+    [first, second] = memory.managers
+    for i in memory.reservations([[160, 40]], 0):
+        memory.managers[i].reserve([[160, 40]], 0)
+    assert (first.length, second.length) == (160, 40)
+    assert memory.fits([[40, 120]], 0)
+    assert memory.reservations([[40, 120]], 0) == [0, 1]
+    memory.managers[0].reserve([[40, 120]], 0)
+    memory.managers[1].reserve([[40, 120]], 0)
+    assert (first.length, second.length) == (40, 120)
+    assert memory.reservations([[4, 4]], 0) == []
 
 
 def test_preemption_happens_and_the_latest_gives_way():
     """Guards: a memory budget that is exceeded, and a victim that has waited longest."""
-    scheduler = Scheduler(limits(rows=4, memory=3 * 2 * 16 + 10, unit=4))
+    scheduler = scheduler_of(3 * 2 * 16 + 10)
     sequences = [sequence(i, 2, 2, 14) for i in range(3)]
     finished = run(scheduler, sequences)
     assert scheduler.preemptions > 0
@@ -155,7 +214,7 @@ def test_preemption_happens_and_the_latest_gives_way():
 
 def test_a_request_that_no_budget_holds_is_rejected_with_both_figures():
     """Guards: an endless loop of admission and preemption of one sequence that can never fit."""
-    scheduler = Scheduler(limits(memory=100))
+    scheduler = scheduler_of(100)
     assert run(scheduler, [sequence(0, 60, 60, 5), sequence(1, 2, 2, 2)]) != []
     [(rejected, reason)] = scheduler.rejected
     assert rejected.request.id == "0"
@@ -165,7 +224,7 @@ def test_a_request_that_no_budget_holds_is_rejected_with_both_figures():
 
 def test_a_long_prompt_is_cached_in_chunks_while_others_decode():
     """Guards: a long prompt that stalls every other row, or decodes before it is cached."""
-    scheduler = Scheduler(limits(chunk=8))
+    scheduler = scheduler_of(chunk=8)
     source = iter([sequence(0, 3, 3, 50), sequence(1, 40, 40, 2)])
     cache = PretendCache(2)
     ready = []
@@ -185,18 +244,24 @@ def test_a_long_prompt_is_cached_in_chunks_while_others_decode():
 @pytest.mark.parametrize(("limit", "width"), [(None, 8), (20, 8), (12, 3), (10, 1)])
 def test_width_stays_within_the_context(limit, width):
     """Guards: feeding positions beyond the model's last one."""
-    scheduler = Scheduler(limits(chunk=100, contexts=(limit, None)))
+    scheduler = scheduler_of(chunk=100, contexts=(limit, None))
     assert scheduler.next_round(iter([sequence(0, 10, 6, 30)]), 8).width == width
 
 
 @pytest.mark.parametrize(("positions", "width"), [(None, 8), (16, 5), (9, 3), (3, 1), (1, 1)])
 def test_width_stays_within_the_logits_that_can_be_held(positions, width):
-    """Guards: needs.md 15: drafts that multiply the logits of a large batch until memory is full."""
+    """Guards: drafts that multiply the logits of a large batch until memory is full."""
     bounded = dataclasses.replace(limits(chunk=100), positions=positions)
-    assert (
-        Scheduler(bounded).next_round(iter([sequence(i, 4, 4, 30) for i in range(3)]), 8).width
-        == width
-    )
+    scheduler = Scheduler(bounded, slots(bounded.rows, 10**9))
+    assert scheduler.next_round(iter([sequence(i, 4, 4, 30) for i in range(3)]), 8).width == width
+
+
+def test_a_sequence_in_lockstep_keeps_the_round_narrow():
+    """Guards: drafts for a text whose caches a draft has spoiled before."""
+    scheduler = scheduler_of(chunk=100)
+    spoiled = sequence(0, 4, 4, 30)
+    spoiled.lockstep = True
+    assert scheduler.next_round(iter([spoiled, sequence(1, 4, 4, 30)]), 8).width == 1
 
 
 def test_requests_are_pulled_only_as_there_is_room():
@@ -208,11 +273,11 @@ def test_requests_are_pulled_only_as_there_is_room():
             pulled.append(i)
             yield sequence(i)
 
-    Scheduler(limits(rows=2, chunk=100)).next_round(endless())
+    scheduler_of(rows=2, chunk=100).next_round(endless())
     assert len(pulled) <= 3
 
 
 def test_a_batch_far_beyond_the_budget_runs_in_parts():
-    """Guards: needs.md 15, a batch size that runs out of memory."""
-    scheduler = Scheduler(limits(rows=4096, chunk=10**6, memory=3 * 16 * 20))
+    """Guards: a batch size that runs out of memory."""
+    scheduler = scheduler_of(3 * 16 * 20, rows=4096, chunk=10**6)
     assert len(run(scheduler, [sequence(i, 4, 4, 6) for i in range(300)])) == 300

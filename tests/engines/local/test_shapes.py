@@ -12,7 +12,7 @@ from optimal_sampling.engines.local.shapes import (
     measured_rules,
     replace_linears,
 )
-from tests.engines.local.conftest import tiny_model
+from tests.engines.local.conftest import tiny_model, with_options
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_a_turned_layer_is_the_same_layer(bias):
 
 
 def test_large_layers_are_packed_and_small_ones_are_not():
-    """Guards: a packed layer where its call costs more than the arithmetic, and large ones that stay as they are."""
+    """Guards: a packed layer whose call costs more than it saves; large layers left as they are."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(600, 512), nn.LayerNorm(512))
     replace_linears(model)
     assert not isinstance(model[0], PackedLinear)
@@ -58,8 +58,8 @@ def test_a_model_with_packed_layers_gives_equal_bits_in_every_batch():
     engine = engine_of(student, teacher)
     assert any(isinstance(m, PackedLinear) for m in teacher.modules())
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=12)
-    alone = list(engine.with_mixture(batch_size=1, draft_tokens=0).generate(requests))
-    assert same(alone, engine.with_mixture(batch_size=12, draft_tokens=3).generate(requests[::-1]))
+    alone = list(with_options(engine, batch_size=1, draft_tokens=0).generate(requests))
+    assert same(alone, with_options(engine, batch_size=12, draft_tokens=3).generate(requests[::-1]))
 
 
 def test_lengths_are_rounded_within_their_class():

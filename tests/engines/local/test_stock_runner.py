@@ -10,7 +10,7 @@ import transformers
 
 from optimal_sampling.engines.local.scheduler import Chunk
 from optimal_sampling.engines.local.shrinking import small_model
-from optimal_sampling.engines.local.stock_runner import StockCache, StockRunner
+from optimal_sampling.engines.local.stock_runner import StockRunner
 from tests.engines.local import families
 
 FAMILIES = ["bloom", "falcon", "gptj", "jamba", "lfm2", "mamba2", "qwen3_next"]
@@ -28,7 +28,8 @@ def _quiet():
 
 def greedy(model, prompts, new, batched=False, chunk=7, stop=None):
     """Argmax texts of all prompts at once, and the logits of every token."""
-    runner, cache = StockRunner(model, VOCAB, batched), StockCache()
+    runner = StockRunner(model, VOCAB, batched)
+    cache = runner.open_cache((0,), 0, 0)
     texts, logits = [list(p) for p in prompts], [[] for _ in prompts]
     chunks = [
         Chunk(i, at, text[:-1][at : at + chunk])
@@ -38,7 +39,7 @@ def greedy(model, prompts, new, batched=False, chunk=7, stop=None):
     for _ in range(new):
         start = np.array([len(text) - 1 for text in texts])
         idle = [i for i, p in enumerate(prompts) if stop and len(texts[i]) - len(p) >= stop[i]]
-        found = runner.forward(cache, torch.tensor([[t[-1]] for t in texts]), start, idle, chunks)
+        found = runner.forward(cache, torch.tensor([[t[-1]] for t in texts]), start, idle, chunks).logits
         chunks = []
         for i in set(range(len(texts))) - set(idle):
             logits[i].append(found[i, 0])
@@ -90,14 +91,15 @@ def test_rows_of_one_length_go_together_and_may_end_apart(name):
 def test_a_row_that_moves_or_starts_again_keeps_its_text():
     """Guards: a slot whose new row continues the old one's state."""
     model = small_model(*families.config_of("mamba2"))
-    runner, cache = StockRunner(model, VOCAB), StockCache()
+    runner = StockRunner(model, VOCAB)
+    cache = runner.open_cache((0,), 0, 0)
     first, second = [5, 6, 7, 8], [30, 31, 32]
     fed = torch.tensor([[first[-1]], [second[-1]]])
     chunks = [Chunk(0, 0, first[:-1]), Chunk(1, 0, second[:-1])]
     runner.forward(cache, fed, np.array([3, 2]), (), chunks)
     cache.move(1, 0, 3)
-    found = runner.forward(cache, torch.tensor([[9]]), np.array([3]))
-    again = runner.forward(cache, torch.tensor([[9]]), np.array([3]), (), [Chunk(0, 0, second)])
+    found = runner.forward(cache, torch.tensor([[9]]), np.array([3])).logits
+    again = runner.forward(cache, torch.tensor([[9]]), np.array([3]), (), [Chunk(0, 0, second)]).logits
     _, [expected] = greedy(model, [[*second, 9]], 1)
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(again[0], expected)

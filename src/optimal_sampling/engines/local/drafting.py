@@ -1,6 +1,6 @@
-"""How many tokens to draft, and drafts from the text itself. Plain Python; knows nothing of tensors.
+"""How many tokens to draft, and drafts looked up in the text. Plain Python, no tensors.
 
-Drafts never change what is drawn, only how many tokens a round yields, so all of this is about time alone.
+Drafts never change what is drawn, only how many tokens a round yields.
 """
 
 from __future__ import annotations
@@ -16,24 +16,21 @@ FORGET = 0.98
 
 
 class LinearCost:
-    """Seconds as a line over a size, fitted to what was observed; old observations fade."""
+    """Seconds as a linear function of a size, fitted to observations whose weight decays."""
 
     def __init__(self) -> None:
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     def observe(self, size: float, seconds: float) -> None:
-        """One measurement."""
-        for name, value in (
-            ("_n", 1.0),
-            ("_x", size),
-            ("_y", seconds),
-            ("_xx", size * size),
-            ("_xy", size * seconds),
-        ):
-            setattr(self, name, FORGET * getattr(self, name) + value)
+        """Add one measurement."""
+        self._n = FORGET * self._n + 1.0
+        self._x = FORGET * self._x + size
+        self._y = FORGET * self._y + seconds
+        self._xx = FORGET * self._xx + size * size
+        self._xy = FORGET * self._xy + size * seconds
 
     def __call__(self, size: float) -> float:
-        """Seconds at this size: never less than nothing, and never falling with the size."""
+        """Seconds at this size: not negative, and not decreasing in the size."""
         if not self._n:
             return 0.0
         mean_x, mean_y = self._x / self._n, self._y / self._n
@@ -45,7 +42,7 @@ class LinearCost:
 
 
 class Calibration:
-    """Share of drafts that were accepted, by how sure the drafter was of them."""
+    """Share of drafts that were accepted, by the probability that the drafter gave them."""
 
     BINS = 10
     PRIOR = 4.0
@@ -56,7 +53,7 @@ class Calibration:
         self._accepted = [self.PRIOR * (0.4 + 0.6 * centre) for centre in centres]
 
     def observe(self, confidence: float, accepted: bool) -> None:
-        """One draft whose predecessors were all accepted."""
+        """Add one draft whose predecessors were all accepted."""
         i = self._bin(confidence)
         self._tried[i] = 0.999 * self._tried[i] + 1
         self._accepted[i] = 0.999 * self._accepted[i] + accepted
@@ -73,9 +70,10 @@ class Calibration:
 class PerRound:
     """Expected tokens and seconds of one round, while it is being drafted.
 
-    A round of width n over R rows costs n drafter steps and one verification of n * R tokens. It yields one token per
-    row, and one more for every draft that is accepted with all before it. Drafting goes on while one more draft
-    raises tokens per second: tokens are concave in n and seconds a line, so the first fall is the end.
+    A round of width n over R rows costs n drafter steps and one verification of n * R tokens. It
+    yields one token per row, and one more for every draft that is accepted with all before it.
+    Drafting goes on while one more draft raises tokens per second: tokens are concave in n and
+    seconds linear, so the first decrease is the end.
     """
 
     def __init__(self, policy: DraftPolicy, ready: Sequence[bool]) -> None:
@@ -87,16 +85,19 @@ class PerRound:
         self.confidences: list[Sequence[float]] = []
 
     def wants(self, confidences: Sequence[float], insist: bool = False) -> bool:
-        """Whether to draft one more token per row, of which the drafter is this sure; `insist`: it is to be drafted."""
+        """Whether to draft one more token per row, given the drafter's probability of each.
+
+        `insist`: draft it in any case.
+        """
         accept = self._policy.accept
         alive = [a * accept(c) for a, c in zip(self._alive, confidences, strict=True)]
         tokens = self._tokens + sum(alive)
         width = self.drafted + 1
-        seconds = self._policy.seconds
-        if not insist and tokens * seconds(width, self._rows) <= self._tokens * seconds(
-            width + 1, self._rows
-        ):
-            return False
+        if not insist:
+            now = self._policy.seconds(width, self._rows)
+            more = self._policy.seconds(width + 1, self._rows)
+            if tokens * now <= self._tokens * more:
+                return False
         self._alive, self._tokens, self.drafted = alive, tokens, width
         self.confidences.append(confidences)
         return True
@@ -106,7 +107,7 @@ class DraftPolicy:
     """`auto`: measures acceptance and the cost of forward passes, and drafts while that pays."""
 
     EXPLORE = (5, 1, 9, 3)
-    """Widths of the first rounds: costs at different sizes have to be seen to be compared."""
+    """Widths of the first rounds, in which costs at different sizes are measured."""
 
     def __init__(self, most: int = MOST_DRAFTS) -> None:
         self.most = most
@@ -119,24 +120,25 @@ class DraftPolicy:
 
     @property
     def width(self) -> int:
-        """Widest that the next round may be."""
+        """Largest width of the next round."""
         return self.most + 1
 
     def seconds(self, width: int, rows: int) -> float:
-        """Of a round, expected."""
+        """Expected duration of a round."""
         return width * self.step(rows) + self.verify(width * rows) + self.rest(width * rows)
 
     def forced(self) -> int | None:
-        """Width of the next round where it is chosen to learn from; None: draft while it pays.
+        """Width of the next round where it is fixed for measuring; None: draft while it pays.
 
-        Where drafting does not pay, nothing new would be seen of it, so now and then one draft is made all the same.
+        After 100 rounds without drafts one draft is made, as otherwise a change of costs or of
+        acceptance would not be noticed.
         """
         if self._rounds < len(self.EXPLORE):
             return self.EXPLORE[self._rounds]
         return 2 if self._idle >= 100 else None
 
     def observe_round(self, width: int, rows: int, step: float, verify: float, rest: float) -> None:
-        """Seconds of one round without prompt tokens: all drafter steps, the verification, everything else."""
+        """Seconds of a round without prompt tokens: all drafter steps, verification, the rest."""
         self._rounds += 1
         self._idle = self._idle + 1 if width == 1 else 0
         self.step.observe(rows, step / width)
@@ -144,7 +146,7 @@ class DraftPolicy:
         self.rest.observe(width * rows, rest)
 
     def observe_draft(self, confidence: float, accepted: bool) -> None:
-        """A draft whose predecessors were all accepted."""
+        """Add one draft whose predecessors were all accepted."""
         self.accept.observe(confidence, accepted)
 
 
@@ -160,13 +162,14 @@ class FixedDrafts(DraftPolicy):
 
 
 class Lookup:
-    """Drafts by looking the end of the text up in the text itself: prompts of both models, then the output.
+    """Drafts that followed an earlier place of the text with the same last tokens.
 
-    Where the teacher is shown a solution, the solution is what gets continued.
+    The text is the longest prompt, then the output. Where the teacher is shown a solution, the
+    drafts continue the solution.
     """
 
     LONGEST = 4
-    """Tokens at the end of the text that are looked up; fewer where they are found nowhere, down to SHORTEST."""
+    """Number of last tokens that are looked up; fewer where there is no match, to SHORTEST."""
     SHORTEST = 2
 
     def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -177,7 +180,7 @@ class Lookup:
         self._indexed = 0
 
     def propose(self, output: Sequence[int], count: int) -> list[int]:
-        """Up to `count` tokens that followed the latest earlier place like the end of the text; may be none."""
+        """Up to `count` tokens that followed the latest match; may be none."""
         self._text[self._prompt :] = output
         self._index()
         for size in range(self.LONGEST, self.SHORTEST - 1, -1):
@@ -188,7 +191,7 @@ class Lookup:
         return []
 
     def _index(self) -> None:
-        """Where every short piece of the text goes on; the last piece of all has no continuation yet."""
+        """Map every n-gram to the place after it; the last n-gram has no continuation yet."""
         for end in range(max(self._indexed, 1), len(self._text)):
             for size in range(self.SHORTEST, self.LONGEST + 1):
                 if end >= size:

@@ -1,60 +1,58 @@
-"""`LocalEngine`: two Transformers models in this process, behind the contract of engines/base.py."""
+"""`LocalEngine`: two Transformers models in this process, as in engines/base.py."""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
 import psutil
 import torch
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.config import EngineOptions, LocalOptions, MixtureConfig, ModelConfig
 from optimal_sampling.distribution import kernel_note
 from optimal_sampling.engines.base import Engine
 from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts
-from optimal_sampling.engines.local.drawing import Drawer, RunSetting
-from optimal_sampling.engines.local.forward import ModelRunner
-from optimal_sampling.engines.local.lane import Lane
 from optimal_sampling.engines.local.loading import load_model, prepare_pair
-from optimal_sampling.engines.local.paged.cache import PAGE
-from optimal_sampling.engines.local.paged.forward import PagedRunner
-from optimal_sampling.engines.local.run import Run
+from optimal_sampling.engines.local.round import RunSettings, Sampler
+from optimal_sampling.engines.local.run import DraftCounts, GenerationLoop
+from optimal_sampling.engines.local.runner import CachedModel, ModelRunner
 from optimal_sampling.errors import ConfigError, EngineError
-from optimal_sampling.types import Completion, Request
+from optimal_sampling.types import Completion, Mode, Request
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
-__all__ = ["LoadedPair", "LocalEngine", "Mode"]
-
-Mode = Literal["mixture", "student", "teacher"]
-"""Draw from q*, or from one of the two models alone."""
+__all__ = ["LoadedPair", "LocalEngine"]
 
 GIB = 2**30
-CAPTURES = frozenset({"student_logits", "teacher_logits", "log_q"})
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.75}
-"""Share of the memory free after loading that the caches may take; the rest is for logits and activations."""
+"""Share of the memory free after loading that caches may take, beside logits and activations."""
 
 
 @dataclass(slots=True, eq=False)
 class LoadedPair:
-    """Both models in memory. `shared`: they are the same weights, loaded once."""
+    """Both models in memory."""
 
-    runners: dict[str, ModelRunner]
+    runners: dict[str, ModelRunner[Any]]
+    """By role."""
     shared: bool
+    """Both roles have the same weights, loaded once."""
     attention: str = "PyTorch SDPA"
-    """Which attention runs, and why, for people."""
+    """Which attention runs, and why."""
     memory: int | None = None
-    """Bytes that were free for caches once the models were loaded (GPU only, where caches outlive a run)."""
+    """Bytes free for caches after loading. GPU only, where caches are kept between runs."""
 
     @classmethod
-    def of(cls, models: dict[str, Any], vocab_size: int, options: EngineConfig) -> LoadedPair:
-        """Models by role, made ready to run. Raises ModelError, ConfigError, MissingDependencyError."""
+    def of(cls, models: dict[str, Any], vocab_size: int, options: LocalOptions) -> LoadedPair:
+        """Models by role, made ready to run.
+
+        Raises ModelError, ConfigError, MissingDependencyError.
+        """
         device = next(iter(models.values())).device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # streams, events and kernels go to the current one
+            torch.cuda.set_device(device)  # streams and events go to the current one
         runners, note = prepare_pair(models, vocab_size, options)
         pair = cls(runners, len(models) == 2 and models["student"] is models["teacher"], note)
         if device.type == "cuda":
@@ -63,55 +61,54 @@ class LoadedPair:
         return pair
 
     @property
-    def paged(self) -> bool:
-        """Rows live in pages, not in slots."""
-        return all(isinstance(runner, PagedRunner) for runner in self.runners.values())
+    def recorded_graphs(self) -> tuple[int, str] | None:
+        """(CUDA graphs recorded, why recording is off); None where none are ever recorded."""
+        found = [runner.recorded_graphs() for runner in set(self.runners.values())]
+        counts = [count for count in found if count is not None]
+        if not counts:
+            return None
+        return sum(n for n, _ in counts), next((off for _, off in counts if off), "")
 
 
 class LocalEngine(Engine):
-    """Student and teacher from Transformers, each with its own prompts and KV cache, in one continuous batch.
+    """Student and teacher from Transformers in one continuous batch.
 
-    `captured` of a completion holds what `capture` names, per token, as CPU float32 [n_tokens, vocab]:
-    `student_logits` and `teacher_logits` before temperature, `log_q` as drawn from.
+    Each has its own prompts and KV cache. `captured` of a completion holds what `capture` names,
+    per token, as CPU float32 [n_tokens, vocab]: `student_logits` and `teacher_logits` before
+    temperature, `log_q` as drawn from.
     """
+
+    captures = frozenset({"student_logits", "teacher_logits", "log_q"})
+    options: LocalOptions
 
     def __init__(
         self,
         pair: LoadedPair,
         mixture: MixtureConfig,
-        options: EngineConfig,
+        options: LocalOptions,
         vocabulary: Vocabulary,
         mode: Mode = "mixture",
-        capture: frozenset[str] = frozenset(),
     ) -> None:
-        unknown = capture - CAPTURES
-        if unknown:
-            raise ConfigError(
-                f"cannot capture {', '.join(sorted(unknown))}; there is {', '.join(sorted(CAPTURES))}"
-            )
         self.pair = pair
         self.mixture = mixture
         self.options = options
         self.vocabulary = vocabulary
         self.mode: Mode = mode
-        self.capture = capture
         self.vocab_size = vocabulary.size
         self.stop_ids = vocabulary.stop_ids
-        self.drawer: Callable[[list[Lane], RunSetting, DraftPolicy], Drawer] = Drawer
-        """What makes the drawer of a run; measurements put their own here."""
-        self.last_run: Run | None = None
-        """The state of the latest `generate` call, for benchmarks and tests."""
+        self.draft_counts = DraftCounts()
+        """Of the latest `generate` call."""
 
     @classmethod
     def load(
         cls,
         models: ModelConfig,
         mixture: MixtureConfig,
-        options: EngineConfig,
+        options: LocalOptions,
         vocabulary: Vocabulary,
         mode: Mode = "mixture",
         load_kwargs: dict[str, Any] | None = None,
-    ) -> LocalEngine:
+    ) -> Self:
         """Load the models. Raises ModelError, ConfigError, MissingDependencyError."""
         paths = {"student": resolve_model(models.student), "teacher": resolve_model(models.teacher)}
         shared = os.path.realpath(paths["student"]) == os.path.realpath(paths["teacher"])
@@ -125,76 +122,73 @@ class LocalEngine(Engine):
             LoadedPair.of(loaded, vocabulary.size, options), mixture, options, vocabulary, mode
         )
 
-    def with_mixture(
+    def view(
         self,
         mixture: MixtureConfig | None = None,
-        batch_size: int | None = None,
-        capture: frozenset[str] = frozenset(),
         mode: Mode | None = None,
-        draft_tokens: int | Literal["auto"] | None = None,
-    ) -> LocalEngine:
-        """The same loaded models with other settings; costs nothing."""
-        options = (
-            self.options if batch_size is None else replace(self.options, batch_size=batch_size)
-        )
-        options = options if draft_tokens is None else replace(options, draft_tokens=draft_tokens)
-        return LocalEngine(
-            self.pair, mixture or self.mixture, options, self.vocabulary, mode or self.mode, capture
-        )
+        options: EngineOptions | None = None,
+        capture: frozenset[str] = frozenset(),
+    ) -> Self:
+        """As in `Engine`. Raises ConfigError too where a model that takes part was not loaded."""
+        view = super().view(mixture, mode, options, capture)
+        absent = [role for role in view.roles if role not in self.pair.runners]
+        if self.pair.runners and absent:
+            raise ConfigError(
+                f"mode {view.mode!r} needs the {absent[0]}, and the engine was loaded for "
+                f"the mode {self.mode!r}"
+            )
+        view.draft_counts = DraftCounts()
+        return view
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Serve the requests; see `Engine`."""
+        """As in `Engine`."""
         if not self.pair.runners:
             raise EngineError("this engine was closed; open another one")
-        setting, policy = self._setting(), self._policy()
-        lanes = self._lanes(setting.pages)
-        self.last_run = Run(lanes, setting, policy, self.drawer(lanes, setting, policy))
+        loop = self._new_loop()
+        self.draft_counts = loop.counts
         try:
-            yield from self.last_run.completions(requests)
+            yield from loop.completions(requests)
         except torch.OutOfMemoryError as error:
             raise EngineError(
-                f"out of memory on {self.device}: use a smaller batch_size or kv_memory_gib ({error})"
+                f"out of memory on {self.device}: "
+                f"use a smaller batch_size or kv_memory_gib ({error})"
             ) from error
         finally:
-            for lane in self.last_run.lanes:
-                lane.close()
+            loop.close()
+
+    def _new_loop(self) -> GenerationLoop:
+        """The loop of one `generate` call, with empty caches."""
+        settings, policy = self._settings(), self._policy()
+        models = self._cached_models(settings)
+        return GenerationLoop(models, settings, policy, Sampler(models, settings, policy))
 
     @property
     def device(self) -> torch.device:
         """Where the models are."""
         return next(iter(self.pair.runners.values())).device
 
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The models that take part, in the order of their contexts."""
-        return ("student", "teacher") if self.mode == "mixture" else (self.mode,)
-
-    def _lanes(self, pages: int | None) -> list[Lane]:
+    def _cached_models(self, settings: RunSettings) -> list[CachedModel]:
+        """The models that take part with caches of as many tokens each."""
         runners = [self.pair.runners[role] for role in self.roles]
-        for runner in self.pair.runners.values():
-            if isinstance(runner, PagedRunner):
-                runner.drop_caches(keep=pages if runner in runners else None)
+        used = set(runners)
+        for runner in set(self.pair.runners.values()) - used:
+            runner.drop_caches()
+        tokens = settings.memory // max(1, sum(runner.bytes_per_token for runner in used))
+        contexts: list[tuple[int, ...]] = [(i,) for i in range(len(runners))]
         if len(runners) == 2 and self.pair.shared:
-            return [Lane(runners[0], (0, 1), pages)]
-        return [Lane(runner, (i,), pages) for i, runner in enumerate(runners)]
+            runners, contexts = runners[:1], [(0, 1)]
+        sequences = settings.options.batch_size
+        pairs = zip(runners, contexts, strict=True)
+        return [CachedModel(runner, held, tokens, sequences) for runner, held in pairs]
 
-    def _pages(self, memory: int) -> int | None:
-        """Pages of each cache: as many for one model as for the other."""
-        if not self.pair.paged:
-            return None
-        runners = {self.pair.runners[role] for role in self.roles}
-        return max(
-            1, memory // (PAGE * sum(runner.bytes_per_token for runner in runners)) - 1
-        )  # one is scratch
-
-    def _setting(self) -> RunSetting:
+    def _settings(self) -> RunSettings:
         contexts = {
             "student": self.vocabulary.student_context,
             "teacher": self.vocabulary.teacher_context,
         }
         memory = self.memory_budget()
         positions = max(1, memory // (4 * self._position_bytes()))
-        return RunSetting(
+        return RunSettings(
             roles=self.roles,
             mixture=self.mixture,
             options=replace(self.options, batch_size=min(self.options.batch_size, positions)),
@@ -203,17 +197,24 @@ class LocalEngine(Engine):
             context_lengths=tuple(contexts[role] for role in self.roles),
             embeddings=tuple(self.pair.runners[role].embeddings for role in self.roles),
             memory=memory,
-            pages=self._pages(memory),
             positions=positions,
             capture=self.capture,
         )
 
     def _policy(self) -> DraftPolicy:
         drafts = self.options.draft_tokens if self.mode == "mixture" else 0
+        lockstep = [role for role in self.roles if not self.pair.runners[role].drafts]
+        if lockstep and drafts == "auto":
+            drafts = 0
+        if lockstep and drafts:
+            raise ConfigError(
+                f"the {lockstep[0]} model runs with its own cache, which cannot take drafts back; "
+                "use draft_tokens auto or 0"
+            )
         return DraftPolicy() if drafts == "auto" else FixedDrafts(int(drafts))
 
     def _position_bytes(self) -> int:
-        """Logits, noise and temporaries of one position of one row, generously."""
+        """Upper bound of logits, noise and temporaries of one position of one row."""
         return 12 * 4 * self.vocab_size
 
     def memory_budget(self) -> int:
@@ -225,33 +226,30 @@ class LocalEngine(Engine):
         return int(MEMORY_SHARE["cpu"] * _free_memory())
 
     def notes(self) -> dict[str, str]:
-        """Device, precision, memory and batch in use, and what speculation did in the latest run."""
-        runner = self.pair.runners[self.roles[-1]]
+        """Device, precision, memory and batch in use, and the drafts of the latest run."""
+        cuda = self.device.type == "cuda"
+        dtype = self.pair.runners[self.roles[-1]].model.dtype
         notes = {
-            "device": torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else "cpu",
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "threads": str(torch.get_num_threads()),
-            "dtype": str(runner.model.dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             "kv_memory": f"{self.memory_budget() / GIB:.2f} GiB",
             "attention": self.pair.attention,
         }
-        if self.device.type == "cuda":
+        if cuda:
             notes["mixture"] = kernel_note(self.device, self.mixture).removeprefix(
                 "mixture kernel: "
             )
-        if self.pair.paged:
-            notes["cuda_graphs"] = self._graphs_note()
-        rows = self._setting().options.batch_size
-        notes["batch"] = f"up to {rows} requests in flight"
-        if rows < self.options.batch_size:
-            notes["batch"] += (
-                f", not {self.options.batch_size}: their logits would not fit into memory"
+        if (graphs := self.pair.recorded_graphs) is not None:
+            count, off = graphs
+            notes["cuda_graphs"] = (
+                f"off, because recording failed: {off}" if off else f"{count} shapes recorded"
             )
-        if self.last_run is not None and self.last_run.drafted:
-            drafted, accepted = self.last_run.drafted, self.last_run.accepted
+        notes["batch"] = self._batch_note()
+        if (counts := self.draft_counts).drafted:
             notes["drafts"] = (
-                f"{accepted} of {drafted} drafted tokens accepted in {self.last_run.rounds} rounds"
+                f"{counts.accepted} of {counts.drafted} drafted tokens accepted "
+                f"in {counts.rounds} rounds"
             )
         if self.pair.shared:
             notes["weights"] = (
@@ -259,25 +257,19 @@ class LocalEngine(Engine):
             )
         return notes
 
-    def _graphs_note(self) -> str:
-        graphs = [
-            g
-            for r in set(self.pair.runners.values())
-            if isinstance(r, PagedRunner)
-            for g in r.graphs.values()
-        ]
-        off = sorted({g.off for g in graphs if g.off})
+    def _batch_note(self) -> str:
+        rows, asked = self._settings().options.batch_size, self.options.batch_size
+        note = f"up to {rows} requests in flight"
         return (
-            f"off, because recording failed: {off[0]}"
-            if off
-            else f"{sum(map(len, graphs))} shapes recorded"
+            note
+            if rows == asked
+            else f"{note}, not {asked}: their logits would not fit into memory"
         )
 
     def close(self) -> None:
         """Drop the models."""
         for runner in self.pair.runners.values():
-            if isinstance(runner, PagedRunner):
-                runner.drop_caches()
+            runner.drop_caches()
         self.pair.runners.clear()
         if torch.cuda.is_available():
             gc.collect()  # recorded graphs and their runner know each other
@@ -285,7 +277,7 @@ class LocalEngine(Engine):
 
 
 def _free_memory() -> int:
-    """Free memory in bytes: the system's, or the control group's where that is less."""
+    """Free memory of the system or of the control group, whichever is less, in bytes."""
     free = int(psutil.virtual_memory().available)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()

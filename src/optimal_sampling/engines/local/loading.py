@@ -1,7 +1,8 @@
-"""A folder or hub id -> a model that our forward pass can run, or a refusal that says why.
+"""A folder or hub id -> a model that our forward pass can run, or an error that says why not.
 
-Transformers accepts an attention function for every architecture, but some never call it, or call it in some layers
-only, and then generate plausible nonsense. So each model is tried once against its own stock forward pass.
+Transformers accepts an attention function for every architecture, but some never call it, or call
+it in some layers only, and then generate plausible nonsense. So each model is tried once against
+its own stock forward pass.
 """
 
 from __future__ import annotations
@@ -12,72 +13,49 @@ from typing import Any
 import numpy as np
 import torch
 
-from optimal_sampling.config import EngineConfig, ModelConfig
+from optimal_sampling.config import LocalOptions, ModelConfig
+from optimal_sampling.engines.device import resolve_device, resolve_dtype
 from optimal_sampling.engines.local import attention
-from optimal_sampling.engines.local.forward import ModelRunner
-from optimal_sampling.engines.local.kv_cache import Cache, KVCache
-from optimal_sampling.engines.local.model_check import call_problem, check_small_copy, reason_of
+from optimal_sampling.engines.local.model_check import (
+    SmallCopy,
+    call_problem,
+    check_small_copy,
+    reason_of,
+)
 from optimal_sampling.engines.local.norms import fuse_norms
-from optimal_sampling.engines.local.paged.cache import PagedCache
-from optimal_sampling.engines.local.paged.forward import PagedRunner
-from optimal_sampling.engines.local.paged.kernels import Choice, Kernel, choose_kernel
+from optimal_sampling.engines.local.paged.attention_backends import (
+    Backend,
+    Choice,
+    choose_backend,
+)
+from optimal_sampling.engines.local.paged.page_manager import PAGE
+from optimal_sampling.engines.local.paged.page_runner import PageRunner
+from optimal_sampling.engines.local.rotary import split_by_row
+from optimal_sampling.engines.local.runner import ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
 from optimal_sampling.engines.local.shapes import PLAIN, measured_rules, replace_linears
-from optimal_sampling.errors import ConfigError, MissingDependencyError, ModelError
+from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
+from optimal_sampling.engines.local.shrinking import text_model
+from optimal_sampling.engines.local.stock_runner import StockRunner
+from optimal_sampling.errors import MissingDependencyError, ModelError
 
-__all__ = [
-    "check_architecture",
-    "load_model",
-    "prepare",
-    "prepare_pair",
-    "resolve_device",
-    "resolve_dtype",
-]
+__all__ = ["check_architecture", "load_model", "prepare", "prepare_pair"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest accepted difference to the stock forward pass, relative to the largest logit."""
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1` ... Raises ConfigError where it is absent."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"{name!r} is no device; use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device {name!r} was asked for, but PyTorch finds no CUDA GPU here; use the device cpu"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs here"
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
 def load_model(
     path: str, config: ModelConfig, role: str, load_kwargs: dict[str, Any] | None = None
 ) -> Any:
-    """Load one model for inference, from safetensors only. `role` is named in errors.
+    """Load one model for inference, from safetensors only. Errors name the `role`.
 
     Raises ModelError, MissingDependencyError.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of tensors; it says nothing of the job, and tears the job's own display
+    logging.disable_progress_bar()  # of tensors; it would tear the display of the job
     device = resolve_device(config.device)
     kwargs: dict[str, Any] = {
         "dtype": resolve_dtype(config.dtype, device),
@@ -91,12 +69,9 @@ def load_model(
         kwargs.setdefault("device_map", {"": device})
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (
-        Exception
-    ) as error:  # whatever is wrong with a folder, and every architecture has errors of its own
-        first = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
+    except Exception as error:  # every architecture and every broken folder has errors of its own
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        first = lines[0] if lines else type(error).__name__
         raise ModelError(f"the {role} model {path!r} could not be loaded: {first}") from error
     absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
     if absent:  # Transformers would go on with random weights
@@ -121,51 +96,69 @@ def _four_bit(kwargs: dict[str, Any]) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, **options)
 
 
-def prepare(model: Any, vocab_size: int, role: str, batch_invariant: bool) -> ModelRunner:
-    """Plug in our attention over slots, check it against the stock forward pass, choose the shapes.
-
-    Raises ModelError.
-    """
+def prepare(model: Any, vocab_size: int, role: str, batch_invariant: bool) -> SlotRunner:
+    """The model over slots, checked against its stock forward pass. Raises ModelError."""
     return _slot_runner(model, vocab_size, batch_invariant, check_architecture(model, role))
 
 
 def prepare_pair(
-    models: dict[str, Any], vocab_size: int, options: EngineConfig
-) -> tuple[dict[str, ModelRunner], str]:
-    """Runners of models by role, and a line for people about their attention. The same object twice is prepared once.
+    models: dict[str, Any], vocab_size: int, options: LocalOptions
+) -> tuple[dict[str, ModelRunner[Any]], str]:
+    """Runners of models by role, and a line that says which attention runs, and why.
 
-    Flash Attention over pages for all of them, or for none. Raises ModelError, ConfigError, MissingDependencyError.
+    The same object twice is prepared once. Flash Attention over pages for all models, or for none.
+    Raises ModelError, ConfigError, MissingDependencyError.
     """
     shared = models.get("student") is models.get("teacher")
     distinct = {role: model for role, model in models.items() if not (shared and role == "student")}
-    probes = {role: check_architecture(model, role) for role, model in distinct.items()}
+    runners: dict[str, ModelRunner[Any]] = {}
+    probes: dict[str, Probe] = {}
+    notes = []
+    for role, model in distinct.items():
+        stock = model.config._attn_implementation
+        try:
+            probes[role] = check_architecture(model, role)
+        except ModelError as error:
+            if options.attention != "auto":
+                raise
+            model.set_attn_implementation(stock)
+            runners[role] = _stock_runner(model, vocab_size, role, error)
+            notes.append(f"the {role} model's own, one token at a time, as {error}")
+    distinct = {role: model for role, model in distinct.items() if role not in runners}
     choices = {
         role: _choose(model, role, probes[role], options.attention)
         for role, model in distinct.items()
     }
-    kernels = [choice.kernel for choice in choices.values()]
-    runners: dict[str, ModelRunner] = {}
+    backends = [choice.backend for choice in choices.values()] + [None] * len(runners)
     for role, model in distinct.items():
-        kernel = choices[role].kernel
-        if kernel is not None and None not in kernels:
-            runners[role] = PagedRunner(model, vocab_size, kernel, probes[role].bytes_per_token)
+        backend, probe = choices[role].backend, probes[role]
+        if backend is not None and None not in backends:
+            runners[role] = PageRunner(model, vocab_size, probe.bytes_per_token, backend)
         else:
-            runners[role] = _slot_runner(model, vocab_size, options.batch_invariant, probes[role])
-    decisive = next(
-        (role for role, choice in choices.items() if choice.kernel is None), next(iter(choices))
-    )
-    note = choices[decisive].note + (
-        f" (the {decisive} model)" if None in kernels and len(set(kernels)) > 1 else ""
-    )
-    return {role: runners[role if role in runners else "teacher"] for role in models}, note
+            runners[role] = _slot_runner(model, vocab_size, options.batch_invariant, probe)
+    without = [role for role, choice in choices.items() if choice.backend is None]
+    for decisive in list(without or choices)[:1]:
+        mixed = len(set(backends)) > 1 or len(runners) > len(choices)
+        notes.append(choices[decisive].note + (f" (the {decisive} model)" if mixed else ""))
+    runners = {role: runners[role if role in runners else "teacher"] for role in models}
+    return runners, "; ".join(notes)
+
+
+def _stock_runner(model: Any, vocab_size: int, role: str, why: ModelError) -> StockRunner:
+    """The model with its own cache, checked on a small copy. Raises ModelError."""
+    try:
+        SmallCopy(*text_model(type(model), model.config), role).check_own_cache()
+    except ModelError as error:
+        raise ModelError(f"{why}; and it cannot run with its own cache: {error}") from error
+    return StockRunner(model, vocab_size)
 
 
 def _choose(model: Any, role: str, probe: Probe, asked: str) -> Choice:
-    """The kernel for one model, tried on it."""
-    choice = choose_kernel(asked, model.device, model.dtype, probe.head_dims, probe.needs)
-    if choice.kernel is not None:
+    """The attention backend for one model, tried on it."""
+    choice = choose_backend(asked, model.device, model.dtype, probe.head_dims, probe.needs)
+    if choice.backend is not None:
         try:
-            check_architecture(model, role, choice.kernel)
+            check_architecture(model, role, choice.backend)
         except ModelError as error:
             if asked != "auto":
                 raise
@@ -173,12 +166,12 @@ def _choose(model: Any, role: str, probe: Probe, asked: str) -> Choice:
     return choice
 
 
-def _slot_runner(model: Any, vocab_size: int, batch_invariant: bool, probe: Probe) -> ModelRunner:
+def _slot_runner(model: Any, vocab_size: int, batch_invariant: bool, probe: Probe) -> SlotRunner:
     rules = PLAIN
     if batch_invariant and model.device.type == "cpu" and model.dtype == torch.float32:
         replace_linears(model)
         rules = measured_rules(model, probe.head_dims)
-    return ModelRunner(model, vocab_size, rules, probe.bytes_per_token)
+    return SlotRunner(model, vocab_size, probe.bytes_per_token, rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,73 +186,66 @@ class Probe:
     """Features of attention beyond grouped heads and windows."""
 
 
-def check_architecture(model: Any, role: str, kernel: Kernel | None = None) -> Probe:
-    """Raise ModelError unless our forward pass, over slots or with a kernel over pages, gives the stock logits.
+def check_architecture(model: Any, role: str, backend: Backend | None = None) -> Probe:
+    """Compare our forward pass, over slots or with a backend over pages, with the stock one.
 
-    The model is left with our attention function plugged in, and its norms fused.
+    The model is left with our attention function plugged in, and its norms fused. Raises
+    ModelError where logits differ.
     """
     attention.register()
-    name = type(model).__name__
+    name = f"the {role} model is a {type(model).__name__}"
     config = model.config.get_text_config()
     ids = torch.arange(5, 24) % config.vocab_size
     try:
-        with torch.inference_mode():
-            model.set_attn_implementation("eager")
-            stock = (
-                model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, -8:].float()
-            )
+        stock = _stock_logits(model, ids)
         model.set_attn_implementation(attention.NAME)
         fuse_norms(model)
-        ours, called, probe = _two_chunks(model, ids, stock.shape[-1], kernel)
+        split_by_row(model)
+        ours, called, probe = _two_chunks(model, ids, stock.shape[-1], backend)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
-        raise ModelError(
-            f"the {role} model is a {name}, which the local engine cannot run: {reason_of(error)}"
-        ) from error
+    except Exception as error:  # every architecture has errors of its own
+        message = f"{name}, which the local engine cannot run: {reason_of(error)}"
+        raise ModelError(message) from error
     if problem := call_problem(called, config):
-        raise ModelError(f"the {role} model is a {name}, which {problem}; refused")
+        raise ModelError(f"{name}, which {problem}; refused")
     difference = (ours - stock).abs().max().item()
     allowed = TOLERANCE.get(model.dtype, 0.1) * max(1.0, stock.abs().max().item())
     if not difference <= allowed and stock.isfinite().all():
-        message = (
-            f"logits differ by {difference:.3g} from its own forward pass (allowed: {allowed:.3g})"
-        )
         raise ModelError(
-            f"the {role} model is a {name}, whose {message}; it would be sampled wrongly, so it is refused"
+            f"{name}, whose logits differ by {difference:.3g} from its own forward pass "
+            f"(allowed: {allowed:.3g}); it would be sampled wrongly, so it is refused"
         )
     check_small_copy(model, role)
     return probe
 
 
-def _probe_runner(model: Any, vocab: int, kernel: Kernel | None) -> tuple[ModelRunner, Cache]:
-    if kernel is None:
-        slots = KVCache()
-        slots.reshape(2, 64)
-        return ModelRunner(model, vocab), slots
-    pages = PagedCache(2)
-    pages.reserve([64, 64])
-    return PagedRunner(model, vocab, kernel), pages
+@torch.inference_mode()
+def _stock_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Float32 logits [8, vocab] of the model's own forward pass at the last 8 tokens."""
+    model.set_attn_implementation("eager")
+    logits: torch.Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits
+    return logits[0, -8:].float()
 
 
 def _two_chunks(
-    model: Any, ids: torch.Tensor, vocab: int, kernel: Kernel | None
+    model: Any, ids: torch.Tensor, vocab: int, backend: Backend | None
 ) -> tuple[torch.Tensor, list[int], Probe]:
-    """The probe text in three forwards and in row 1, beside another text in row 0; logits of its last 8 tokens."""
-    runner, cache = _probe_runner(model, vocab, kernel)
+    """The text in three forward passes in row 1, beside another text in row 0.
+
+    Returns logits of its last 8 tokens, the layers that called the attention function, and facts.
+    """
+    runner: ModelRunner[Any] = SlotRunner(model, vocab)
+    if backend is not None:
+        runner = PageRunner(model, vocab, 0, backend)
+    cache = runner.open_cache((0,), tokens=3 * PAGE, sequences=2)
+    cache.make_room([[64], [64]], 0)
     text, other = ids.tolist(), ids.flip(0).tolist()
-    runner.forward(
-        cache,
-        torch.tensor([[0], [0]]).to(model.device),
-        np.array([0, 0]),
-        (0, 1),
-        [Chunk(1, 0, text[:5])],
-    )
+    nothing = torch.tensor([[0], [0]]).to(model.device)
+    runner.forward(cache, nothing, np.array([0, 0]), (0, 1), [Chunk(1, 0, text[:5])])
     chunks = [Chunk(0, 0, other[:3]), Chunk(1, 5, text[5:11])]
     last = torch.tensor([other[3:11], text[11:19]]).to(model.device)
-    logits, plan = runner.forward_with_plan(cache, last, np.array([3, 11]), (), chunks)
-    assert plan is not None
-    probe = Probe(
-        cache.layers, cache.bytes_per_token, cache.head_dims, getattr(plan, "needs", set())
-    )
-    return logits[1].float(), plan.layers_called, probe
+    logits, _, plan = runner.forward(cache, last, np.array([3, 11]), (), chunks)
+    called, needs = (plan.layers_called, plan.needs) if plan else ([], set())
+    probe = Probe(cache.layers, cache.bytes_per_token, cache.head_dims, needs)
+    return logits[1].float(), called, probe

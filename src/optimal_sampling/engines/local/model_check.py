@@ -20,12 +20,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optimal_sampling.engines.local import attention
-from optimal_sampling.engines.local.forward import ModelRunner
-from optimal_sampling.engines.local.kv_cache import KVCache
 from optimal_sampling.engines.local.norms import fuse_norms
+from optimal_sampling.engines.local.rotary import split_by_row
 from optimal_sampling.engines.local.scheduler import Chunk
 from optimal_sampling.engines.local.shrinking import POSITIONS, VOCAB, small_model, text_model
-from optimal_sampling.engines.local.stock_runner import StockCache, StockRunner
+from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
+from optimal_sampling.engines.local.stock_runner import StockRunner
 from optimal_sampling.errors import ModelError
 
 __all__ = ["Layer", "SmallCopy", "call_problem", "check_small_copy", "reason_of", "stock_layers", "stock_logits"]
@@ -164,13 +164,15 @@ class SmallCopy:
             attention.register()
             self.model.set_attn_implementation(attention.NAME)
             fuse_norms(self.model)
+            split_by_row(self.model)
             self._compare_rows()
 
     def _calls(self) -> str:
         """How the model does not call the attention function once per layer."""
-        runner, cache = ModelRunner(self.model, VOCAB), KVCache()
-        cache.reshape(1, POSITIONS)
-        _, plan = runner.forward_with_plan(cache, torch.tensor([[4]]), np.array([0]))
+        runner = SlotRunner(self.model, VOCAB)
+        cache = runner.open_cache((0,), 0, 1)
+        cache.make_room([[POSITIONS]], 0)
+        _, _, plan = runner.forward(cache, torch.tensor([[4]]), np.array([0]))
         config = self.model.config.get_text_config(decoder=True)
         assert plan is not None
         return call_problem(plan.layers_called, config)
@@ -232,7 +234,8 @@ class SmallCopy:
 
     def _own_logits(self, batched: bool) -> dict[int, Float[Tensor, "n vocab"]]:
         """Logits after each prefix of every row's text, each row twice, by `StockRunner`."""
-        runner, cache = StockRunner(self.model, VOCAB, batched), StockCache()
+        runner = StockRunner(self.model, VOCAB, batched)
+        cache = runner.open_cache((0,), 0, 0)
         rows = [row for row in PROMPTS for _ in range(2)]
         texts = [_text(row) for row in rows]
         chunks = [Chunk(i, 0, ids[: prompt - 1]) for i, (ids, prompt) in enumerate(texts)]
@@ -243,7 +246,7 @@ class SmallCopy:
         while (at < ends).any():
             idle = [int(i) for i in np.flatnonzero(at >= ends)]
             tokens = [[ids[min(p, len(ids) - 1)]] for (ids, _), p in zip(texts, at, strict=True)]
-            logits = runner.forward(cache, torch.tensor(tokens), at, idle, chunks)
+            logits = runner.forward(cache, torch.tensor(tokens), at, idle, chunks).logits
             chunks = []
             for i in set(range(len(rows))) - set(idle):
                 found[i].append(logits[i, 0])
@@ -316,33 +319,38 @@ def stock_layers(model: Any, length: int) -> list[Layer]:
 
 def _logits(model: Any, rows: tuple[int, ...], chunk: int) -> dict[int, Float[Tensor, "n vocab"]]:
     """Logits after each prefix of every row's text: prompts in chunks, then 1 or 3 tokens at a time."""
-    runner, cache = ModelRunner(model, VOCAB), KVCache()
-    cache.reshape(len(rows), POSITIONS)
-    texts = [_text(row) for row in rows]
-    cached = [0 for _ in rows]
+    runner = SlotRunner(model, VOCAB)
+    cache = runner.open_cache((0,), 0, len(rows))
+    cache.make_room([[POSITIONS] for _ in rows], 0)
+    texts, prompts = zip(*map(_text, rows), strict=True)
+    known, cached, long = list(prompts), [0 for _ in rows], [False for _ in rows]
+    switch = runner.rope_switch or POSITIONS
     found: list[list[Tensor]] = [[] for _ in rows]
-    for step in range(POSITIONS):
-        width = 3 if step % 3 == 2 else 1
-        pending = [prompt - 1 - c for (_, prompt), c in zip(texts, cached, strict=True)]
-        done = [c >= len(ids) for (ids, _), c in zip(texts, cached, strict=True)]
+    for step in range(4 * POSITIONS):
+        for i, count in enumerate(known):
+            if count > switch and not long[i]:
+                cached[i], long[i] = 0, True
+        done = [count > len(ids) for ids, count in zip(texts, known, strict=True)]
         if all(done):
             break
+        pending = [n - 1 - c for n, c in zip(known, cached, strict=True)]
         idle = [i for i in range(len(rows)) if pending[i] > 0 or done[i]]
         chunks = [
-            Chunk(i, cached[i], ids[cached[i] : cached[i] + min(chunk, pending[i])])
-            for i, (ids, _) in enumerate(texts)
-            if pending[i] > 0
+            Chunk(i, cached[i], ids[cached[i] : cached[i] + min(chunk, pending[i])], long[i])
+            for i, ids in enumerate(texts)
+            if pending[i] > 0 and not done[i]
         ]
-        tokens = [
-            (ids + [0] * width)[c : c + width] for (ids, _), c in zip(texts, cached, strict=True)
-        ]
+        ready = [i for i in range(len(rows)) if i not in idle]
+        room = [switch - known[i] + 1 for i in ready if not long[i]]
+        width = min([3 if step % 3 == 2 else 1, *room])
+        tokens = [(ids + [0] * width)[c : c + width] for ids, c in zip(texts, cached, strict=True)]
         start = np.array([min(c, POSITIONS - width) for c in cached])
-        logits = runner.forward(cache, torch.tensor(tokens), start, idle, chunks)
+        logits = runner.forward(cache, torch.tensor(tokens), start, idle, chunks).logits
         for part in chunks:
-            cached[part.slot] += len(part.ids)
-        for i, (ids, _) in enumerate(texts):
-            if i not in idle:
-                kept = min(width, len(ids) - cached[i])
-                found[i].extend(logits[i, :kept])
-                cached[i] += kept
+            cached[part.row] += len(part.ids)
+        for i in ready:
+            kept = min(width, len(texts[i]) - cached[i])
+            found[i].extend(logits[i, :kept])
+            cached[i] += kept
+            known[i] += kept
     return {row: torch.stack(found[i]) for i, row in enumerate(rows)}

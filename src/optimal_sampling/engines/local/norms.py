@@ -1,4 +1,4 @@
-"""RMS norms in one call. As Transformers writes them they are seven, which is a tenth of a small model's time."""
+"""RMS norms in one call instead of the seven of Transformers, a tenth of a small model's time."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-        """The same as the norm it replaces."""
+        """The normalised rows, as from the norm that it replaces."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 @torch.inference_mode()
 def fuse_norms(model: nn.Module) -> int:
-    """Replace the RMS norms that this function computes too: to the bit in float32. Returns how many."""
+    """Replace RMS norms by equal ones (to the bit in float32 on a CPU). Returns how many."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -39,20 +39,15 @@ def fuse_norms(model: nn.Module) -> int:
 
 
 def _fused(module: Any) -> RMSNorm | None:
-    """The replacement, where the module is an RMS norm and gives the same (Gemma's scales by 1 + weight)."""
+    """The replacement of an RMS norm that gives the same (Gemma's scales by 1 + weight)."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
-    if (
-        not type(module).__name__.endswith("RMSNorm")
-        or isinstance(module, RMSNorm)
-        or eps is None
-        or weight is None
-    ):
+    is_norm = type(module).__name__.endswith("RMSNorm") and not isinstance(module, RMSNorm)
+    if not is_norm or eps is None or weight is None:
         return None
     fused = RMSNorm(weight, eps)
-    sample = torch.randn(64, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(
-        weight
-    )
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(64, weight.shape[-1], generator=generator).to(weight)
     expected, found = module(sample), fused(sample)
     if weight.dtype == torch.float32 and weight.device.type == "cpu":
         return fused if torch.equal(found, expected) else None

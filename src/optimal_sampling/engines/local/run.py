@@ -1,12 +1,13 @@
-"""One call of `generate`: requests become sequences, rounds extend them, and those that end become completions.
+"""One `generate` call: requests become sequences, rounds extend them, and ended ones completions.
 
-Both caches hold all but the last token of a row, so giving up drafts is not advancing a length.
+Every cache holds all but the last token of a row, so giving up drafts is not counting them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,44 +15,54 @@ from jaxtyping import Float, Int
 
 from optimal_sampling.engines.base import bad_logits_message, prompt_problem
 from optimal_sampling.engines.local.drafting import DraftPolicy, Lookup
-from optimal_sampling.engines.local.drawing import Drawer, Drawn, RunSetting
-from optimal_sampling.engines.local.lane import Lane, grow_slots
-from optimal_sampling.engines.local.paged.cache import PAGE
-from optimal_sampling.engines.local.scheduler import Limits, Round, Scheduler, Sequence
+from optimal_sampling.engines.local.memory import KVMemory
+from optimal_sampling.engines.local.round import RunSettings, SampledRound, Sampler
+from optimal_sampling.engines.local.runner import CachedModel
+from optimal_sampling.engines.local.scheduler import Limits, RoundPlan, Scheduler, Sequence
 from optimal_sampling.types import Completion, FinishReason, Request, TokenTrace
 
-__all__ = ["Run"]
+__all__ = ["DraftCounts", "GenerationLoop"]
 
 
-class Run:
-    """The state of one `generate` call."""
+@dataclass(slots=True)
+class DraftCounts:
+    """What speculation did in one `generate` call."""
+
+    rounds: int = 0
+    drafted: int = 0
+    """Tokens drafted for rows that were decoding."""
+    accepted: int = 0
+    """Of these, tokens of a completion after which the round went on."""
+
+
+class GenerationLoop:
+    """State of one `generate` call."""
 
     def __init__(
-        self, lanes: list[Lane], setting: RunSetting, policy: DraftPolicy, drawer: Drawer
+        self,
+        models: list[CachedModel],
+        settings: RunSettings,
+        policy: DraftPolicy,
+        sampler: Sampler,
     ) -> None:
-        self.lanes = lanes
-        self.setting = setting
+        self.models = models
+        self.settings = settings
         self.policy = policy
-        self.drawer = drawer
-        self.rounds = self.drafted = self.accepted = 0
-        self.scheduler = Scheduler(
-            Limits(
-                rows=setting.options.batch_size,
-                prefill_chunk=setting.options.prefill_chunk,
-                memory=setting.memory,
-                caches=tuple(lane.spec for lane in lanes),
-                context_lengths=setting.context_lengths,
-                positions=setting.positions,
-                pages=setting.pages,
-                page=PAGE,
-                kv_boundary=min(
-                    (r for lane in lanes if (r := lane.runner.rules.kv_boundary)), default=None
-                ),
-                round_length=lambda length: max(
-                    lane.runner.rules.slot_length(length) for lane in lanes
-                ),
-            )
+        self.sampler = sampler
+        self.counts = DraftCounts()
+        self.memory = KVMemory([model.cache.manager for model in models], settings.memory)
+        boundaries = [b for model in models if (b := model.runner.kv_boundary) is not None]
+        limits = Limits(
+            rows=settings.options.batch_size,
+            prefill_chunk=settings.options.prefill_chunk,
+            context_lengths=settings.context_lengths,
+            positions=settings.positions,
+            kv_boundary=min(boundaries, default=None),
+            rope_switches=tuple(
+                model.runner.rope_switch for model in models for _ in model.contexts
+            ),
         )
+        self.scheduler = Scheduler(limits, self.memory)
 
     def completions(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Serve the requests in rounds."""
@@ -67,19 +78,23 @@ class Run:
             elif not self.scheduler.waiting:
                 return
 
+    def close(self) -> None:
+        """Free the caches."""
+        for model in self.models:
+            model.cache.release()
+
     def _admissible(
         self, requests: Iterable[Request], refused: list[Completion]
     ) -> Iterator[Sequence]:
-        """Requests as sequences; those that no model's context can hold go to `refused` instead."""
+        """Requests as sequences; those that no model's context can hold go to `refused`."""
+        settings = self.settings
         for request in requests:
             prompts = {"student": request.student_prompt_ids, "teacher": request.teacher_prompt_ids}
-            sequence = Sequence(request, tuple(prompts[role] for role in self.setting.roles))
-            sequence.evict()
+            sequence = Sequence(request, tuple(prompts[role] for role in settings.roles))
             if self.policy.width > 1:
                 sequence.lookup = Lookup(sequence.prompts)
-            setting = self.setting
             problem = prompt_problem(
-                setting.roles, sequence.prompts, setting.context_lengths, setting.embeddings
+                settings.roles, sequence.prompts, settings.context_lengths, settings.embeddings
             )
             if problem:
                 refused.append(self._completion(sequence, "error", problem))
@@ -94,81 +109,95 @@ class Run:
     # a round
 
     @torch.inference_mode()
-    def _round(self, plan: Round) -> list[Completion]:
+    def _round(self, plan: RoundPlan) -> list[Completion]:
         started = time.perf_counter()
         rows = self.scheduler.running
         self._prepare(plan, rows)
-        for lane in self.lanes:
-            lane.runner.settled = True
-        drawn = self.drawer.draw(plan, rows)
-        self.rounds += 1
+        sampled = self.sampler.sample(plan, rows)
+        self.counts.rounds += 1
         for context, chunks in enumerate(plan.chunks):
             for chunk in chunks:
-                rows[chunk.slot].cached[context] += len(chunk.ids)
-        done = self._emit(plan, rows, drawn)
-        if not any(plan.chunks) and all(lane.runner.settled for lane in self.lanes):
-            steps, verification = drawn.clock.laps()
-            rest = time.perf_counter() - started - steps - verification
-            self.policy.observe_round(drawn.width, len(rows), steps, verification, rest)
+                rows[chunk.row].cached[context] += len(chunk.ids)
+        done = self._emit(plan, rows, sampled)
+        if sampled.settled and not any(plan.chunks):
+            drafting, verification = sampled.stopwatch.laps()
+            rest = time.perf_counter() - started - drafting - verification
+            self.policy.observe_round(sampled.width, len(rows), drafting, verification, rest)
         return done
 
-    def _prepare(self, plan: Round, rows: list[Sequence]) -> None:
+    def _prepare(self, plan: RoundPlan, rows: list[Sequence]) -> None:
         """Move rows, and give them room for this round."""
-        for lane in self.lanes:
+        for model in self.models:
             for source, target in plan.moves:
-                lane.move(source, target, rows)
-        if self.setting.pages is None:
-            grow_slots(self.lanes, plan.slots, plan.lengths, self.setting.memory)
-            return
-        for lane in self.lanes:
-            lane.make_room(rows, plan.width)
+                model.move(source, target, rows[target])
+        for i in self.memory.reservations(plan.lengths, plan.width):
+            self.models[i].cache.make_room(plan.lengths, plan.width)
 
     # from tensors to completions
 
-    def _emit(self, plan: Round, rows: list[Sequence], drawn: Drawn) -> list[Completion]:
-        """Hand every ready row its tokens. The copy to the host is the round's one synchronisation."""
-        packed = drawn.packed().cpu().numpy().reshape(len(rows), drawn.width, -1)
+    def _emit(
+        self, plan: RoundPlan, rows: list[Sequence], sampled: SampledRound
+    ) -> list[Completion]:
+        """Give every ready row its tokens. The copy to the host is the only wait for a GPU."""
+        packed = sampled.packed().cpu().numpy().reshape(len(rows), sampled.width, -1)
         drafts, packed = packed[:, :-1, 0].astype(np.int64), packed[:, :, 1:]
         kept = {
-            name: drawn.captured[name].float().cpu()
-            for name in self.setting.capture
-            if name in drawn.captured
+            name: sampled.captured[name].float().cpu()
+            for name in self.settings.capture
+            if name in sampled.captured
         }
         done = []
         for row, sequence in enumerate(rows):
             if not plan.ready[row]:
                 continue
+            before = len(sequence.output)
             reason, error = self._extend(sequence, packed[row], drafts[row])
-            emitted = sequence.known(0) - 1 - sequence.cached[0]
-            self._learn(drawn, row, packed[row, :, 0], drafts[row], emitted)
+            emitted = len(sequence.output) - before
+            self._learn(sampled, row, packed[row, :, 0], drafts[row], emitted)
             for i in range(emitted if kept else 0):
-                sequence.captured.append(
-                    {name: values[row * drawn.width + i] for name, values in kept.items()}
-                )
-            sequence.cached = [sequence.known(c) - 1 for c in range(len(sequence.prompts))]
-            if reason is not None:
-                done.append((row, self._completion(sequence, reason, error)))
+                values = {name: x[row * sampled.width + i] for name, x in kept.items()}
+                sequence.captured.append(values)
+            sequence.cached = [known - 1 for known in sequence.lengths]
             if error:
-                for lane in self.lanes:
-                    lane.clear(row)
+                self._clear(row)
+            if error and self.policy.most and not sequence.lockstep:
+                self._retry(sequence)
+            elif reason is not None:
+                done.append((row, self._completion(sequence, reason, error)))
         self.scheduler.finish([row for row, _ in done])
         return [completion for _, completion in done]
 
+    def _clear(self, row: int) -> None:
+        for model in self.models:
+            model.clear(row)
+
+    def _retry(self, sequence: Sequence) -> None:
+        """Recompute a text whose logits were bad, and go on without drafts.
+
+        A draft that is not in the text may have put NaN into its caches. If the text itself is
+        the cause, its next round shows it.
+        """
+        sequence.lockstep = True
+        sequence.evict()
+
     def _learn(
         self,
-        drawn: Drawn,
+        sampled: SampledRound,
         row: int,
         tokens: Float[np.ndarray, " width"],
         drafts: Int[np.ndarray, " drafts"],
         emitted: int,
     ) -> None:
-        """Count drafts and tell the policy which were accepted; those after a rejection or an end tell nothing."""
-        self.drafted += len(drafts)
+        """Count drafts and tell the policy which were accepted.
+
+        Drafts after a rejection or after the end of the completion tell nothing.
+        """
+        self.counts.drafted += len(drafts)
         for i in range(min(len(drafts), emitted)):
             accepted = bool(tokens[i] == drafts[i])
-            self.accepted += accepted and i + 1 < emitted
-            if drawn.confidences[i][row] > 0:
-                self.policy.observe_draft(drawn.confidences[i][row], accepted)
+            self.counts.accepted += accepted and i + 1 < emitted
+            if sampled.confidences[i][row] > 0:
+                self.policy.observe_draft(sampled.confidences[i][row], accepted)
             if not accepted:
                 return
 
@@ -178,28 +207,28 @@ class Run:
         packed: Float[np.ndarray, "width fields"],
         drafts: Int[np.ndarray, " drafts"],
     ) -> tuple[FinishReason | None, str]:
-        """Append tokens up to and including the first that differs from its draft, or that ends the completion."""
+        """Append tokens up to the first that differs from its draft, or that ends the completion.
+
+        Returns how the completion ended, if it did, and the error if it ended with one.
+        """
+        output = sequence.output
         for i, values in enumerate(packed):
             token, bad_student, bad_teacher = map(int, values[:3])
             if bad_student or bad_teacher:
-                return "error", bad_logits_message(len(sequence.output), bad_student, bad_teacher)
-            sequence.output.append(token)
+                return "error", bad_logits_message(len(output), bad_student, bad_teacher)
+            output.append(token)
             sequence.trace.append(values[3:])
-            if token in self.setting.stop_ids:
+            if token in self.settings.stop_ids:
                 return "stop", ""
-            if len(sequence.output) >= sequence.request.max_new_tokens or self._context_full(
-                sequence
-            ):
+            if len(output) >= sequence.request.max_new_tokens or self._context_full(sequence):
                 return "length", ""
             if i < len(drafts) and token != drafts[i]:
                 break
         return None, ""
 
     def _context_full(self, sequence: Sequence) -> bool:
-        limits = enumerate(self.setting.context_lengths)
-        return any(
-            limit is not None and sequence.known(context) >= limit for context, limit in limits
-        )
+        pairs = zip(sequence.lengths, self.settings.context_lengths, strict=True)
+        return any(limit is not None and known >= limit for known, limit in pairs)
 
     def _completion(self, sequence: Sequence, reason: FinishReason, error: str) -> Completion:
         rows = np.stack(sequence.trace).tolist() if sequence.trace else []

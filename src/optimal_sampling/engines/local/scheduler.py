@@ -1,129 +1,145 @@
-"""Who runs next: admission, memory, preemption, prompt chunks. Plain Python; knows nothing of tensors.
+"""Which sequences run next: admission, preemption, prompt chunks, width of a round.
 
-A sequence has one *context* per model: its own prompt, then the common output. In every cache the contexts of the
-running sequences occupy dense slots, so that decoding reads views and never gathers.
+Plain Python, no tensors. A sequence has one *context* per model: its own prompt, then its output.
+The running sequences are rows 0, 1, ... of every cache, without gaps.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from optimal_sampling.engines.local.memory import KVMemory
 from optimal_sampling.types import Request
 
-__all__ = ["CacheSpec", "Chunk", "Limits", "Round", "Scheduler", "Sequence"]
+__all__ = ["Chunk", "Limits", "RoundPlan", "Scheduler", "Sequence"]
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request on its way: what has been drawn, and how much of it each cache holds."""
+    """A request in progress: what has been drawn, and how much of it each cache holds."""
 
     request: Request
     prompts: tuple[tuple[int, ...], ...]
     """Prompt ids, one tuple per context."""
-    output: list[int] = field(default_factory=list)
+    outputs: tuple[list[int], ...] = ()
+    """Ids drawn so far, one list per context; the same list while the models share their ids."""
     cached: list[int] = field(default_factory=list)
     """Per context, the number of leading tokens whose keys and values are in the cache."""
+    granted: list[int] = field(default_factory=list)
+    """Per context, the number of pending tokens to cache in the round being planned."""
     trace: list[Any] = field(default_factory=list)
     captured: list[Any] = field(default_factory=list)
     lookup: Any = None
-    """Drafts by lookup in this text, where the run drafts so."""
+    """Index for drafts from this text, where the run drafts so."""
+    long: list[bool] = field(default_factory=list)
+    """Per context: the cached keys have the long rotary factors."""
+    lockstep: bool = False
+    """Draw one token per round: a draft may have put NaN into this sequence's caches."""
     order: int = 0
-    """Number of its (first) admission; the latest is preempted first."""
+    """Number of its first admission, from 1; the latest is preempted first."""
     started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        """Nothing is drawn and nothing is cached."""
+        if not self.outputs:
+            shared: list[int] = []
+            self.outputs = (shared,) * len(self.prompts)
+        self.evict()
+
+    @property
+    def output(self) -> list[int]:
+        """Ids of the completion, in the first context's vocabulary."""
+        return self.outputs[0]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Per context, the number of tokens known so far: prompt and output."""
+        pairs = zip(self.prompts, self.outputs, strict=True)
+        return [len(prompt) + len(output) for prompt, output in pairs]
 
     def known(self, context: int) -> int:
         """Number of tokens known so far: prompt and output."""
-        return len(self.prompts[context]) + len(self.output)
+        return len(self.prompts[context]) + len(self.outputs[context])
 
     def pending(self, context: int) -> int:
-        """Known tokens still to be cached before this context can decode. The last one is fed by decoding."""
+        """Known tokens that must be cached before decoding, which itself feeds the last one."""
         return self.known(context) - 1 - self.cached[context]
 
     def last(self, context: int) -> int:
         """The last known token, which is fed to decode the next one."""
-        return self.output[-1] if self.output else self.prompts[context][-1]
+        output = self.outputs[context]
+        return output[-1] if output else self.prompts[context][-1]
 
     def tokens(self, context: int, start: int, count: int) -> list[int]:
         """`count` known token ids from position `start`."""
-        prompt = self.prompts[context]
-        head = prompt[start : start + count]
-        tail = self.output[max(0, start - len(prompt)) : max(0, start + count - len(prompt))]
-        return [*head, *tail]
+        prompt, output = self.prompts[context], self.outputs[context]
+        first, end = start - len(prompt), start + count - len(prompt)
+        return [*prompt[start : start + count], *output[max(0, first) : max(0, end)]]
 
     def evict(self) -> None:
-        """Forget what the caches hold. The output stays, and is recomputed as if it were prompt."""
+        """Forget what the caches hold. The output stays, and is recomputed like a prompt."""
         self.cached = [0] * len(self.prompts)
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSpec:
-    """One model's cache: which contexts live in it, and what one token of one context costs."""
-
-    contexts: tuple[int, ...]
-    bytes_per_token: int
+        self.long = [False] * len(self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the scheduler may use."""
+    """Bounds of a round beside memory."""
 
     rows: int
     """Most sequences at once."""
     prefill_chunk: int
     """Most prompt tokens per context and round."""
-    memory: int
-    """Bytes for all caches together."""
-    caches: tuple[CacheSpec, ...]
     context_lengths: tuple[int | None, ...]
-    """Per context, the longest sequence its model can hold."""
+    """Per context, the longest sequence that its model can hold."""
     positions: int | None = None
     """Most rows * width of one round: the logits of all of them are held at once."""
     kv_boundary: int | None = None
     """Key length at which a model's attention changes its bits; a round does not straddle it."""
-    round_length: Callable[[int], int] = lambda length: -(-length // 64) * 64
-    """Slot length that is allocated for a sequence of this many tokens."""
-    pages: int | None = None
-    """Pages that every cache has; None: rows live in slots of equal length."""
-    page: int = 256
-    """Tokens per page."""
+    rope_switches: tuple[int | None, ...] = ()
+    """Per context, the longest text with the short rotary factors. Past it all is recomputed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens of one slot's context to be cached: `ids` at positions `start`, `start + 1`, ..."""
+    """Tokens of one row to be cached: `ids` at positions `start`, `start + 1`, ..."""
 
-    slot: int
+    row: int
     start: int
     ids: list[int]
+    long: bool = False
+    """The row's text is longer than its context's `rope_switches`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class RoundPlan:
     """What the next round computes."""
 
     width: int
-    """Tokens that every ready row decodes at most."""
+    """Most tokens that a ready row decodes."""
     ready: tuple[bool, ...]
-    """Per row: its whole text is cached, or will be by this round's chunks, so it decodes."""
+    """Per row: all of its text is cached once this round's chunks are, so it decodes."""
     chunks: tuple[tuple[Chunk, ...], ...]
     """Per context."""
     moves: tuple[tuple[int, int], ...]
     """(from, to) rows to copy in every cache before anything else."""
-    slots: int
-    """Rows that every cache must have room for."""
-    lengths: tuple[int, ...]
-    """Per cache, the slot length that must be there."""
+    lengths: tuple[list[int], ...]
+    """Per row and context, the tokens known before the round; caches need `width` more."""
 
 
 class Scheduler:
-    """Keeps `running` (index = row) full of sequences within the limits; first come, first served."""
+    """Keeps `running` (index = row) full of sequences within the limits; first come, first served.
 
-    def __init__(self, limits: Limits) -> None:
+    Plain decoding decides who fits into memory; drafts take what room is left.
+    """
+
+    def __init__(self, limits: Limits, memory: KVMemory) -> None:
         self.limits = limits
+        self.memory = memory
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.rejected: list[tuple[Sequence, str]] = []
@@ -131,116 +147,76 @@ class Scheduler:
         self._admitted = 0
         self._holes: list[int] = []
 
-    def next_round(self, source: Iterator[Sequence], width: int = 1) -> Round | None:
-        """Plan a round of at most `width` tokens per row. None: nothing is running and nothing is waiting.
+    def next_round(self, source: Iterator[Sequence], width: int = 1) -> RoundPlan | None:
+        """Plan a round of at most `width` tokens per row. None: nothing runs and nothing waits.
 
         Sequences that can never run are put on `rejected`, each with the reason.
         """
-        self._preempt_until_it_fits()
+        live = self._preempt_until_it_fits()
         left = [self.limits.prefill_chunk] * len(self.limits.context_lengths)
-        for sequence in sorted(self._live(), key=lambda s: s.order):
-            self._take(sequence, left)
-        self._admit(source, left)
+        for sequence in live:
+            self._grant(sequence, left)
+        self._admit(source, live, left)
         moves = self._close_holes()
-        if not self.running:
-            return None
-        return self._plan(width, moves)
+        return self._plan(width, moves) if self.running else None
 
     def finish(self, rows: list[int]) -> None:
-        """These rows are done; their slots are free for the next admissions."""
+        """These rows have ended; the next admissions take their place."""
         self._holes.extend(rows)
-
-    def _live(self) -> list[Sequence]:
-        holes = set(self._holes)
-        return [s for row, s in enumerate(self.running) if row not in holes]
 
     # memory
 
-    def lengths(self, sequences: list[Sequence], width: int) -> tuple[int, ...]:
-        """Slot length per cache that holds these sequences while they decode `width` more tokens."""
-        return tuple(
-            self.limits.round_length(
-                max((s.known(c) for s in sequences for c in cache.contexts), default=0) + width
-            )
-            for cache in self.limits.caches
-        )
+    def _preempt_until_it_fits(self) -> list[Sequence]:
+        """The sequences that go on, by admission.
 
-    def slots(self, rows: int) -> int:
-        """Slots allocated for this many rows: a power of two, so that a growing batch seldom moves its cache."""
-        return min(self.limits.rows, 1 << (rows - 1).bit_length())
-
-    def bytes_needed(self, sequences: list[Sequence], width: int) -> int:
-        """Memory of all caches, were exactly these sequences running."""
-        if self.limits.pages is not None:
-            per_cache = [
-                c.bytes_per_token * self.pages_needed(c, sequences, width)
-                for c in self.limits.caches
-            ]
-            return self.limits.page * sum(per_cache)
-        pairs = zip(self.limits.caches, self.lengths(sequences, width), strict=True)
-        per_slot = sum(len(c.contexts) * length * c.bytes_per_token for c, length in pairs)
-        return self.slots(len(sequences)) * per_slot
-
-    def pages_needed(self, cache: CacheSpec, sequences: list[Sequence], width: int) -> int:
-        """Pages of one cache for these sequences while they decode `width` more tokens."""
-        return sum(
-            -(-(s.known(c) + width) // self.limits.page) for s in sequences for c in cache.contexts
-        )
-
-    def _fits(self, sequences: list[Sequence], width: int) -> bool:
-        if self.limits.pages is not None:
-            return all(
-                self.pages_needed(c, sequences, width) <= self.limits.pages
-                for c in self.limits.caches
-            )
-        return self.bytes_needed(sequences, width) <= self.limits.memory
-
-    def _preempt_until_it_fits(self) -> None:
-        """The sequence admitted last gives way, keeps its output, and is first in line again.
-
-        Plain decoding decides who fits, here and in `_admit`: drafts take what room is left (`_width`).
+        The one admitted last gives way, keeps its output, and is the first to wait.
         """
-        live = sorted(self._live(), key=lambda s: s.order)
-        while len(live) > 1 and not self._fits(live, 1):
-            self._drop(live[-1])
-            self.waiting.appendleft(live.pop())
-            self.preemptions += 1
-        if live and not self._fits(live, 1):
-            self._drop(live[0])
-            self._reject(live[0])
-
-    def _drop(self, sequence: Sequence) -> None:
-        sequence.evict()
-        self._holes.append(self.running.index(sequence))
+        holes = set(self._holes)
+        live = [s for row, s in enumerate(self.running) if row not in holes]
+        live.sort(key=lambda s: s.order)
+        lengths = [s.lengths for s in live]
+        while live and not self.memory.fits(lengths, 1):
+            sequence = live.pop()
+            lengths.pop()
+            sequence.evict()
+            self._holes.append(self.running.index(sequence))
+            if live:
+                self.waiting.appendleft(sequence)
+                self.preemptions += 1
+            else:
+                self._reject(sequence)
+        return live
 
     def _reject(self, sequence: Sequence) -> None:
-        need, have = self.bytes_needed([sequence], 1) / 2**30, self.limits.memory / 2**30
+        lengths = sequence.lengths
+        need, have = self.memory.bytes_needed([lengths], 1) / 2**30, self.memory.budget / 2**30
         message = (
-            f"a text of {max(map(sequence.known, range(len(sequence.prompts))))} tokens needs {need:.3g} GiB of KV "
-            f"cache, and the budget is {have:.3g} GiB; raise kv_memory_gib"
+            f"a text of {max(lengths)} tokens needs {need:.3g} GiB of KV cache, "
+            f"and the budget is {have:.3g} GiB; raise kv_memory_gib"
         )
         self.rejected.append((sequence, message))
 
     # admission
 
-    def _admit(self, source: Iterator[Sequence], left: list[int]) -> None:
-        live = self._live()
-        while len(live) < self.limits.rows and min(left) > 0:
+    def _admit(self, source: Iterator[Sequence], live: list[Sequence], left: list[int]) -> None:
+        lengths = [s.lengths for s in live]
+        while len(lengths) < self.limits.rows and min(left) > 0:
             if not self.waiting:
                 arrived = next(source, None)
                 if arrived is None:
                     return
                 self.waiting.append(arrived)
             sequence = self.waiting[0]
-            if not self._fits([*live, sequence], 1):
-                if live:
-                    return
+            lengths.append(sequence.lengths)
+            if self.memory.fits(lengths, 1):
+                self.waiting.popleft()
+                self._place(sequence)
+                self._grant(sequence, left)
+            elif len(lengths) > 1:
+                return
+            else:
+                lengths.pop()
                 self._reject(self.waiting.popleft())
-                continue
-            self.waiting.popleft()
-            self._place(sequence)
-            self._take(sequence, left)
-            live.append(sequence)
 
     def _place(self, sequence: Sequence) -> None:
         if not sequence.order:
@@ -251,12 +227,19 @@ class Scheduler:
         else:
             self.running.append(sequence)
 
-    def _take(self, sequence: Sequence, left: list[int]) -> None:
-        for context in range(len(left)):
-            left[context] -= min(left[context], sequence.pending(context))
+    def _grant(self, sequence: Sequence, left: list[int]) -> None:
+        """Its share of the round's prompt tokens, out of what is left per context."""
+        for context, switch in enumerate(self.limits.rope_switches):
+            long = switch is not None and sequence.known(context) > switch
+            if long and not sequence.long[context]:
+                sequence.cached[context] = 0
+                sequence.long[context] = True
+        sequence.granted = [min(n, sequence.pending(c)) for c, n in enumerate(left)]
+        for context, count in enumerate(sequence.granted):
+            left[context] -= count
 
     def _close_holes(self) -> list[tuple[int, int]]:
-        """Fill the slots that no admission took from the end, so that the rows stay dense."""
+        """Move rows from the end to where a row ended and no admission took its place."""
         holes, moves = set(self._holes), []
         self._holes.clear()
         for hole in sorted(holes):
@@ -271,60 +254,51 @@ class Scheduler:
 
     # the plan
 
-    def _plan(self, width: int, moves: list[tuple[int, int]]) -> Round:
-        contexts = range(len(self.limits.context_lengths))
-        left = [self.limits.prefill_chunk] * len(contexts)
-        chunks: list[list[Chunk]] = [[] for _ in contexts]
+    def _plan(self, width: int, moves: list[tuple[int, int]]) -> RoundPlan:
+        chunks: list[list[Chunk]] = [[] for _ in self.limits.context_lengths]
         ready = [True] * len(self.running)
         for row in sorted(range(len(self.running)), key=lambda r: self.running[r].order):
             sequence = self.running[row]
-            for context in contexts:
-                pending = sequence.pending(context)
-                count = min(pending, left[context])
-                left[context] -= count
-                ready[row] &= count == pending
+            for context, count in enumerate(sequence.granted):
+                ready[row] &= count == sequence.pending(context)
                 if count:
                     start = sequence.cached[context]
-                    chunks[context].append(
-                        Chunk(row, start, sequence.tokens(context, start, count))
-                    )
-        width = self._width(width, ready)
-        return Round(
-            width=width,
+                    ids = sequence.tokens(context, start, count)
+                    chunks[context].append(Chunk(row, start, ids, sequence.long[context]))
+        lengths = [s.lengths for s in self.running]
+        return RoundPlan(
+            width=self._width(width, ready, lengths),
             ready=tuple(ready),
             chunks=tuple(map(tuple, chunks)),
             moves=tuple(moves),
-            slots=self.slots(len(self.running)),
-            lengths=self.lengths(self.running, width),
+            lengths=tuple(lengths),
         )
 
-    def _width(self, width: int, ready: list[bool]) -> int:
-        """No wider than what any row may still draw, than any context has room for, and than memory holds."""
-        rows = [s for s, is_ready in zip(self.running, ready, strict=True) if is_ready]
-        room = [
-            self._room(s.known(context), limit) for s in rows for context, limit in self._limits(s)
-        ]
-        wanted = max((s.request.max_new_tokens - len(s.output) for s in rows), default=1)
+    def _width(self, width: int, ready: list[bool], lengths: list[list[int]]) -> int:
+        """No more than a ready row may draw, than contexts have room for, and than memory holds."""
+        if width == 1:
+            return 1
+        rows = [row for row, is_ready in enumerate(ready) if is_ready]
+        sequences = [self.running[row] for row in rows]
+        bounds = [width, *(room for row in rows for room in self._room(lengths[row]))]
+        left = [s.request.max_new_tokens - len(s.output) for s in sequences]
+        bounds.append(max(left, default=1))
         if self.limits.positions is not None:
-            room.append(self.limits.positions // max(1, len(self.running)))
-        width = max(1, min([width, wanted, *room]))
-        while width > 1 and not self._fits(self.running, width):
+            bounds.append(self.limits.positions // len(self.running))
+        if any(s.lockstep for s in sequences):
+            bounds.append(1)
+        width = max(1, min(bounds))
+        while width > 1 and not self.memory.fits(lengths, width):
             width //= 2
         return width
 
-    def _limits(self, sequence: Sequence) -> list[tuple[int, int]]:
-        """(context, key length) of the ends that this sequence's positions must not pass within one round."""
-        contexts = [
-            (c, limit) for c, limit in enumerate(self.limits.context_lengths) if limit is not None
-        ]
+    def _room(self, lengths: list[int]) -> list[int]:
+        """Widths that end at a context's last position, or at the last key before the boundary."""
+        pairs = zip(lengths, self.limits.context_lengths, strict=True)
+        room = [limit - known + 1 for known, limit in pairs if limit is not None]
+        pairs = zip(lengths, self.limits.rope_switches, strict=False)
+        room += [s - known + 1 for known, s in pairs if s is not None and known <= s]
         boundary = self.limits.kv_boundary
         if boundary is not None:
-            contexts += [
-                (c, boundary) for c in range(len(sequence.prompts)) if sequence.known(c) <= boundary
-            ]
-        return contexts
-
-    @staticmethod
-    def _room(known: int, limit: int) -> int:
-        """Width of a round whose last position is the limit's last."""
-        return limit - known + 1
+            room += [boundary - known + 1 for known in lengths if known <= boundary]
+        return room

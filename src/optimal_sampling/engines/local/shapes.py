@@ -1,19 +1,21 @@
-"""Shapes under which a row's float32 results on a CPU have the same bits whatever shares its batch.
+"""Shapes under which a row's float32 results on a CPU have the same bits in every batch.
 
-The matrix kernels of a CPU choose another order of summation for few rows, and for long inner dimensions, so that a
-logit's last bits depend on the batch. Padding to shapes of one class avoids it. The classes are facts about one
-library on one processor, so they are measured here, not assumed:
+The matrix functions of a CPU choose another order of summation for few rows, and for long inner
+dimensions, so that a logit's last bits depend on the batch. Padding to shapes of one class avoids
+it. The classes are facts about one library on one processor, so they are measured at load:
 
-1. a forward pass has at least `tokens` tokens, and so has what is given to the output layer; and a multiple of
-   `token_multiple`, so that elementwise functions, computed 32 numbers at a time, have no remainder;
+1. a forward pass has at least `tokens` tokens, and so has what is given to the output layer; and a
+   multiple of `token_multiple`, so that elementwise functions, computed 32 numbers at a time, have
+   no remainder;
 2. attention has a multiple of `queries` query rows per key/value head;
-3. key/value lengths are multiples of 16 up to `kv_boundary`, beyond it multiples of 512 (PyTorch's block of keys);
-   a query attends over the short or the long class according to its own position alone.
+3. key/value lengths are multiples of 16 up to `kv_boundary`, beyond it multiples of 512 (PyTorch's
+   block of keys); a query attends over the short or the long class according to its own position.
 
-How many tokens rule 1 asks for depends on how the weights of a linear layer lie in memory: transposed, two are often
-enough where sixteen are needed else, so small layers are turned over (`TransposedLinear`). Layers for which no number
-makes the rule hold, and large ones, for which it is also the faster choice, run in oneDNN's packed form
-(`PackedLinear`), whose rows do not depend on their number.
+How many tokens rule 1 asks for depends on how the weights of a linear layer lie in memory:
+transposed, two are often enough where sixteen are needed otherwise, so small layers are transposed
+(`TransposedLinear`). Layers for which no number makes the rule hold, and large ones, for which it
+is also the faster choice, run in oneDNN's packed form (`PackedLinear`), whose rows do not depend
+on their number.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from optimal_sampling.engines.local.memory import round_up
 
 __all__ = [
     "PLAIN",
@@ -45,12 +49,7 @@ KV_BLOCK = 512
 MOST_PADDING = 16
 """More padding than this would cost more than the packed form."""
 PACK_FROM = 2**18
-"""Weights of this many elements and more are packed in any case: memory traffic outweighs the call."""
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The next multiple of `multiple`."""
-    return -(-value // multiple) * multiple
+"""Layers of this many weights or more are packed: memory traffic outweighs the call."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def _first_rows_equal(layer: Callable[[Tensor], Tensor], inputs: Tensor, counts:
 
 @cache
 def _rows_needed(inputs: int, outputs: int, transposed: bool, threads: int) -> int | None:
-    """Fewest rows (a power of two) from which a float32 linear layer of this shape is row-invariant, if any is."""
+    """Fewest rows (a power of two) from which a float32 layer of this shape is row-invariant."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(outputs, inputs, generator=generator)
     sample = torch.randn(320, inputs, generator=generator)
@@ -135,7 +134,7 @@ def _attention_rules(dim: int, threads: int) -> tuple[int, int | None]:
 
 
 class PackedLinear(nn.Module):
-    """A float32 linear layer on a CPU in oneDNN's packed form: rows do not depend on how many there are."""
+    """A float32 linear layer in oneDNN's packed form: rows do not depend on their number."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -144,8 +143,9 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
-        """The same as the layer it replaces."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        """Outputs of the layer that it replaces."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
 
 
 class TransposedLinear(nn.Module):
@@ -158,7 +158,7 @@ class TransposedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
-        """The same as the layer it replaces."""
+        """Outputs of the layer that it replaces."""
         y = x @ self.turned
         return y if self.bias is None else y.add_(self.bias)
 
@@ -170,7 +170,7 @@ def _replaceable(module: nn.Module) -> bool:
 
 
 def replace_linears(model: nn.Module) -> None:
-    """Put every linear layer into the form whose rows depend least on their number."""
+    """Give every linear layer the form that is row-invariant from the fewest rows."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if _replaceable(child):
@@ -197,7 +197,10 @@ def _rows_of(module: Any, threads: int) -> int:
 
 
 def measured_rules(model: Any, head_dims: set[int]) -> ShapeRules:
-    """The padding that this model needs on this machine with this number of threads. Call after `replace_linears`."""
+    """Padding that this model needs on this machine with this number of threads.
+
+    Call it after `replace_linears`.
+    """
     threads = torch.get_num_threads()
     tokens = [
         _rows_of(m, threads)

@@ -15,9 +15,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from optimal_sampling.engines.local.cache import Cache
+from optimal_sampling.engines.local.memory import BlockManager, Lengths
+from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
 
 __all__ = ["StockCache", "StockRunner"]
+
+PROBE = (8, 24)
+"""Lengths of the texts whose caches are measured."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,10 +60,44 @@ class Group:
         self.rows = rows
 
 
-class StockCache:
-    """The rows of one model by slot. A row's memory is the model's own cache, made at its first token."""
+class StockManager(BlockManager):
+    """Memory of rows that each have a cache of their own: `bytes_per_row`, and more per token."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, contexts: tuple[int, ...], bytes_per_token: int, bytes_per_row: int
+    ) -> None:
+        super().__init__(contexts, bytes_per_token)
+        self.bytes_per_row = bytes_per_row
+        self._rows: list[int] = []
+
+    @property
+    def held(self) -> int:
+        """Bytes of the rows for which memory was reserved."""
+        return len(self._rows) * self.bytes_per_row + sum(self._rows) * self.bytes_per_token
+
+    def bytes_needed(self, lengths: Lengths, width: int) -> int:
+        """Bytes of these sequences' rows."""
+        rows = self.row_lengths(lengths, width)
+        return len(rows) * self.bytes_per_row + sum(rows) * self.bytes_per_token
+
+    def has_room(self, lengths: Lengths, width: int) -> bool:
+        """Rows grow with every token."""
+        return self._rows == self.row_lengths(lengths, width)
+
+    def reserve(self, lengths: Lengths, width: int) -> None:
+        """Count these rows as held."""
+        self._rows = self.row_lengths(lengths, width)
+
+    def release(self) -> None:
+        """No row is left."""
+        self._rows = []
+
+
+class StockCache(Cache):
+    """The rows of one model by slot. A row's memory is the model's own cache."""
+
+    def __init__(self, manager: StockManager) -> None:
+        self.manager: StockManager = manager
         self.rows: dict[int, StockRow] = {}
 
     def row(self, slot: int, start: int) -> StockRow:
@@ -79,24 +119,47 @@ class StockCache:
         """Forget a row."""
         self.rows.pop(row, None)
 
+    def make_room(self, lengths: Lengths, width: int) -> None:
+        """Rows allocate memory themselves."""
+        self.manager.reserve(lengths, width)
+
+    def release(self) -> None:
+        """Forget all rows."""
+        self.rows.clear()
+        self.manager.release()
+
     def shrink(self, slots: int) -> None:
         """Forget the rows from `slots` on."""
         for slot in [s for s in self.rows if s >= slots]:
             del self.rows[slot]
 
 
-class StockRunner:
+class StockRunner(ModelRunner[StockCache]):
     """Forward passes over the rows of a `StockCache`.
 
     `batched`: rows that start in one round with texts of one length go through the model together. Their logits are
     then those of a batch, equal to a single row's up to rounding; otherwise to the bit.
     """
 
+    drafts = False
+
     def __init__(self, model: Any, vocab_size: int, batched: bool = False) -> None:
-        self.model = model
-        self.vocab_size = vocab_size
+        super().__init__(model, vocab_size)
         self.batched = batched
-        self.device: torch.device = model.device
+        few, many = (self._cache_bytes(count) for count in PROBE)
+        self.bytes_per_token = -(-(many - few) // (PROBE[1] - PROBE[0]))
+        self.bytes_per_row = max(0, few - PROBE[0] * self.bytes_per_token)
+        """Of the cache of one row, for any number of tokens: recurrent states."""
+
+    def open_cache(self, contexts: tuple[int, ...], tokens: int, sequences: int) -> StockCache:
+        """Rows bring their own memory, so neither number matters."""
+        return StockCache(StockManager(contexts, self.bytes_per_token, self.bytes_per_row))
+
+    @torch.inference_mode()
+    def _cache_bytes(self, count: int) -> int:
+        """Bytes of one row's cache after `count` tokens."""
+        group, _ = self._start([StockRow([0] * count)])
+        return sum(map(_tensor_bytes, group.kwargs.values()))
 
     @torch.inference_mode()
     def forward(
@@ -106,14 +169,14 @@ class StockRunner:
         start: Int[np.ndarray, " rows"],
         idle: Sequence[int] = (),
         chunks: Sequence[Chunk] = (),
-    ) -> Float[Tensor, "rows 1 vocab"]:
+    ) -> ForwardPass:
         """Logits after `tokens`, which have the positions `start` in slots 0, 1, ...; chunks come before them.
 
         Chunks wait for the first token after them: a recurrent model reads a prompt in one forward pass. The logits
         of idle rows mean nothing.
         """
         for chunk in chunks:
-            cache.row(chunk.slot, chunk.start).pending.extend(chunk.ids)
+            cache.row(chunk.row, chunk.start).pending.extend(chunk.ids)
         cache.shrink(len(tokens))
         ids, working = tokens[:, 0].tolist(), {}
         for slot in sorted(set(range(len(tokens))) - set(idle)):
@@ -125,7 +188,7 @@ class StockRunner:
         output = output.to(self.device)
         for slot, row in working.items():
             output[slot, 0] = logits[row]
-        return output
+        return ForwardPass(output)
 
     def _run(self, rows: list[StockRow]) -> dict[StockRow, Float[Tensor, " vocab"]]:
         new = [row for row in rows if row.group is None]
@@ -207,3 +270,16 @@ class StockRunner:
         group.kwargs = self.model._update_model_kwargs_for_generation(outputs, group.kwargs)
         logits: Tensor = outputs.logits[:, -1]
         return logits
+
+
+def _tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in a cache, whatever its class."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(_tensor_bytes, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_tensor_bytes, value))
+    if type(value).__module__.startswith("transformers") and hasattr(value, "__dict__"):
+        return sum(_tensor_bytes(v) for k, v in vars(value).items() if "config" not in k)
+    return 0

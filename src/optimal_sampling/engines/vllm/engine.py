@@ -11,18 +11,14 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.config import EngineOptions, MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.base import Engine, prompt_problem
-from optimal_sampling.engines.vllm.launch import (
-    draft_tokens_of,
-    engine_arguments,
-    prepare_environment,
-)
-from optimal_sampling.engines.vllm.options import Mode, RequestOptions, TraceLevel
+from optimal_sampling.engines.vllm.launch import engine_arguments, prepare_environment
+from optimal_sampling.engines.vllm.options import MODES, RequestOptions, TraceLevel
 from optimal_sampling.errors import EngineError
-from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Request, TokenTrace
+from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Mode, Request, TokenTrace
 from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["VllmEngine"]
@@ -39,10 +35,18 @@ class _Flight:
 
 
 class VllmEngine(Engine):
-    """One vLLM engine in this process. `settings`: vLLM's own arguments, by its names."""
+    """One vLLM engine in this process."""
+
+    modes = MODES
+    options: VllmOptions
 
     def __init__(
-        self, core: Any, mixture: MixtureConfig, options: EngineConfig, vocabulary: Vocabulary
+        self,
+        core: Any,
+        mixture: MixtureConfig,
+        options: VllmOptions,
+        vocabulary: Vocabulary,
+        mode: Mode = "mixture",
     ) -> None:
         self.core = core
         self.mixture = mixture
@@ -52,58 +56,58 @@ class VllmEngine(Engine):
         self.vocabulary = vocabulary
         self.vocab_size = vocabulary.size
         self.stop_ids = vocabulary.stop_ids
-        self.mode: Mode = "mixture"
+        self.mode: Mode = mode
         self.trace: TraceLevel = "full"
+        """What is kept of each token: `full` unless a view says less."""
+        self.most_requests = options.batch_size
         self._flights = 0
+        self._check_settings(options)
 
     @classmethod
     def load(
         cls,
         models: ModelConfig,
         mixture: MixtureConfig,
-        options: EngineConfig,
+        options: VllmOptions,
         vocabulary: Vocabulary,
-        draft_tokens: int | None = None,
+        mode: Mode = "mixture",
         settings: Mapping[str, Any] | None = None,
     ) -> VllmEngine:
-        """Start vLLM and load both models. Raises MissingDependencyError, ConfigError, ModelError."""
+        """Start vLLM and load both models. `settings`: vLLM's own arguments, by its names.
+
+        Raises MissingDependencyError, ConfigError, ModelError.
+        """
         os.environ.setdefault(
             "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
         )  # scripts need no main guard, and no port is opened
-        prepare_environment(options)
+        prepare_environment()
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        draft_tokens = draft_tokens_of(options) if draft_tokens is None else draft_tokens
-        own: dict[str, Any] = {"max_num_seqs": options.batch_size, "skip_tokenizer_init": True}
-        own["max_num_batched_tokens"] = max(
-            options.prefill_chunk, options.batch_size * (draft_tokens + 1)
-        )
+        own: dict[str, Any] = {
+            "max_num_seqs": options.batch_size,
+            "max_num_batched_tokens": options.tokens_per_step,
+            "skip_tokenizer_init": True,
+        }
         if options.kv_memory_gib is not None:
             own["kv_cache_memory_bytes"] = int(options.kv_memory_gib * 2**30)
         arguments = engine_arguments(
-            models, mixture, vocabulary, draft_tokens, {**own, **(settings or {})}
+            models, mixture, vocabulary, options.drafts_per_step, {**own, **(settings or {})}
         )
-        return cls(
-            LLMEngine.from_engine_args(EngineArgs(**arguments)), mixture, options, vocabulary
-        )
+        core = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        return cls(core, mixture, options, vocabulary, mode)
 
-    def with_mixture(
+    def view(
         self,
         mixture: MixtureConfig | None = None,
-        batch_size: int | None = None,
         mode: Mode | None = None,
+        options: EngineOptions | None = None,
+        capture: frozenset[str] = frozenset(),
         trace: TraceLevel | None = None,
-    ) -> VllmEngine:
-        """The same loaded models with other settings; costs nothing. `batch_size` is at most the one loaded with."""
-        size = (
-            self.options.batch_size
-            if batch_size is None
-            else min(batch_size, self.options.batch_size)
-        )
-        options = EngineConfig(batch_size=size, prefill_chunk=self.options.prefill_chunk)
-        view = VllmEngine(self.core, mixture or self.mixture, options, self.vocabulary)
-        view.base, view.mode, view.trace = self.base, mode or self.mode, trace or self.trace
+    ) -> Self:
+        """As in `Engine`. More requests than vLLM was started for are never in flight."""
+        view = super().view(mixture, mode, options, capture)
+        view.trace = trace or self.trace
         return view
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -114,9 +118,9 @@ class VllmEngine(Engine):
         flights: dict[str, _Flight] = {}
         internal: dict[str, str] = {}
         try:
-            more = True
+            more, room = True, min(self.options.batch_size, self.most_requests)
             while more or flights:
-                while more and len(flights) < self.options.batch_size:
+                while more and len(flights) < room:
                     request = next(waiting, None)
                     if request is None:
                         more = False

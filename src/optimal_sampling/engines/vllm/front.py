@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import Any, cast
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig, PromptConfig
+from optimal_sampling.config import MixtureConfig, ModelConfig, PromptConfig, VllmOptions
 from optimal_sampling.engines.vllm.engine import VllmEngine
 from optimal_sampling.engines.vllm.traces import alpha_summary
 from optimal_sampling.errors import ConfigError, PromptError
@@ -116,13 +116,14 @@ class OptimalSamplingV1:
         for note in (*self.vocabulary.notes, *self._renderer.notes):
             warnings.warn(note, stacklevel=2)
         self._track = track_alpha_stats
-        options = EngineConfig(
+        options = VllmOptions(
             batch_size=int(kwargs.pop("max_num_seqs", _DEFAULT_SEQUENCES)),
             prefill_chunk=int(kwargs.pop("max_num_batched_tokens", _DEFAULT_TOKENS)),
+            draft_tokens=draft_tokens,
         )
         settings = {"gpu_memory_utilization": gpu_memory_utilization, **kwargs}
         self._engine = VllmEngine.load(
-            models, self._mixture, options, self.vocabulary, draft_tokens, settings
+            models, self._mixture, options, self.vocabulary, settings=settings
         )
         self.notes = self._engine.notes()
 
@@ -157,7 +158,7 @@ class OptimalSamplingV1:
             "force_first_token": force_first_token,
         }
         track = self._track and use_optimal_sampling
-        engine = self._engine.with_mixture(
+        engine = self._engine.view(
             MixtureConfig(**settings),
             mode="mixture" if use_optimal_sampling else "teacher",
             trace="alpha" if track else "off",

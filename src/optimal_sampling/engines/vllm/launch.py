@@ -5,20 +5,19 @@ Knows vLLM's argument names, and imports it only to ask for its platform.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from optimal_sampling.config import EngineConfig, MixtureConfig, ModelConfig
+from optimal_sampling.config import MixtureConfig, ModelConfig
 from optimal_sampling.engines.vllm.draft import PairOverrides
 from optimal_sampling.engines.vllm.options import OPTIONS
 from optimal_sampling.engines.vllm.plugin import ARCHITECTURE, check_version, register
-from optimal_sampling.errors import ConfigError
+from optimal_sampling.errors import ConfigError, did_you_mean
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
-__all__ = ["draft_tokens_of", "engine_arguments", "prepare_environment"]
+__all__ = ["engine_arguments", "prepare_environment"]
 
 _REFUSED = {
     "tensor_parallel_size": "parallelism over several devices (run one process per device on a slice of the data)",
@@ -55,17 +54,8 @@ _CPU_KV_BYTES = 1 << 30
 _OFF = (None, False, 0, 1)
 
 
-def draft_tokens_of(options: EngineConfig) -> int:
-    """`auto` is none: what pays depends on the batch, and vLLM's number is fixed at its start."""
-    return 0 if options.draft_tokens == "auto" else options.draft_tokens
-
-
-def prepare_environment(options: EngineConfig) -> None:
-    """Make the composite model known to vLLM. Raises ConfigError where our options or vLLM's settings cannot work."""
-    if options.attention != "auto":
-        raise ConfigError(
-            f"attention {options.attention!r} is the local engine's; vLLM chooses its own: leave it out"
-        )
+def prepare_environment() -> None:
+    """Make the composite model known to vLLM. Raises ConfigError where vLLM's settings cannot work."""
     check_version()
     register()
     from vllm.triton_utils import HAS_TRITON
@@ -184,8 +174,7 @@ def _refuse(given: Mapping[str, Any], models: ModelConfig) -> None:
                 f"{name}={value!r}: the vLLM engine does not support {_REFUSED[name]}"
             )
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, known)
             raise ConfigError(f"unknown option {name!r}, and vLLM has no such argument{hint}")
     if models.load_in_4bit:
         raise ConfigError("load_in_4bit: the vLLM engine does not support quantised models")

@@ -13,11 +13,12 @@ from typing import Any, Literal, get_args
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.errors import ConfigError
+from optimal_sampling.types import Mode
 
 __all__ = [
+    "MODES",
     "OPTIONS",
     "OTHER_IDS",
-    "Mode",
     "RequestOptions",
     "TraceLevel",
     "is_teacher_alone",
@@ -30,7 +31,9 @@ OPTIONS = "optimal_sampling"
 OTHER_IDS = "optimal_sampling_student_ids"
 """Key of the student's prompt ids in `extra_args`, where they are not the request's own."""
 
-Mode = Literal["mixture", "teacher"]
+MODES: frozenset[Mode] = frozenset({"mixture", "teacher"})
+"""Modes of a request."""
+
 TraceLevel = Literal["off", "alpha", "full"]
 
 _SAMPLED_BY_VLLM = frozenset({"temperature", "top_k", "top_p"})
@@ -90,7 +93,7 @@ class RequestOptions:
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{OPTIONS} must be a JSON object, got {text!r}") from error
         mode, trace = values.get("mode", "mixture"), values.get("trace", "off")
-        if mode not in get_args(Mode) or trace not in get_args(TraceLevel):
+        if mode not in MODES or trace not in get_args(TraceLevel):
             raise ConfigError(f"mode {mode!r} or trace {trace!r} is not known")
         sampled = {"temperature": float(temperature) or 1.0, "top_k": -1, "top_p": 1.0}
         mixture = mixture_from({**values.get("mixture", {}), **sampled}, base)

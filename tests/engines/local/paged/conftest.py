@@ -1,4 +1,4 @@
-"""Flash Attention for a CPU: stand-ins with the real functions' signatures and rules, written out in loops."""
+"""Flash Attention for a CPU: loops with the real functions' signatures and rules."""
 
 import sys
 import types
@@ -7,11 +7,11 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 
-from optimal_sampling.engines.local.paged import kernels
+from optimal_sampling.engines.local.paged import attention_backends
 
 
 def one_segment(query, keys, values, scale, window):
-    """Causal attention of some queries that are the last of their row. [queries, heads, dim] each."""
+    """Causal attention of the last queries of a row. [queries, heads, dim] each."""
     repeats = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(repeats, 1) for x in (keys, values))
     scores = torch.einsum("qhd,khd->hqk", query, keys) * (
@@ -30,7 +30,7 @@ def fake_varlen_attn(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
     enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
 ):  # fmt: skip
-    """torch.nn.attention.varlen.varlen_attn with PyTorch's own kernel, which knows no table of pages."""
+    """torch.nn.attention.varlen.varlen_attn of PyTorch, which takes no table of pages."""
     assert block_table is None
     assert cu_seq_q.dtype == cu_seq_k.dtype == seqused_k.dtype == torch.int32
     assert len(cu_seq_q) == len(cu_seq_k) == len(seqused_k) + 1
@@ -87,7 +87,7 @@ def flash_on_cpu(monkeypatch):
     package.__spec__ = ModuleSpec("flash_attn", None)
     package.flash_attn_varlen_func = fake_flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setattr(kernels, "_device_problem", lambda device, dtype: "")
+    monkeypatch.setattr(attention_backends, "_device_problem", lambda device, dtype: "")
 
 
 class FakeRecorder:

@@ -1,12 +1,13 @@
 """The engine over pages: the common suite, and the same texts as over slots."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 
-from optimal_sampling.engines.local.paged.cache import PAGE
-from optimal_sampling.engines.local.paged.forward import PagedRunner
+from optimal_sampling.engines.local.paged.page_manager import PAGE
+from optimal_sampling.engines.local.paged.page_runner import PageRunner
 from optimal_sampling.types import Request
 from tests.engines.conformance import EngineConformance, Harness, by_key, requests_of
 from tests.engines.local.conftest import CONTEXT, engine_of, stock_logits, tiny_model, vocabulary
@@ -17,7 +18,7 @@ from tests.engines.local.test_engine import PROMPTS
 def paged_engine(*models, recorded=True, **options):
     engine = engine_of(*models, **options)
     for runner in engine.pair.runners.values():
-        assert isinstance(runner, PagedRunner)
+        assert isinstance(runner, PageRunner)
         runner.new_recorder = FakeRecorder if recorded else None
     return engine
 
@@ -26,7 +27,9 @@ def paged_harness(student, teacher):
     stock = {"student": stock_logits(student), "teacher": stock_logits(teacher)}
     base = paged_engine(student, teacher)
     return Harness(
-        open=lambda mixture, batch_size: base.with_mixture(mixture, batch_size),
+        open=lambda mixture, batch_size: base.view(
+            mixture, options=replace(base.options, batch_size=batch_size)
+        ),
         logits=lambda role, ids: stock[role](ids),
         prompts=PROMPTS,
         context_length=CONTEXT,
@@ -64,7 +67,7 @@ def models():
 @pytest.mark.parametrize("attention", ["varlen", "flash_attn"])
 @pytest.mark.parametrize("draft_tokens", [0, 3, "auto"])
 def test_pages_give_the_texts_of_slots(models, attention, draft_tokens, flash_on_cpu):
-    """Guards: positions, places or lengths that are off by one in pages; padding that reaches a row's text."""
+    """Guards: positions or lengths off by one in pages; padding that reaches a row's text."""
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 24, new=60)
     expected = texts(engine_of(*models, attention="sdpa").generate(requests))
     for recorded in (False, True):
@@ -75,7 +78,7 @@ def test_pages_give_the_texts_of_slots(models, attention, draft_tokens, flash_on
 
 
 def test_chunks_windows_and_preemption(flash_on_cpu):
-    """Guards: a run that moves while it grows, and a row that comes back with another row's pages."""
+    """Guards: an extent that moves while it grows; a preempted row with another row's pages."""
     changes = {"kind": "Mistral", "sliding_window": 20, "max_position_embeddings": 3000}
     models = [tiny_model(s, layers=2, **changes) for s in (1, 2)]
     vocab = dataclasses.replace(vocabulary(context=3000), stop_ids=frozenset())
@@ -92,8 +95,8 @@ def test_chunks_windows_and_preemption(flash_on_cpu):
             *models, vocab=vocab, prefill_chunk=100, kv_memory_gib=memory, batch_size=8
         )
         assert texts(engine.generate(requests)) == expected
-        assert engine.last_run.scheduler.limits.pages == pages
-        assert (engine.last_run.scheduler.preemptions > 0) == (pages < 40)
+        assert [m.pages for m in engine.loop.memory.managers] == [pages, pages]
+        assert (engine.loop.scheduler.preemptions > 0) == (pages < 40)
 
 
 def test_a_text_beyond_all_pages_fails_alone(models, flash_on_cpu):
@@ -148,7 +151,7 @@ def test_an_idle_rows_work_is_never_read(models, flash_on_cpu):
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 5, new=20)
     expected = texts(engine.generate(requests))
     for runner in engine.pair.runners.values():
-        for memory in runner._idle[0]._memories():
+        for memory in runner.released[0].memories():
             with torch.inference_mode():
                 memory[:PAGE] = torch.nan
     assert texts(engine.generate(requests)) == expected

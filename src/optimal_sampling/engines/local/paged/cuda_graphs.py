@@ -1,7 +1,8 @@
 """Forward passes recorded as CUDA graphs, by shape.
 
-A decoding step of a small model is hundreds of kernels of a few microseconds each, which Python cannot launch fast
-enough; a recorded graph is one launch. The inputs are copied into the tensors that the graph was recorded over.
+A decoding step of a small model is hundreds of GPU kernels of a few microseconds each, which
+Python cannot launch fast enough; a recorded graph is one launch. The inputs are copied into the
+tensors that the graph was recorded over.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from optimal_sampling.engines.local.paged.layout import Batch, Shape
+from optimal_sampling.engines.local.memory import round_up
+from optimal_sampling.engines.local.paged.batch_layout import Batch, BatchShape
 
 __all__ = ["CudaRecorder", "Graphs", "Recorder"]
 
@@ -29,10 +31,10 @@ OUTPUT_ROWS = 256
 
 
 class CudaRecorder:
-    """Records CUDA graphs. Those of one recorder share their memory, so they must not run at the same time.
+    """Records CUDA graphs. Those of one recorder share memory, and must not run at the same time.
 
-    Each recorder records on a stream of its own: libraries keep a workspace per stream, and graphs of two models that
-    had one between them would overwrite it when they run side by side.
+    Each recorder has a stream of its own: libraries keep a workspace per stream, and graphs of two
+    models that shared one would overwrite it when they run side by side.
     """
 
     def __init__(self) -> None:
@@ -40,8 +42,9 @@ class CudaRecorder:
         self._stream: Any = None
 
     def __call__(self, forward: Callable[[], None]) -> Callable[[], object]:
-        """See `Recorder`. What libraries do at their first call cannot be recorded: call `forward` before."""
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        """Record `forward`, which has run before: first calls of libraries cannot be recorded."""
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         try:
@@ -67,24 +70,25 @@ class _Recorded:
 
 
 class Graphs:
-    """Calls `forward`, from a recording where there is one. Where recording fails, `off` says why, once for all.
+    """Calls `forward`, from a recording where there is one.
 
-    All recordings write their results to the same memory: tensors that a graph returned would each keep their own.
+    After a recording has failed there are no more; `off` says why. All recordings write their
+    results to the same memory: tensors that graphs returned would each keep their own.
     """
 
     def __init__(self, forward: Callable[[Batch], Tensor], record: Recorder) -> None:
         self.off = ""
         self._forward = forward
         self._record = record
-        self._seen: Counter[Shape] = Counter()
-        self._recorded: dict[Shape, _Recorded] = {}
+        self._seen: Counter[BatchShape] = Counter()
+        self._recorded: dict[BatchShape, _Recorded] = {}
         self._results: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self._recorded)
 
-    def settled(self, shape: Shape) -> bool:
-        """Whether a pass of this shape costs from now on what it costs now."""
+    def settled(self, shape: BatchShape) -> bool:
+        """Whether a pass of this shape will not be recorded later."""
         return shape in self._recorded or bool(self.off) or len(self._recorded) >= MOST_GRAPHS
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -94,11 +98,7 @@ class Graphs:
             return recorded(batch)
         self._seen[batch.shape] += 1
         result = self._forward(batch)
-        if (
-            not self.off
-            and self._seen[batch.shape] >= RECORD_AT
-            and len(self._recorded) < MOST_GRAPHS
-        ):
+        if self._seen[batch.shape] >= RECORD_AT and not self.settled(batch.shape):
             self._add(batch, result)
         return result
 
@@ -116,8 +116,8 @@ class Graphs:
             self.off = str(error).strip().splitlines()[0]
 
     def _memory_like(self, result: Tensor) -> Tensor:
-        """Memory of this shape; earlier recordings keep the smaller one that they know."""
+        """Memory of this shape; earlier recordings keep the smaller one that they write to."""
         if self._results is None or len(self._results) < len(result):
-            rows = -(-len(result) // OUTPUT_ROWS) * OUTPUT_ROWS
+            rows = round_up(len(result), OUTPUT_ROWS)
             self._results = result.new_empty(rows, *result.shape[1:])
         return self._results[: len(result)]

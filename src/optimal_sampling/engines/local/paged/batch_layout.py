@@ -1,7 +1,7 @@
-"""One ragged forward pass laid out as integers: which token is where, and which keys it sees.
+"""One ragged forward pass as integers: where each token is stored, and which keys it sees.
 
-The flat tokens are prompt chunks, then `width` tokens of every dense row. Chunks and dense rows are *segments*:
-queries in a row that see the keys of their row up to and including themselves.
+The flat tokens are prompt chunks, then `width` tokens of every row. Each chunk and each row is a
+*segment*: consecutive queries that see the keys of their row up to and including their own.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from optimal_sampling.engines.local.paged.cache import PagedCache
+from optimal_sampling.engines.local.paged.page_manager import PageManager
 from optimal_sampling.engines.local.scheduler import Chunk
 
-__all__ = ["Batch", "Shape", "lay_out"]
+__all__ = ["Batch", "BatchShape", "lay_out"]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """What a recorded forward pass depends on, beside the numbers that may change between replays."""
+class BatchShape:
+    """What a recorded forward pass is fixed to; all other numbers may change between replays."""
 
     tokens: int
     segments: int
@@ -33,9 +33,9 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """The inputs of one forward pass. `numbers` holds all integers but the ids, so that they are one copy."""
+    """Inputs of one forward pass. All integers but the ids are one tensor, for one copy."""
 
-    shape: Shape
+    shape: BatchShape
     ids: Int[Tensor, " tokens"]
     numbers: Int[Tensor, " numbers"]
 
@@ -44,7 +44,7 @@ class Batch:
 
     @property
     def positions(self) -> Int[Tensor, " tokens"]:
-        """Of the tokens in their texts."""
+        """Positions of the tokens in their texts."""
         return self._part(0, self.shape.tokens)
 
     @property
@@ -59,7 +59,7 @@ class Batch:
 
     @property
     def key_starts(self) -> Int[Tensor, " segments+1"]:
-        """Flat index of each segment's first key; the last number means nothing."""
+        """Index of each segment's first key in the cache; the last number is unused."""
         return self._part(2 * self.shape.tokens + self.shape.segments + 1, self.shape.segments + 1)
 
     @property
@@ -69,28 +69,34 @@ class Batch:
 
 
 def lay_out(
-    cache: PagedCache,
+    memory: PageManager,
     start: Int[np.ndarray, " rows"],
     width: int,
     idle: Sequence[int],
     chunks: Sequence[Chunk],
-) -> tuple[Int[np.ndarray, " numbers"], Shape]:
-    """`Batch.numbers` of these chunks and of `width` tokens per dense row from position `start` on.
+) -> tuple[Int[np.ndarray, " numbers"], BatchShape]:
+    """`Batch.numbers` of these chunks and of `width` tokens per row from position `start` on.
 
     Idle rows read the scratch page, and write its first token.
     """
     rows = len(start)
-    used = set(range(rows)) - set(idle)
-    base = np.array([cache.start(row) if row in used else 0 for row in range(rows)])
-    first = np.where([row in used for row in range(rows)], start, 0)
-    bases = np.concatenate([[cache.start(c.slot) for c in chunks], base]).astype(np.int64)
-    firsts = np.concatenate([[c.start for c in chunks], first]).astype(np.int64)
-    counts = np.concatenate([[len(c.ids) for c in chunks], np.full(rows, width)]).astype(np.int64)
+    used = np.ones(rows, dtype=bool)
+    used[list(idle)] = False
+    base = [memory.start(row) if in_use else 0 for row, in_use in enumerate(used)]
+    bases = np.array([*(memory.start(c.row) for c in chunks), *base], dtype=np.int64)
+    firsts = np.array([*(c.start for c in chunks), *np.where(used, start, 0)], dtype=np.int64)
+    counts = np.array([*(len(c.ids) for c in chunks), *[width] * rows], dtype=np.int64)
     ends = np.concatenate([[0], np.cumsum(counts)])
     within = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
     positions = within + np.repeat(firsts, counts)
     write = positions + np.repeat(bases, counts)
     keys = firsts + counts
     write[np.repeat(bases == 0, counts)] = 0
-    shape = Shape(int(ends[-1]), len(counts), int(counts.max()), int(keys.max()), rows * width)
+    shape = BatchShape(
+        tokens=int(ends[-1]),
+        segments=len(counts),
+        max_queries=int(counts.max()),
+        max_keys=int(keys.max()),
+        outputs=rows * width,
+    )
     return np.concatenate([positions, write, ends, bases, [0], keys]), shape

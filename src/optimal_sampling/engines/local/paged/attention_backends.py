@@ -1,7 +1,7 @@
-"""Flash Attention over runs of pages: which kernel there is, and how it is called.
+"""Flash Attention over pages: which attention backend there is, and how it is called.
 
-A kernel gets the queries of all segments, flat, and a layer's whole memory; a `PagedPlan` says where each segment's
-keys start and how many it sees.
+A backend gets the queries of all segments, flat, and a layer's whole memory; a `PagePlan` says
+where each segment's keys start and how many it sees.
 """
 
 from __future__ import annotations
@@ -17,39 +17,41 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from optimal_sampling.engines.local.attention import Call
-from optimal_sampling.engines.local.paged.cache import PAGE, PagedCache
-from optimal_sampling.engines.local.paged.layout import Batch
+from optimal_sampling.engines.local.attention import AttentionCall
+from optimal_sampling.engines.local.paged.batch_layout import Batch
+from optimal_sampling.engines.local.paged.page_cache import PageCache
+from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.errors import ConfigError, MissingDependencyError
 
-__all__ = ["Choice", "Kernel", "PagedPlan", "choose_kernel", "flash_attn", "varlen"]
+__all__ = ["Backend", "Choice", "PagePlan", "choose_backend", "flash_attn", "varlen"]
 
-Kernel: TypeAlias = "Callable[[Call, Tensor, Tensor, PagedPlan], Tensor]"
+Backend: TypeAlias = "Callable[[AttentionCall, Tensor, Tensor, PagePlan], Tensor]"
 """(call, keys [all, heads, dim], values, plan) -> [tokens, heads, dim]."""
 
 WIDEST_HEAD = 256
 
 
 @dataclass(eq=False)
-class PagedPlan:
-    """What one forward pass needs to attend; the model hands it through to every layer unread."""
+class PagePlan:
+    """`AttentionPlan` of one forward pass over pages."""
 
-    cache: PagedCache
+    cache: PageCache
     batch: Batch
-    kernel: Kernel
+    backend: Backend
     layers_called: list[int] = field(default_factory=list)
+    needs: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """What kernels take, made once and not per layer."""
-        self.query_ends, self.key_starts = self.batch.query_ends.int(), self.batch.key_starts.int()
+        """Make the arguments of backends once, and not per layer."""
+        self.query_ends = self.batch.query_ends.int()
+        self.key_starts = self.batch.key_starts.int()
         self.keys_used = self.batch.keys_used.int()
 
     @cached_property
     def page_table(self) -> Int32[Tensor, "segments pages"]:
-        """Pages of each segment's row, as many as the longest has; what lies behind a row's end is never read."""
-        pages = torch.arange(
-            -(-self.batch.shape.max_keys // PAGE), device=self.key_starts.device, dtype=torch.int32
-        )
+        """Pages of each segment's row, as many as the longest has; surplus ones are never read."""
+        count = -(-self.batch.shape.max_keys // PAGE)
+        pages = torch.arange(count, device=self.key_starts.device, dtype=torch.int32)
         return (self.key_starts[:-1, None] // PAGE + pages).clamp(max=self.cache.pages)
 
     @cached_property
@@ -59,31 +61,31 @@ class PagedPlan:
 
     def attend(
         self,
-        call: Call,
+        call: AttentionCall,
         key: Float[Tensor, "kv_heads tokens dim"],
         value: Float[Tensor, "kv_heads tokens dim"],
     ) -> Float[Tensor, "tokens heads dim"]:
-        """Store the tokens of this forward pass, then let every segment see its row."""
+        """Store the tokens of this forward pass, then attend over every segment's row."""
         self.cache.write(call.layer, self.batch.write, key.transpose(0, 1), value.transpose(0, 1))
-        return self.kernel(call, *self.cache.memory(call.layer), self)
+        return self.backend(call, *self.cache.layer(call.layer), self)
 
 
-def _window(call: Call) -> tuple[int, int]:
-    """(keys to the left, keys to the right) of a query's own."""
+def _window(call: AttentionCall) -> tuple[int, int]:
+    """Keys that a query sees to the left and to the right of its own; -1: all."""
     return (-1 if call.window is None else call.window - 1, 0)
 
 
-def _varlen_window(call: Call, queries: int) -> tuple[int, int]:
-    """A row's only query sees all keys in any case. Only when told so does the kernel share keys and split them."""
+def _varlen_window(call: AttentionCall, queries: int) -> tuple[int, int]:
+    """As `_window`, but -1 for a row's only query: then the backend shares and splits keys."""
     return (-1, -1) if queries == 1 and call.window is None else _window(call)
 
 
-def varlen(call: Call, keys: Tensor, values: Tensor, plan: PagedPlan) -> Tensor:
+def varlen(call: AttentionCall, keys: Tensor, values: Tensor, plan: PagePlan) -> Tensor:
     """PyTorch's own Flash Attention."""
     from torch.nn.attention.varlen import varlen_attn
 
     shape = plan.batch.shape
-    output = varlen_attn(
+    output: Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple only where aux is wanted
         call.query.transpose(0, 1).contiguous(),
         keys,
         values,
@@ -96,12 +98,11 @@ def varlen(call: Call, keys: Tensor, values: Tensor, plan: PagedPlan) -> Tensor:
         enable_gqa=call.query.shape[0] != keys.shape[1],
         seqused_k=plan.keys_used,
     )
-    assert isinstance(output, Tensor)
     return output
 
 
-def flash_attn(call: Call, keys: Tensor, values: Tensor, plan: PagedPlan) -> Tensor:
-    """The flash-attn package, which takes the number of keys only beside a table of pages."""
+def flash_attn(call: AttentionCall, keys: Tensor, values: Tensor, plan: PagePlan) -> Tensor:
+    """The flash-attn package, which takes numbers of keys only together with a page table."""
     from flash_attn import flash_attn_varlen_func
 
     shape = plan.batch.shape
@@ -123,19 +124,20 @@ def flash_attn(call: Call, keys: Tensor, values: Tensor, plan: PagedPlan) -> Ten
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """A kernel, or None for PyTorch's SDPA over slots; and a line for people that says which and why."""
+    """An attention backend over pages, or None for PyTorch's SDPA over slots."""
 
-    kernel: Kernel | None
+    backend: Backend | None
     note: str
+    """Which attention runs, and why."""
 
 
-def choose_kernel(
+def choose_backend(
     asked: str, device: torch.device, dtype: torch.dtype, head_dims: set[int], needs: set[str]
 ) -> Choice:
-    """`asked` is `EngineConfig.attention`; `needs` are attention features that the model uses.
+    """The backend for `asked`, one of "auto", "varlen", "flash_attn" and "sdpa".
 
-    `auto` falls back to SDPA and says why. Raises ConfigError or MissingDependencyError where a kernel was asked for
-    that cannot be had.
+    `needs`: attention features that the model uses. `auto` falls back to SDPA and says why.
+    Raises ConfigError or MissingDependencyError where the backend asked for cannot run.
     """
     if asked == "sdpa":
         return Choice(None, "PyTorch SDPA, as asked")
@@ -149,21 +151,15 @@ def choose_kernel(
     if asked == "flash_attn":
         return _packaged()
     if _varlen_exists():
-        return Choice(
-            varlen,
-            "Flash Attention 2 auto-enabled (PyTorch's own)"
-            if asked == "auto"
-            else "PyTorch varlen",
-        )
+        own = "Flash Attention 2 auto-enabled (PyTorch's own)"
+        return Choice(varlen, own if asked == "auto" else "PyTorch varlen")
+    missing = f"PyTorch {torch.__version__} has no varlen_attn with seqused_k"
     if asked == "varlen":
-        raise ConfigError(
-            f"PyTorch {torch.__version__} has no varlen_attn with seqused_k; it came with 2.12"
-        )
+        raise ConfigError(f"{missing}; it came with 2.12")
     try:
-        return Choice(_packaged().kernel, "Flash Attention 2 auto-enabled (flash-attn package)")
+        return Choice(_packaged().backend, "Flash Attention 2 auto-enabled (flash-attn package)")
     except MissingDependencyError:
-        reason = f"PyTorch {torch.__version__} has no varlen_attn with seqused_k, and flash-attn is not installed"
-        return Choice(None, f"PyTorch SDPA: {reason}")
+        return Choice(None, f"PyTorch SDPA: {missing}, and flash-attn is not installed")
 
 
 def _problem(device: torch.device, dtype: torch.dtype, head_dims: set[int], needs: set[str]) -> str:
@@ -183,7 +179,8 @@ def _device_problem(device: torch.device, dtype: torch.dtype) -> str:
     if dtype not in (torch.float16, torch.bfloat16):
         return f"Flash Attention needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(device)[0] < 8:
-        return f"Flash Attention needs an Ampere GPU or newer, not {torch.cuda.get_device_name(device)}"
+        name = torch.cuda.get_device_name(device)
+        return f"Flash Attention needs an Ampere GPU or newer, not {name}"
     return ""
 
 
@@ -199,8 +196,9 @@ def _packaged() -> Choice:
     try:
         import flash_attn as package  # noqa: F401
     except ImportError as error:
-        message = "attention 'flash_attn' needs the flash-attn package: pip install 'optimal-sampling[flash]'"
-        raise MissingDependencyError(message) from error
+        message = "attention 'flash_attn' needs the flash-attn package"
+        remedy = "pip install 'optimal-sampling[flash]'"
+        raise MissingDependencyError(f"{message}: {remedy}") from error
     return Choice(flash_attn, f"flash-attn {_version('flash-attn')}")
 
 

@@ -1,0 +1,160 @@
+"""`PageRunner`: one ragged forward pass of one model over rows that live in pages.
+
+Rounds without prompt tokens are padded to few shapes, so that each can be a recorded CUDA graph:
+rows to the next of ROWS, widths to the next of WIDTHS, keys to a power of two. Padding rows are
+idle rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from optimal_sampling.engines.local.memory import round_up
+from optimal_sampling.engines.local.paged.attention_backends import Backend, PagePlan
+from optimal_sampling.engines.local.paged.batch_layout import Batch, lay_out
+from optimal_sampling.engines.local.paged.cuda_graphs import CudaRecorder, Graphs, Recorder
+from optimal_sampling.engines.local.paged.page_cache import PageCache
+from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
+from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner
+from optimal_sampling.engines.local.scheduler import Chunk
+from optimal_sampling.engines.local.streams import to_device
+
+__all__ = ["PageRunner"]
+
+WIDTHS = (1, 2, 3, 5, 9, 17)
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+LEAST_KEYS = 512
+
+
+def next_of(sizes: Sequence[int], value: int) -> int:
+    """The first of `sizes` that is large enough, else a multiple of the largest."""
+    return next((size for size in sizes if size >= value), round_up(value, sizes[-1]))
+
+
+class PageRunner(ModelRunner[PageCache]):
+    """A model with its attention backend, and released caches with the graphs recorded on them."""
+
+    def __init__(self, model: Any, vocab_size: int, bytes_per_token: int, backend: Backend) -> None:
+        super().__init__(model, vocab_size, bytes_per_token)
+        self.backend = backend
+        config = model.config.get_text_config()
+        self.longest: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        self.new_recorder: Callable[[], Recorder] | None = (
+            CudaRecorder if self.device.type == "cuda" else None
+        )
+        self.graphs: dict[PageCache, Graphs] = {}
+        self.released: list[PageCache] = []
+
+    def open_cache(self, contexts: tuple[int, ...], tokens: int, sequences: int) -> PageCache:
+        """A cache of `tokens` tokens, one page of which is scratch: an earlier run's, or a new one.
+
+        Released caches of other sizes are freed.
+        """
+        manager = PageManager(contexts, self.bytes_per_token, max(0, tokens // PAGE - 1))
+        fitting = [cache for cache in self.released if cache.pages == manager.pages]
+        self._free([cache for cache in self.released if cache not in fitting[:1]])
+        self.released.clear()
+        if fitting:
+            fitting[0].manager = manager
+            return fitting[0]
+        cache = PageCache(manager, self.released)
+        if self.new_recorder is not None:
+            recorder = self.new_recorder()
+            self.graphs[cache] = Graphs(lambda batch: self._run(cache, batch)[0], recorder)
+        return cache
+
+    def drop_caches(self) -> None:
+        """Free released caches and the graphs recorded on them."""
+        self._free(self.released)
+        self.released.clear()
+
+    def _free(self, caches: Sequence[PageCache]) -> None:
+        for cache in caches:
+            self.graphs.pop(cache, None)
+
+    def recorded_graphs(self) -> tuple[int, str] | None:
+        """Over all caches, and the first reason why recording is off."""
+        graphs = self.graphs.values()
+        return sum(map(len, graphs)), next((g.off for g in graphs if g.off), "")
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        cache: PageCache,
+        tokens: Int[Tensor, "rows width"],
+        start: Int[np.ndarray, " rows"],
+        idle: Sequence[int] = (),
+        chunks: Sequence[Chunk] = (),
+    ) -> ForwardPass:
+        """From a recorded graph where there is one; passes with chunks are never recorded."""
+        rows, width = tokens.shape
+        if chunks or cache not in self.graphs:
+            numbers, shape = lay_out(cache.manager, start, width, idle, chunks)
+            numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], chunks)
+            ids = tokens.reshape(-1)
+            if chunks:
+                prompt = np.array([i for c in chunks for i in c.ids])
+                ids = torch.cat([to_device(prompt, self.device), ids])
+            logits, plan = self._run(cache, Batch(shape, ids, to_device(numbers, self.device)))
+            return ForwardPass(self._cut(logits, rows, width, width), plan=plan)
+        batch, padded_width = self._padded(cache, tokens, start, idle)
+        graphs = self.graphs[cache]
+        settled = graphs.settled(batch.shape)
+        return ForwardPass(self._cut(graphs(batch), rows, width, padded_width), settled)
+
+    def _padded(
+        self,
+        cache: PageCache,
+        tokens: Int[Tensor, "rows width"],
+        start: Int[np.ndarray, " rows"],
+        idle: Sequence[int],
+    ) -> tuple[Batch, int]:
+        """The batch with rows, width and keys rounded up, and its width.
+
+        What surplus columns write lies behind the row's end, and is overwritten.
+        """
+        rows, width = tokens.shape
+        more_rows = next_of(ROWS, rows) - rows
+        padded_width = self._padded_width(cache, start, width)
+        ids = F.pad(tokens, (0, padded_width - width, 0, more_rows)).reshape(-1)
+        idle = [*idle, *range(rows, rows + more_rows)]
+        start = np.pad(start, (0, more_rows))
+        numbers, shape = lay_out(cache.manager, start, padded_width, idle, ())
+        numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], ())
+        shape = replace(shape, max_keys=max(LEAST_KEYS, 1 << (shape.max_keys - 1).bit_length()))
+        return Batch(shape, ids, to_device(numbers, self.device)), padded_width
+
+    def _padded_width(self, cache: PageCache, start: Int[np.ndarray, " rows"], width: int) -> int:
+        """The next of WIDTHS; `width` where a row's pages or the model's positions end before."""
+        wanted = next_of(WIDTHS, width)
+        extents = cache.manager.allocator.rows[: len(start)]
+        ends = [min(extent.pages * PAGE, self.longest) for extent in extents]
+        room = all(first + wanted <= end for first, end in zip(start, ends, strict=True))
+        return wanted if room else width
+
+    def _run(
+        self, cache: PageCache, batch: Batch
+    ) -> tuple[Float[Tensor, "outputs vocab"], PagePlan]:
+        plan = PagePlan(cache, batch, self.backend)
+        logits = self.model(
+            input_ids=batch.ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            plan=plan,
+            logits_to_keep=batch.shape.outputs,
+        ).logits
+        return logits[0, -batch.shape.outputs :], plan
+
+    def _cut(
+        self, logits: Tensor, rows: int, width: int, padded_width: int
+    ) -> Float[Tensor, "rows width vocab"]:
+        return logits.view(-1, padded_width, logits.shape[-1])[:rows, :width, : self.vocab_size]

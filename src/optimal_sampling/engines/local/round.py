@@ -1,0 +1,281 @@
+"""The tensors of a round: logits of both models at each of its positions, and the tokens drawn.
+
+In a round of width n the student makes n one-token forward passes over the last token and its own
+n - 1 drafts; the teacher makes one pass over the same n tokens. From both rows of logits follows
+q*, and from q* and the noise the token, at each of the n positions. What is emitted ends with the
+first token that differs from its draft. Width 1 is plain decoding. A draft is
+argmax(log p_student + noise) with the noise of its position, so it is the token itself wherever q*
+and the student agree on the argmax.
+
+Where both roles have the same weights there is no cheaper drafter: drafts are looked up in the
+text, and both contexts of all n tokens are one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from optimal_sampling.config import LocalOptions, MixtureConfig
+from optimal_sampling.distribution import NoiseKeys, Step, draft, gumbel, keys_tensor, step
+from optimal_sampling.distribution.fused import runs_fused
+from optimal_sampling.distribution.single import single_step
+from optimal_sampling.engines.local.drafting import DraftPolicy, PerRound
+from optimal_sampling.engines.local.runner import CachedModel
+from optimal_sampling.engines.local.scheduler import RoundPlan, Sequence
+from optimal_sampling.engines.local.streams import Overlap, Stopwatch, to_device
+
+__all__ = ["RoundNoise", "RunSettings", "SampledRound", "Sampler"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Settings of one `generate` call."""
+
+    roles: tuple[str, ...]
+    """Name of each context: `student` and `teacher`, or one of them alone."""
+    mixture: MixtureConfig
+    options: LocalOptions
+    stop_ids: frozenset[int]
+    vocab_size: int
+    context_lengths: tuple[int | None, ...]
+    """Per context."""
+    embeddings: tuple[int, ...]
+    """Per context, the number of ids that its model knows."""
+    memory: int
+    """Bytes for all caches."""
+    positions: int
+    """Most tokens whose logits are held at once."""
+    capture: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampledRound:
+    """Tensors of a round before they are copied to the host."""
+
+    drafts: Int64[Tensor, "rows drafts"]
+    step: Step
+    """Rows * width tokens, row by row."""
+    captured: dict[str, Float[Tensor, "tokens vocab"]]
+    confidences: Seq[Seq[float]]
+    """Per draft and row, the probability that the drafter gave it."""
+    stopwatch: Stopwatch
+    """Two laps: all drafting, and the verification."""
+    settled: bool
+    """The round cost what such rounds will always cost."""
+
+    @property
+    def width(self) -> int:
+        """Positions per row."""
+        return self.drafts.shape[1] + 1
+
+    def packed(self) -> Float32[Tensor, "tokens columns"]:
+        """Draft (0 at a row's last position), then `Step.pack`: one copy to the host."""
+        drafts = torch.nn.functional.pad(self.drafts, (0, 1)).reshape(-1, 1)
+        return torch.cat([drafts.to(torch.float32), self.step.pack()], 1)
+
+
+class RoundNoise:
+    """Gumbel noise of a round's positions; where a fused GPU program makes it, only its keys.
+
+    Up to BLOCK numbers are made at once.
+    """
+
+    BLOCK = 2**22
+
+    def __init__(self, rows: list[Sequence], width: int, vocab: int, device: torch.device) -> None:
+        self._keys = to_device(keys_tensor([s.request.noise_key for s in rows]).numpy(), device)
+        self._first = to_device(np.array([len(s.output) for s in rows]), device)
+        self._vocab = vocab
+        self._fused = runs_fused(device)
+        self._made: list[Float32[Tensor, "rows vocab"]] = []
+        if not self._fused and width > 1 and len(rows) * width * vocab <= self.BLOCK:
+            keys, positions = self._keys.repeat(width), self.positions(width).T.reshape(-1)
+            self._made = list(gumbel(keys, positions, vocab).view(width, len(rows), vocab))
+
+    def positions(self, width: int) -> Int64[Tensor, "rows width"]:
+        """Index of each token in its completion."""
+        return self._first[:, None] + torch.arange(width, device=self._first.device)
+
+    def at(self, offset: int) -> Float32[Tensor, "rows vocab"] | NoiseKeys:
+        """Noise of the token `offset` places after every row's next one."""
+        if self._fused:
+            return NoiseKeys(self._keys, self._first + offset)
+        return self._tensor_at(offset)
+
+    def _tensor_at(self, offset: int) -> Float32[Tensor, "rows vocab"]:
+        while len(self._made) <= offset:
+            self._made.append(gumbel(self._keys, self._first + len(self._made), self._vocab))
+        return self._made[offset]
+
+    def upto(self, width: int) -> Float32[Tensor, "tokens vocab"] | NoiseKeys:
+        """Noise of rows * width tokens, row by row."""
+        if self._fused:
+            return NoiseKeys(self._keys.repeat_interleave(width), self.positions(width).reshape(-1))
+        if width == 1:
+            return self._tensor_at(0)
+        return torch.stack([self._tensor_at(i) for i in range(width)], 1).flatten(0, 1)
+
+
+class Verification(NamedTuple):
+    """Drafts, and the logits at their positions and at the one after, in order of contexts."""
+
+    drafts: Int64[Tensor, "rows drafts"]
+    logits: Seq[Float[Tensor, "rows width vocab"]]
+    confidences: Seq[Seq[float]]
+    stopwatch: Stopwatch
+    settled: bool
+
+
+class Sampler:
+    """Draws the tokens of rounds. `policy` says how far to draft."""
+
+    GPU_CONFIDENCE = 0.95
+    """Of every draft on a GPU, where the probability itself would cost a synchronisation."""
+    LOOKUP_CONFIDENCE = 0.85
+    """Of every draft that was looked up."""
+
+    def __init__(
+        self, models: list[CachedModel], settings: RunSettings, policy: DraftPolicy
+    ) -> None:
+        self.models = models
+        self.settings = settings
+        self.policy = policy
+        self.device = models[0].runner.device
+        self.overlap = Overlap(self.device)
+
+    def sample(self, plan: RoundPlan, rows: list[Sequence]) -> SampledRound:
+        """One round. The sequences are left as they are."""
+        noise = RoundNoise(rows, plan.width, self.settings.vocab_size, self.device)
+        if len(self.models) == 1:
+            verified = self._lookup(plan, rows)
+        elif self.overlap.works and self.policy.most == 0:
+            # with drafts the policy has to know the seconds of each model
+            verified = self._side_by_side(plan, rows)
+        else:
+            verified = self._with_student(plan, rows, noise)
+        return self._draw(verified, noise)
+
+    def _with_student(
+        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise
+    ) -> Verification:
+        """The student steps and drafts while that pays, then the teacher verifies."""
+        student, teacher = self.models
+        stopwatch = Stopwatch(self.device)
+        expected = PerRound(self.policy, plan.ready)
+        forced = self.policy.forced()
+        drafts = self._no_drafts(rows)
+        logits: list[Float[Tensor, "rows vocab"]] = []
+        settled = True
+        while True:
+            step_logits = student.forward(plan, rows, drafts[:, -1:], offset=len(logits))
+            logits.append(step_logits.by_context[0][:, 0])
+            settled &= step_logits.settled
+            if len(logits) == plan.width or len(logits) == forced:
+                break
+            token = draft(logits[-1], noise.at(len(logits) - 1), self.settings.mixture)
+            if not expected.wants(self._confidence(logits[-1], token), insist=forced is not None):
+                break
+            drafts = torch.cat([drafts, token[:, None]], 1)
+        stopwatch.mark()
+        verified = teacher.forward(plan, rows, drafts)
+        stopwatch.mark()
+        both = torch.stack(logits, 1), *verified.by_context
+        settled &= verified.settled
+        return Verification(drafts, both, expected.confidences, stopwatch, settled)
+
+    def _side_by_side(self, plan: RoundPlan, rows: list[Sequence]) -> Verification:
+        """One position, for which neither model waits for the other."""
+        drafts = self._no_drafts(rows)
+        stopwatch = Stopwatch(self.device)
+        with self.overlap.beside():
+            teacher = self.models[1].forward(plan, rows, drafts)
+        student = self.models[0].forward(plan, rows, drafts)
+        stopwatch.mark()
+        self.overlap.join()
+        stopwatch.mark()
+        both = *student.by_context, *teacher.by_context
+        return Verification(drafts, both, [], stopwatch, student.settled and teacher.settled)
+
+    def _no_drafts(self, rows: list[Sequence]) -> Int64[Tensor, "rows drafts"]:
+        return torch.empty(len(rows), 0, dtype=torch.int64, device=self.device)
+
+    def _confidence(
+        self, logits: Float[Tensor, "rows vocab"], token: Int64[Tensor, " rows"]
+    ) -> list[float]:
+        """The student's probability of its drafts."""
+        if self.device.type != "cpu":
+            return [self.GPU_CONFIDENCE] * len(token)
+        scaled = logits.float().numpy() * np.float32(1 / self.settings.mixture.temperature)
+        with np.errstate(all="ignore"):
+            others = np.exp(scaled - np.take_along_axis(scaled, token.numpy()[:, None], -1)).sum(-1)
+            probabilities: list[float] = np.nan_to_num(1 / others).tolist()
+        return probabilities
+
+    def _lookup(self, plan: RoundPlan, rows: list[Sequence]) -> Verification:
+        """One model: the last token and what was looked up, in all contexts, in one pass."""
+        stopwatch = Stopwatch(self.device)
+        width = self.policy.forced() or plan.width
+        found, confidences = self._looked_up(plan, rows, min(width, plan.width) - 1)
+        drafts = to_device(np.array(found, dtype=np.int64).reshape(len(rows), -1), self.device)
+        stopwatch.mark()
+        done = self.models[0].forward(plan, rows, drafts)
+        stopwatch.mark()
+        return Verification(drafts, done.by_context, confidences, stopwatch, done.settled)
+
+    def _looked_up(
+        self, plan: RoundPlan, rows: list[Sequence], most: int
+    ) -> tuple[list[list[int]], list[Seq[float]]]:
+        """Drafts of equal number for every row, and their confidences.
+
+        Rows with fewer get id 0 with confidence 0.
+        """
+        if most < 1:
+            return [[] for _ in rows], []
+        found = [
+            self._shared_ids(s.lookup.propose(s.output, most)) if ready else []
+            for s, ready in zip(rows, plan.ready, strict=True)
+        ]
+        expected = PerRound(self.policy, plan.ready)
+        insist = self.policy.forced() is not None
+        for i in range(max(map(len, found))):
+            sure = [self.LOOKUP_CONFIDENCE if i < len(ids) else 0.0 for ids in found]
+            if not expected.wants(sure, insist=insist):
+                break
+        count = expected.drafted
+        return [(ids + [0] * count)[:count] for ids in found], expected.confidences
+
+    def _shared_ids(self, ids: list[int]) -> list[int]:
+        """Up to the first id that no model shares, which cannot be drawn: prompts may hold them."""
+        return list(takewhile(lambda token: token < self.settings.vocab_size, ids))
+
+    def _draw(self, verified: Verification, noise: RoundNoise) -> SampledRound:
+        """From logits to tokens."""
+        settings, width = self.settings, verified.drafts.shape[1] + 1
+        flat = [x.flatten(0, 1) for x in verified.logits]
+        captured = {f"{role}_logits": x for role, x in zip(settings.roles, flat, strict=True)}
+        if len(flat) == 1:
+            drawn = single_step(flat[0], noise.upto(width), settings.mixture, settings.roles[0])
+        else:
+            positions = noise.positions(width).reshape(-1)
+            keep = "log_q" in settings.capture
+            drawn = step(
+                flat[0], flat[1], noise.upto(width), positions, settings.mixture, keep_log_q=keep
+            )
+            if drawn.log_q is not None:
+                captured["log_q"] = drawn.log_q
+        return SampledRound(
+            drafts=verified.drafts,
+            step=drawn,
+            captured=captured,
+            confidences=verified.confidences,
+            stopwatch=verified.stopwatch,
+            settled=verified.settled,
+        )

@@ -1,0 +1,161 @@
+"""A model that can be run: the interface of every kind of memory, and a model with its cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from optimal_sampling.engines.local.attention import AttentionPlan
+from optimal_sampling.engines.local.cache import Cache
+from optimal_sampling.engines.local.rotary import LONG, split_by_row
+from optimal_sampling.engines.local.scheduler import Chunk, RoundPlan, Sequence
+from optimal_sampling.engines.local.streams import to_device
+
+__all__ = ["CachedModel", "ContextLogits", "ForwardPass", "ModelRunner"]
+
+CacheT = TypeVar("CacheT", bound=Cache)
+
+
+class ForwardPass(NamedTuple):
+    """Result of one forward pass of one model over the rows of its cache."""
+
+    logits: Float[Tensor, "rows width vocab"]
+    """In the model's dtype, cut to the shared vocabulary."""
+    settled: bool = True
+    """A pass of the same shape will not become faster when it is repeated."""
+    plan: AttentionPlan | None = None
+    """Tells which layers called the attention function; None where a recorded graph ran."""
+
+
+class ModelRunner(ABC, Generic[CacheT]):
+    """A model and the kind of cache that it runs over, which `open_cache` makes.
+
+    A kind of memory is a subclass, a `Cache` and a `BlockManager`. Nothing else depends on it.
+    """
+
+    kv_boundary: int | None = None
+    """Key length at which attention changes its bits."""
+    drafts = True
+    """Several tokens of a row can go through the model at once, and be forgotten."""
+
+    def __init__(self, model: Any, vocab_size: int, bytes_per_token: int = 0) -> None:
+        self.model = model
+        self.vocab_size = vocab_size
+        self.bytes_per_token = bytes_per_token
+        """Of the cache, for one token of one row."""
+        self.device: torch.device = model.device
+        self.rope_switch = split_by_row(model)
+        """Longest text with the short rotary factors; None where all texts have the same."""
+        self.embeddings: int = model.get_input_embeddings().weight.shape[0]
+
+    @abstractmethod
+    def open_cache(self, contexts: tuple[int, ...], tokens: int, sequences: int) -> CacheT:
+        """An empty cache for one run.
+
+        `tokens`: this cache's share of the memory budget. `sequences`: most that run at once.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        cache: CacheT,
+        tokens: Int[Tensor, "rows width"],
+        start: Int[np.ndarray, " rows"],
+        idle: Seq[int] = (),
+        chunks: Seq[Chunk] = (),
+    ) -> ForwardPass:
+        """Feed chunks, then `tokens` to rows 0, 1, ... at positions start, start + 1, ...
+
+        Idle rows take part in the shape only: nothing of theirs is stored, and their logits have
+        no meaning.
+        """
+
+    def mark_long(
+        self, positions: Int[np.ndarray, " tokens"], chunks: Seq[Chunk], padding: int = 0
+    ) -> Int[np.ndarray, " tokens"]:
+        """Positions of padding, chunks and dense tokens, with `LONG` added where a row is long."""
+        if self.rope_switch is None:
+            return positions
+        long = positions >= self.rope_switch
+        first = padding
+        for chunk in chunks:
+            long[first : first + len(chunk.ids)] = chunk.long
+            first += len(chunk.ids)
+        return positions + LONG * long
+
+    def drop_caches(self) -> None:
+        """Free caches that were kept from earlier runs."""
+
+    def recorded_graphs(self) -> tuple[int, str] | None:
+        """(CUDA graphs recorded, why recording is off); None for a kind that records none."""
+        return None
+
+
+class ContextLogits(NamedTuple):
+    """Logits of one forward pass, per context of its model."""
+
+    by_context: list[Float[Tensor, "rows width vocab"]]
+    settled: bool
+
+
+class CachedModel:
+    """One model with its cache, which holds `contexts` of every sequence."""
+
+    def __init__(
+        self, runner: ModelRunner[Any], contexts: tuple[int, ...], tokens: int, sequences: int
+    ) -> None:
+        self.runner = runner
+        self.contexts = contexts
+        self.cache: Cache = runner.open_cache(contexts, tokens, sequences)
+
+    def move(self, source: int, target: int, sequence: Sequence) -> None:
+        """Copy a row's contexts, which are those of `sequence`, to another row."""
+        width = len(self.contexts)
+        for i, context in enumerate(self.contexts):
+            self.cache.move(source * width + i, target * width + i, sequence.cached[context])
+
+    def clear(self, row: int) -> None:
+        """Zero a row's contexts."""
+        for i in range(len(self.contexts)):
+            self.cache.clear(row * len(self.contexts) + i)
+
+    def forward(
+        self,
+        plan: RoundPlan,
+        rows: list[Sequence],
+        drafts: Int[Tensor, "rows drafts"],
+        offset: int = 0,
+    ) -> ContextLogits:
+        """Logits after each row's last known token and after each of its drafts.
+
+        With an `offset` the last known token and `offset - 1` drafts are cached already, and only
+        `drafts` are fed.
+        """
+        width = len(self.contexts)
+        not_ready = [row for row, ready in enumerate(plan.ready) if not ready]
+        idle = [row * width + i for row in not_ready for i in range(width)]
+        start = np.array([n[c] - 1 + offset for n in plan.lengths for c in self.contexts])
+        tokens = drafts.repeat_interleave(width, 0) if width > 1 else drafts
+        chunks: list[Chunk] = []
+        if offset == 0:
+            last = np.array([[s.last(c)] for s in rows for c in self.contexts])
+            tokens = torch.cat([to_device(last, drafts.device), tokens], 1)
+            chunks = self._chunks(plan)
+        done = self.runner.forward(self.cache, tokens, start, idle, chunks)
+        return ContextLogits([done.logits[i::width] for i in range(width)], done.settled)
+
+    def _chunks(self, plan: RoundPlan) -> list[Chunk]:
+        """The plan's chunks, addressed by rows of this cache."""
+        width = len(self.contexts)
+        return [
+            replace(chunk, row=chunk.row * width + i)
+            for i, context in enumerate(self.contexts)
+            for chunk in plan.chunks[context]
+        ]
