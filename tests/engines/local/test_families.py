@@ -1,4 +1,4 @@
-"""Every causal family of Transformers: docs/models.md says how each runs, and the check at load says the same."""
+"""Every causal family of Transformers runs as docs/models.md says, by the check at load."""
 
 import contextlib
 import io
@@ -9,11 +9,11 @@ import torch
 import transformers
 
 from optimal_sampling.engines.local import model_check
-from optimal_sampling.engines.local.slots.sdpa import Group
-from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
 from optimal_sampling.engines.local.loading import check_architecture
 from optimal_sampling.engines.local.model_check import SmallCopy, check_small_copy
 from optimal_sampling.engines.local.shrinking import shrink_config, small_model
+from optimal_sampling.engines.local.slots.sdpa import Group
+from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
 from optimal_sampling.errors import ModelError
 from tests.engines.local import families
 
@@ -50,7 +50,7 @@ def agrees_with_the_docs(name):
 
 @pytest.mark.parametrize("name", QUICK)
 def test_family_runs_as_documented(name):
-    """Guards: a family that is sampled wrongly on texts longer than its windows, chunks or rotary switch."""
+    """Guards: a family that is sampled wrongly on texts longer than its windows or chunks."""
     agrees_with_the_docs(name)
 
 
@@ -114,7 +114,7 @@ def test_logits_that_depend_on_the_batch_are_found(monkeypatch):
         return (cos, sin) if position_ids.max() < 40 else (cos * 0.5, sin * 0.5)
 
     monkeypatch.setattr(llama, "forward", scaled)
-    with pytest.raises(ModelError, match="logits (depend on|differ)"):
+    with pytest.raises(ModelError, match=r"logits (depend on|differ)"):
         SmallCopy(*families.config_of("llama"), "teacher").check_attention()
 
 

@@ -27,9 +27,7 @@ def models():
 
 def requests():
     ids = [list(range(5 + length, 5 + 2 * length)) for length in LENGTHS]
-    return [
-        Request(f"r{i}", 0, i, tuple(text), (7, *text), 16) for i, text in enumerate(ids)
-    ]
+    return [Request(f"r{i}", 0, i, tuple(text), (7, *text), 16) for i, text in enumerate(ids)]
 
 
 def completions(models, capture=frozenset(), **options):

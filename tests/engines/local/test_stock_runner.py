@@ -39,7 +39,9 @@ def greedy(model, prompts, new, batched=False, chunk=7, stop=None):
     for _ in range(new):
         start = np.array([len(text) - 1 for text in texts])
         idle = [i for i, p in enumerate(prompts) if stop and len(texts[i]) - len(p) >= stop[i]]
-        found = runner.forward(cache, torch.tensor([[t[-1]] for t in texts]), start, idle, chunks).logits
+        found = runner.forward(
+            cache, torch.tensor([[t[-1]] for t in texts]), start, idle, chunks
+        ).logits
         chunks = []
         for i in set(range(len(texts))) - set(idle):
             logits[i].append(found[i, 0])
@@ -99,7 +101,9 @@ def test_a_row_that_moves_or_starts_again_keeps_its_text():
     runner.forward(cache, fed, np.array([3, 2]), (), chunks)
     cache.move(1, 0, 3)
     found = runner.forward(cache, torch.tensor([[9]]), np.array([3])).logits
-    again = runner.forward(cache, torch.tensor([[9]]), np.array([3]), (), [Chunk(0, 0, second)]).logits
+    again = runner.forward(
+        cache, torch.tensor([[9]]), np.array([3]), (), [Chunk(0, 0, second)]
+    ).logits
     _, [expected] = greedy(model, [[*second, 9]], 1)
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(again[0], expected)

@@ -34,8 +34,8 @@ from optimal_sampling.engines.local.rotary import split_by_row
 from optimal_sampling.engines.local.runner import ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
 from optimal_sampling.engines.local.shapes import PLAIN, measured_rules, replace_linears
-from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
 from optimal_sampling.engines.local.shrinking import text_model
+from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
 from optimal_sampling.engines.local.stock_runner import StockRunner
 from optimal_sampling.errors import MissingDependencyError, ModelError
 

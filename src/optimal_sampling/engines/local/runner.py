@@ -88,7 +88,8 @@ class ModelRunner(ABC, Generic[CacheT]):
         for chunk in chunks:
             long[first : first + len(chunk.ids)] = chunk.long
             first += len(chunk.ids)
-        return positions + LONG * long
+        marked: Int[np.ndarray, " tokens"] = positions + LONG * long
+        return marked
 
     def drop_caches(self) -> None:
         """Free caches that were kept from earlier runs."""

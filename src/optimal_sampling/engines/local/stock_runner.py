@@ -1,7 +1,7 @@
 """A model run with its own forward pass and its own cache, as Transformers' `generate` runs it.
 
-For models whose attention cannot be plugged in: recurrent and hybrid ones, and those with an attention of their
-own. One token per row and round; no drafts.
+For models whose attention cannot be plugged in: recurrent and hybrid ones, and those with an
+attention of their own. One token per row and round; no drafts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StockRow:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Rows whose tokens go through the model together; all of one length, so that nothing is padded."""
+    """Rows that go through the model together; all of one length, so that nothing is padded."""
 
     rows: list[StockRow]
     ids: Int[Tensor, "rows tokens"]
@@ -63,9 +63,7 @@ class Group:
 class StockManager(BlockManager):
     """Memory of rows that each have a cache of their own: `bytes_per_row`, and more per token."""
 
-    def __init__(
-        self, contexts: tuple[int, ...], bytes_per_token: int, bytes_per_row: int
-    ) -> None:
+    def __init__(self, contexts: tuple[int, ...], bytes_per_token: int, bytes_per_row: int) -> None:
         super().__init__(contexts, bytes_per_token)
         self.bytes_per_row = bytes_per_row
         self._rows: list[int] = []
@@ -112,7 +110,7 @@ class StockCache(Cache):
         return row
 
     def move(self, source: int, target: int, count: int) -> None:
-        """Row `target` becomes what row `source` is, which goes; `count` tokens of it are cached."""
+        """Row `target` becomes what row `source` is, which ends; `count` tokens are cached."""
         self.rows[target] = self.rows.pop(source)
 
     def clear(self, row: int) -> None:
@@ -137,8 +135,9 @@ class StockCache(Cache):
 class StockRunner(ModelRunner[StockCache]):
     """Forward passes over the rows of a `StockCache`.
 
-    `batched`: rows that start in one round with texts of one length go through the model together. Their logits are
-    then those of a batch, equal to a single row's up to rounding; otherwise to the bit.
+    `batched`: rows that start in one round with texts of one length go through the model
+    together. Their logits are those of a batch, equal to a single row up to rounding; otherwise
+    to the bit.
     """
 
     drafts = False
@@ -170,10 +169,10 @@ class StockRunner(ModelRunner[StockCache]):
         idle: Sequence[int] = (),
         chunks: Sequence[Chunk] = (),
     ) -> ForwardPass:
-        """Logits after `tokens`, which have the positions `start` in slots 0, 1, ...; chunks come before them.
+        """Logits after `tokens`, at positions `start` of slots 0, 1, ...; chunks come before them.
 
-        Chunks wait for the first token after them: a recurrent model reads a prompt in one forward pass. The logits
-        of idle rows mean nothing.
+        Chunks wait for the first token after them: a recurrent model reads a prompt in one pass.
+        The logits of idle rows mean nothing.
         """
         for chunk in chunks:
             cache.row(chunk.row, chunk.start).pending.extend(chunk.ids)
