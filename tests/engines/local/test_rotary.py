@@ -10,7 +10,7 @@ from optimal_sampling.engines.local.shrinking import small_model
 from tests.engines.local import families
 
 LONGROPE = [name for name in families.VARIANTS if "LongRoPE" in name]
-SWITCH = 16
+SWITCH = 24
 
 
 @pytest.mark.filterwarnings("ignore")

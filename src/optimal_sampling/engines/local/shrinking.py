@@ -26,7 +26,7 @@ LAYERS = (
 
 Rule = tuple[str, int]
 EXACT: tuple[Rule, ...] = (
-    (r"original_max_position", 16),
+    (r"original_max_position", 24),
     (r"max_position|^n_positions$|^n_ctx$|max_seq_len$|max_target_pos|max_source_pos", POSITIONS),
     (r"context_length|model_max_length", POSITIONS),
     (r"vocab_size", VOCAB),
@@ -35,7 +35,7 @@ EXACT: tuple[Rule, ...] = (
 RULES: tuple[Rule, ...] = (
     (r"_token_id$|_index$|_idx$|lang_id|^seed$", -1),  # ids of tokens: 0..VOCAB - 1 as they are
     (r"^(num_codebooks|pretraining_tp|chunk_size_feed_forward|type_vocab_size)$", -2),
-    (r"original_max_position", 16),
+    (r"original_max_position", 24),
     (r"mlp_layer|attention_every|_period$|_interval$|every_n|layer_group_size|_pattern$|layer_step$", 2),
     (r"_offset$|num_dense_layers|first_k_dense|max_window_layers|num_kv_shared_layers", 1),
     (r"num_mem_blocks|n_group$|topk_group|num_expert_group|n_groups$|ngroups$|o_groups$", 1),
