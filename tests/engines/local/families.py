@@ -1,4 +1,4 @@
-"""Every causal family that Transformers ships, as a small random model, and how the local engine runs it."""
+"""Every causal family of Transformers as a small random model, and how the local engine runs it."""
 
 from __future__ import annotations
 
@@ -161,14 +161,15 @@ def _short(error: ModelError) -> str:
 HEADER = """# Models
 
 How the local engine runs every causal family of Transformers {version}, found by
-`python -m tests.engines.local.families > docs/models.md`: each is built small and with random weights, with every kind
-of layer, and with windows, chunks and rotary switches of some dozen tokens. What a default configuration leaves off is
-listed as a variant, in brackets.
+`python -m tests.engines.local.families > docs/models.md`: each is built small and with random
+weights, with every kind of layer, and with windows, chunks and rotary switches of some dozen
+tokens. What a default configuration leaves off is listed as a variant, in brackets.
 
-- **native**: in the engine's own batch, with its cache and drafts. The logits of a short row, a long row and a row that
-  grows past every length, in one batch and with prompts in chunks, are those of the model's own forward pass in
-  float64.
-- **own cache**: with the model's own forward pass and cache, one token at a time. The reason says why not natively.
+- **native**: in the engine's own batch, with its cache and drafts. The logits of a short row, a
+  long row and a row that grows past every length, in one batch and with prompts in chunks, are
+  those of the model's own forward pass in float64.
+- **own cache**: with the model's own forward pass and cache, one token at a time. The reason says
+  why not natively.
 - **refused**: neither gives the logits of the model's own uncached forward pass.
 - **not testable**: no small copy can be made or run; the error is given. Such a model is refused.
 

@@ -1,4 +1,4 @@
-"""Every causal family of Transformers: docs/models.md says how each runs, and the check at load says the same."""
+"""Every causal family of Transformers runs as docs/models.md says, by the check at load."""
 
 import contextlib
 import io
@@ -50,7 +50,7 @@ def agrees_with_the_docs(name):
 
 @pytest.mark.parametrize("name", QUICK)
 def test_family_runs_as_documented(name):
-    """Guards: a family that is sampled wrongly on texts longer than its windows, chunks or rotary switch."""
+    """Guards: a family that is sampled wrongly on texts longer than its windows or chunks."""
     agrees_with_the_docs(name)
 
 
@@ -114,7 +114,7 @@ def test_logits_that_depend_on_the_batch_are_found(monkeypatch):
         return (cos, sin) if position_ids.max() < 40 else (cos * 0.5, sin * 0.5)
 
     monkeypatch.setattr(llama, "forward", scaled)
-    with pytest.raises(ModelError, match="logits (depend on|differ)"):
+    with pytest.raises(ModelError, match=r"logits (depend on|differ)"):
         SmallCopy(*families.config_of("llama"), "teacher").check_attention()
 
 

@@ -1,4 +1,4 @@
-"""Check of a model on texts longer than every length at which it changes, on a small random copy of it.
+"""Check of a model on texts longer than every length at which it changes, on a small copy of it.
 
 Windows, chunks, rotary factors and attention temperatures show only on long texts. The small copy
 (`shrinking.py`) has them all within some dozen tokens, so that the stock model can be asked.
@@ -28,7 +28,15 @@ from optimal_sampling.engines.local.shrinking import POSITIONS, VOCAB, small_mod
 from optimal_sampling.engines.local.stock_runner import StockCache, StockRunner
 from optimal_sampling.errors import ModelError
 
-__all__ = ["Layer", "SmallCopy", "call_problem", "check_small_copy", "reason_of", "stock_layers", "stock_logits"]
+__all__ = [
+    "Layer",
+    "SmallCopy",
+    "call_problem",
+    "check_small_copy",
+    "reason_of",
+    "stock_layers",
+    "stock_logits",
+]
 
 RECORDER = "optimal_sampling_recorder"
 """Transformers finds the attention function that records masks under this name."""
@@ -37,7 +45,7 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 OWN_CACHE = 2e-3
 """The same for a model with its own cache: recurrent states are float32 in most."""
 SHORT, LONG, GROWING = range(3)
-"""Rows of the mixed batch: one that stays short, one past every length, one that grows past them."""
+"""Rows of the mixed batch: one stays short, one is past every length, one grows past them."""
 PROMPTS = {SHORT: 4, LONG: 44, GROWING: 6}
 NEW = {SHORT: 3, LONG: 8, GROWING: 20}
 
@@ -109,7 +117,7 @@ def reason_of(error: Exception) -> str:
 
 
 def call_problem(called: list[int], config: Any) -> str:
-    """How the calls of the attention function differ from one per layer; empty where they do not."""
+    """How the calls of the attention function differ from one per layer; empty if they do not."""
     layers: int = config.num_hidden_layers
     counts = Counter(called)
     if sorted(called) == list(range(layers)):
@@ -154,12 +162,13 @@ class SmallCopy:
                     raise
 
     def check_attention(self) -> None:
-        """Raise ModelError unless it runs with the plugged-in attention: mixed rows, chunks, growth."""
+        """Raise ModelError unless it runs with our attention: mixed rows, chunks, growth."""
         with _quiet():
             for layer in stock_layers(self.model, POSITIONS - 8):
                 if problem := layer.problem():
                     raise ModelError(
-                        f"{self.start}, whose {problem}; it would be sampled wrongly, so it is refused"
+                        f"{self.start}, whose {problem}; it would be sampled wrongly, so it is"
+                        " refused"
                     )
             attention.register()
             self.model.set_attn_implementation(attention.NAME)
@@ -176,7 +185,7 @@ class SmallCopy:
         return call_problem(plan.layers_called, config)
 
     def check_own_cache(self) -> bool:
-        """Whether rows of equal length give their own logits in one batch, with the model's own cache.
+        """Whether rows of one length give their own logits in a batch, with the model's own cache.
 
         Raises ModelError unless each row alone does.
         """
@@ -191,8 +200,8 @@ class SmallCopy:
             if alone > allowed:
                 raise ModelError(
                     f"{self.start}, whose logits with its own cache differ from those without (by"
-                    f" {alone:.3g} in a small copy of it; allowed: {allowed:.3g}), so that it is not"
-                    " known which are right; refused"
+                    f" {alone:.3g} in a small copy of it; allowed: {allowed:.3g}), so that it is"
+                    " not known which are right; refused"
                 )
             try:
                 return self._difference(self._own_logits(batched=True)) <= allowed
@@ -279,7 +288,7 @@ def _text(row: int) -> tuple[list[int], int]:
 
 
 def stock_logits(model: Any, ids: list[int], prompt: int) -> Float[Tensor, "new vocab"]:
-    """The model's own logits of the token after each prefix of `prompt` tokens or more, uncached."""
+    """The model's own logits after each prefix of `prompt` tokens or more, uncached."""
     if model.config._attn_implementation != "eager":
         model.set_attn_implementation("eager")
     texts = [torch.tensor([ids[:end]]) for end in range(prompt, len(ids) + 1)]
@@ -315,7 +324,7 @@ def stock_layers(model: Any, length: int) -> list[Layer]:
 
 
 def _logits(model: Any, rows: tuple[int, ...], chunk: int) -> dict[int, Float[Tensor, "n vocab"]]:
-    """Logits after each prefix of every row's text: prompts in chunks, then 1 or 3 tokens at a time."""
+    """Logits after each prefix of every row's text: chunks, then 1 or 3 tokens at a time."""
     runner, cache = ModelRunner(model, VOCAB), KVCache()
     cache.reshape(len(rows), POSITIONS)
     texts = [_text(row) for row in rows]

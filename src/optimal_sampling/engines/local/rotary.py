@@ -1,7 +1,8 @@
-"""Rotary embeddings whose factors depend on the length of each row, not on the longest row of the batch.
+"""Rotary embeddings whose factors depend on the length of each row, not on the longest one.
 
-LongRoPE (arXiv:2402.13753) has one set of factors for texts up to the original context length and another for longer
-ones. Transformers chooses by the largest position of a forward pass, which holds many rows here.
+LongRoPE (arXiv:2402.13753) has one set of factors for texts up to the original context length and
+another for longer ones. Transformers chooses by the largest position of a forward pass, which
+holds many rows here.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 __all__ = ["LONG", "RowRotary", "split_by_row"]
 
 LONG = 2**30
-"""Added to the positions of a row that is longer than the original context: it gets the long factors."""
+"""Added to the positions of a row that is longer than the original context length."""
 
 
 class RowRotary(nn.Module):
-    """A rotary embedding that is asked twice, for short and for long rows; each token takes its own row's."""
+    """A rotary embedding computed for short and for long rows; each token takes its own row's."""
 
     def __init__(self, inner: nn.Module, switch: int) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class RowRotary(nn.Module):
 
 
 def split_by_row(model: nn.Module) -> int | None:
-    """Replace LongRoPE embeddings by `RowRotary`. Returns the longest text that has the short factors.
+    """Replace LongRoPE embeddings by `RowRotary`. Returns the longest text with short factors.
 
     None where there is nothing to replace. A model already treated is left as it is.
     """

@@ -1,7 +1,7 @@
-"""A small random copy of a model: every kind of layer and every feature, at sizes that cost nothing.
+"""A small random copy of a model: every kind of layer and feature, at sizes that cost nothing.
 
-Windows, chunks and the lengths at which rotary embeddings change are small in it too, so that a text of some
-dozen tokens passes all of them.
+Windows, chunks and the lengths at which rotary embeddings change are small in it too, so that a
+text of some dozen tokens passes all of them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ VOCAB = 96
 HEAD, HEADS, WIDTH = 16, 4, 64
 MOST_LAYERS = 8
 LAYERS = (
-    "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks"
-    " num_decoder_layers num_encoder_layers num_layers_per_stack"
-).split()
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "num_blocks",
+    "num_decoder_layers",
+    "num_encoder_layers",
+    "num_layers_per_stack",
+)
 
 Rule = tuple[str, int]
 EXACT: tuple[Rule, ...] = (
@@ -36,7 +44,8 @@ RULES: tuple[Rule, ...] = (
     (r"_token_id$|_index$|_idx$|lang_id|^seed$", -1),  # ids of tokens: 0..VOCAB - 1 as they are
     (r"^(num_codebooks|pretraining_tp|chunk_size_feed_forward|type_vocab_size)$", -2),
     (r"original_max_position", 24),
-    (r"mlp_layer|attention_every|_period$|_interval$|every_n|layer_group_size|_pattern$|layer_step$", 2),
+    (r"mlp_layer|attention_every|_period$|_interval$|every_n", 2),
+    (r"layer_group_size|_pattern$|layer_step$", 2),
     (r"_offset$|num_dense_layers|first_k_dense|max_window_layers|num_kv_shared_layers", 1),
     (r"num_mem_blocks|n_group$|topk_group|num_expert_group|n_groups$|ngroups$|o_groups$", 1),
     (r"index_topk_blocks", 2),
@@ -117,8 +126,9 @@ def _layers_to_keep(fields: dict[str, Any]) -> list[int]:
     """The first two layers of every kind, by the lists that say something of each layer."""
     count = next((fields[name] for name in LAYERS if _is_int(fields.get(name))), 0)
     lists = [
-        value for value in fields.values() if isinstance(value, (list, tuple)) and count > 4
-        and len(value) == count
+        value
+        for value in fields.values()
+        if isinstance(value, (list, tuple)) and count > 4 and len(value) == count
     ]
     kinds = list(zip(*(map(str, values) for values in lists), strict=True))
     firsts = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < 2]
@@ -188,7 +198,11 @@ def _fit(fields: dict[str, Any], large: dict[str, Any]) -> None:
         fields["head_dim"] = fields["qk_rope_head_dim"]
     _fit_rotary(fields, large)
     rope, rest = fields.get("qk_rope_head_dim"), fields.get("qk_nope_head_dim")
-    if rope and rest and large.get("head_dim") == large["qk_rope_head_dim"] + large["qk_nope_head_dim"]:
+    if (
+        rope
+        and rest
+        and large.get("head_dim") == large["qk_rope_head_dim"] + large["qk_nope_head_dim"]
+    ):
         fields["head_dim"] = rope + rest
     if fields.get("num_layers_per_stack"):
         fields["num_hidden_layers"] = large["num_hidden_layers"] // large["num_layers_per_stack"]

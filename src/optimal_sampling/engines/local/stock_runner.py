@@ -1,7 +1,7 @@
 """A model run with its own forward pass and its own cache, as Transformers' `generate` runs it.
 
-For models whose attention cannot be plugged in: recurrent and hybrid ones, and those with an attention of their
-own. One token per row and round; no drafts.
+For models whose attention cannot be plugged in: recurrent and hybrid ones, and those with an
+attention of their own. One token per row and round; no drafts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StockRow:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Rows whose tokens go through the model together; all of one length, so that nothing is padded."""
+    """Rows that go through the model together; all of one length, so that nothing is padded."""
 
     rows: list[StockRow]
     ids: Int[Tensor, "rows tokens"]
@@ -55,7 +55,7 @@ class Group:
 
 
 class StockCache:
-    """The rows of one model by slot. A row's memory is the model's own cache, made at its first token."""
+    """The rows of one model by slot. A row's memory is the model's own cache."""
 
     def __init__(self) -> None:
         self.rows: dict[int, StockRow] = {}
@@ -72,7 +72,7 @@ class StockCache:
         return row
 
     def move(self, source: int, target: int, count: int) -> None:
-        """Row `target` becomes what row `source` is, which goes; `count` tokens of it are cached."""
+        """Row `target` becomes what row `source` is, which ends; `count` tokens are cached."""
         self.rows[target] = self.rows.pop(source)
 
     def clear(self, row: int) -> None:
@@ -88,8 +88,9 @@ class StockCache:
 class StockRunner:
     """Forward passes over the rows of a `StockCache`.
 
-    `batched`: rows that start in one round with texts of one length go through the model together. Their logits are
-    then those of a batch, equal to a single row's up to rounding; otherwise to the bit.
+    `batched`: rows that start in one round with texts of one length go through the model
+    together. Their logits are those of a batch, equal to a single row up to rounding; otherwise
+    to the bit.
     """
 
     def __init__(self, model: Any, vocab_size: int, batched: bool = False) -> None:
@@ -107,10 +108,10 @@ class StockRunner:
         idle: Sequence[int] = (),
         chunks: Sequence[Chunk] = (),
     ) -> Float[Tensor, "rows 1 vocab"]:
-        """Logits after `tokens`, which have the positions `start` in slots 0, 1, ...; chunks come before them.
+        """Logits after `tokens`, at positions `start` of slots 0, 1, ...; chunks come before them.
 
-        Chunks wait for the first token after them: a recurrent model reads a prompt in one forward pass. The logits
-        of idle rows mean nothing.
+        Chunks wait for the first token after them: a recurrent model reads a prompt in one pass.
+        The logits of idle rows mean nothing.
         """
         for chunk in chunks:
             cache.row(chunk.slot, chunk.start).pending.extend(chunk.ids)
