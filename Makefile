@@ -26,7 +26,7 @@ test-slow: $(VENV)/.dev
 # vLLM pins its own torch and Transformers, so it has an environment of its own. Minutes: the models are tiny, vLLM is not.
 # lm-eval is there for one test, which is skipped without it.
 test-vllm: $(VLLM_VENV)/.vllm
-	$(VLLM_VENV)/bin/pytest tests/vllm -n $(JOBS) --dist loadfile -p no:cacheprovider --timeout 900
+	$(VLLM_VENV)/bin/pytest tests/engines/vllm tests/serve -n $(JOBS) --dist loadfile -p no:cacheprovider --timeout 900
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

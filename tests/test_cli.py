@@ -1,4 +1,4 @@
-"""The command line: its options, its exit codes, and one clear message for each kind of bad input."""
+"""The command line: options, exit codes, and one message for each kind of bad input."""
 
 from __future__ import annotations
 
@@ -12,9 +12,21 @@ from dataclasses import fields
 import pytest
 
 from optimal_sampling import toy_pair
-from optimal_sampling.cli import ALIASES, COMMANDS, EXIT_CODES, main, parse_generate
+from optimal_sampling.bench.options import BenchOptions
+from optimal_sampling.cli import (
+    ALIASES,
+    COMMANDS,
+    EXAMPLES,
+    EXIT_CODES,
+    GenerateOptions,
+    _parse,
+    main,
+    parse_generate,
+)
 from optimal_sampling.config import ENGINES, GenerateConfig
-from optimal_sampling.records.files import Lock
+from optimal_sampling.demo import DemoOptions
+from optimal_sampling.records.store import Lock
+from optimal_sampling.serve import ServeConfig
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +36,8 @@ def wide_terminal(monkeypatch):
 
 @pytest.fixture
 def command(tmp_path, capsys):
-    """Run a command line; its exit code, standard output and standard error. Fails on a traceback."""
+    """Run a command line; its exit code, standard output and standard error. Fails on a
+    traceback."""
 
     def run(*arguments):
         try:
@@ -80,12 +93,13 @@ def test_every_option_of_the_config_is_a_flag():
         assert line in text
 
 
-def test_the_seeds_commands_are_understood():
-    """Guards: the command lines of the documents this project comes from."""
+def test_other_spellings_are_understood():
+    """Guards: command lines with other spellings of options, which existing scripts use."""
     config = parsed(
         *shlex.split(
-            "--model_teacher Qwen/A --model_theta Qwen/B --dataset owner/name --batch_size 128 --max_tokens 16384 "
-            "--output_dir ./outputs/x --resume --data_slice 0::8"
+            "--model_teacher Qwen/A --model_theta Qwen/B --dataset owner/name "
+            "--batch_size 128 --max_tokens 16384 --output_dir ./outputs/x --resume "
+            "--data_slice 0::8"
         )
     )
     assert (config.models.teacher, config.models.student) == ("Qwen/A", "Qwen/B")
@@ -96,8 +110,9 @@ def test_the_seeds_commands_are_understood():
     )
     config = parsed(
         *shlex.split(
-            "--model_theta=Qwen/B --model_t Qwen/A --dataset synthetic --num_examples 1000 --alpha_method kl_symmetry "
-            "--alpha_min 0.3 --alpha_max 1.0 --constraint_to_target --target_top_k 100 --target-top-p=0.95"
+            "--model_theta=Qwen/B --model_t Qwen/A --dataset synthetic --num_examples 1000 "
+            "--alpha_method kl_symmetry --alpha_min 0.3 --alpha_max 1.0 --constraint_to_target "
+            "--target_top_k 100 --target-top-p=0.95"
         )
     )
     assert (config.models.teacher, config.mixture.alpha_min, config.data.num_examples) == (
@@ -120,7 +135,8 @@ def test_aliases_lead_to_options():
 
 
 def test_a_value_is_never_rewritten():
-    """Guards: underscores of a value, or a value that looks like an alias, changed with the option's name."""
+    """Guards: underscores of a value, or a value that looks like an alias, changed with the
+    option's name."""
     config = parsed(
         "--student-system-prompt=--model_theta a_b", "--teacher_template", "{my_column} resume"
     )
@@ -145,7 +161,8 @@ def test_a_config_file(tmp_path):
     """Guards: a file that is read differently from the command line, or wins over it."""
     path = tmp_path / "run.yaml"
     path.write_text(
-        "model_theta: Qwen/B\nalpha-min: 0.25\nmax_tokens: 7\nthinking: on\nchat_template: false\nresume: true\n"
+        "model_theta: Qwen/B\nalpha-min: 0.25\nmax_tokens: 7\nthinking: on\n"
+        "chat_template: false\nresume: true\n"
         "num_examples:\nteacher_template: |-\n  {problem}\n  --hint: {answer}\n"
     )
     config = parsed("--config", str(path), "--max-new-tokens", "9")
@@ -205,7 +222,8 @@ def test_a_bad_config_file(command, tmp_path, text, message):
     ],
 )
 def test_bad_options(command, tmp_path, arguments, message):
-    """Guards: a value that is accepted and fails an hour later, and a message without the option's name."""
+    """Guards: a value that is accepted and fails an hour later, and a message without the option's
+    name."""
     code, _, said = command(*arguments)
     assert code == 2
     assert message in said
@@ -228,8 +246,31 @@ def test_options_of_another_engine_are_refused(command, arguments, message):
     assert message in said
 
 
+def test_help_ends_with_examples(capsys):
+    """Guards: examples with options that do not exist, and a subcommand without any."""
+    options = {
+        "generate": GenerateOptions,
+        "demo": DemoOptions,
+        "bench": BenchOptions,
+        "serve": ServeConfig,
+    }
+    assert EXAMPLES.keys() == options.keys() == COMMANDS.keys()
+    for command, text in EXAMPLES.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = capsys.readouterr().out
+        assert said.endswith(f"{text}\n")
+        assert "options options" not in said
+        _, *lines = text.replace("\\\n", "").splitlines()
+        for line in lines:
+            program, name, *arguments = shlex.split(line)
+            assert (program, name) == ("optimal-sampling", command)
+            _parse(command, options[command](), arguments)
+
+
 def test_help_shows_the_options_of_the_chosen_engine(capsys):
-    """Guards: options in the help that the chosen engine refuses, and engines that nobody hears of."""
+    """Guards: options in the help that the chosen engine refuses, and engines that nobody hears
+    of."""
     for engine, options in ENGINES.items():
         with pytest.raises(SystemExit):
             main(["generate", "--engine", engine, "--help"])
@@ -320,7 +361,8 @@ def test_a_missing_dataset(command, tmp_path):
 
 
 def test_bad_prompts_are_recorded_and_the_run_goes_on(command, rows, tmp_path):
-    """Guards: a null, empty or overlong prompt that ends the run, is cut, or is reported as success."""
+    """Guards: a null, empty or overlong prompt that ends the run, is cut, or is reported as
+    success."""
     data = rows(
         {"problem": "1+1=?"},
         {"problem": None},
@@ -397,7 +439,8 @@ def test_tokenizers_that_differ(command, tmp_path):
 
 
 def test_an_engine_that_cannot_start(command, monkeypatch):
-    """Guards: a bug in an engine shown as a user's mistake, or a known failure shown as a traceback."""
+    """Guards: a bug in an engine shown as a user's mistake, or a known failure shown as a
+    traceback."""
     import optimal_sampling.engines
     from optimal_sampling.errors import EngineError
 

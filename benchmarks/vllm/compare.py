@@ -1,10 +1,10 @@
-"""What q* costs in vLLM: against each model alone, with drafts, the local engine, and one engine nested in another.
+"""What q* costs in vLLM, beside each model alone, drafts, the local and a nested engine.
 
-    python benchmarks/vllm/compare.py     random models on a CPU: 8 layers x 512 and 2 x 256, 32,000 tokens
+    python benchmarks/vllm/compare.py     random models on a CPU: 8 x 512 and 2 x 256
 
-All engines are in memory, each in a process of its own with one thread, and take turns. Wall-clock time is what a user
-waits; CPU time is disturbed less by others on the machine. Prints tables and ends with one line of JSON.
-For a GPU there is gpu.py.
+All engines are in memory, each in a process of its own with one thread, and take turns. Wall-clock
+time is what a user waits; CPU time is disturbed less by others on the machine. Prints tables and
+ends with one line of JSON. For a GPU there is gpu.py.
 """
 
 from __future__ import annotations
@@ -15,47 +15,23 @@ import tempfile
 from pathlib import Path
 
 from engines import ENGINES, Setup
+from optimal_sampling.bench.architectures import Architecture
+from optimal_sampling.config import ModelConfig
 from rounds import measure, report
 
-SIZES = {
-    "teacher": {
-        "num_hidden_layers": 8,
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_attention_heads": 8,
-    },
-    "student": {
-        "num_hidden_layers": 2,
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_attention_heads": 4,
-    },
+VOCAB, CONTEXT = 32_000, 1024
+SHAPES = {
+    "teacher": Architecture("qwen3", 512, 8, 8, 4, 1536, VOCAB, CONTEXT, tied=False, head_dim=64),
+    "student": Architecture("qwen3", 256, 2, 4, 2, 768, VOCAB, CONTEXT, tied=False, head_dim=64),
 }
-VOCAB, CONTEXT = 32000, 1024
 
 
 def make_models(root: Path) -> dict[str, str]:
-    """Random Qwen3 models whose distributions are flat, so that they overlap as those of a real pair do."""
-    import torch
-    import transformers
-
-    paths = {}
-    for seed, (role, sizes) in enumerate(SIZES.items()):
-        torch.manual_seed(seed)
-        config = transformers.Qwen3Config(
-            vocab_size=VOCAB,
-            num_key_value_heads=sizes["num_attention_heads"] // 2,
-            head_dim=64,
-            max_position_embeddings=CONTEXT,
-            eos_token_id=0,
-            bos_token_id=1,
-            pad_token_id=1,
-            dtype="float32",
-            **sizes,
-        )
-        paths[role] = str(root / role)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(paths[role])
-    return paths
+    """Random models of flat distributions, which overlap as those of a real pair do."""
+    models = ModelConfig(device="cpu", dtype="float32")
+    for seed, (role, shape) in enumerate(SHAPES.items()):
+        shape.model(models, seed).save_pretrained(root / role)
+    return {role: str(root / role) for role in SHAPES}
 
 
 def main() -> None:
@@ -73,28 +49,18 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     arguments = parser.parse_args()
     works = [(batch, arguments.new) for batch in arguments.batches]
+    measured = {"prompt": arguments.prompt, "drafts": arguments.drafts}
+    shared = {**measured, "batch": max(arguments.batches), "vocab": VOCAB, "context": CONTEXT}
     with tempfile.TemporaryDirectory() as folder:
         paths = make_models(Path(folder))
-        shared = {
-            "batch": max(arguments.batches),
-            "prompt": arguments.prompt,
-            "drafts": arguments.drafts,
-        }
-        setups = [
-            Setup(engine=name, vocab=VOCAB, context=CONTEXT, gpu=False, **paths, **shared)
-            for name in arguments.engines
-        ]
+        setups = [Setup(engine=e, gpu=False, **paths, **shared) for e in arguments.engines]
         times = measure(setups, works, arguments.repeats, at_once=True)
     machine = f"{platform.machine()} CPU, 1 thread"
     print(
-        f"{machine}; prompt {arguments.prompt}, {arguments.drafts} drafts, {arguments.repeats} repeats"
+        f"{machine}; prompt {arguments.prompt}, {arguments.drafts} drafts, "
+        f"{arguments.repeats} repeats"
     )
-    report(
-        times,
-        works,
-        ("wall", "cpu"),
-        {"device": machine, "prompt": arguments.prompt, "drafts": arguments.drafts},
-    )
+    report(times, works, ("wall", "cpu"), {"device": machine, **measured})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The engines that compare.py and gpu.py measure; each runs in a process of its own, which is this file.
+"""The engines that compare.py and gpu.py measure, each in a process of this file.
 
-python engines.py SETUP    opens one engine; then every line "BATCH NEW REPEAT" on its input is a piece of work,
-                           and one line of JSON on its output says how long it took
+    python engines.py SETUP
+
+opens one engine. Then every line "BATCH NEW REPEAT TRACE" of its input is a piece of work, and a
+line of JSON on its output gives its tokens and seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ __all__ = ["ENGINES", "Setup"]
 ENGINES = ("teacher", "student", "lockstep", "drafts", "teacher + drafts", "local", "nested")
 
 Run = Callable[[int, int, int, str], int]
-"""(batch, new tokens of each sequence, repeat, trace level) -> tokens drawn, all of them whatever they are.
+"""(batch, new tokens of each sequence, repeat, trace level) -> number of tokens drawn.
 
 Only vLLM with both models in it has alpha statistics to trace.
 """
@@ -117,9 +119,10 @@ def prompts(setup: Setup, batch: int, repeat: int) -> list[list[int]]:
 
 def vllm_run(setup: Setup, core: Any) -> Run:
     """All requests at once, stepped until they are done."""
-    from optimal_sampling.config import MixtureConfig
-    from optimal_sampling.engines.vllm.options import RequestOptions
     from vllm import SamplingParams
+
+    from optimal_sampling.config import MixtureConfig
+    from optimal_sampling.engines.vllm.request_options import RequestOptions
 
     def run(batch: int, new: int, repeat: int, trace: str) -> int:
         extra = RequestOptions(trace=trace).extra_args(MixtureConfig()) if trace != "off" else None

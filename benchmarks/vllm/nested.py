@@ -1,7 +1,7 @@
-"""The design that this package replaces: a logits processor of the teacher's vLLM that calls a second vLLM.
+"""A logits processor of the teacher's vLLM that calls a second vLLM: the nested engine.
 
-At every token it asks the student's engine for the log-probabilities of the whole vocabulary after the whole text of
-every sequence, and mixes them with the teacher's at alpha = 1/2.
+At every token it asks the student's engine for the log-probabilities of the whole vocabulary after
+the whole text of every sequence, and mixes them with the teacher's at alpha = 1/2.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
-
-from vllm import SamplingParams
 
 __all__ = ["StudentInside"]
 

@@ -1,4 +1,4 @@
-"""Engines in processes of their own, measured in turn; medians, ratios and tables. Knows nothing of what they do."""
+"""Engines in processes of their own, timed in turn; medians, ratios and tables."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
+
+from rich.console import Console
 
 from engines import Setup
+from optimal_sampling.bench.harness import Spent, System, interleave, make_table
 
 __all__ = ["Work", "measure", "ratios", "report"]
 
+Clock = Literal["wall", "cpu"]
 Work = tuple[int, int]
 """Sequences at once, and new tokens of each."""
-Times = dict[str, dict[Work, list[dict[str, float]]]]
-"""By engine and work: milliseconds per token of each sequence (`wall`, `cpu`) of every repeat."""
+Times = dict[str, dict[Work, list[Spent]]]
+"""Counted repeats by engine and work."""
 
+WARM_UP_TOKENS = 8
+"""New tokens of the repeats that do not count, and of those of an engine too slow for more."""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -38,13 +44,29 @@ class Worker:
         self.setup, self.process, self.log = setup, process, log
         self._answer("READY")
 
-    def run(self, work: Work, repeat: int, trace: str = "off") -> dict[str, float]:
-        """Milliseconds per token of each sequence."""
+    def run(self, work: Work, repeat: int, trace: str) -> Spent:
+        """Tokens of all sequences, and the seconds they took."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{work[0]} {work[1]} {repeat} {trace}\n")
         self.process.stdin.flush()
-        done = json.loads(self._answer("DONE"))
-        return {name: 1000 * done[name] / done["tokens"] * work[0] for name in ("wall", "cpu")}
+        return Spent(**json.loads(self._answer("DONE")))
+
+    def systems(self, work: Work) -> list[System]:
+        """What is timed of this engine: lockstep with and without alpha statistics."""
+        name, (batch, new) = self.setup.engine, work
+        nested = name == "nested"
+        traces = {name: "off"}
+        if name == "lockstep":
+            traces["lockstep + alpha"] = "alpha"
+
+        def system(row: str, trace: str) -> System:
+            def run(repeat: int) -> Spent:
+                count = new if repeat and not nested else min(WARM_UP_TOKENS, new)
+                return self.run((batch, count), repeat, trace)
+
+            return System(row, run, repeats=1 if nested else None)
+
+        return [system(*row) for row in traces.items()]
 
     def _answer(self, word: str) -> str:
         assert self.process.stdout is not None
@@ -76,95 +98,74 @@ def opened(setup: Setup) -> Iterator[Worker]:
 def measure(setups: Sequence[Setup], works: Sequence[Work], repeats: int, at_once: bool) -> Times:
     """Every engine does every work `repeats` times, after one short turn that does not count.
 
-    `at_once`: all engines are in memory and take turns, so that a machine that gets busier does so for all of them.
+    `at_once`: all engines are in memory and take turns; otherwise they are opened one after the
+    other.
     """
     times: Times = {}
-    groups = [list(setups)] if at_once else [[setup] for setup in setups]
-    for group in groups:
+    for group in [setups] if at_once else [[setup] for setup in setups]:
         with ExitStack() as stack:
             workers = []
             for setup in group:
-                print(f"opening {setup.engine}", file=sys.stderr, flush=True)
+                progress(f"opening {setup.engine}")
                 workers.append(stack.enter_context(opened(setup)))
-            _rounds(workers, works, repeats, times)
+            for work in works:
+                systems = [system for worker in workers for system in worker.systems(work)]
+                for name, spent in interleave(systems, repeats, progress).items():
+                    times.setdefault(name, {})[work] = spent
     return times
 
 
-def _rounds(workers: Sequence[Worker], works: Sequence[Work], repeats: int, times: Times) -> None:
-    for work in works:
-        for worker in workers:
-            worker.run((work[0], min(8, work[1])), -1 - works.index(work))
-        for repeat in range(repeats):
-            for worker in workers:
-                for name, done in _turn(worker, work, repeat):
-                    times.setdefault(name, {}).setdefault(work, []).append(done)
-                    print(
-                        f"{work} {repeat + 1}/{repeats} {name}: {done}", file=sys.stderr, flush=True
-                    )
+def progress(text: str) -> None:
+    """Show what is being done, on standard error."""
+    print(text, file=sys.stderr, flush=True)
 
 
-def _turn(worker: Worker, work: Work, repeat: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """One engine's turn. Lockstep has two, with and without alpha statistics, first the one and then the other."""
-    name = worker.setup.engine
-    if name == "nested":  # so slow that a few tokens tell
-        if repeat == 0:
-            yield name, worker.run((work[0], min(8, work[1])), repeat)
-    elif name == "lockstep":
-        rows = [("lockstep", "off"), ("lockstep + alpha", "alpha")]
-        for row, trace in rows[:: -1 if repeat % 2 else 1]:
-            yield row, worker.run(work, repeat, trace)
-    else:
-        yield name, worker.run(work, repeat)
+def milliseconds(spent: Spent, work: Work, clock: Clock) -> float:
+    """Per token of each sequence."""
+    return 1000 * getattr(spent, clock) / spent.tokens * work[0]
 
 
-def ratios(times: Times, clock: str) -> dict[str, dict[Work, float]]:
-    """Throughput relative to other rows of the table: the median over repeats that lie side by side."""
-    pairs = {
-        f"{name} / teacher": (name, ("teacher",))
-        for name in times
-        if name not in ("teacher", "student")
-    }
-    pairs |= {
-        f"{name} / ideal": (name, ("teacher", "student"))
-        for name in times
-        if name.startswith("lockstep")
-    }
-    pairs["cost of alpha statistics"] = ("lockstep + alpha", ("lockstep",))
-    result: dict[str, dict[Work, float]] = {}
-    for title, (name, others) in pairs.items():
-        if not {name, *others} <= times.keys():
-            continue
-        for work, own in times[name].items():
-            against = [times[other][work] for other in others]
-            values = [
-                sum(each[clock] for each in row[1:]) / row[0][clock]
-                for row in zip(own, *against, strict=False)
-            ]
-            result.setdefault(title, {})[work] = (
-                1 / median(values) - 1 if "cost" in title else median(values)
-            )
-    return result
+def ratios(times: Times, clock: Clock) -> dict[str, dict[Work, float]]:
+    """Throughput relative to other rows: the median over repeats that lie side by side."""
+    result = {}
+    for name in times:
+        if name not in ("teacher", "student"):
+            result[f"{name} / teacher"] = _relative(times, clock, name, "teacher")
+        if name.startswith("lockstep"):
+            result[f"{name} / ideal"] = _relative(times, clock, name, "teacher", "student")
+    cost = _relative(times, clock, "lockstep + alpha", "lockstep")
+    result["cost of alpha statistics"] = {work: 1 / value - 1 for work, value in cost.items()}
+    return {title: row for title, row in result.items() if row}
+
+
+def _relative(times: Times, clock: Clock, name: str, *others: str) -> dict[Work, float]:
+    """Median of (time of the others, summed) / (time of `name`); {} where one was not measured."""
+    if not {name, *others} <= times.keys():
+        return {}
+    found = {}
+    for work, own in times[name].items():
+        # an engine with fewer repeats is compared on those
+        repeats = zip(own, *(times[other][work] for other in others), strict=False)
+        each = [[milliseconds(spent, work, clock) for spent in repeat] for repeat in repeats]
+        found[work] = median(sum(against) / mine for mine, *against in each)
+    return found
 
 
 def report(
-    times: Times, works: Sequence[Work], clocks: Sequence[str], setting: Mapping[str, Any]
+    times: Times, works: Sequence[Work], clocks: Sequence[Clock], setting: Mapping[str, Any]
 ) -> None:
     """A table for each clock, and one line of JSON with everything."""
     printed: dict[str, Any] = {**setting, "works": works}
+    columns = ("sequences x new tokens", *(f"{batch} x {new}" for batch, new in works))
     for clock in clocks:
-        print(f"\n{clock} ms per token of each sequence, medians; then ratios of throughput")
-        print(
-            f"{'sequences x new tokens':26}"
-            + "".join(f"{f'{batch} x {new}':>12}" for batch, new in works)
-        )
         rows = {
-            name: {work: median(each[clock] for each in done[work]) for work in works}
+            name: {work: median(milliseconds(s, work, clock) for s in done[work]) for work in works}
             for name, done in times.items()
         }
         relative = ratios(times, clock)
-        for name, row in rows.items():
-            print(f"{name:26}" + "".join(f"{row[work]:12.2f}" for work in works))
-        for name, row in relative.items():
-            print(f"{name:26}" + "".join(f"{row[work]:12.3f}" for work in works))
+        title = f"{clock} ms per token of each sequence, medians; then ratios of throughput"
+        cells = [(name, *(f"{x:.2f}" for x in row.values())) for name, row in rows.items()]
+        quotients = [(name, *(f"{x:.3f}" for x in row.values())) for name, row in relative.items()]
+        Console().print(make_table(title, columns, [*cells, (), *quotients]))
         printed[clock] = {name: list(row.values()) for name, row in (rows | relative).items()}
     print(json.dumps(printed))

@@ -1,6 +1,8 @@
-"""Optimal Sampling: text for distillation, each token drawn from the geometric mixture of a teacher and a student.
+"""Text for distillation: each token drawn from the geometric mixture of a teacher and a student.
 
-Importing this loads no torch; the names below load what they need when they are first used.
+`generate(GenerateConfig(...))` turns a dataset into records; `load(ModelConfig(...))` gives an
+engine. The classes for lists of prompts load torch when they are first used; importing this loads
+none.
 """
 
 from __future__ import annotations
@@ -8,34 +10,40 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from optimal_sampling.config import GenerateConfig
+from optimal_sampling.engines import load
+from optimal_sampling.generate import generate
+from optimal_sampling.version import __version__
+
 if TYPE_CHECKING:
-    from optimal_sampling.engines.vllm.front import OptimalSamplingOutput as OptimalSamplingOutput
-    from optimal_sampling.engines.vllm.front import OptimalSamplingV1 as OptimalSamplingV1
-    from optimal_sampling.model import OptimalSamplingModel as OptimalSamplingModel
-    from optimal_sampling.model import SamplingOutput as SamplingOutput
+    from optimal_sampling.api.local import OptimalSamplingModel as OptimalSamplingModel
+    from optimal_sampling.api.local import SamplingOutput as SamplingOutput
+    from optimal_sampling.api.vllm import OptimalSamplingOutput as OptimalSamplingOutput
+    from optimal_sampling.api.vllm import OptimalSamplingV1 as OptimalSamplingV1
 
-__version__ = "0.1.0"
-
-_HOMES = {
-    "OptimalSamplingModel": "optimal_sampling.model",
-    "OptimalSamplingOutput": "optimal_sampling.engines.vllm.front",
-    "OptimalSamplingV1": "optimal_sampling.engines.vllm.front",
-    "SamplingOutput": "optimal_sampling.model",
+_MODULES = {
+    "OptimalSamplingModel": "optimal_sampling.api.local",
+    "OptimalSamplingOutput": "optimal_sampling.api.vllm",
+    "OptimalSamplingV1": "optimal_sampling.api.vllm",
+    "SamplingOutput": "optimal_sampling.api.local",
 }
 
 __all__ = [
+    "GenerateConfig",
     "OptimalSamplingModel",
     "OptimalSamplingOutput",
     "OptimalSamplingV1",
     "SamplingOutput",
     "__version__",
+    "generate",
+    "load",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

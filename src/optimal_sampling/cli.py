@@ -1,6 +1,6 @@
-"""One command, `optimal-sampling`. Flags are derived from the config classes; nothing heavy is imported for `--help`.
+"""The command `optimal-sampling`: its subcommands, their options, exit codes and signals.
 
-Knows how to read a command line and how to end a process, and nothing of what the commands do.
+Flags are derived from the config classes. `--help` imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from optimal_sampling import __version__
 from optimal_sampling.config import (
     ENGINES,
     EngineOptions,
@@ -28,6 +27,7 @@ from optimal_sampling.config import (
     engine_options,
 )
 from optimal_sampling.errors import ConfigError, OptimalSamplingError, did_you_mean
+from optimal_sampling.version import __version__
 
 __all__ = ["ALIASES", "EXIT_CODES", "main"]
 
@@ -43,10 +43,10 @@ ALIASES = {
     "target-top-k": "teacher-support-top-k",
     "target-top-p": "teacher-support-top-p",
 }
-"""Other spellings of options, from the documents this project comes from."""
+"""Other spellings of options."""
 
 NO_OPS = ("resume", "constraint-to-target")
-"""Flags of those documents that say what is so anyway: a run resumes; the teacher-support options restrict."""
+"""Accepted flags that state the default: runs resume, and teacher-support options restrict."""
 
 EXIT_CODES = """exit codes:
   0    everything asked for is there
@@ -56,7 +56,28 @@ EXIT_CODES = """exit codes:
   130  interrupted; what was finished is safe"""
 
 PREVIEWED_ROWS = 3
+Options = TypeVar("Options")
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_UNSET = ("", "null", "~")
+
+EXAMPLES = {
+    "generate": f"""examples:
+  {PROGRAM} generate --dataset synthetic --num-examples 20 --output-dir outputs/try
+  {PROGRAM} generate --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct \\
+      --dataset prompts.jsonl --output-dir outputs/run --max-new-tokens 512 \\
+      --teacher-template '{{problem}} Reference solution: {{solution}}'
+  {PROGRAM} generate --config run.yaml --data-slice 0::8""",
+    "demo": f"""examples:
+  {PROGRAM} demo
+  {PROGRAM} demo --num-examples 50 --output-dir outputs/small""",
+    "bench": f"""examples:
+  {PROGRAM} bench speed --threads 1 --num-prompts 256
+  {PROGRAM} bench identity --output identity.json""",
+    "serve": f"""examples:
+  {PROGRAM} serve --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct
+  {PROGRAM} serve --port 9000 --alpha-min 0.3 --draft-tokens 4""",
+}
+"""Command lines at the end of each subcommand's `--help`."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +88,9 @@ class GenerateOptions(GenerateConfig):
     """
 
     engine_name: Annotated[str, tyro.conf.arg(name="engine")] = "local"
-    """Where logits come from: `local` runs Transformers models in this process, `vllm` runs both in vLLM (the extra
-    `vllm`), `toy` is two tables, for tests. Each has its own options: `--engine NAME --help` shows them."""
+    """Where logits come from: `local` runs Transformers models in this process, `vllm` runs both in
+    vLLM (the extra `vllm`), `toy` is two tables, for tests. Each has its own options, shown by
+    `--engine NAME --help`."""
     config: str | None = None
     """YAML file with options by name (`alpha_min: 0.3`); options on the command line win."""
     dry_run: bool = False
@@ -87,7 +109,7 @@ def run_generate(arguments: Sequence[str]) -> int:
     config = options.generate_config()
     if options.dry_run:
         return _dry_run(config)
-    return _stopping_well(lambda: _generate(config))
+    return _run_interruptible(lambda: _generate(config))
 
 
 def _generate(config: GenerateConfig) -> int:
@@ -108,42 +130,38 @@ def run_demo(arguments: Sequence[str]) -> int:
     from optimal_sampling.demo import DemoOptions, run_demo
     from optimal_sampling.generate.progress import progress_for
 
-    options = tyro.cli(DemoOptions, prog=f"{PROGRAM} demo", args=list(arguments))
-    return _stopping_well(lambda: run_demo(options, progress_for(), Console()))
+    options = _parse("demo", DemoOptions(), arguments)
+    return _run_interruptible(lambda: run_demo(options, progress_for(), Console()))
 
 
 def run_bench(arguments: Sequence[str]) -> int:
     """The subcommand `bench`."""
     from rich.console import Console
 
-    from optimal_sampling.bench import BenchOptions, run_bench
+    from optimal_sampling.bench import parse_bench, run_bench
 
-    flat = (tyro.conf.OmitArgPrefixes,)
-    options = tyro.cli(BenchOptions, prog=f"{PROGRAM} bench", args=list(arguments), config=flat)
-    return run_bench(options, Console())
+    return run_bench(parse_bench(arguments, f"{PROGRAM} bench"), Console())
 
 
 def run_serve(arguments: Sequence[str]) -> int:
     """The subcommand `serve`."""
     from optimal_sampling.serve import ServeConfig, serve
 
-    flat = (tyro.conf.OmitArgPrefixes,)
     args = _unalias(arguments)
     _check_engine_options(args, VllmOptions)
-    serve(tyro.cli(ServeConfig, prog=f"{PROGRAM} serve", args=args, config=flat))
+    serve(_parse("serve", ServeConfig(), args))
     return 0
 
 
-def _stopping_well(job: Callable[[], int]) -> int:
-    """Run a job; Ctrl-C says what is safe and how to go on."""
+def _run_interruptible(job: Callable[[], int]) -> int:
+    """Exit code of a job. Ctrl-C prints what is safe and how to go on."""
     from optimal_sampling.generate import Interrupted
 
     try:
         return job()
     except Interrupted as interrupt:
-        _say_interrupted(
-            f"{interrupt.summary.folder_records} good records are safe in {interrupt.summary.run_folder}"
-        )
+        summary = interrupt.summary
+        _say_interrupted(f"{summary.folder_records} good records are safe in {summary.run_folder}")
         return 130
 
 
@@ -156,11 +174,11 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "bench": ("speed and memory on this machine, beside Transformers", run_bench),
     "serve": ("an OpenAI-compatible server of q* (needs the extra `vllm`)", run_serve),
 }
-"""Subcommands: a line of help, and what runs them. A new one is a line here; import what it needs when it runs."""
+"""Subcommands: a line of help, and what runs them, which imports what it needs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code. No error that this package raises on purpose shows a traceback."""
+    """Run a command line; the exit code. An OptimalSamplingError is printed without a traceback."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     for stream in (sys.stdout, sys.stderr):  # a lone surrogate in a prompt must not end a run
         with contextlib.suppress(AttributeError):
@@ -198,8 +216,9 @@ def _help() -> str:
     commands = "\n".join(f"  {name:12}{text}" for name, (text, _) in COMMANDS.items())
     return (
         f"usage: {PROGRAM} COMMAND [OPTIONS]\n\n"
-        "Distillation data drawn token by token from the geometric mixture of a teacher and a student.\n\n"
-        f"commands:\n{commands}\n\n{PROGRAM} COMMAND --help lists a command's options; --version the version.\n\n"
+        "Distillation data drawn token by token from the geometric mixture of a teacher and a "
+        f"student.\n\ncommands:\n{commands}\n\n"
+        f"{PROGRAM} COMMAND --help lists a command's options; --version the version.\n\n"
         f"{EXIT_CODES}"
     )
 
@@ -211,40 +230,60 @@ def parse_generate(arguments: Sequence[str]) -> GenerateOptions:
     args = _unalias([*from_file, *arguments])
     engine = engine_options(_value_of("engine", args) or GenerateConfig().engine.name)
     _check_engine_options(args, engine)
-    return tyro.cli(
-        GenerateOptions,
-        default=GenerateOptions(engine=engine()),  # the section of this engine
-        prog=f"{PROGRAM} generate",
-        description=_generate_description(),
-        args=args,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    default = GenerateOptions(engine=engine())
+    return _parse("generate", default, args, _generate_description())
+
+
+def _parse(
+    command: str,
+    default: Options,
+    arguments: Sequence[str],
+    description: str | None = None,
+) -> Options:
+    """A subcommand's options, over their defaults. A bad one, and `--help`, end the process."""
+    try:
+        return tyro.cli(
+            type(default),
+            default=default,
+            prog=f"{PROGRAM} {command}",
+            args=list(arguments),
+            config=(tyro.conf.OmitArgPrefixes,),
+            description=description,
+        )
+    except SystemExit:
+        if {"-h", "--help"} & {*arguments}:
+            print(EXAMPLES[command])
+        raise
 
 
 def _check_engine_options(arguments: Sequence[str], engine: type[EngineOptions]) -> None:
     """Refuse options that other engines have and this one has not."""
-    known = {item.name for item in fields(engine)}
     for argument in arguments:
         flag = argument.partition("=")[0]
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-        others = [o.name for o in ENGINES.values() if name in {item.name for item in fields(o)}]
-        if flag.startswith("--") and others and name not in known:
+        having = [each.name for each in ENGINES.values() if name in _names(each)]
+        if flag.startswith("--") and having and engine.name not in having:
             raise ConfigError(
-                f"{flag} is an option of the engine {' and '.join(others)}, "
+                f"{flag} is an option of the engine {' and '.join(having)}, "
                 f"and the engine {engine.name} has no such option"
             )
 
 
+def _names(options: type[EngineOptions]) -> set[str]:
+    return {item.name for item in fields(options)}
+
+
 def _generate_description() -> str:
     aliases = ", ".join(f"--{alias} = --{name}" for alias, name in ALIASES.items())
+    without_effect = ", ".join(f"--{name}" for name in NO_OPS)
     return (
-        f"{inspect.getdoc(GenerateOptions)}\n\nUnderscores and hyphens are the same. Also accepted: {aliases}; "
-        f"without effect: {', '.join('--' + name for name in NO_OPS)}.\n\n{EXIT_CODES}"
+        f"{inspect.getdoc(GenerateOptions)}\n\nUnderscores and hyphens are the same. "
+        f"Also accepted: {aliases}; without effect: {without_effect}.\n\n{EXIT_CODES}"
     )
 
 
 def _unalias(arguments: Sequence[str]) -> list[str]:
-    """The same arguments in our spelling."""
+    """The same arguments, with the options under their own names."""
     result = []
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
@@ -278,39 +317,38 @@ def _value_of(name: str, arguments: Sequence[str]) -> str | None:
 
 
 def _yaml_arguments(path: Path) -> list[str]:
-    """A YAML file of options as command-line arguments, so that there is one parser and one set of messages."""
-    known = _option_types()
+    """Options of a YAML file as command-line arguments: one parser, and one set of messages.
+
+    Values are text as written: YAML itself would read 10:20 as a number and a bare `on` as true.
+    """
+    kinds = _option_types() | dict.fromkeys(NO_OPS, bool)
     arguments = []
     for key, value in _read_yaml(path).items():
         name = str(key).replace("_", "-")
         name = ALIASES.get(name, name)
-        if name not in (*known, *NO_OPS):
-            raise ConfigError(f"{path}: unknown option {key!r}{did_you_mean(name, known)}")
-        if isinstance(value, dict | list):
+        if name not in kinds:
+            raise ConfigError(f"{path}: unknown option {key!r}{did_you_mean(name, kinds)}")
+        if not isinstance(value, str):
             raise ConfigError(f"{path}: {key} must be a single value, got {value!r}")
-        arguments += _yaml_argument(path, name, value, known.get(name, bool))
+        if value.lower() in _UNSET:
+            continue
+        if kinds[name] is not bool:
+            arguments.append(f"--{name}={value}")
+        elif value.lower() not in _TRUTH:
+            raise ConfigError(f"{path}: {name} must be true or false, got {value!r}")
+        elif _TRUTH[value.lower()]:
+            arguments.append(f"--{name}")
+        elif name not in NO_OPS:
+            arguments.append(f"--no-{name}")
     return arguments
-
-
-def _yaml_argument(path: Path, name: str, value: str, kind: type) -> list[str]:
-    """One option. Values are text as written: YAML itself would read 10:20 as a number and a bare on as true."""
-    truth = _TRUTH.get(value.lower())
-    if value.lower() in ("", "null", "~") or (name in NO_OPS and not truth):
-        return []
-    if kind is not bool:
-        return [f"--{name}={value}"]
-    if truth is None:
-        raise ConfigError(f"{path}: {name} must be true or false, got {value!r}")
-    return [f"--{name}" if truth else f"--no-{name}"]
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
     import yaml
 
     try:
-        document = yaml.load(
-            path.read_text("utf-8"), Loader=yaml.BaseLoader
-        )  # plain text values, nothing constructed
+        # The base loader leaves values as text and constructs nothing.
+        document = yaml.load(path.read_text("utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -363,7 +401,7 @@ def _signals() -> Iterator[None]:
 
     try:
         before = [signal.signal(number, interrupt) for number in numbers]
-    except ValueError:  # not the main thread: signals are somebody else's
+    except ValueError:  # signals belong to the main thread, and this is another
         yield
         return
     try:

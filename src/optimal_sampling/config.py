@@ -1,6 +1,6 @@
-"""Every knob, once. Frozen dataclasses that check themselves; the command line is derived from them.
+"""All options, as frozen dataclasses that check their values. No torch, no files.
 
-Knows nothing of models, files or torch. The docstring under a field is its help text on the command line.
+The command line is derived from them: a field is a flag, and the docstring under it its help text.
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ def _require(condition: bool, message: str) -> None:
 
 
 def parse_slice(text: str) -> slice:
-    """`START:STOP:STEP` with any part left out. Negative parts are refused: a shard must not depend on the length."""
+    """`START:STOP:STEP`, any part of which may be left out. Raises ConfigError.
+
+    Negative parts are refused: which rows a shard holds must not depend on the dataset's length.
+    """
     match = re.fullmatch(r"(\d*):(\d*)(?::(\d*))?", text.strip(), re.ASCII)
     if match is None:
         raise ConfigError(
-            f"data_slice must be START:STOP:STEP, each 0 or more, such as 0::8 or 100:200; got {text!r}"
+            "data_slice must be START:STOP:STEP, each 0 or more, such as 0::8 or 100:200; "
+            f"got {text!r}"
         )
     start, stop, step = (int(part) if part else None for part in match.groups())
     _require(step != 0, f"data_slice has a step of 0: {text!r}")
@@ -49,7 +53,7 @@ def parse_slice(text: str) -> slice:
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """The distribution every token is drawn from: q proportional to p_student^(1-alpha) * p_teacher^alpha."""
+    """The distribution of every token: q ∝ p_student^(1-alpha) * p_teacher^alpha."""
 
     alpha_method: AlphaMethod = "kl_symmetry"
     """How alpha, the weight of the teacher, is chosen at each token."""
@@ -68,13 +72,13 @@ class MixtureConfig:
     schedule_tokens: int = 256
     """Method `schedule`: number of tokens over which alpha goes linearly from start to end."""
     teacher_support_top_k: int = -1
-    """Restrict both models to the teacher's k likeliest tokens before alpha is solved; -1: no restriction."""
+    """Restrict both models to the teacher's k likeliest tokens before alpha is solved; -1: off."""
     teacher_support_top_p: float = 1.0
-    """Restrict both models to the teacher's nucleus of this mass before alpha is solved; 1: no restriction."""
+    """Restrict both models to the teacher's nucleus of this mass before alpha is solved; 1: off."""
     force_first_token: bool = False
     """Draw the first token from the teacher alone (alpha = 1)."""
     temperature: float = 1.0
-    """Divides the logits of both models before anything else."""
+    """Divisor of both models' logits, before anything else."""
     top_p: float = 1.0
     """Nucleus of q to draw from, after mixing; 1: all of q."""
     top_k: int = -1
@@ -83,7 +87,8 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         _require(
             self.alpha_method in ALPHA_METHODS,
-            f"unknown alpha method {self.alpha_method!r}; the methods are: {', '.join(ALPHA_METHODS)}",
+            f"unknown alpha method {self.alpha_method!r}; "
+            f"the methods are: {', '.join(ALPHA_METHODS)}",
         )
         for name in ("fixed_alpha", "alpha_min", "alpha_max", "schedule_start", "schedule_end"):
             value = getattr(self, name)
@@ -94,8 +99,9 @@ class MixtureConfig:
         )
         _require(
             self.alpha_method != "fixed" or self.alpha_min <= self.fixed_alpha <= self.alpha_max,
-            f"fixed_alpha ({self.fixed_alpha}) lies outside [alpha_min, alpha_max] = [{self.alpha_min}, "
-            f"{self.alpha_max}] and would be clamped at every token; move the bounds",
+            f"fixed_alpha ({self.fixed_alpha}) lies outside [alpha_min, alpha_max] = "
+            f"[{self.alpha_min}, {self.alpha_max}] and would be clamped at every token; "
+            "move the bounds",
         )
         _require(
             math.isfinite(self.temperature) and self.temperature > 0,
@@ -120,12 +126,13 @@ class MixtureConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which two models, and how they are loaded."""
+    """The two models, and how they are loaded."""
 
     teacher: str = "toy-teacher"
-    """The model that helps: a folder, a hub id, or the built-in `toy-teacher`."""
+    """The larger or better informed model: a folder, a hub id, or the built-in `toy-teacher`."""
     student: str = "toy-student"
-    """The model to be trained: a folder, a hub id, or the built-in `toy-student`. Same as the teacher: loaded once."""
+    """The model to be trained: a folder, a hub id, or the built-in `toy-student`.
+    The same as the teacher is loaded once."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
@@ -146,7 +153,7 @@ class EngineOptions:
     name: ClassVar[str]
     """Value of `--engine`."""
     engine_class: ClassVar[str]
-    """`module:Class` of the engine, imported on use. The class is an `engines.base.Engine` with a classmethod
+    """`module:Class`, imported on use: an `engines.base.Engine` with a classmethod
     `load(models, mixture, options, vocabulary, mode) -> Engine`."""
     fixed: ClassVar[frozenset[str]] = frozenset()
     """Options that a loaded engine cannot change."""
@@ -184,10 +191,10 @@ class LocalOptions(EngineOptions):
     """Tokens drafted ahead per round: `auto` measures what pays, 0 is plain decoding.
     Never changes what is drawn."""
     attention: Literal["auto", "varlen", "flash_attn", "sdpa"] = "auto"
-    """`auto`: Flash Attention over pages of memory on a GPU in half precision (PyTorch's own `varlen`, else the
-    `flash_attn` package), and PyTorch's SDPA over slots where that cannot be, for a reason that is named."""
+    """`auto`: on a GPU in half precision Flash Attention over pages of memory (PyTorch's `varlen`,
+    else the `flash_attn` package), otherwise PyTorch's SDPA over slots; the notes say why."""
     batch_invariant: bool = True
-    """Shapes under which a row's float32 logits on a CPU have the same bits whatever shares its batch."""
+    """On a CPU in float32: shapes under which a row's logits do not depend on its batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,8 +220,7 @@ class VllmOptions(EngineOptions):
     prefill_chunk: int = 2048
     """Most tokens of one step of vLLM. At least what one token of every request in flight takes."""
     draft_tokens: DraftTokens = "auto"
-    """Tokens that the student drafts per step. `auto` is 0: what pays depends on the batch, and vLLM's number is
-    fixed at its start."""
+    """Tokens that the student drafts per step; `auto` is 0. Fixed when vLLM starts."""
 
     @property
     def drafts_per_step(self) -> int:
@@ -254,19 +260,19 @@ def engine_options(name: str) -> type[EngineOptions]:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which rows become prompts."""
+    """The rows that become prompts."""
 
     dataset: str = "synthetic"
-    """A JSONL or Parquet file, a folder of such files, a hub dataset id, or `synthetic` (arithmetic, by seed)."""
+    """A JSONL or Parquet file, a folder of such files, a hub id, or `synthetic` (arithmetic)."""
     prompt_column: str | None = None
-    """Column with the prompt; unset: the first of problem, question, prompt, messages that the dataset has."""
+    """Column with the prompt; unset: the first of problem, question, prompt, messages."""
     answer_column: str | None = None
     """Column with the reference answer; unset: `answer` where there is one."""
     num_examples: int | None = None
     """Take the first n rows of the dataset (100 of `synthetic` where unset)."""
     data_slice: str | None = None
-    """Take rows START:STOP:STEP after --num-examples; `0::8` is the first of eight shards. Each slice has its own
-    file of records, so eight commands can share one --output-dir."""
+    """Take rows START:STOP:STEP after --num-examples; `0::8` is the first of eight shards.
+    Each slice has its own file of records, so eight commands can share one --output-dir."""
     samples_per_prompt: int = 1
     """Completions per prompt."""
 
@@ -286,7 +292,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """How a row is shown to each of the two models."""
+    """How a row becomes the prompts of the two models."""
 
     chat_template: bool = True
     """Render prompts with each model's own chat template."""
@@ -297,25 +303,25 @@ class PromptConfig:
     teacher_system_prompt: str | None = None
     """System prompt of the teacher."""
     student_template: str = "{problem}"
-    """The student's user turn, with {problem}, {answer}, {solution} or any column of the dataset."""
+    """The student's user turn, with {problem}, {answer}, {solution} or any other column."""
     teacher_template: str = "{problem}"
-    """The teacher's user turn; with {answer} or {solution} the teacher sees what the student does not."""
+    """The teacher's user turn; {answer} or {solution} show it what the student does not see."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run itself: where it is kept, and what is kept."""
+    """The run: its folder, its seed, and what is recorded."""
 
     output_dir: str = "outputs/run"
     """Run folder. A second call on the same folder goes on where the first one ended."""
     seed: int = 0
-    """Every token is a function of this seed, its prompt, sample and position, and the two models."""
+    """A token is a function of this seed, its prompt, sample and position, and the two models."""
     max_new_tokens: int = 256
     """Most tokens per completion."""
     token_lists: bool = True
     """Keep alpha and both KLs of every token in the records."""
     max_attempts: int = 3
-    """A prompt that failed is tried again by later calls until it has failed this often."""
+    """Later calls try a failed prompt again until it has failed this often."""
 
     def __post_init__(self) -> None:
         _require(
@@ -330,7 +336,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Everything `generate` needs to know: prompts of a dataset in, records of q* out."""
+    """All options of `generate`: prompts of a dataset in, records of q* out."""
 
     models: ModelConfig = ModelConfig()
     mixture: MixtureConfig = MixtureConfig()
@@ -340,8 +346,8 @@ class GenerateConfig:
     engine: EngineOptions = LocalOptions()
 
     @property
-    def worker(self) -> str:
-        """Name of this process's file of records: one per data slice, so that shards can share a run folder."""
+    def shard(self) -> str:
+        """Name of the file of records: one per data slice, so that slices can share a folder."""
         if self.data.data_slice is None:
             return "main"
         part = parse_slice(self.data.data_slice)

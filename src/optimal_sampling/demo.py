@@ -1,6 +1,7 @@
-"""`optimal-sampling demo`: the shipped pair on arithmetic problems, q* beside student and teacher alone.
+"""`optimal-sampling demo`: the shipped pair on arithmetic problems.
 
-Nothing is downloaded. The records it leaves are those of an ordinary `generate` run.
+Compares q* with the student alone and the teacher alone. Nothing is downloaded. The run folder is
+that of an ordinary `generate` run.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -16,19 +18,27 @@ from rich.text import Text
 from optimal_sampling.config import DataConfig, GenerateConfig, LocalOptions, RunConfig
 from optimal_sampling.generate import generate
 from optimal_sampling.generate.progress import Progress
+from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.records import Record, load
 from optimal_sampling.toy_pair.problems import is_correct
 from optimal_sampling.types import Mode, Request
-from optimal_sampling.vocabulary import PromptRenderer, Vocabulary
+from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["DemoOptions", "run_demo"]
 
-SHOWN = 3
+SHOWN = 3  # completions printed
+_MEANS: dict[Literal["alpha_mean", "clamped_share", "kl_student", "kl_teacher"], str] = {
+    "alpha_mean": "alpha (weight of the teacher)",
+    "clamped_share": "share of clamped tokens",
+    "kl_student": "KL(q, student), nats/token",
+    "kl_teacher": "KL(q, teacher), nats/token",
+}
+"""Fields of a record whose means are printed, and their titles."""
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Generate from q* with the shipped pair, and show what came out beside student and teacher alone."""
+    """Generate from q* with the shipped pair, and compare it with student and teacher alone."""
 
     output_dir: str = "outputs/demo"
     """Run folder of the records. A second call goes on where the first one ended."""
@@ -42,7 +52,7 @@ class DemoOptions:
     """Of the problems and of every draw."""
 
     def generate_config(self) -> GenerateConfig:
-        """The same as a `generate` run."""
+        """The config of the `generate` run."""
         return GenerateConfig(
             data=DataConfig(dataset="synthetic", num_examples=self.num_examples),
             run=RunConfig(
@@ -54,7 +64,7 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one way of sampling did on the problems."""
+    """Results of one way of sampling on the problems."""
 
     name: str
     tokens_per_second: float
@@ -68,7 +78,7 @@ class Outcome:
 
 
 def run_demo(options: DemoOptions, progress: Progress, console: Console) -> int:
-    """Generate, compare, show; the exit code."""
+    """Generate, compare and print; returns the exit code."""
     config = options.generate_config()
     generate(config, progress)
     records = [r for r in load(options.output_dir) if r["finish_reason"] != "error"]
@@ -76,13 +86,17 @@ def run_demo(options: DemoOptions, progress: Progress, console: Console) -> int:
     console.print(_comparison(outcomes))
     console.print(_mixture(records))
     console.print(_samples(records))
-    told = f"{len(records)} records in {options.output_dir}/records/main.jsonl (docs/records.md tells the fields)"
-    console.print(told, soft_wrap=True, highlight=False)
+    path = f"{options.output_dir}/records/main.jsonl"
+    text = f"{len(records)} records in {path} (docs/records.md describes the fields)"
+    console.print(text, soft_wrap=True, highlight=False)
     return 0
 
 
 def _outcomes(config: GenerateConfig, records: list[Record]) -> list[Outcome]:
-    """q* as recorded, drawn again for its speed, and both models alone on the same prompts and seeds."""
+    """Both models alone and q* on the prompts and seeds of the records.
+
+    q* is drawn again, which gives the recorded tokens, to measure its speed.
+    """
     from optimal_sampling.engines import open_engine  # torch is loaded here
 
     models = config.models
@@ -90,21 +104,16 @@ def _outcomes(config: GenerateConfig, records: list[Record]) -> list[Outcome]:
     renderer = PromptRenderer(config.prompt, vocabulary)
     answers = {record["id"]: str(record["row"]["answer"]) for record in records}
     requests = [_request(record, renderer, config.run.max_new_tokens) for record in records]
-    modes: tuple[tuple[str, Mode], ...] = (
-        ("student", "student"),
-        ("teacher", "teacher"),
-        ("q*", "mixture"),
-    )
+    modes: dict[Mode, str] = {"student": "student", "teacher": "teacher", "mixture": "q*"}
     outcomes = []
     with open_engine(config.engine, models, config.mixture, vocabulary) as engine:
-        for name, mode in modes:
+        for mode, name in modes.items():
             started = time.perf_counter()
-            done = list(engine.view(mode=mode).generate(requests))
+            completions = list(engine.view(mode=mode).generate(requests))
             seconds = time.perf_counter() - started
-            correct = [
-                is_correct(vocabulary.decode(c.token_ids), answers[c.request.id]) for c in done
-            ]
-            tokens = [len(c.token_ids) for c in done]
+            texts = [(c.request.id, vocabulary.decode(c.token_ids)) for c in completions]
+            correct = [is_correct(text, answers[id]) for id, text in texts]
+            tokens = [len(c.token_ids) for c in completions]
             outcomes.append(Outcome(name, sum(tokens) / seconds, correct, tokens))
     return outcomes
 
@@ -112,8 +121,14 @@ def _outcomes(config: GenerateConfig, records: list[Record]) -> list[Outcome]:
 def _request(record: Record, renderer: PromptRenderer, max_new_tokens: int) -> Request:
     """The request that the record came from."""
     prompt = renderer.render(record["row"])
-    ids = tuple(prompt.student_ids), tuple(prompt.teacher_ids)
-    return Request(record["id"], record["sample_index"], record["seed"], *ids, max_new_tokens)
+    return Request(
+        id=record["id"],
+        sample_index=record["sample_index"],
+        seed=record["seed"],
+        student_prompt_ids=prompt.student_ids,
+        teacher_prompt_ids=prompt.teacher_ids,
+        max_new_tokens=max_new_tokens,
+    )
 
 
 def _comparison(outcomes: list[Outcome]) -> Table:
@@ -127,15 +142,12 @@ def _comparison(outcomes: list[Outcome]) -> Table:
 
 def _mixture(records: list[Record]) -> Table:
     table = Table(title="q*, mean over completions", title_justify="left")
-    names = {
-        "alpha_mean": "alpha (weight of the teacher)",
-        "clamped_share": "share of clamped tokens",
-        "kl_student": "KL(q, student), nats/token",
-        "kl_teacher": "KL(q, teacher), nats/token",
-    }
-    for title in names.values():
+    means = []
+    for name, title in _MEANS.items():
         table.add_column(title, justify="right")
-    table.add_row(*(f"{fmean(r[name] for r in records):.4f}" for name in names))
+        values = (record[name] for record in records)
+        means.append(fmean(value for value in values if value is not None))
+    table.add_row(*(f"{mean:.4f}" for mean in means))
     return table
 
 
@@ -143,12 +155,10 @@ def _samples(records: list[Record]) -> Table:
     table = Table(title="Generations", title_justify="left", show_lines=True)
     for name in ("problem", "answer", "drawn from q*"):
         table.add_column(name, overflow="fold")
-    longest = sorted(records, key=lambda r: r["row"]["steps"])[:: max(1, len(records) // SHOWN)][
-        :SHOWN
-    ]
-    for record in longest:
+    by_steps = sorted(records, key=lambda record: record["row"]["steps"])
+    spread = by_steps[:: max(1, len(records) // SHOWN)]
+    for record in spread[:SHOWN]:
         row = record["row"]
-        table.add_row(
-            *(Text(str(text)) for text in (row["problem"], row["answer"], record["completion"]))
-        )
+        texts = (row["problem"], row["answer"], record["completion"])
+        table.add_row(*(Text(str(text)) for text in texts))
     return table

@@ -1,18 +1,19 @@
-"""Everything this package raises on purpose.
+"""Errors of this package.
 
     OptimalSamplingError          exit code 1
     ├── UserError                 exit code 2: something in the call has to change
-    │   ├── ConfigError           an option's value, or two options that contradict each other
-    │   ├── ModelError            a model folder that is missing, broken or of an unsupported kind
+    │   ├── ConfigError           an option's value, or options that contradict each other
+    │   ├── ModelError            a model that is missing, broken or of an unsupported kind
     │   ├── TokenizerMismatchError  two models whose token ids do not mean the same
     │   ├── DatasetError          a dataset that is missing, empty, torn, or lacks a column
-    │   ├── PromptError           a row that cannot be rendered; the row fails, the run goes on
-    │   ├── RunFolderError        a run folder made with another config, in use, or not writable
+    │   ├── PromptError           a row that cannot be rendered; the others go on
+    │   ├── RunFolderError        a run folder of another config, in use, or not writable
     │   └── MissingDependencyError  an optional package that the chosen feature needs
     ├── StorageError              the disk refused a write (full, removed, read-only)
     └── EngineError               an engine could not go on with any request
 
-A single request that fails is no exception: its `Completion` has `finish_reason="error"` and says why.
+A single request that fails raises nothing: its `Completion` has `finish_reason="error"` and
+`error`.
 """
 
 from __future__ import annotations

@@ -1,21 +1,23 @@
-"""What travels between the folders: requests in, completions out. Plain Python, no torch."""
+"""Types shared by all folders: requests, completions, and names of options. No torch."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 __all__ = [
     "ALPHA_METHODS",
     "TRACE_FIELDS",
+    "TRACE_TABLE",
     "AlphaMethod",
     "Completion",
     "FinishReason",
     "Mode",
     "Request",
     "TokenTrace",
+    "TraceField",
     "noise_key",
     "prompt_id",
 ]
@@ -30,7 +32,7 @@ AlphaMethod = Literal[
     "schedule",
     "mirror",
 ]
-"""How alpha, the weight of the teacher, is chosen at each token. `distribution/methods.py` has one function each."""
+"""How alpha, the weight of the teacher, is chosen at each token; see `distribution/methods.py`."""
 
 ALPHA_METHODS: tuple[str, ...] = get_args(AlphaMethod)
 
@@ -39,24 +41,40 @@ FinishReason = Literal["stop", "length", "error"]
 Mode = Literal["mixture", "student", "teacher"]
 """What tokens are drawn from: q*, or one of the two models alone."""
 
-TRACE_FIELDS: tuple[str, ...] = (
-    "alpha",  # weight of the teacher, 0..1
-    "clamped",  # 1.0 where alpha_min or alpha_max moved alpha, else 0.0
-    "kl_student",  # KL(q || p_student), nats
-    "kl_teacher",  # KL(q || p_teacher), nats
-    "ess_student",  # 1 / sum q^2 / p_student, a share in (0, 1]
-    "ess_teacher",  # 1 / sum q^2 / p_teacher, a share in (0, 1]
-    "entropy",  # H(q), nats
-    "log_p_student",  # of the drawn token, at the run's temperature
-    "log_p_teacher",
-    "log_q",  # log-probability the token was drawn with, after top-k and top-p
-    "fallback",  # 1.0 where the supports do not meet and q is the teacher, else 0.0
+
+@dataclass(frozen=True, slots=True)
+class TraceField:
+    """One number that is kept of every token. `compute` makes it from other quantities, by name."""
+
+    name: str
+    meaning: str
+    compute: Callable[[Mapping[str, Any]], Any] | None = None
+
+    def value(self, quantities: Mapping[str, Any]) -> Any:
+        """`quantities`: those of `distribution.mixture.trace_of`, one number per row each."""
+        return self.compute(quantities) if self.compute else quantities[self.name]
+
+
+TRACE_TABLE = (
+    TraceField("alpha", "weight of the teacher, 0..1"),
+    TraceField("clamped", "1.0 where alpha_min or alpha_max moved alpha, else 0.0"),
+    TraceField("kl_student", "KL(q || p_student), nats"),
+    TraceField("kl_teacher", "KL(q || p_teacher), nats"),
+    TraceField("ess_student", "1 / sum q^2 / p_student, a share in (0, 1]"),
+    TraceField("ess_teacher", "1 / sum q^2 / p_teacher, a share in (0, 1]"),
+    TraceField("entropy", "H(q), nats"),
+    TraceField("log_p_student", "log p_student of the token, at the run's temperature"),
+    TraceField("log_p_teacher", "log p_teacher of the token, at the run's temperature"),
+    TraceField("log_q", "log-probability the token was drawn with, after top-k and top-p"),
+    TraceField("fallback", "1.0 where the supports do not meet and q is the teacher, else 0.0"),
 )
-"""The diagnostics of one token, in the order in which engines and `distribution.step` keep them."""
+"""The diagnostics of one token, in the order in which engines and `distribution` keep them."""
+
+TRACE_FIELDS: tuple[str, ...] = tuple(each.name for each in TRACE_TABLE)
 
 
 def prompt_id(student_prompt: str, teacher_prompt: str) -> str:
-    """Content hash (32 hex digits) of the two rendered prompts: the identity of a prompt in a run."""
+    """Content hash (32 hex digits) of the two rendered prompts, which identifies a prompt."""
     digest = hashlib.blake2b(digest_size=16)
     for text in (student_prompt, teacher_prompt):
         data = text.encode("utf-8", "surrogatepass")
@@ -66,14 +84,14 @@ def prompt_id(student_prompt: str, teacher_prompt: str) -> str:
 
 
 def noise_key(seed: int, request_id: str, sample_index: int) -> int:
-    """The 64-bit key of a request's noise: a function of the seed, the prompt and the sample, and of nothing else."""
+    """64-bit key of a request's noise: a function of the seed, the prompt and the sample alone."""
     text = f"{seed}\x00{request_id}\x00{sample_index}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to generate. The two prompts may differ; the completion's ids are common to both models."""
+    """One completion to generate. The prompts may differ; the completion is common to both."""
 
     id: str
     sample_index: int
@@ -88,7 +106,7 @@ class Request:
 
     @property
     def noise_key(self) -> int:
-        """64-bit key from which every draw of this request follows."""
+        """64-bit key of this request's noise."""
         return noise_key(self.seed, self.id, self.sample_index)
 
 
@@ -112,18 +130,18 @@ class TokenTrace:
 
     @property
     def ess_ratio(self) -> tuple[float, ...]:
-        """ESS to the teacher over ESS to the student, per token; above 1 where q is closer to the teacher."""
+        """ess_teacher / ess_student per token; above 1 where q is closer to the teacher."""
         pairs = zip(self["ess_teacher"], self["ess_student"], strict=True)
         return tuple(teacher / student if student else float("nan") for teacher, student in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine gives back for one request.
+    """Result of one request.
 
-    `token_ids` holds the stop token too where there is one. With `finish_reason="error"`, `error` says why and
-    `token_ids` holds what was drawn until then. `captured` holds per-token rows that the engine was asked to keep
-    (see `LocalEngine`), by name.
+    `token_ids` holds the stop token too where there is one. With `finish_reason="error"`, `error`
+    says why and `token_ids` holds what was drawn until then. `captured` holds per-token rows that
+    the engine was asked to keep (see `LocalEngine`), by name.
     """
 
     request: Request

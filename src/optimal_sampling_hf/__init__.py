@@ -1,5 +1,5 @@
-"""The package's name in the documents this project comes from. The same two classes as in `optimal_sampling`."""
+"""The classes of `optimal_sampling.api.local` under an earlier name of the package."""
 
-from optimal_sampling.model import OptimalSamplingModel, SamplingOutput
+from optimal_sampling.api.local import OptimalSamplingModel, SamplingOutput
 
 __all__ = ["OptimalSamplingModel", "SamplingOutput"]

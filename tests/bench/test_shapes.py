@@ -1,12 +1,13 @@
-"""Shapes: the sizes of published models, weights that can be run, and acceptance that is emulated at its rate."""
+"""Architectures of published models, and acceptance that is emulated at its rate."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimal_sampling.bench.roofline import lockstep_bound, memory_bandwidth, weight_bytes
-from optimal_sampling.bench.shapes import SHAPES, ShapeBench, shape_named
-from optimal_sampling.bench.watch import TimeIsUp, Watch, accepts
+from optimal_sampling.bench.architectures import ARCHITECTURES, RandomPair, architecture_named
+from optimal_sampling.bench.hardware import lockstep_bound, memory_bandwidth, weight_bytes
+from optimal_sampling.bench.instruments import OutOfTime, Recorder, accepts
+from optimal_sampling.bench.workload import Variant
 from optimal_sampling.config import ModelConfig
 from optimal_sampling.engines.local.shapes import replace_linears
 from optimal_sampling.errors import ConfigError
@@ -28,38 +29,39 @@ PARAMETERS = {
 
 @pytest.fixture(scope="module")
 def pair():
-    return ShapeBench(
-        ModelConfig(dtype="float32", device="cpu"), "tiny", "tiny", prompt_tokens=5, new_tokens=40
-    )
+    models = ModelConfig(dtype="float32", device="cpu")
+    made = RandomPair(models, "tiny", "tiny", prompt_tokens=5)
+    made.equal_tokens = 40
+    return made
 
 
 def texts(engine, requests):
     return {c.request: c for c in engine.generate(requests)}
 
 
-@pytest.mark.parametrize("name", sorted(set(SHAPES) - {"tiny"}))
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"tiny"}))
 def test_a_shape_has_the_parameters_of_its_model(name):
     """Guards: a benchmark of another model than the one that it names."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(SHAPES[name].config())
+        model = AutoModelForCausalLM.from_config(ARCHITECTURES[name].config())
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
 def test_an_unknown_shape_is_told_the_known_ones():
     """Guards: a traceback for a typing mistake."""
     with pytest.raises(ConfigError, match=r"Qwen2\.5-3B.*Llama-3\.2-1B"):
-        shape_named("Qwen2.5-4B")
+        architecture_named("Qwen2.5-4B")
 
 
 def test_shapes_of_two_vocabularies_are_refused():
     """Guards: a pair that cannot exist."""
     with pytest.raises(ConfigError, match="vocabularies"):
-        ShapeBench(ModelConfig(), "Llama-3.2-3B", "Qwen3-0.6B")
+        RandomPair(ModelConfig(), "Llama-3.2-3B", "Qwen3-0.6B")
 
 
 def test_a_vocabulary_is_cut_to_what_both_have():
     """Guards: ids that one of the two models has no row for."""
-    assert ShapeBench(ModelConfig(), "Qwen2.5-7B", "Qwen2.5-1.5B").vocabulary.size == 151_936
+    assert RandomPair(ModelConfig(), "Qwen2.5-7B", "Qwen2.5-1.5B").vocabulary.size == 151_936
 
 
 def test_weights_are_random_finite_and_not_the_global_state(pair):
@@ -67,11 +69,10 @@ def test_weights_are_random_finite_and_not_the_global_state(pair):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    again = ShapeBench(pair.models, "tiny", "tiny", prompt_tokens=5, new_tokens=2)
-    work = again.workload(2)
-    engine = again.engine(
-        work, 2, draft_tokens=0, capture=frozenset({"student_logits", "teacher_logits"})
-    )
+    again = RandomPair(pair.models, "tiny", "tiny", prompt_tokens=5)
+    work = again.workload(2, 2)
+    captured = frozenset({"student_logits", "teacher_logits"})
+    engine = again.engine(work, 2, Variant(draft_tokens=0, capture=captured))
     assert torch.equal(torch.rand(3), expected)
     for done in engine.generate(work.requests):
         student, teacher = done.captured["student_logits"], done.captured["teacher_logits"]
@@ -83,12 +84,13 @@ def test_weights_are_random_finite_and_not_the_global_state(pair):
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.9, 1.0])
 def test_drafts_are_accepted_at_the_rate(pair, rate):
     """Guards: a label that does not say what was emulated."""
-    work = pair.workload(32)
-    engine = pair.engine(work, 32, draft_tokens=1, acceptance=rate)
+    work, recorder = pair.workload(32), Recorder()
+    engine = pair.engine(work, 32, Variant(draft_tokens=1, acceptance=rate), recorder)
     done = texts(engine, work.requests)
-    run = engine.draft_counts
     assert all(len(c.token_ids) == 40 and max(c.token_ids) < 512 for c in done.values())
-    assert run.accepted / run.drafted == pytest.approx(rate, abs=0.06)
+    assert recorder.loop.counts.accepted / recorder.loop.counts.drafted == pytest.approx(
+        rate, abs=0.06
+    )
 
 
 def test_acceptance_is_a_function_of_request_and_position():
@@ -101,8 +103,8 @@ def test_acceptance_is_a_function_of_request_and_position():
 def test_lockstep_is_not_touched(pair):
     """Guards: emulation that changes what is drawn where nothing is drafted."""
     work = pair.workload(4)
-    plain = texts(pair.engine(work, 4, draft_tokens=0, acceptance=0.0), work.requests)
-    other = texts(pair.engine(work, 4, draft_tokens=0, acceptance=1.0), work.requests)
+    plain = texts(pair.engine(work, 4, Variant(draft_tokens=0, acceptance=0.0)), work.requests)
+    other = texts(pair.engine(work, 4, Variant(draft_tokens=0, acceptance=1.0)), work.requests)
     assert {r: c.token_ids for r, c in plain.items()} == {r: c.token_ids for r, c in other.items()}
 
 
@@ -121,44 +123,44 @@ def test_the_twin_has_one_model(pair):
 
 def test_same_weights_are_made_once():
     """Guards: --same-weights that makes two models."""
-    bench = ShapeBench(ModelConfig(device="cpu"), "tiny", "tiny", same_weights=True)
-    work = bench.workload(1, 2)
-    engine = bench.engine(work, 1)
+    bench = RandomPair(ModelConfig(device="cpu"), "tiny", "tiny", same_weights=True)
+    work, recorder = bench.workload(1, 2), Recorder()
+    engine = bench.engine(work, 1, recorder=recorder)
     assert len(list(engine.generate(work.requests))) == 1
     assert engine.pair.shared
-    assert len(engine.loop.models) == 1
+    assert len(recorder.loop.models) == 1
 
 
-def test_the_watch_sees_every_round(pair):
+def test_the_recorder_sees_every_round(pair):
     """Guards: peaks that are read only when a text ends; decoding that counts prompts."""
-    work, watch = pair.workload(6), Watch()
-    engine = pair.engine(work, 3, draft_tokens=0, watch=watch)
+    work, recorder = pair.workload(6), Recorder()
+    engine = pair.engine(work, 3, Variant(draft_tokens=0), recorder)
     tokens = sum(len(c.token_ids) for c in engine.generate(work.requests))
     assert tokens == 240
-    assert watch.most_rows == 3
-    assert watch.rounds == 80
-    assert watch.kv_bytes > 0
+    assert recorder.most_rows == 3
+    assert recorder.rounds == 80
+    assert recorder.kv_bytes > 0
     assert (
-        watch.decoding.tokens == tokens - 2 * 3 - 3
+        recorder.decoding.tokens == tokens - 2 * 3 - 3
     )  # two rounds read prompts, nothing follows the last round
-    assert watch.decoding_rows == watch.decoding.tokens
+    assert recorder.decoding_rows == recorder.decoding.tokens
 
 
-def test_the_watch_ends_a_run(pair):
+def test_the_recorder_ends_a_run(pair):
     """Guards: a budget of time that is not kept."""
-    work, watch = pair.workload(2), Watch(deadline=0.0)
-    engine = pair.engine(work, 2, watch=watch)
-    with pytest.raises(TimeIsUp):
+    work, recorder = pair.workload(2), Recorder(deadline=0.0)
+    engine = pair.engine(work, 2, recorder=recorder)
+    with pytest.raises(OutOfTime):
         list(engine.generate(work.requests))
-    assert watch.rounds == 0
+    assert recorder.rounds == 0
     assert (
         len(list(pair.engine(work, 2).generate(work.requests))) == 2
     )  # the models can be used again
 
 
 def test_the_roofline_counts_what_is_read():
-    """Guards: an embedding that is only looked up, counted; a tied output layer, or our own forms, forgotten."""
-    shape = SHAPES["tiny"]
+    """Guards: an embedding counted that is only looked up; a tied output layer forgotten."""
+    shape = ARCHITECTURES["tiny"]
     layers = 2 * (
         64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128
     )  # queries, keys and values, output, MLP

@@ -1,53 +1,44 @@
 """What memory, identity and the table of large shapes find, on models of next to nothing."""
 
-import io
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 
-from optimal_sampling.bench import (
-    BenchOptions,
-    gpu_cells,
-    gpu_tables,
-    identity,
-    memory,
-    run_bench,
-    workload,
-)
-from optimal_sampling.bench.options import Size
-from optimal_sampling.bench.shapes import ShapeBench
+from optimal_sampling.bench import footprint, identity, large_shapes
+from optimal_sampling.bench.architectures import RandomPair
+from optimal_sampling.bench.harness import SILENT, Display
+from optimal_sampling.bench.instruments import Recorder
+from optimal_sampling.bench.large_shapes import Budget, Cell
 from optimal_sampling.bench.speed import IDEAL
+from optimal_sampling.bench.subcommands import GpuOptions, Size
+from optimal_sampling.bench.workload import Variant
 from optimal_sampling.config import ModelConfig
-from optimal_sampling.engines.local import engine
 from optimal_sampling.engines.local.paged.page_manager import PAGE, SPARE
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Completion, Request, TokenTrace
 
 MODELS = ModelConfig(device="cpu", dtype="float32")
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
+"""Of the tiny shape's keys and values: both, layers, heads, dimensions, float32."""
+LOCKSTEP = Variant(draft_tokens=0)
 
 
-@pytest.fixture
-def pages(flash_on_cpu, monkeypatch):
-    """Rows live in pages, of which there are few enough to be made in no time."""
-    monkeypatch.setitem(engine.MEMORY_SHARE, "cpu", 1e-3)
+def tiny_pair(**attributes):
+    made = RandomPair(MODELS, "tiny", "tiny", prompt_tokens=5)
+    vars(made).update(equal_tokens=40, bandwidth=1e9, **attributes)
+    return made
 
 
 @pytest.fixture(scope="module")
 def pair():
-    return ShapeBench(MODELS, "tiny", "tiny", prompt_tokens=5, new_tokens=40)
-
-
-def silent(text):
-    return None
+    return tiny_pair()
 
 
 def test_a_batch_that_does_not_fit_completes_by_admission(pair):
     """Guards: running out of memory, or losing texts, where all of a batch does not fit at once."""
-    whole, tight = memory.measure_memory(pair, (Size(64, 30),), silent)
-    assert whole.predicted_mib == 64 * 35 * 2 * (2 * 2 * 2 * 16 * 4) / 2**20
+    whole, tight = footprint.measure_memory(pair, [Size(64, 30)])
+    assert whole.predicted_mib == 64 * 35 * 2 * TOKEN_BYTES / 2**20
     assert whole.predicted_mib <= whole.kv_mib
     assert (whole.most_rows, whole.finished) == (64, 64)
     assert tight.finished == 64
@@ -73,145 +64,154 @@ def test_a_difference_is_found_wherever_it_is():
     assert identity.differences(plain, replace(completion(), finish_reason="stop")) == (True, False)
 
 
-def test_texts_that_differ_fail_the_command(pair, monkeypatch):
-    """Guards: exit code 0 where speculation changed the text, as emulated acceptance does; nothing compared at all."""
-    emulated = identity.compare_texts(pair, pair.workload(4), silent)
-    assert [c.prompts for c in emulated] == [4, 4]
-    assert not any(c.identical for c in emulated)
+def test_texts_that_differ_fail_the_command():
+    """Guards: exit code 0 where speculation changed the text, or where nothing was compared."""
+    emulated = tiny_pair(acceptance=0.9)
+    comparisons = identity.compare(emulated, 4)
+    assert [c.prompts for c in comparisons] == [4, 4, 4]
+    assert not any(c.identical for c in comparisons)
+    assert identity.report(emulated, comparisons, SILENT).failed
     assert not identity.Comparison("nothing").identical
-    monkeypatch.setattr(identity, "compare_texts", lambda *_: emulated)
-    options = BenchOptions(what="identity", models=MODELS, num_prompts=2, **SHAPES)
-    assert run_bench(options, Console(file=io.StringIO())) == 1
+    equal = identity.compare(tiny_pair(), 4)
+    assert not identity.report(emulated, equal, SILENT).failed
 
 
-SHAPES = {"teacher_shape": "tiny", "student_shape": "tiny", "prompt_tokens": 5}
-GPU = {
-    "what": "gpu",
-    "models": MODELS,
-    "sizes": ("2x4", "8x3"),
-    "huge": "4x12",
-    "huge_shape": "tiny",
-    **SHAPES,
-}
+GPU = GpuOptions(
+    device="cpu",
+    dtype="float32",
+    teacher_shape="tiny",
+    student_shape="tiny",
+    prompt_tokens=5,
+    sizes=("2x4", "8x3"),
+    huge="4x12",
+    huge_shape="tiny",
+    budget=120.0,
+)
 
 
-def gpu_line(**options):
-    console = Console(width=100, file=io.StringIO())
-    assert run_bench(BenchOptions(**{**GPU, **options}), console) == 0
-    text = console.file.getvalue()
-    return text, json.loads(text.strip().splitlines()[-1])["results"][0]
+def gpu_result(kv_memory_gib=None, **options):
+    """Everything `bench gpu` shows as lines, and its result."""
+    shown = []
+    given = replace(GPU, **options)
+    pairs = large_shapes.large_pairs(given)
+    for each in pairs:
+        each.bandwidth, each.kv_memory_gib = 1e9, kv_memory_gib
+    report = large_shapes.report(given, *pairs, Display(shown.append))
+    return [line for line in shown if isinstance(line, str)], report.results[0]
 
 
-def test_the_table_of_large_shapes_is_complete_where_time_is_enough(monkeypatch):
+def test_the_table_of_large_shapes_is_complete_where_time_is_enough():
     """Guards: a script that is first run where it cannot be mended."""
-    monkeypatch.setattr(workload, "memory_bandwidth", lambda device: 1e9)
-    text, result = gpu_line(budget=120.0)
-    assert len(result["cells"]) == 2 * len(gpu_cells.ROWS)
-    assert all(
-        c["complete"] and c["tokens"] == c["size"]["batch"] * c["size"]["tokens"]
-        for c in result["cells"]
-    )
-    assert "skipped: " not in text
+    lines, result = gpu_result()
+    assert len(result["cells"]) == 2 * len(large_shapes.VARIANTS)
+    for cell in result["cells"]:
+        assert cell["complete"]
+        assert cell["tokens"] == cell["size"]["batch"] * cell["size"]["tokens"]
+    assert not any(line.startswith("skipped: ") for line in lines)
+    assert any("emulated acceptance 0.8" in line for line in lines)
     assert set(result["bounds"][IDEAL]) == {"2 x 4", "8 x 3"}
     assert [t["wanted"] for t in result["targets"]] == [0.9, 0.9, 1.2]
     assert (result["admission"]["finished"], result["admission"]["tokens"]) == (4, 48)
-    assert "emulated acceptance 0.8" in text
 
 
-def test_the_table_of_large_shapes_with_pages(pages, monkeypatch):
+def test_the_table_of_large_shapes_with_pages(flash_on_cpu):
     """Guards: a script that breaks where rows live in pages, as they do on a GPU only."""
-    monkeypatch.setattr(workload, "memory_bandwidth", lambda device: 1e9)
-    text, result = gpu_line(budget=120.0)
+    lines, result = gpu_result(kv_memory_gib=0.02)
     assert result["engine"]["attention"].startswith("Flash Attention")
-    assert all(c["complete"] for c in result["cells"])
-    assert "skipped: " not in text
+    assert all(cell["complete"] for cell in result["cells"])
+    assert not any(line.startswith("skipped: ") for line in lines)
     assert result["admission"]["finished"] == 4
-    assert result["admission"]["kv_gib"] == 4 * 2 * SPARE * PAGE * (2 * 2 * 2 * 16 * 4) / 2**30
+    assert result["admission"]["kv_gib"] == 4 * 2 * SPARE * PAGE * TOKEN_BYTES / 2**30
 
 
-def test_caches_of_pages_are_measured_by_what_is_taken(pages):
-    """Guards: the whole memory, which is there from the start, shown as what a batch needs."""
-    pair = ShapeBench(MODELS, "tiny", "tiny", prompt_tokens=5)
-    [whole, tight] = memory.measure_memory(pair, (Size(4, 300),), silent)
-    assert whole.kv_mib == 4 * 2 * SPARE * PAGE * (2 * 2 * 2 * 16 * 4) / 2**20
+def test_caches_of_pages_are_measured_by_the_pages_in_use(flash_on_cpu):
+    """Guards: the whole memory, which is allocated from the start, shown as what a batch needs."""
+    whole, tight = footprint.measure_memory(tiny_pair(kv_memory_gib=0.02), [Size(4, 300)])
+    assert whole.kv_mib == 4 * 2 * SPARE * PAGE * TOKEN_BYTES / 2**20
     assert tight.finished == 4
     assert tight.preemptions > 0
     assert tight.kv_mib <= tight.budget_mib
 
 
-def test_what_the_budget_does_not_allow_is_skipped_and_said(monkeypatch):
+def test_what_the_budget_does_not_allow_is_skipped_and_named():
     """Guards: a call that is killed at its limit and shows nothing; rows that vanish."""
-    monkeypatch.setattr(workload, "memory_bandwidth", lambda device: 1e9)
-    text, result = gpu_line(budget=1e-3)
+    lines, result = gpu_result(budget=1e-3)
     assert all(cell["skipped"] == "no time left" for cell in result["cells"])
-    assert text.count("skipped: ") == 2 * len(gpu_cells.ROWS) + 1
+    skipped = [line for line in lines if line.startswith("skipped: ")]
+    assert len(skipped) == 2 * len(large_shapes.VARIANTS) + 1
     assert result["admission"]["skipped"] == "no time left"
 
 
-def ending_after(rounds, original=gpu_cells.Watch.after):
-    """A watch whose time is up after so many rounds."""
-
-    def after(self, models, rows):
-        original(self, models, rows)
-        if self.rounds == rounds:
-            self.deadline = 0.0
-
-    return after
-
-
-def test_a_run_that_is_cut_off_counts_what_was_drawn(pair, monkeypatch):
+def test_a_run_that_is_cut_off_counts_the_tokens_that_were_drawn(pair):
     """Guards: tokens of unfinished texts that are lost or counted twice."""
-    monkeypatch.setattr(gpu_cells.Watch, "after", ending_after(9))
-    done = gpu_cells.run_bounded(pair, pair.workload(5, 4), 3, 1e6, {"draft_tokens": 0})
+
+    def run(tokens):
+        work = pair.workload(5, tokens)
+        return large_shapes.run_bounded(pair, work, 3, LOCKSTEP, Recorder(most_rounds=9))
+
+    done = run(4)
     assert (done.tokens, done.finished) == (5 * 4, 5)
-    done = gpu_cells.run_bounded(pair, pair.workload(5, 30), 3, 1e6, {"draft_tokens": 0})
-    assert (done.tokens, done.finished, done.watch.rounds) == (3 * 9, 0, 9)
+    done = run(30)
+    assert (done.tokens, done.finished, done.recorder.rounds) == (3 * 9, 0, 9)
 
 
-def test_one_cell_that_fails_does_not_cost_the_others(pair, monkeypatch):
-    """Guards: minutes of measurements lost to one error."""
-    working = gpu_cells.run_bounded
+class BrokenTeacher(RandomPair):
+    """Its teacher alone cannot run."""
 
-    def broken(bench, work, batch, seconds, how):
-        if how == gpu_cells.ROWS[gpu_cells.TEACHER]:
+    def engine(self, workload, batch_size, variant=LOCKSTEP, recorder=None):
+        if variant.mode == "teacher":
             raise RuntimeError("kernel missing\nand more")
-        return working(bench, work, batch, seconds, how)
+        return super().engine(workload, batch_size, variant, recorder)
 
-    monkeypatch.setattr(gpu_cells, "run_bounded", broken)
-    cells = gpu_cells.measure_cells(pair, (Size(2, 3),), gpu_cells.Clock(60), silent, silent)
+
+def test_one_cell_that_fails_does_not_cost_the_others():
+    """Guards: minutes of measurements lost to one error."""
+    broken = BrokenTeacher(MODELS, "tiny", "tiny", prompt_tokens=5)
+    cells = large_shapes.measure_cells(broken, [Size(2, 3)], Budget(60))
+    assert len(cells) == len(large_shapes.VARIANTS)
     assert {c.row: c.skipped for c in cells if c.skipped} == {
-        gpu_cells.TEACHER: "failed: kernel missing"
+        large_shapes.TEACHER: "failed: kernel missing"
     }
 
 
-def test_a_cell_that_was_cut_off_is_judged_by_its_decoding(pair, monkeypatch):
+def test_a_cell_that_was_cut_off_is_judged_by_its_decoding(pair):
     """Guards: prompts that weigh on a handful of tokens; a rate from a round or two."""
-    monkeypatch.setattr(gpu_cells.Watch, "after", ending_after(20))
-    size = Size(2, 400)
-    cell = gpu_cells._cell(pair, size, gpu_cells.LOCKSTEP, 60.0)
-    assert (cell.tokens, cell.complete, cell.skipped) == (40, False, "")
-    assert cell.rate == cell.decoding > 0
-    monkeypatch.setattr(gpu_cells.Watch, "after", ending_after(3))
-    assert "no more than 3 rounds" in gpu_cells._cell(pair, size, gpu_cells.LOCKSTEP, 60.0).skipped
+
+    def cell(rounds):
+        budget = Budget(60.0, most_rounds=rounds)
+        return large_shapes.measure_cell(pair, Size(2, 400), large_shapes.LOCKSTEP, budget)
+
+    cut = cell(20)
+    assert (cut.tokens, cut.complete, cut.skipped) == (40, False, "")
+    assert cut.rate == cut.decoding > 0
+    assert "as the time was up" in str(cut)
+    assert "no more than 3 rounds" in cell(3).skipped
 
 
 def test_large_shapes_are_not_asked_of_a_cpu():
     """Guards: a machine without a GPU that is brought to its knees by two large models."""
     with pytest.raises(ConfigError, match="tiny"):
-        gpu_line(huge_shape="Qwen3-1.7B")
+        gpu_result(huge_shape="Qwen3-1.7B")
 
 
 def test_targets_are_those_that_were_asked_for():
-    """Guards: a target that is read off the wrong row."""
-    size = Size(32, 512)
-    rates = {gpu_cells.LOCKSTEP: 3300, gpu_cells.TEACHER: 5000}
-    small = {gpu_cells.FAST: 150, gpu_cells.TEACHER: 100, gpu_cells.SLOW: 1}
-    cells = [gpu_cells.Cell(size, row, tokens, 1.0, complete=True) for row, tokens in rates.items()]
-    cells += [
-        gpu_cells.Cell(Size(8, 256), row, tokens, 1.0, complete=True)
-        for row, tokens in small.items()
+    """Guards: a target that is read off the wrong row; a skipped cell that counts."""
+    large, small = Size(32, 512), Size(8, 256)
+    cells = [
+        Cell(size, row, tokens, 1.0, complete=True)
+        for size, row, tokens in (
+            (large, large_shapes.LOCKSTEP, 3300),
+            (large, large_shapes.TEACHER, 5000),
+            (small, large_shapes.FAST, 150),
+            (small, large_shapes.TEACHER, 100),
+            (small, large_shapes.SLOW, 1),
+        )
     ]
-    found = {
-        (t.wanted, round(t.found, 2), t.met) for t in gpu_tables.targets(cells, {size: 4000.0})
+    skipped = Cell(Size(8, 2048), large_shapes.FAST, skipped="no time left")
+    rates = large_shapes.cell_rates([*cells, skipped])
+    found = large_shapes.targets({**rates, (IDEAL, large): 4000.0})
+    assert {(t.wanted, round(t.found, 3), t.met) for t in found} == {
+        (3000, 3300.0, True),
+        (0.9, 0.825, False),
+        (1.2, 1.5, True),
     }
-    assert found == {(3000, 3300.0, True), (0.9, 0.82, False), (1.2, 1.5, True)}

@@ -1,4 +1,4 @@
-"""Compile every program of the fused kernel for two generations of GPUs. `test_fused.py` runs it, without a GPU."""
+"""Compile every program of `gpu` for two generations of GPUs. `test_fused.py` runs it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from optimal_sampling.distribution import fused, kernel
+from optimal_sampling.distribution.gpu import launch, programs
 
-POINTERS = {
-    "student": "bf16", "teacher": "bf16", "noise": "i32", "keys": "i64", "position": "i64", "measured": "fp64",
-    "solved": "fp64", "mixed": "fp64", "drafted": "fp64", "tokens": "i64", "trace": "fp32", "bad_student": "i1",
-    "bad_teacher": "i1", "log_p": "fp32",
-}  # fmt: skip
-COUNTS = ("student_stride", "teacher_stride", "noise_stride", "vocab", "pieces")
+TYPES = {
+    "batch": programs.Batch("*bf16", "*bf16", "i32", "i32", "i32", "i32", "fp32"),
+    "noise": programs.Noise("*i32", "i32", "*i64", "*i64"),
+    "settings": programs.Settings._make(["fp32"] * len(programs.Settings._fields)),
+    "outputs": programs.Outputs("*i64", "*fp32", "*i1", "*i1"),
+    "position": "*i64",
+    "measured": "*fp64",
+    "solved": "*fp64",
+    "mixed": "*fp64",
+    "drafted": "*fp64",
+    "tokens": "*i64",
+    "pieces": "i32",
+}
 CONSTANTS = {
-    "METHOD": "kl_symmetry", "MIRROR": False, "FORCE": True, "HASHED": True, "COLUMNS": kernel.MEASURED,
-    "MEASURED": kernel.MEASURED, "SOLVED": kernel.SOLVED, "MIXED": kernel.MIXED, "DRAFTED": kernel.DRAFTED,
-    "FIELDS": 11, "WIDTH": 16, "PIECE": fused.PIECE, "BLOCK": fused.BLOCK,
-}  # fmt: skip
-
-
-def type_of(name: str, program: str) -> str:
-    if name in CONSTANTS:
-        return "constexpr"
-    if name in POINTERS and (name, program) != ("tokens", "solve"):
-        return "*" + POINTERS[name]
-    return "i32" if name in COUNTS else "fp32"
+    "METHOD": "kl_symmetry",
+    "HASHED": True,
+    "WIDTH": 16,
+    "PIECE": launch.SIZES.piece,
+    "BLOCK": launch.SIZES.block,
+}
 
 
 def spilled(cubin: bytes) -> int:
@@ -39,22 +40,21 @@ def spilled(cubin: bytes) -> int:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
-        told = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    return int(re.search(r"STACK:(\d+)", told.stdout)[1])
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
 def compile_for(generation: int, program: str, **constants: object) -> None:
-    function = getattr(kernel, program)
+    function = getattr(programs, program)
     names = function.arg_names
     known = {**CONSTANTS, **constants}
     source = ASTSource(
         fn=function,
-        signature={name: type_of(name, program) for name in names},
-        constexprs={(i,): known[name] for i, name in enumerate(names) if name in CONSTANTS},
+        signature={name: TYPES.get(name, "constexpr") for name in names},
+        constexprs={(i,): known[name] for i, name in enumerate(names) if name in known},
     )
-    options = fused._SMALL if program in ("finish", "choose") else fused._LAUNCH
+    options = launch._SMALL if program in ("finish", "choose") else launch._LAUNCH
     compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
     stack = spilled(compiled.asm["cubin"])
     print(generation, program, constants, f"{stack} bytes of stack")

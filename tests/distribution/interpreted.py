@@ -1,4 +1,7 @@
-"""The fused kernel on a CPU, in Triton's interpreter. `test_fused.py` runs this file in a process of its own."""
+"""The fused kernel on a CPU, in Triton's interpreter.
+
+`test_fused.py` runs this file in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,14 @@ from triton.runtime import interpreter
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import (
+    Drawn,
     NoiseKeys,
-    Step,
-    confident_draft,
     draft,
-    fused,
-    kernel,
     keys_tensor,
     noise,
     step,
 )
+from optimal_sampling.distribution.gpu import launch, programs
 from optimal_sampling.distribution.naive import naive_step, prepare, slope
 from optimal_sampling.types import TRACE_FIELDS
 
@@ -32,11 +33,13 @@ INF = math.inf
 METHODS = ("kl_symmetry", "mirror", "reverse_kl_symmetry", "ess_balance", "fixed", "schedule")
 
 
+SMALL = launch.Sizes(512, 256)
+"""Several pieces of several tiles in a row of 1000 already."""
+
+
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """Several pieces of several tiles in a row of 1000 already."""
-    monkeypatch.setattr(fused, "BLOCK", 256)
-    monkeypatch.setattr(fused, "PIECE", 512)
+def prepared_once(monkeypatch):
+    """The interpreter prepares triton.language anew for every inner call: most of its time."""
     prepared = set()
 
     def prepare_once(self, *arguments, **options):
@@ -45,13 +48,12 @@ def small_pieces(monkeypatch):
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*arguments, **options)
 
-    # The interpreter prepares triton.language anew for every inner call, which takes most of its time
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", prepare_once)
 
 
 @np.errstate(all="ignore")
-def fused_step(student, teacher, noise, position, mixture) -> Step:
-    return Step(*fused.fused_step(student, teacher, noise, position, mixture))
+def fused_step(student, teacher, noise, position, mixture, sizes=SMALL) -> Drawn:
+    return Drawn(*launch.fused_step(student, teacher, noise, position, mixture, sizes))
 
 
 def batch(rows, vocab, seed=0, spread=3.0, apart=1.5):
@@ -62,7 +64,9 @@ def batch(rows, vocab, seed=0, spread=3.0, apart=1.5):
 
 
 def spoil(student, teacher):
-    """A hole in one support, in the other, many in both; supports that do not meet; rows that are no distribution."""
+    """A hole in one support, in the other, many in both; supports that do not meet; rows that are
+    no distribution.
+    """
     vocab = student.shape[1]
     ids = torch.arange(vocab)
     student[1, vocab // 2], teacher[2, vocab // 2] = -INF, -INF
@@ -71,7 +75,7 @@ def spoil(student, teacher):
     student[5, vocab // 2], teacher[6, -1], student[7], teacher[7] = math.nan, INF, -INF, -INF
 
 
-def check(got: Step, want: Step, scale=1.0):
+def check(got: Drawn, want: Drawn, scale=1.0):
     assert torch.equal(got.token, want.token)
     assert torch.equal(got.bad_student, want.bad_student)
     assert torch.equal(got.bad_teacher, want.bad_teacher)
@@ -81,7 +85,9 @@ def check(got: Step, want: Step, scale=1.0):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 1000])
 def test_equals_pytorch(vocab, method):
-    """Guards: any difference from the path that the oracle's tests check, in supports, bad rows, tiles or dtypes."""
+    """Guards: any difference from the path that the oracle's tests check, in supports, bad rows,
+    tiles or dtypes.
+    """
     dtype = (torch.float32, torch.bfloat16, torch.float16)[(vocab + len(method)) % 3]
     student, teacher, keys = batch(9, vocab, seed=vocab + 1)
     if vocab > 1:
@@ -89,15 +95,17 @@ def test_equals_pytorch(vocab, method):
     student, teacher = student.to(dtype), teacher.to(dtype)
     bounds = ((0.0, 1.0), (0.5, 1.0), (0.2, 0.45))[(vocab + METHODS.index(method)) % 3]
     mixture = MixtureConfig(
-        alpha_method=method, alpha_min=bounds[0], alpha_max=bounds[1], fixed_alpha=bounds[0], schedule_tokens=6,
-        temperature=0.7 if vocab % 2 else 1.0, force_first_token=vocab > 64,
+        alpha_method=method, alpha_min=bounds[0], alpha_max=bounds[1], fixed_alpha=bounds[0],
+        schedule_tokens=6, temperature=0.7 if vocab % 2 else 1.0, force_first_token=vocab > 64,
     )  # fmt: skip
     want = step(student, teacher, keys, keys.position, mixture)
     check(fused_step(student, teacher, keys, keys.position, mixture), want)
 
 
 def test_alpha_keeps_the_contract():
-    """Guards: a root that is not one, on rows that differ by 1e-3 up to 1e4. |F'| <= 1e-6 max(1, F''), or to 1e-6."""
+    """Guards: a root that is not one, on rows that differ by 1e-3 up to 1e4. |F'| <= 1e-6 max(1,
+    F''), or to 1e-6.
+    """
     g = torch.Generator().manual_seed(3)
     scales = torch.logspace(-3, 4, 36)[:, None]
     student = torch.randn(36, 7, generator=g) * scales
@@ -125,7 +133,9 @@ def test_alpha_keeps_the_contract():
 
 
 def test_extreme_rows():
-    """Guards: underflow between models that agree on nothing, division by no variance, and masks of finite numbers."""
+    """Guards: underflow between models that agree on nothing, division by no variance, and masks of
+    finite numbers.
+    """
     student, teacher, keys = batch(7, 70)
     student[0], teacher[0] = 0.0, 0.0
     student[1], teacher[1] = 1e4, -1e4
@@ -147,7 +157,9 @@ def test_extreme_rows():
 
 
 def test_bits_of_a_row_are_its_own():
-    """Guards: sums that depend on the batch, on a stride, on surplus columns or on the dtype of the positions."""
+    """Guards: sums that depend on the batch, on a stride, on surplus columns or on the dtype of the
+    positions.
+    """
     student, teacher, keys = batch(4, 700)
     mixture = MixtureConfig(alpha_min=0.1)
     whole = fused_step(student, teacher, keys, keys.position, mixture).pack()
@@ -165,10 +177,7 @@ def test_default_pieces():
     """Guards: sizes that no other test here uses, and pieces beyond the first."""
     student, teacher, keys = batch(1, 20_000)
     mixture = MixtureConfig(alpha_min=0.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "BLOCK", 1 << 11)
-        patch.setattr(fused, "PIECE", 1 << 14)
-        got = fused_step(student, teacher, keys, keys.position, mixture)
+    got = fused_step(student, teacher, keys, keys.position, mixture, launch.SIZES)
     check(got, step(student, teacher, keys, keys.position, mixture))
 
 
@@ -179,22 +188,24 @@ def test_no_rows():
         0,
         3 + len(TRACE_FIELDS),
     )
-    assert fused.fused_draft(student, keys, 1.0)[0].shape == (0,)
+    assert launch.fused_draft(student, keys, 1.0).shape == (0,)
 
 
 @triton.jit
 def noise_of_a_row(table, keys, position, hashes, values, vocab, BLOCK: tl.constexpr):
     ids = tl.arange(0, BLOCK)
     inside = ids < vocab
-    a, b = kernel._words(keys, position)
+    a, b = programs._words(keys, position)
     tl.store(
-        hashes + ids, kernel._hash(tl.load(table + ids, mask=inside, other=0), a, b), mask=inside
+        hashes + ids, programs._hash(tl.load(table + ids, mask=inside, other=0), a, b), mask=inside
     )
-    tl.store(values + ids, kernel._gumbel(table, ids, inside, a, b, True), mask=inside)
+    tl.store(values + ids, programs._gumbel(table, ids, inside, a, b, True), mask=inside)
 
 
 def test_noise_is_that_of_every_other_device():
-    """Guards: another hash, with which a run on a GPU draws other tokens, and logarithms that lose the tail."""
+    """Guards: another hash, with which a run on a GPU draws other tokens, and logarithms that lose
+    the tail.
+    """
     vocab, cpu = 3000, torch.device("cpu")
     table = noise.scrambled_ids(vocab, cpu)
     for key, place in ((0, 0), (2**64 - 1, 7), (0x0123456789ABCDEF, 2**31)):
@@ -219,16 +230,13 @@ def test_noise_given_is_noise_made():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_drafts(dtype):
-    """Guards: drafts of another noise, temperature or support than `step` has, and a confidence of another token."""
+    """Guards: drafts of another noise, temperature or support than `step` has."""
     student, _, keys = batch(5, 1100)
     student[1, ::2] = -INF
     student, mixture = student.to(dtype), MixtureConfig(temperature=0.7)
     for some in (keys, noise.noise_tensor(keys, 1100)):
-        token, log_p = fused.fused_draft(student, some, 0.7)
+        token = launch.fused_draft(student, some, 0.7, SMALL)
         assert torch.equal(token, draft(student, keys, mixture))
-        torch.testing.assert_close(
-            log_p, confident_draft(student, keys, mixture)[1], rtol=1e-5, atol=1e-5
-        )
 
 
 def test_draws_follow_q_and_would_not_follow_the_teacher():

@@ -1,4 +1,6 @@
-"""The fused kernel: its tests in Triton's interpreter, that it compiles for GPUs, and what goes to it."""
+"""The fused kernel: its tests in Triton's interpreter, that it compiles for GPUs, and what goes to
+it.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,13 @@ import torch
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import (
     NoiseKeys,
-    confident_draft,
     draft,
-    fused,
     gumbel,
     kernel_note,
     keys_tensor,
     step,
 )
+from optimal_sampling.distribution.gpu import launch
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
@@ -54,14 +55,16 @@ def test_kernel_in_the_interpreter():
 
 @needs_triton
 def test_kernel_compiles_for_gpus(tmp_path):
-    """Guards: what the interpreter takes and a GPU's compiler does not, and registers that spill. Needs no GPU."""
+    """Guards: what the interpreter takes and a GPU's compiler does not, and registers that spill.
+    Needs no GPU.
+    """
     in_own_process([HERE / "compiled.py"], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
 
 
 def test_covers():
     """Guards: a mixture that the kernel would get wrong."""
-    assert fused.covers(MixtureConfig(temperature=0.7, force_first_token=True))
-    assert not fused.covers(MixtureConfig(), keep_log_q=True)
+    assert launch.covers(MixtureConfig(temperature=0.7, force_first_token=True))
+    assert not launch.covers(MixtureConfig(), keep_log_q=True)
     for options in (
         {"alpha_method": "entropy"},
         {"alpha_method": "trust_region"},
@@ -70,27 +73,35 @@ def test_covers():
         {"teacher_support_top_k": 3},
         {"teacher_support_top_p": 0.9},
     ):
-        assert not fused.covers(MixtureConfig(**options))
+        assert not launch.covers(MixtureConfig(**options))
+
+
+def test_a_field_that_the_programs_do_not_write_is_not_covered(monkeypatch):
+    """Guards: a column of a new field that stays uninitialised on a GPU."""
+    monkeypatch.setattr(launch, "TRACE_FIELDS", (*launch.TRACE_FIELDS, "curvature"))
+    assert not launch.covers(MixtureConfig())
 
 
 def test_what_runs_where(monkeypatch):
     """Guards: a summary that names another path than the one taken, and a GPU that needs Triton."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(fused, "triton_version", lambda: "3.7.1")
+    monkeypatch.setattr(launch, "triton_version", lambda: "3.7.1")
     assert kernel_note(cuda) == "mixture kernel: fused (Triton 3.7.1)"
-    assert fused.runs_fused(cuda, MixtureConfig())
-    assert not fused.runs_fused(cuda, MixtureConfig(top_k=3))
+    assert launch.runs_fused(cuda, MixtureConfig())
+    assert not launch.runs_fused(cuda, MixtureConfig(top_k=3))
     assert "does not cover" in kernel_note(cuda, MixtureConfig(top_k=3))
-    assert not fused.runs_fused(cpu)
+    assert not launch.runs_fused(cpu)
     assert "this is cpu" in kernel_note(cpu)
-    monkeypatch.setattr(fused, "triton_version", lambda: None)
+    monkeypatch.setattr(launch, "triton_version", lambda: None)
     assert kernel_note(cuda) == "mixture kernel: PyTorch, because Triton is not installed"
-    assert not fused.runs_fused(cuda, MixtureConfig())
+    assert not launch.runs_fused(cuda, MixtureConfig())
 
 
 @pytest.mark.parametrize("vocab", [50, 5000])
 def test_keys_stand_for_their_noise(vocab):
-    """Guards: noise made for other rows where a batch is worked on in parts, or for another vocabulary."""
+    """Guards: noise made for other rows where a batch is worked on in parts, or for another
+    vocabulary.
+    """
     g = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(40, vocab, generator=g), torch.randn(40, vocab, generator=g)
     keys = NoiseKeys(keys_tensor(range(40)), torch.arange(40) + 3)
@@ -100,7 +111,4 @@ def test_keys_stand_for_their_noise(vocab):
         step(student, teacher, keys, keys.position, mixture).pack(),
         step(student, teacher, made, keys.position, mixture).pack(),
     )
-    token, log_p = confident_draft(student, keys, mixture)
-    assert torch.equal(token, draft(student, made, mixture))
-    want = (student / 0.8).log_softmax(-1).gather(-1, token[:, None])[:, 0]
-    torch.testing.assert_close(log_p, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(draft(student, keys, mixture), draft(student, made, mixture))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 
@@ -15,7 +16,9 @@ def uniform(keys, position, vocab):
 
 
 def test_law_and_independence_along_each_axis():
-    """Guards: a hash that is not uniform, or that correlates neighbours; each p below 1e-4 by luck once in 10,000."""
+    """Guards: a hash that is not uniform, or that correlates neighbours; each p below 1e-4 by luck
+    once in 10,000.
+    """
     by_id = uniform([7], [3], 200_000).flatten()
     by_position = uniform([7] * 100_000, list(range(100_000)), 2)
     by_key = uniform(list(range(100_000)), [0] * 100_000, 2)
@@ -29,7 +32,9 @@ def test_law_and_independence_along_each_axis():
 
 
 def test_tail_is_fine_and_long():
-    """Guards: winners quantised. With 24 bits no noise exceeds 17, and large vocabularies tie at the top."""
+    """Guards: winners quantised. With 24 bits no noise exceeds 17, and large vocabularies tie at
+    the top.
+    """
     noise = torch.cat(
         [gumbel(keys_tensor([k]), torch.tensor([0]), 262_144).flatten() for k in range(40)]
     )
@@ -41,7 +46,9 @@ def test_tail_is_fine_and_long():
 
 
 def test_no_row_collides():
-    """Guards: 32 bits of state, with which 100,000 rows share a whole vector of noise (about once in this test)."""
+    """Guards: 32 bits of state, with which 100,000 rows share a whole vector of noise (about once
+    in this test).
+    """
     keys = [*range(50_000), *(k << 32 for k in range(1, 50_001))]
     rows = gumbel(keys_tensor(keys), torch.zeros(100_000, dtype=torch.int64), 3)
     assert rows.unique(dim=0).shape[0] == 100_000
@@ -57,7 +64,7 @@ def test_keys_of_64_bits():
 
 
 def test_function_of_key_position_and_id_alone():
-    """Guards: noise that depends on the batch, on the vocabulary's size, on tiles, or on the buffer given."""
+    """Guards: noise that depends on the batch, on the vocabulary's size or on tiles."""
     keys, position = keys_tensor(range(37)), torch.arange(37) * 3
     for vocab in (1, 63, 272, 40_000):
         noise = gumbel(keys, position, vocab)
@@ -65,10 +72,17 @@ def test_function_of_key_position_and_id_alone():
             assert torch.equal(
                 noise[i : i + 1], gumbel(keys[i : i + 1], position[i : i + 1], vocab)
             )
-        out = torch.full((37, vocab), torch.nan)
-        assert gumbel(keys, position, vocab, out) is out
-        assert torch.equal(out, noise)
         assert torch.equal(gumbel(keys, position, vocab + 5)[:, :vocab], noise)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(5, 1), (37, 257), (3, 40_000)])
+def test_noise_of_given_ids_is_that_of_the_whole_row(rows, count):
+    """Guards: top-k lists of a server drawn with other noise than full rows, small or in tiles."""
+    keys = keys_tensor(range(rows))
+    position = torch.arange(rows) + 7
+    ids = torch.stack([torch.randperm(60_000)[:count] for _ in range(rows)])
+    whole = gumbel(keys, position, 60_000)
+    assert torch.equal(gumbel(keys, position, ids), whole.gather(-1, ids))
 
 
 def test_integers_are_fixed():

@@ -1,4 +1,5 @@
-"""The suite that every engine passes. Subclass `EngineConformance` in a file pytest collects and give it a harness."""
+"""The suite that every engine passes. Subclass `EngineConformance` in a file pytest collects and
+give it a harness."""
 
 import copy
 from collections.abc import Callable
@@ -35,7 +36,8 @@ def log_softmax(x):
 
 
 def exact_q(student_logits, teacher_logits, mixture, position):
-    """(q, alpha) of kl_symmetry with bounds, by bisection in float64; independent of the package's own reference."""
+    """(q, alpha) of kl_symmetry with bounds, by bisection in float64; independent of the package's
+    own reference."""
     s, t = (log_softmax(x / mixture.temperature) for x in (student_logits, teacher_logits))
 
     def q_at(alpha):
@@ -82,7 +84,8 @@ class EngineConformance:
             assert not engine.stop_ids & set(c.token_ids[:-1])
 
     def test_tokens_do_not_depend_on_the_batch(self, harness):
-        """Guards: needs.md 16: a slot that keeps its last tenant's state, a prompt used for the whole batch."""
+        """Guards: a slot that keeps the state of its last request, a prompt used for the whole
+        batch."""
         requests = requests_of(harness, 20)
         alone = by_key(c for r in requests for c in harness.open(MixtureConfig(), 1).generate([r]))
         for batch_size, order in ((1, 1), (3, -1), (64, 1), (7, -1)):
@@ -92,7 +95,7 @@ class EngineConformance:
             }
 
     def test_each_model_sees_its_own_prompt(self, harness):
-        """Guards: needs.md 16: the first request's student prompt, or the teacher's, used for all."""
+        """Guards: the first request's student prompt, or the teacher's, used for all."""
         mixture = MixtureConfig(alpha_min=0.0)
         for completion in harness.open(mixture, 8).generate(requests_of(harness, 6, new=6)):
             contexts = {
@@ -168,14 +171,16 @@ class EngineConformance:
                 engine.view(options=changed)
 
     def test_draws_follow_q(self, harness):
-        """Guards: a wrong distribution. The power check: the same test rejects the teacher alone."""
+        """Guards: a wrong distribution. The power check: the same test rejects the teacher
+        alone."""
         mixture = MixtureConfig()
         p_q, p_teacher = self.chi_square(harness, mixture)
         assert p_q > 1e-3
         assert p_teacher < 1e-6
 
     def chi_square(self, harness, mixture):
-        """p-values of the first two tokens of many samples, against q* and against the teacher alone."""
+        """p-values of the first two tokens of many samples, against q* and against the teacher
+        alone."""
         student, teacher = harness.prompts[0]
         samples = harness.samples
         requests = [Request("chi", j, 1, tuple(student), tuple(teacher), 2) for j in range(samples)]
@@ -258,7 +263,8 @@ class EngineConformance:
         assert all(done[r.id, 0].finish_reason != "error" for r in good)
 
     def test_requests_are_pulled_as_there_is_room_and_closing_gives_up(self, harness):
-        """Guards: an endless stream read into memory, and an engine that cannot be used after Ctrl-C."""
+        """Guards: an endless stream read into memory, and an engine that cannot be used after
+        Ctrl-C."""
         pulled = []
 
         def endless():
@@ -278,7 +284,8 @@ class EngineConformance:
         assert list(harness.open(MixtureConfig(), 4).generate([])) == []
 
     def test_the_context_is_never_exceeded(self, harness):
-        """Guards: positions beyond the model's last one; the end of the context is `length`, not an error."""
+        """Guards: positions beyond the model's last one; the end of the context is `length`, not an
+        error."""
         prompt = tuple([1] * (harness.context_length - 3))
         request = Request("full", 0, 0, prompt, (1, 2), 50)
         [completion] = harness.open(MixtureConfig(), 2).generate([request])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from optimal_sampling.config import MixtureConfig
+from optimal_sampling import load
+from optimal_sampling.config import MixtureConfig, ModelConfig, ToyOptions
 from optimal_sampling.engines.toy import ToyEngine
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Request
@@ -20,6 +21,17 @@ class TestToyEngine(EngineConformance):
             prompts=[([1, 2], [3]), ([4], [5, 1, 2]), ([2, 2, 2], [2])],
             context_length=64,
         )
+
+    def test_load_opens_the_engine_of_its_options(self):
+        """Guards: a vocabulary, mode or mixture that `load` does not hand on."""
+        mixture = MixtureConfig(alpha_min=0.9)
+        engine = load(ModelConfig(), mixture, ToyOptions(), mode="teacher")
+        assert isinstance(engine, ToyEngine)
+        assert (engine.mixture, engine.mode, engine.options) == (mixture, "teacher", ToyOptions())
+        assert engine.vocab_size == engine.vocabulary.size > 256
+        [done] = engine.generate([Request("a", 0, 0, (), (65,), 3)])
+        assert done.error == ""
+        assert set(done.trace["alpha"]) == {1.0}
 
     def test_tables_of_other_shapes_are_refused(self):
         """Guards: broadcasting one model over the other."""

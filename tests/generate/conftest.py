@@ -17,7 +17,9 @@ from optimal_sampling.types import TRACE_FIELDS, Completion, Request, TokenTrace
 
 
 class FakeEngine(Engine):
-    """Tokens are a function of the request's noise key; finishes `window` requests at a time, backwards."""
+    """Tokens are a function of the request's noise key; finishes `window` requests at a time,
+    backwards.
+    """
 
     def __init__(
         self, window: int = 4, fails: Callable[[Request], str] = lambda request: ""

@@ -12,7 +12,7 @@ import pytest
 
 from optimal_sampling.config import DataConfig
 from optimal_sampling.errors import DatasetError, MissingDependencyError
-from optimal_sampling.generate.dataset import open_rows
+from optimal_sampling.generate.dataset import open_dataset
 
 ROWS = [{"problem": f"What is {n}?", "answer": str(n)} for n in range(10)]
 
@@ -23,7 +23,7 @@ def write_jsonl(path, rows):
 
 
 def read(dataset, **options):
-    return list(open_rows(DataConfig(dataset=str(dataset), **options), seed=0))
+    return list(open_dataset(DataConfig(dataset=str(dataset), **options), seed=0))
 
 
 def test_jsonl_and_parquet_give_the_same_rows(tmp_path):
@@ -48,15 +48,17 @@ def test_num_examples_then_slice(tmp_path, part):
     """Guards: slicing before limiting, which gives shards that overlap or leave rows out."""
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     expected = list(enumerate(ROWS))[:7][slice(*(int(n) if n else None for n in part.split(":")))]
-    rows = open_rows(DataConfig(dataset=str(path), num_examples=7, data_slice=part), seed=0)
-    assert list(rows) == expected
-    assert len(rows) == len(expected)
-    assert list(rows) == expected  # a second time
+    dataset = open_dataset(DataConfig(dataset=str(path), num_examples=7, data_slice=part), seed=0)
+    assert list(dataset) == expected
+    assert len(dataset) == len(expected)
+    assert list(dataset) == expected  # a second time
 
 
 def test_synthetic():
-    """Guards: problems that depend on how many are asked for, which would make a longer run another run."""
-    assert len(open_rows(DataConfig(), seed=0)) == 100
+    """Guards: problems that depend on how many are asked for, which would make a longer run another
+    run.
+    """
+    assert len(open_dataset(DataConfig(), seed=0)) == 100
     assert read("synthetic", num_examples=5) == read("synthetic", num_examples=9)[:5]
     assert {"problem", "answer", "solution"} <= read("synthetic")[0][1].keys()
 
@@ -72,7 +74,7 @@ def test_synthetic():
 def test_the_prompt_column_is_guessed(tmp_path, columns, chosen):
     """Guards: a guess that depends on the order of the columns."""
     path = write_jsonl(tmp_path / "rows.jsonl", [dict.fromkeys(columns, "x")])
-    assert open_rows(DataConfig(dataset=str(path)), seed=0).prompt_column == chosen
+    assert open_dataset(DataConfig(dataset=str(path)), seed=0).prompt_column == chosen
 
 
 def test_blank_lines_bom_and_windows_line_ends(tmp_path):
@@ -170,7 +172,9 @@ def test_the_hub_needs_its_extra(monkeypatch):
 
 
 def test_the_hub(monkeypatch):
-    """Guards: a hub dataset that is read differently from a file. (A stand-in: tests have no network.)"""
+    """Guards: a hub dataset that is read differently from a file. (A stand-in: tests have no
+    network.)
+    """
 
     class Table(list):
         column_names = ("problem", "answer")

@@ -18,7 +18,8 @@ from optimal_sampling.types import prompt_id
 
 ROWS = [{"problem": f"{n}+1=?", "answer": str(n + 1)} for n in range(12)]
 ODD_ROWS = [
-    r"If $xy = b$ and $\frac{1}{x^2} + \frac{1}{y^2} = a$, then \[(x + y)^2 = \boxed{?}\] {problem} {{x}}",
+    r"If $xy = b$ and $\frac{1}{x^2} + \frac{1}{y^2} = a$, "
+    r"then \[(x + y)^2 = \boxed{?}\] {problem} {{x}}",
     "[asy]\ndraw(Circle(origin,1));\n[/asy]\n" * 40,
     "设 x≤π，求 ∑ 1/x² 的值。 \U0001f600 e\u0301 \u2028 \u0085 \x00 \t",
     "<|end|> 100% <|assistant|> C:\\path\\n %s %(x)s",
@@ -77,7 +78,9 @@ def test_more_of_the_same(fake_engine, job):
 
 
 def test_an_interrupted_run_goes_on(fake_engine, job):
-    """Guards: a record lost or made twice by Ctrl-C, and a resumed run that differs from an uninterrupted one."""
+    """Guards: a record lost or made twice by Ctrl-C, and a resumed run that differs from an
+    uninterrupted one.
+    """
     whole, broken = (
         job(ROWS, "whole", samples_per_prompt=3),
         job(ROWS, "broken", samples_per_prompt=3),
@@ -180,7 +183,9 @@ def test_duplicates_are_made_once_and_counted(fake_engine, job):
 
 @pytest.mark.parametrize("text", ODD_ROWS)
 def test_odd_text_arrives_whole(fake_engine, job, text):
-    """Guards: LaTeX braces read as a template, line separators splitting a record, text that is normalised."""
+    """Guards: LaTeX braces read as a template, line separators splitting a record, text that is
+    normalised.
+    """
     config = job([{"problem": text, "answer": r"\frac{1}{2}"}])
     config = replace(config, prompt=PromptConfig(teacher_template="{problem}\nHint: {answer}"))
     assert generate(config).good == 1
@@ -216,7 +221,9 @@ def test_a_bad_dataset_leaves_no_folder(fake_engine, job):
 
 
 def test_shards_together_are_the_whole(fake_engine, job, tmp_path):
-    """Guards: records that depend on the shard they were made in; shards that cannot be put together."""
+    """Guards: records that depend on the shard they were made in; shards that cannot be put
+    together.
+    """
     whole, shared = job(ROWS, "whole"), job(ROWS, "shared")
     generate(whole)
     for part in range(3):
@@ -263,7 +270,7 @@ def test_few_prompts_are_held(fake_engine, job):
 
 
 def test_an_overwritten_checkpoint_is_another_model(fake_engine, job, tmp_path):
-    """Guards: half of a dataset made by a student that has been trained further in the same folder."""
+    """Guards: half of a dataset made by a student that was trained further in the same folder."""
     student = tmp_path / "student"
     shutil.copytree(toy_pair.path("toy-student"), student)
     config = job(ROWS)

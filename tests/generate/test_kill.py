@@ -1,4 +1,4 @@
-"""The real command, ended at any moment and called again: nothing is lost, nothing is made twice."""
+"""The command, ended at any moment and called again: nothing is lost or made twice."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def size(folder):
 
 
 def wait_for_a_moment(process, folder, kills, rng, longest):
-    """In turn: just after a record was written, some time into the run, and any time from the start."""
+    """In turn: just after a record was written, some time into the run, and any time from the
+    start.
+    """
     before = size(folder)
     if kills % 3 == 0:
         while process.poll() is None and size(folder) == before:
@@ -59,7 +61,9 @@ def wait_for_a_moment(process, folder, kills, rng, longest):
 
 
 def kill_until_done(command, folder, rng, longest, most):
-    """Kill at random moments, at most so often, until it has finished all the same; the number of kills."""
+    """Kill at random moments, at most so often, until it has finished all the same; the number of
+    kills.
+    """
     kills = 0
     while True:
         before = len(lines(folder))
@@ -79,8 +83,10 @@ def kill_until_done(command, folder, rng, longest, most):
 
 @pytest.mark.timeout(120)
 def test_kill_and_resume(tmp_path):
-    """Guards: a lost record, a repeated one, and a resumed run that differs from an uninterrupted one."""
-    options = {"samples-per-prompt": 2, "batch-size": 3}
+    """Guards: a lost record, a repeated one, and a resumed run that differs from an uninterrupted
+    one.
+    """
+    options = {"samples-per-prompt": 2}
     subprocess.run(
         [*COMMAND, *arguments(tmp_path / "whole", 30, **options)], check=True, capture_output=True
     )

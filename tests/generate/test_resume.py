@@ -1,4 +1,6 @@
-"""Run folders of version 0.1.0, whose `config.json` was written before engines had options of their own."""
+"""Run folders of version 0.1.0, whose `config.json` was written before engines had options of their
+own.
+"""
 
 import json
 import shutil
@@ -46,7 +48,9 @@ def lines(path):
 
 @pytest.mark.parametrize("engine", [LocalOptions(batch_size=3), ToyOptions()])
 def test_a_folder_of_an_earlier_version_resumes(tmp_path, engine):
-    """Guards: a folder that is refused or begun again by a newer version, or goes on with other draws."""
+    """Guards: a folder that is refused or begun again by a newer version, or goes on with other
+    draws.
+    """
     run = shutil.copytree(FOLDERS / engine.name, tmp_path / "run")
     before = (run / "records" / "main.jsonl").read_bytes()
     summary = generate(config_of(run, engine))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +19,10 @@ from optimal_sampling.config import (
 )
 from optimal_sampling.errors import RunFolderError, StorageError
 from optimal_sampling.records import RunFolder, load
-from optimal_sampling.records import files as files_module
-from optimal_sampling.records.run_folder import MAY_DIFFER, compared, flat
-from optimal_sampling.records.schema import encode_line, key_of
+from optimal_sampling.records import store as store_module
+from optimal_sampling.records.run_folder import MAY_DIFFER, compared, config_hash, flat
+from optimal_sampling.records.schema import key_of
+from optimal_sampling.records.store import encode_line
 
 
 @pytest.fixture
@@ -34,7 +37,9 @@ def start(config, make_record):
 
 
 def test_option_names_are_unique():
-    """Guards: two sections with a field of one name, which would be one flag and one entry of config.json."""
+    """Guards: two sections with a field of one name, which would be one flag and one entry of
+    config.json.
+    """
     for engine in ENGINES.values():
         config = GenerateConfig(engine=engine())
         parts = [getattr(config, item.name) for item in fields(config)]
@@ -46,6 +51,16 @@ def test_option_names_are_unique():
 def test_options_that_may_differ_exist():
     """Guards: a renamed option that is silently compared, or silently not."""
     assert flat(GenerateConfig()).keys() >= MAY_DIFFER
+
+
+def test_options_that_may_differ_are_documented():
+    """Guards: docs/records.md naming an option that is refused, or leaving out one that is not."""
+    page = (Path(__file__).parents[2] / "docs" / "records.md").read_text("utf-8")
+    _, _, section = page.partition("## Another config\n")
+    section, _, _ = section.partition("\n## ")
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `--")]
+    flags = re.findall(r"`--([a-z-]+)`", " ".join(rows))
+    assert {flag.replace("-", "_") for flag in flags} == MAY_DIFFER
 
 
 def test_what_is_owed(config, make_record):
@@ -106,18 +121,16 @@ def test_speed_and_amount_may_change(config, make_record):
         run=replace(config.run, max_attempts=9),
         models=replace(config.models, device="cpu"),
     )
-    assert compared(other) == compared(config)
+    assert compared(flat(other)) == compared(flat(config))
     RunFolder(other).close()
 
 
 def test_an_option_that_is_younger_than_the_folder(config, make_record):
     """Guards: a new version refusing every folder made before it had some option."""
     start(config, make_record)
-    path = files_config(config)
+    path = config_file(config)
     document = json.loads(path.read_text())
     del document["compared"]["schedule_tokens"]
-    from optimal_sampling.records.run_folder import config_hash
-
     document["hash"] = config_hash(document["compared"])
     path.write_text(json.dumps(document))
     RunFolder(config).close()
@@ -125,9 +138,7 @@ def test_an_option_that_is_younger_than_the_folder(config, make_record):
         RunFolder(replace(config, mixture=MixtureConfig(schedule_tokens=7)))
 
 
-def files_config(config):
-    from pathlib import Path
-
+def config_file(config):
     return Path(config.run.output_dir) / "config.json"
 
 
@@ -135,17 +146,17 @@ def files_config(config):
 def test_a_damaged_config(config, text, make_record):
     """Guards: a traceback, or a new config written over the old one."""
     start(config, make_record)
-    files_config(config).write_text(text)
+    config_file(config).write_text(text)
     with pytest.raises(RunFolderError, match="restore it, or choose another --output-dir"):
         RunFolder(config)
-    assert files_config(config).read_text() == text
+    assert config_file(config).read_text() == text
 
 
 def test_records_without_a_config(config, make_record):
     """Guards: adopting records of unknown origin."""
     with RunFolder(config) as folder:
         folder.add(make_record())
-    files_config(config).unlink()
+    config_file(config).unlink()
     with pytest.raises(RunFolderError, match=r"has records but no config\.json"):
         RunFolder(config)
 
@@ -153,7 +164,7 @@ def test_records_without_a_config(config, make_record):
 def test_records_of_another_schema(config, make_record):
     """Guards: reading fields that mean something else."""
     start(config, make_record)
-    path = files_config(config).parent / "records" / "main.jsonl"
+    path = config_file(config).parent / "records" / "main.jsonl"
     path.write_bytes(encode_line(make_record() | {"schema_version": 99}))
     with pytest.raises(RunFolderError, match="schema 99"):
         RunFolder(config)
@@ -175,7 +186,9 @@ def test_damage_is_counted(config, make_record):
 
 
 def test_shards_share_a_folder(config, make_record):
-    """Guards: eight commands with one --output-dir fighting over one file, or making each other's samples again."""
+    """Guards: eight commands with one --output-dir fighting over one file, or making each other's
+    samples again.
+    """
     first = replace(config, data=DataConfig(data_slice="0::2"))
     second = replace(config, data=DataConfig(data_slice="1::2"))
     with RunFolder(first) as a, RunFolder(second) as b:
@@ -187,7 +200,7 @@ def test_shards_share_a_folder(config, make_record):
 
 
 def test_a_live_neighbours_torn_tail_is_left_alone(config, make_record):
-    """Guards: cutting a line that another worker is writing at this moment."""
+    """Guards: cutting a line that another process is writing at this moment."""
     other = replace(config, data=DataConfig(data_slice="0::2"))
     with RunFolder(other) as folder:
         folder.add(make_record(0))
@@ -213,12 +226,12 @@ def test_a_full_disk_at_the_first_file(config, make_record, monkeypatch):
 
     def run():
         with RunFolder(config) as folder:
-            monkeypatch.setattr(files_module.os, "fsync", full)
+            monkeypatch.setattr(store_module.os, "fsync", full)
             folder.add(make_record())
 
     with pytest.raises(StorageError, match="No space left"):
         run()
-    assert not [path for path in files_config(config).parent.iterdir() if path.is_file()]
+    assert not [path for path in config_file(config).parent.iterdir() if path.is_file()]
 
 
 def test_a_call_that_made_nothing_binds_nobody(config, make_record):
@@ -229,7 +242,7 @@ def test_a_call_that_made_nothing_binds_nobody(config, make_record):
         RunFolder(replace(config, mixture=MixtureConfig(alpha_min=0.1)))
 
 
-def test_two_workers_that_start_with_different_configs(config, make_record):
+def test_two_processes_that_start_with_different_configs(config, make_record):
     """Guards: both finding no config.json, and both writing records."""
     other = replace(
         config, data=DataConfig(data_slice="0::2"), mixture=MixtureConfig(alpha_min=0.1)

@@ -1,25 +1,36 @@
-"""A record and its line."""
+"""The fields of a record, and its line."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimal_sampling.records.schema import (
-    SCHEMA_VERSION,
-    Prompt,
-    completion_record,
-    decode_line,
-    encode_line,
-    row_id,
-)
-from optimal_sampling.types import TRACE_FIELDS, Completion, Request, TokenTrace
+from optimal_sampling.records.schema import FIELDS, Prompt, Record, Sample, record_of, row_id
+from optimal_sampling.records.store import decode_line, encode_line
+from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Request, TokenTrace
 
+HERE = Path(__file__).parent
+TYPES = get_type_hints(Record)
+TYPE_NAMES = {
+    str: "text",
+    int: "int",
+    float: "float",
+    FinishReason: "text",
+    float | None: "float or null",
+    list[int]: "list of int",
+    list[float | None]: "list of float or null",
+    dict[str, Any]: "object",
+}
+"""How docs/records.md writes a type."""
+
+WIDTH = len(TRACE_FIELDS)
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -39,13 +50,14 @@ def test_a_record_survives_its_line(record):
     assert line.count(b"\n") == 1
     assert line.endswith(b"\n")
     assert decode_line(line) == record
+    assert json.loads(line).keys() - record.keys() == {"checksum"} - record.keys()
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "ok \U0001f600 \ud83d", "π≤"])
 def test_lone_surrogates_survive(text):
-    """Guards: `UnicodeEncodeError` in the middle of a run, for a row that some tools write happily."""
+    """Guards: `UnicodeEncodeError` in a run, for a row that some tools write without an error."""
     line = encode_line({"id": "x", "row": {"problem": text}})
-    line.decode("utf-8")  # a file that is not UTF-8 cannot be read by anyone else
+    line.decode("utf-8")  # other tools cannot read a file that is not UTF-8
     assert decode_line(line) == {"id": "x", "row": {"problem": text}}
 
 
@@ -66,68 +78,128 @@ def test_a_row_cannot_forge_a_checksum(text):
     assert decode_line(encode_line(record)) == record
 
 
-def trace_record(rows, **options):
-    request = Request("a" * 32, 0, 3, (1,), (1, 2), 8)
-    completion = Completion(
-        request, tuple(range(len(rows))), "length", TokenTrace.from_rows(rows), seconds=1.23456
-    )
-    prompt = Prompt("a" * 32, 5, options.pop("row", {"problem": "p"}), "s", "t", 1, 2)
-    return completion_record(
-        prompt, completion, "text", attempts=2, token_lists=options.pop("token_lists", True)
-    )
+def sample(rows, finish_reason="length", *, text="text", attempts=2, row=None, **completion):
+    """A sample with one token per row of the trace."""
+    request = Request("a" * 32, 2, 7, (1, 2), (1, 2, 3), 16)
+    ids = tuple(range(1, len(rows) + 1))
+    trace = TokenTrace.from_rows(rows)
+    done = Completion(request, ids, finish_reason, trace, **completion)
+    prompt = Prompt("a" * 32, 5, row or {"problem": "p"}, "<s>1+1=?", "<t>1+1=?", 4, 5)
+    return Sample(prompt, done, text, attempts)
 
 
-def test_every_documented_field_is_there():
-    """Guards: a field of docs/records.md that no record has, or the reverse."""
-    record = trace_record([(0.5,) * len(TRACE_FIELDS)])
-    page = (Path(__file__).parents[2] / "docs" / "records.md").read_text("utf-8")
-    documented = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
-    assert [name for name in documented if name.isidentifier()] == [*record, "checksum"]
-    assert json.loads(encode_line(record)).keys() - record.keys() == {"checksum"}
-    assert record["schema_version"] == SCHEMA_VERSION
+def failed_row():
+    """A sample of a row that could not be rendered."""
+    row = {"problem": None, "n": 1}
+    request = Request(row_id(row), 1, 7, (), (), 16)
+    reason = "column 'problem' is null"
+    completion = Completion(request, (), "error", TokenTrace.from_rows([]), reason)
+    return Sample(Prompt(row_id(row), 3, row), completion, "", attempts=2)
+
+
+def samples():
+    """Samples of every kind, with `token_lists` of their records."""
+    row = {"problem": "1+1=?", "score": math.nan, "list": [1, 2.5, None, math.inf]}
+    row |= {"id": "theirs", "π": "x≤π \u2028"}
+    trace = [
+        tuple(0.123456789 * (place + 1) / (column + 1) for column in range(WIDTH))
+        for place in range(3)
+    ]
+    odd = [(math.nan,) * WIDTH, (0.5,) * WIDTH, (0.0,) * WIDTH]
+    usual = {"row": row, "text": "2 π", "seconds": 1.23456}
+    nan = {"row": row, "text": "half \ud83d", "error": "NaN logits", "seconds": 1.23456}
+    none = {"row": row, "text": "", "attempts": 1, "error": "no token"}
+    return [
+        (sample(trace, "stop", attempts=1, **usual), True),
+        (sample(trace, "length", attempts=3, **usual), False),
+        (sample(odd, "error", **nan), True),
+        (sample([], "error", **none), True),
+        (failed_row(), True),
+        (failed_row(), False),
+    ]
+
+
+def test_lines_are_those_of_version_0_1_0():
+    """Guards: a change of a field, its place or its digits, after which resumed runs differ.
+
+    `data/lines.jsonl` was written by version 0.1.0 for these samples.
+    """
+    lines = [encode_line(record_of(one, token_lists=lists)) for one, lists in samples()]
+    expected = (HERE / "data" / "lines.jsonl").read_bytes().splitlines(keepends=True)
+    assert lines == expected
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON has a type of the table."""
+    if isinstance(kind, UnionType):
+        return any(fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return type(value) is list and all(fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is dict:
+        return type(value) is dict
+    if kind is FinishReason:
+        return value in get_args(FinishReason)
+    return type(value) is (NoneType if kind is None else kind)
+
+
+@pytest.mark.parametrize(("one", "lists"), samples())
+def test_every_field_has_its_type(one, lists):
+    """Guards: a null, an int or a number where the table promises a text, a float or a list."""
+    record = decode_line(encode_line(record_of(one, token_lists=lists)))
+    optional = set() if lists else Record.__optional_keys__
+    assert record.keys() == FIELDS.keys() - optional
+    wrong = {name: value for name, value in record.items() if not fits(value, TYPES[name])}
+    assert not wrong
+
+
+def test_the_documented_table_is_that_of_the_code():
+    """Guards: a field of docs/records.md that no record has, or the reverse, or another meaning."""
+    page = (HERE.parents[1] / "docs" / "records.md").read_text("utf-8")
+    _, _, section = page.partition("## A record\n")
+    section, _, _ = section.partition("\n## ")
+    documented = [line for line in section.splitlines() if line.startswith("| `")]
+    *fields, checksum = documented
+    assert fields == [
+        f"| `{name}` | {TYPE_NAMES[TYPES[name]]} | {field.meaning} |"
+        for name, field in FIELDS.items()
+    ]
+    assert checksum.startswith("| `checksum` | text |")
 
 
 def test_nan_never_reaches_json():
     """Guards: `NaN` in a line, which is no JSON, and a mean that one NaN token makes NaN."""
-    nan = (math.nan,) * len(TRACE_FIELDS)
-    record = trace_record(
-        [nan, (0.5,) * len(TRACE_FIELDS)], row={"problem": "p", "score": math.inf}
-    )
-    assert record["alpha_mean"] == 0.5
+    nan = (math.nan,) * WIDTH
+    record = record_of(sample([nan, (0.5,) * WIDTH], row={"problem": "p", "score": math.inf}))
+    assert record["alpha_mean"] == record["alpha_min"] == record["alpha_max"] == 0.5
     assert record["token_alpha"] == [None, 0.5]
     assert record["row"]["score"] is None
-    assert trace_record([nan])["alpha_mean"] is None
+    assert record_of(sample([nan]))["alpha_mean"] is None
     assert decode_line(encode_line(record)) == record
 
 
 def test_a_completion_without_tokens_has_no_means():
     """Guards: division by zero where the first token fails."""
-    record = trace_record([])
-    assert (
-        record["alpha_mean"]
-        is record["alpha_min"]
-        is record["kl_student"]
-        is record["ess_ratio"]
-        is None
-    )
+    record = record_of(sample([]))
+    means = [name for name, kind in TYPES.items() if kind == float | None]
+    assert len(means) == 7
+    assert [record[name] for name in means] == [None] * 7
 
 
 def test_token_lists_can_be_left_out():
-    """Guards: the switch leaving null columns, which `load_dataset` types differently from lists."""
-    record = trace_record([(0.25,) * len(TRACE_FIELDS)], token_lists=False)
+    """Guards: the switch leaving null columns, which `load_dataset` does not type as lists."""
+    record = record_of(sample([(0.25,) * WIDTH]), token_lists=False)
     assert not [name for name in record if name.startswith("token_")]
     assert record["alpha_mean"] == 0.25
 
 
 def test_row_columns_cannot_collide_with_ours():
     """Guards: a dataset with a column `id` or `completion` overwriting the record's."""
-    record = trace_record([], row={"id": "theirs", "completion": 3, "error": "no"})
-    assert record["id"] == "a" * 32
-    assert record["completion"] == "text"
-    assert record["row"]["id"] == "theirs"
+    record = record_of(sample([], row={"id": "theirs", "completion": 3, "error": "no"}))
+    assert (record["id"], record["completion"], record["error"]) == ("a" * 32, "text", "")
+    assert record["row"] == {"id": "theirs", "completion": 3, "error": "no"}
 
 
 def test_row_id_is_the_content():
-    """Guards: a failed row that is owed again under another name at the next call."""
+    """Guards: a failed row that is owed again under another id at the next call."""
     assert row_id({"problem": None, "n": 1}) == row_id({"n": 1, "problem": None})
     assert row_id({"problem": None, "n": 1}) != row_id({"problem": None, "n": 2})

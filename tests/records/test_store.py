@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optimal_sampling.errors import RunFolderError, StorageError
-from optimal_sampling.records.schema import encode_line
-from optimal_sampling.records.store import RecordFile, Scan
+from optimal_sampling.records.store import RecordFile, Scan, encode_line
 
 
 def open_file(path):
@@ -171,7 +170,9 @@ FULL_DISK = """
 
 @pytest.mark.parametrize("room", [1, 300, 1000, 1001, 2500])
 def test_a_full_disk_loses_nothing_acknowledged(tmp_path, room):
-    """Guards: half a line at the end of a file on a full disk; here a limit of the file's size plays the disk."""
+    """Guards: half a line at the end of a file on a full disk; here a limit of the file's size
+    plays the disk.
+    """
     path = tmp_path / "main.jsonl"
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(path), str(room)],
@@ -212,7 +213,9 @@ def test_a_failed_write_is_taken_back(tmp_path, make_record, monkeypatch):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_an_interrupt_in_a_write_repeats_nothing(tmp_path, make_record, monkeypatch, moment):
-    """Guards: Ctrl-C between the write and its bookkeeping, after which closing writes the line again."""
+    """Guards: Ctrl-C between the write and its bookkeeping, after which closing writes the line
+    again.
+    """
     path = tmp_path / "main.jsonl"
     real, calls = os.fsync, []
     file, _, _ = open_file(path)
@@ -271,7 +274,9 @@ def kill_loop(path, rounds, seed):
 
 
 def test_kill_at_random_moments(tmp_path):
-    """Guards: a record that was acknowledged and is gone, one that is there twice, and a torn line in the middle."""
+    """Guards: a record that was acknowledged and is gone, one that is there twice, and a torn line
+    in the middle.
+    """
     kill_loop(tmp_path / "main.jsonl", 12, seed=1)
 
 

@@ -1,4 +1,6 @@
-"""Small tokenizers made on the spot: byte-level, one token per byte and per word given, markers as asked for."""
+"""Small tokenizers made on the spot: byte-level, one token per byte and per word given, markers as
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from optimal_sampling.vocabulary import ModelTokens, Vocabulary
 END = "<|im_end|>"
 TEXT_END = "<|endoftext|>"
 CHATML = (
-    "{%- for m in messages -%}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor -%}"
+    "{%- for m in messages -%}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor -%}"
     "{%- if add_generation_prompt -%}<|im_start|>assistant\n{% endif -%}"
 )
 SWITCHED = CHATML + (
@@ -75,7 +79,9 @@ def vocabulary_of(student: Any = None, teacher: Any = None) -> Vocabulary:
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Callable[..., str]:
-    """Writes a model's folder without weights: tokenizer, config and, where given, a generation config."""
+    """Writes a model's folder without weights: tokenizer, config and, where given, a generation
+    config.
+    """
 
     def write(
         name: str,

@@ -1,32 +1,23 @@
 """`optimal-sampling bench`: ratios measured in one run, on the machine it runs on.
 
-options.py     the options
-hardware.py    where and with what
-measure.py     interleaved repeats, medians, wall clock and CPU time
-workload.py    a pair of models, and the prompts they answer
-shapes.py      the same with random weights of a known architecture
-pairs.py       which of the two the options ask for
-watch.py       what is seen of a run's rounds; emulated acceptance of drafts
-peers.py       the same work as a user of Transformers would write it
-contenders.py  what can be timed, by name
-roofline.py    what memory bandwidth alone allows
-speed.py       the table of sampling speeds
-drafts.py      the same by draft length
-selfdistil.py  one model as teacher and student, with and without a solution in the teacher's prompt
-scaling.py     time and memory against the number of prompts, and an oversized batch
-memory.py      KV caches predicted and measured, admission and preemption
-identity.py    speculative = lockstep, bit for bit
-solver.py      what the mixture costs, without models
-gpu.py         the table of large shapes, within a budget of time
-gpu_cells.py   what it measures
-gpu_tables.py  what it is held against, and how it is shown
-report.py      what each of them hands back
-command.py     tables, and the line of JSON at the end
+subcommands.py    the options of each subcommand
+harness.py        interleaved repeats, medians, ratios, tables, and the line of JSON at the end
+hardware.py       the machine: names, memory bandwidth, the roofline of lockstep decoding
+workload.py       prompts, and the two models that answer them
+architectures.py  two models with random weights of known architectures
+instruments.py    what is recorded of an engine's rounds; emulated acceptance of drafts
+baselines.py      the same work as a user of Transformers would write it
+speed.py          `speed`, `drafts`: tokens per second
+selfdistil.py     `selfdistil`: one model as teacher and student
+footprint.py      `memory`, `scaling`: KV caches, admission, growth with the number of prompts
+identity.py       `identity`: speculative decoding against lockstep, bit for bit
+mixture_cost.py   `solver`: the mixture without a model
+large_shapes.py   `gpu`: a table of large shapes, within a budget of time
 """
 
 from __future__ import annotations
 
-from optimal_sampling.bench.command import run_bench
-from optimal_sampling.bench.options import BenchOptions
+from optimal_sampling.bench.harness import run_bench
+from optimal_sampling.bench.subcommands import BenchOptions, parse_bench
 
-__all__ = ["BenchOptions", "run_bench"]
+__all__ = ["BenchOptions", "parse_bench", "run_bench"]

@@ -1,131 +1,129 @@
 """One model as its own teacher: two contexts in one forward pass, beside that model alone.
 
-With equal prompts q* is the model itself, and what is measured is what the second context costs. With the solution in
-the teacher's prompt, drafts are looked up there.
+With equal prompts q* is the model itself, and what is measured is the cost of the second context.
+With the solution in the teacher's prompt, drafts are looked up there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 from rich.table import Table
 
-from optimal_sampling.bench.measure import Contender, Spent, interleave
-from optimal_sampling.bench.options import BenchOptions
-from optimal_sampling.bench.pairs import make_bench
-from optimal_sampling.bench.report import Report, Show, Tell, add_rates, rates_table
-from optimal_sampling.bench.watch import Watch
-from optimal_sampling.bench.workload import Bench, Workload
+from optimal_sampling.bench.architectures import RandomPair
+from optimal_sampling.bench.harness import (
+    Display,
+    Rates,
+    RateTable,
+    Report,
+    Spent,
+    System,
+    interleave,
+    quotients,
+)
+from optimal_sampling.bench.instruments import Recorder
+from optimal_sampling.bench.subcommands import SelfDistilOptions
+from optimal_sampling.bench.workload import ModelPair, Variant, Workload, count_tokens
 from optimal_sampling.config import PromptConfig
 
-__all__ = ["SelfDistillation", "measure", "run"]
+__all__ = ["PRIVILEGED", "measure", "run"]
 
 BATCH = 8
 ALONE, PLAIN_ALONE = "the model alone", "the model alone, shapes not padded"
-LOCKSTEP, LOOKUP = "q* lockstep", "q* prompt lookup, auto"
+FASTEST = "fastest alone"
 PRIVILEGED = PromptConfig(teacher_template="{problem}\nHint: {solution}")
-"""As the shipped teacher has learnt to read a solution."""
-EQUAL_ROWS: dict[str, dict[str, Any]] = {
-    ALONE: {"mode": "teacher"},
-    PLAIN_ALONE: {"mode": "teacher", "batch_invariant": False},
-    LOCKSTEP: {"draft_tokens": 0},
+"""The form of solution that the shipped teacher was trained on."""
+EQUAL_ROWS = {
+    ALONE: Variant(mode="teacher"),
+    PLAIN_ALONE: Variant(mode="teacher", batch_invariant=False),
+    "q* lockstep": Variant(draft_tokens=0),
 }
-PRIVILEGED_ROWS: dict[str, dict[str, Any]] = {
+PRIVILEGED_ROWS = {
     **EQUAL_ROWS,
-    **{f"q* prompt lookup, {k}": {"draft_tokens": k} for k in (2, 4, 8, 16)},
-    LOOKUP: {"draft_tokens": "auto"},
+    **{f"q* prompt lookup, {k}": Variant(draft_tokens=k) for k in (2, 4, 8, 16)},
+    "q* prompt lookup, auto": Variant(),
 }
 
 
 @dataclass(frozen=True)
-class SelfDistillation:
-    """What one table says."""
+class SelfDistilResult(RateTable):
+    """One table, with what became of the drafts."""
 
-    title: str
-    per_wall_second: dict[str, float]
-    per_cpu_second: dict[str, float]
-    ratios_wall: dict[str, float]
-    ratios_cpu: dict[str, float]
     drafts: dict[str, dict[str, float]]
     """By row: share of drafted tokens that was accepted, and tokens per row and round."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-    def table(self) -> Table:
-        """For people."""
-        table = rates_table(self.title, self.per_wall_second, self.per_cpu_second)
-        add_rates(table, self.ratios_wall, self.ratios_cpu, ".2f")
+    def table(self, bounds: Rates | None = None) -> Table:
+        """The table to be printed."""
+        table = super().table(bounds)
         for name, facts in self.drafts.items():
-            table.add_row(f"{name}: drafts accepted", f"{facts['accepted']:.0%}", "")
-            table.add_row(
-                f"{name}: tokens per row and round", f"{facts['tokens_per_round']:.2f}", ""
-            )
+            accepted, tokens = facts["accepted"], facts["tokens_per_round"]
+            table.add_row(f"{name}: drafts accepted", f"{accepted:.0%}", "")
+            table.add_row(f"{name}: tokens per row and round", f"{tokens:.2f}", "")
         return table
 
 
 def measure(
-    bench: Bench, workload: Workload, title: str, rows: Mapping[str, dict[str, Any]], options: BenchOptions,
-    tell: Tell,
-) -> SelfDistillation:  # fmt: skip
+    pair: ModelPair, workload: Workload, rows: Mapping[str, Variant], repeats: int, display: Display
+) -> SelfDistilResult:
     """Time the rows in turn: rounds that read no prompt, and only the tokens that those drew."""
     drafts: dict[str, dict[str, float]] = {}
-    names = [name for name in rows if name != PLAIN_ALONE or bench.padded]
-    works = [
-        Contender(name, partial(_decode, bench, workload, name, rows[name], drafts))
-        for name in names
+
+    def system(name: str, variant: Variant) -> System:
+        def run(repeat: int) -> Spent:
+            recorder = Recorder()
+            count_tokens(pair.engine(workload, BATCH, variant, recorder), workload)
+            counts = recorder.loop.counts
+            if counts.drafted:
+                drafts[name] = {
+                    "accepted": counts.accepted / counts.drafted,
+                    "tokens_per_round": recorder.decoding.tokens / recorder.decoding_rows,
+                }
+            return recorder.decoding
+
+        return System(name, run)
+
+    named = [
+        system(name, variant)
+        for name, variant in rows.items()
+        if name != PLAIN_ALONE or pair.padded
     ]
-    timings = interleave(works, options.repeats, tell)
-    wall = {name: timing.per_wall_second for name, timing in timings.items()}
-    cpu = {name: timing.per_cpu_second for name, timing in timings.items()}
-    return SelfDistillation(title, wall, cpu, _ratios(wall), _ratios(cpu), drafts)
+    timings = interleave(named, repeats, display.status)
+    prompts = {r.student_prompt_ids == r.teacher_prompt_ids for r in workload.requests}
+    contexts = "equal prompts" if prompts == {True} else "the teacher is shown the solution"
+    count = len(workload.requests)
+    title = f"same weights, {contexts}: batch {BATCH}, {count} prompts, rounds that read no prompt"
+    return SelfDistilResult(**vars(RateTable.of(title, timings, ratios)), drafts=drafts)
 
 
-def _decode(
-    bench: Bench,
-    workload: Workload,
-    name: str,
-    how: dict[str, Any],
-    drafts: dict[str, dict[str, float]],
-) -> Spent:
-    watch = Watch()
-    engine = bench.engine(workload, BATCH, watch=watch, **how)
-    for _ in engine.generate(workload.requests):
-        pass
-    run = engine.draft_counts
-    if run.drafted:
-        per_round = watch.decoding.tokens / watch.decoding_rows
-        drafts[name] = {"accepted": run.accepted / run.drafted, "tokens_per_round": per_round}
-    return watch.decoding
-
-
-def _ratios(speed: Mapping[str, float]) -> dict[str, float]:
+def ratios(rates: Rates) -> dict[str, float]:
     """To the model alone, as fast as it runs."""
-    alone = max(speed[name] for name in (ALONE, PLAIN_ALONE) if name in speed)
-    return {
-        f"{name} / fastest alone": value / alone
-        for name, value in speed.items()
-        if name.startswith("q*")
-    }
+    alone = max(rates[name] for name in (ALONE, PLAIN_ALONE) if name in rates)
+    named = [(f"{name} / {FASTEST}", name, FASTEST) for name in rates if name.startswith("q*")]
+    return quotients({**rates, FASTEST: alone}, named)
 
 
-def run(options: BenchOptions, show: Show, tell: Tell) -> Report:
-    """The command `bench selfdistil`. Random weights do not repeat a solution, so shapes have the first table only."""
-    bench = make_bench(options).twin()
-    count = max(BATCH, options.prompts() // 8)
-    what = f"batch {BATCH}, {count} prompts, rounds that read no prompt"
-    cases = [(bench.workload(count), f"same weights, equal prompts: {what}", EQUAL_ROWS)]
-    if bench.natural:
-        privileged = bench.workload(count, prompt=PRIVILEGED)
-        title = f"same weights, the teacher is shown the solution: {what}"
-        cases.append((privileged, title, PRIVILEGED_ROWS))
+def run(options: SelfDistilOptions, display: Display) -> Report:
+    """The subcommand `selfdistil`. Random weights repeat no solution: one table for shapes."""
+    pair = _one_model(options)
+    count = max(BATCH, options.num_prompts // 8)
+    cases = [(pair.workload(count), EQUAL_ROWS)]
+    if pair.natural:
+        cases.append((pair.workload(count, prompt=PRIVILEGED), PRIVILEGED_ROWS))
     results = []
-    for workload, title, rows in cases:
-        result = measure(bench, workload, title, rows, options, tell)
-        show(result.table())
-        results.append(result.as_json())
-    return Report(bench.names, results)
+    for workload, rows in cases:
+        result = measure(pair, workload, rows, options.repeats, display)
+        display.show(result.table())
+        results.append(asdict(result))
+    return Report(pair.names, results)
+
+
+def _one_model(options: SelfDistilOptions) -> ModelPair:
+    """The teacher in both roles."""
+    models, shape = options.models, options.teacher_shape
+    if shape is None:
+        return ModelPair(replace(models, student=models.teacher))
+    tokens = options.prompt_tokens
+    pair = RandomPair(models, shape, shape, same_weights=True, prompt_tokens=tokens)
+    pair.equal_tokens = options.new_tokens
+    return pair

@@ -2,48 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 
-from optimal_sampling.bench.contenders import (
-    ASSISTED,
-    AUTO,
-    HF,
-    HF_MIX,
-    LOCKSTEP,
-    PLAIN_TEACHER,
-    STUDENT,
-    TEACHER,
-    contenders,
-    drafts,
+from optimal_sampling.bench.architectures import make_pair
+from optimal_sampling.bench.baselines import transformers_generate
+from optimal_sampling.bench.hardware import lockstep_bound
+from optimal_sampling.bench.harness import (
+    Display,
+    Rates,
+    RateTable,
+    Report,
+    Spent,
+    System,
+    interleave,
+    quotients,
+    timed,
 )
-from optimal_sampling.bench.measure import interleave
-from optimal_sampling.bench.options import BenchOptions
-from optimal_sampling.bench.pairs import make_bench
-from optimal_sampling.bench.report import Report, Show, Tell, add_rates, rates_table
-from optimal_sampling.bench.roofline import lockstep_bound
-from optimal_sampling.bench.workload import Bench, Workload, describe_lengths
+from optimal_sampling.bench.subcommands import DraftsOptions, SpeedOptions
+from optimal_sampling.bench.workload import (
+    ModelPair,
+    Variant,
+    Workload,
+    count_tokens,
+)
 
 __all__ = [
-    "Result",
+    "IDEAL",
+    "LOCKSTEP",
+    "ROOFLINE",
+    "STUDENT",
+    "TEACHER",
     "Setting",
+    "draft_settings",
+    "fixed_drafts",
+    "ideal_lockstep",
     "measure_setting",
     "ratios",
-    "run",
+    "run_drafts",
+    "run_speed",
     "speed_settings",
-    "speed_table",
-    "tables",
+    "systems",
 ]
 
+STUDENT, TEACHER = "student alone", "teacher alone"
+PLAIN_TEACHER = "teacher alone, shapes not padded"
+LOCKSTEP = "q* lockstep"
+AUTO = "q* speculative, auto (the default)"
+HF, HF_MIX = "Transformers generate, teacher", "Transformers generate + logits processor, q*"
+ASSISTED = "Transformers assisted generation, teacher"
 IDEAL, ROOFLINE = "ideal lockstep", "roofline, lockstep"
 BEST_TEACHER, BEST_FIXED = "fastest teacher alone", "best of lockstep and fixed lengths"
-OURS = (STUDENT, TEACHER, PLAIN_TEACHER, LOCKSTEP, *map(drafts, (1, 2, 4, 8)), AUTO)
-PEERS = (HF, HF_MIX, ASSISTED)
 
-FIXED = tuple(map(drafts, (1, 2, 4, 8, 16)))
+
+def fixed_drafts(count: int) -> str:
+    """Name of q* with this fixed draft length."""
+    return f"q* speculative, {count}"
+
+
+FIXED = tuple(map(fixed_drafts, (1, 2, 4, 8, 16)))
+ENGINE_ROWS = (STUDENT, TEACHER, PLAIN_TEACHER, LOCKSTEP, *FIXED[:-1], AUTO)
+VARIANTS = {
+    STUDENT: Variant(mode="student"),
+    TEACHER: Variant(mode="teacher"),
+    PLAIN_TEACHER: Variant(mode="teacher", batch_invariant=False),
+    LOCKSTEP: Variant(draft_tokens=0),
+    **{fixed_drafts(k): Variant(draft_tokens=k) for k in (1, 2, 4, 8, 16)},
+    AUTO: Variant(draft_tokens="auto"),
+}
+BASELINES: dict[str, dict[str, bool]] = {
+    HF: {},
+    HF_MIX: {"mix": True},
+    ASSISTED: {"assisted": True},
+}
 
 RATIOS = (
     ("q* lockstep / ideal lockstep", LOCKSTEP, IDEAL),
@@ -55,7 +90,6 @@ RATIOS = (
     ("q* speculative / Transformers + logits processor", AUTO, HF_MIX),
     ("q* speculative / Transformers assisted generation", AUTO, ASSISTED),
 )
-"""What the targets are stated in: a name, what is divided, by what."""
 
 
 @dataclass(frozen=True)
@@ -69,123 +103,148 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one table says."""
+class SpeedResult(RateTable):
+    """One table, with what bounds its rates."""
 
     setting: Setting
-    title: str
-    per_wall_second: dict[str, float]
-    per_cpu_second: dict[str, float]
     bounds: dict[str, float]
-    """Tokens per second of wall clock that could be had at most."""
+    """Tokens per wall-clock second that are possible at most."""
     bandwidth: float
-    """Measured, bytes per second."""
-    ratios_wall: dict[str, float]
-    ratios_cpu: dict[str, float]
+    """Of memory, measured, in bytes per second."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+    def bounded_table(self) -> Table:
+        """The table to be printed."""
+        roofline = f"{ROOFLINE} at {self.bandwidth / 1e9:.1f} GB/s"
+        named = {roofline if name == ROOFLINE else name: x for name, x in self.bounds.items()}
+        return self.table(named)
 
 
 def speed_settings(prompts: int, natural: bool = True) -> list[Setting]:
     """Batch 1 on fewer prompts, batch 32 with natural and with equal lengths."""
-    found = [
-        Setting(1, max(8, prompts // 16), natural, OURS + PEERS),
-        Setting(32, max(32, prompts // 4), False, OURS + PEERS),
+    rows = (*ENGINE_ROWS, *BASELINES)
+    first = Setting(1, max(8, prompts // 16), natural, rows)
+    last = Setting(32, max(32, prompts // 4), False, rows)
+    return [first, Setting(32, prompts, True, rows), last] if natural else [first, last]
+
+
+def draft_settings(prompts: int, natural: bool = True, padded: bool = True) -> list[Setting]:
+    """Batch 1 to 128, on fewer prompts where it is slow; the teacher alone as fast as it runs."""
+    rows = (PLAIN_TEACHER if padded else TEACHER, LOCKSTEP, *FIXED, AUTO, ASSISTED)
+    counts = {
+        1: max(8, prompts // 16),
+        8: max(32, prompts // 4),
+        32: max(64, prompts // 2),
+        128: max(256, prompts),
+    }
+    return [Setting(batch, count, natural, rows) for batch, count in counts.items()]
+
+
+def systems(
+    names: Iterable[str], pair: ModelPair, workload: Workload, batch_size: int
+) -> list[System]:
+    """The systems of these names that differ for this pair and batch size."""
+    return [
+        _baseline(name, pair, workload, batch_size)
+        if name in BASELINES
+        else _engine_system(name, pair, workload, batch_size)
+        for name in names
+        if _applies(name, pair, batch_size)
     ]
-    if natural:
-        found.insert(1, Setting(32, prompts, True, OURS + PEERS))
-    return found
 
 
-def measure_setting(bench: Bench, setting: Setting, repeats: int, tell: Tell) -> Result:
-    """Time all contenders of a setting in turn."""
-    workload = bench.workload(setting.prompts, None if setting.natural_end else bench.equal_tokens)
-    rows = contenders(setting.rows, bench, workload, setting.batch_size)
-    timings = interleave(rows, repeats, tell)
-    title, cached = _lengths(bench, workload, setting)
-    tell("memory bandwidth")
-    batch = min(setting.batch_size, setting.prompts)
-    wall = {name: timing.per_wall_second for name, timing in timings.items()}
-    cpu = {name: timing.per_cpu_second for name, timing in timings.items()}
-    bounds = {ROOFLINE: lockstep_bound(bench.engine(workload, 1), batch, cached, bench.bandwidth)}
-    if STUDENT in wall and TEACHER in wall:
-        bounds[IDEAL] = ideal_lockstep(wall)
-    return Result(setting, title, wall, cpu, bounds, bench.bandwidth, ratios(wall), ratios(cpu))
+def _applies(name: str, pair: ModelPair, batch_size: int) -> bool:
+    if name == PLAIN_TEACHER:
+        return pair.padded
+    return name != ASSISTED or (pair.has_assistant and batch_size == 1)
 
 
-def _lengths(bench: Bench, workload: Workload, setting: Setting) -> tuple[str, float]:
-    """The table's title, and how many tokens a cache holds on average while a text is drawn."""
-    done = list(bench.engine(workload, 32).generate(workload.requests))
-    ends = (
-        "natural end of text"
-        if setting.natural_end
-        else f"{workload.requests[0].max_new_tokens} tokens each"
+def _baseline(name: str, pair: ModelPair, workload: Workload, batch_size: int) -> System:
+    how = BASELINES[name]
+    return System(name, lambda _: transformers_generate(pair, workload, batch_size, **how))
+
+
+def _engine_system(name: str, pair: ModelPair, workload: Workload, batch_size: int) -> System:
+    engine = pair.engine(workload, batch_size, VARIANTS[name])
+
+    def run(repeat: int) -> Spent:
+        if engine.pair.recorded_graphs is not None:
+            # records again the CUDA graphs that the engine dropped for the system before it
+            count_tokens(engine, workload)
+        return timed(lambda: count_tokens(engine, workload))
+
+    return System(name, run)
+
+
+def measure_setting(
+    pair: ModelPair, setting: Setting, repeats: int, display: Display
+) -> SpeedResult:
+    """Time all systems of a setting in turn."""
+    workload = pair.workload(setting.prompts, None if setting.natural_end else pair.equal_tokens)
+    rows = systems(setting.rows, pair, workload, setting.batch_size)
+    timings = interleave(rows, repeats, display.status)
+    title, cached = _lengths(pair, workload, setting)
+    rates = RateTable.of(title, timings, ratios)
+    display.status("memory bandwidth")
+    batch, engine = min(setting.batch_size, setting.prompts), pair.engine(workload, 1)
+    bounds = {ROOFLINE: lockstep_bound(engine, batch, cached, pair.bandwidth)}
+    if STUDENT in timings and TEACHER in timings:
+        bounds[IDEAL] = ideal_lockstep(rates.per_wall_second)
+    return SpeedResult(**vars(rates), setting=setting, bounds=bounds, bandwidth=pair.bandwidth)
+
+
+def _lengths(pair: ModelPair, workload: Workload, setting: Setting) -> tuple[str, float]:
+    """The table's title, and the mean number of tokens in a cache while a text is drawn."""
+    done = list(pair.engine(workload, 32).generate(workload.requests))
+    prompts = [len(c.request.teacher_prompt_ids) for c in done]
+    texts = [len(c.token_ids) for c in done]
+    equal = f"{workload.requests[0].max_new_tokens} tokens each"
+    ends = "natural end of text" if setting.natural_end else equal
+    mean, most = fmean(texts), max(texts)
+    title = (
+        f"batch {setting.batch_size}, {setting.prompts} prompts, {ends}{pair.label}\n"
+        f"prompts {fmean(prompts):.1f} (most {max(prompts)}), "
+        f"completions {mean:.1f} (most {most}, mean/most {mean / most:.2f}) tokens"
     )
-    what = f"batch {setting.batch_size}, {setting.prompts} prompts, {ends}{bench.label}"
-    drawn = sum(len(c.token_ids) for c in done)
-    seen = sum(
-        len(c.token_ids) * (len(c.request.teacher_prompt_ids) + len(c.token_ids) / 2) for c in done
-    )
-    return f"{what}\n{describe_lengths(workload.requests, done)}", seen / drawn
+    cached = sum(new * (old + new / 2) for new, old in zip(texts, prompts, strict=True))
+    return title, cached / sum(texts)
 
 
-def ideal_lockstep(speed: Mapping[str, float]) -> float:
+def ideal_lockstep(rates: Rates) -> float:
     """Tokens per second of both models' forward passes and nothing else."""
-    return 1 / (1 / speed[STUDENT] + 1 / speed[TEACHER])
+    return 1 / (1 / rates[STUDENT] + 1 / rates[TEACHER])
 
 
-def ratios(speed: Mapping[str, float]) -> dict[str, float]:
+def ratios(rates: Rates) -> dict[str, float]:
     """Those of RATIOS whose rows were measured."""
-    known = dict(speed)
-    if STUDENT in speed and TEACHER in speed:
-        known[IDEAL] = ideal_lockstep(speed)
-    teachers = [speed[name] for name in (TEACHER, PLAIN_TEACHER) if name in speed]
-    fixed = [value for name, value in speed.items() if name == LOCKSTEP or name in FIXED]
-    known.update(
-        {
-            name: max(values)
-            for name, values in ((BEST_TEACHER, teachers), (BEST_FIXED, fixed))
-            if values
-        }
-    )
-    return {
-        name: known[over] / known[under]
-        for name, over, under in RATIOS
-        if over in known and under in known
-    }
+    known = dict(rates)
+    if STUDENT in rates and TEACHER in rates:
+        known[IDEAL] = ideal_lockstep(rates)
+    for best, names in ((BEST_TEACHER, (TEACHER, PLAIN_TEACHER)), (BEST_FIXED, (LOCKSTEP, *FIXED))):
+        measured = [rates[name] for name in names if name in rates]
+        if measured:
+            known[best] = max(measured)
+    return quotients(known, RATIOS)
 
 
-def speed_table(result: Result) -> Table:
-    """For people."""
-    at = f" at {result.bandwidth / 1e9:.1f} GB/s"
-    bounds = {
-        f"{name}{at}" if name == ROOFLINE else name: bound for name, bound in result.bounds.items()
-    }
-    table = rates_table(result.title, result.per_wall_second, result.per_cpu_second)
-    add_rates(table, bounds, {}, ".0f")
-    add_rates(table, result.ratios_wall, result.ratios_cpu, ".2f")
-    return table
+def run_speed(options: SpeedOptions, display: Display) -> Report:
+    """The subcommand `speed`."""
+    pair = make_pair(options)
+    settings = speed_settings(options.num_prompts, pair.natural)
+    return _tables(pair, settings, options.repeats, display)
 
 
-def run(options: BenchOptions, show: Show, tell: Tell) -> Report:
-    """The command `bench speed`."""
-    bench = make_bench(options)
-    return tables(bench, speed_settings(options.prompts(), bench.natural), options, show, tell)
+def run_drafts(options: DraftsOptions, display: Display) -> Report:
+    """The subcommand `drafts`."""
+    pair = make_pair(options)
+    settings = draft_settings(options.num_prompts, pair.natural, pair.padded)
+    return _tables(pair, settings, options.repeats, display)
 
 
-def tables(
-    bench: Bench,
-    settings: Sequence[Setting],
-    options: BenchOptions,
-    show: Show,
-    tell: Tell,
-) -> Report:
+def _tables(pair: ModelPair, settings: Sequence[Setting], repeats: int, display: Display) -> Report:
     """One table per setting, shown as soon as it is measured."""
-    results = []
+    results: list[dict[str, Any]] = []
     for setting in settings:
-        result = measure_setting(bench, setting, options.repeats, tell)
-        show(speed_table(result))
-        results.append(result.as_json())
-    return Report(bench.names, results)
+        result = measure_setting(pair, setting, repeats, display)
+        display.show(result.bounded_table())
+        results.append(asdict(result))
+    return Report(pair.names, results)

@@ -1,18 +1,38 @@
-"""The mathematics: two rows of logits and noise in, one token and its diagnostics out. No models, no files."""
+"""The mathematics: two rows of logits and noise in, one token and its diagnostics out."""
 
-from optimal_sampling.distribution.fused import kernel_note
+from optimal_sampling.distribution.gpu.launch import kernel_note, runs_fused
 from optimal_sampling.distribution.methods import METHODS
-from optimal_sampling.distribution.noise import NoiseKeys, gumbel, keys_tensor
-from optimal_sampling.distribution.step import Step, confident_draft, draft, step
+from optimal_sampling.distribution.mixture import (
+    Solved,
+    draw,
+    log_q,
+    make_pair,
+    row_slices,
+    solve,
+    solve_single,
+    trace_of,
+)
+from optimal_sampling.distribution.noise import NoiseKeys, NoiseSource, gumbel, keys_tensor
+from optimal_sampling.distribution.step import Drawn, draft, single_step, step
 
 __all__ = [
     "METHODS",
+    "Drawn",
     "NoiseKeys",
-    "Step",
-    "confident_draft",
+    "NoiseSource",
+    "Solved",
     "draft",
+    "draw",
     "gumbel",
     "kernel_note",
     "keys_tensor",
+    "log_q",
+    "make_pair",
+    "row_slices",
+    "runs_fused",
+    "single_step",
+    "solve",
+    "solve_single",
     "step",
+    "trace_of",
 ]

@@ -1,7 +1,7 @@
-"""How alpha is chosen: one function per method, each from a pair of models to the free alpha of every row.
+"""How alpha is chosen: one function per method, from a pair of models to the free alpha of a row.
 
-To add a method: one function here, one literal in `types.AlphaMethod`. A method need not know the bounds. Where it
-finds that its alpha lies beyond one, any value beyond it will do.
+To add a method: one function here, one literal in `types.AlphaMethod`. A method need not know the
+bounds. Where it finds that its alpha lies beyond one, any value beyond it will do.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
+from optimal_sampling.distribution.arrays import Array, array_of
 from optimal_sampling.distribution.pair import Pair
 from optimal_sampling.distribution.solver import solve_kl_symmetry
-from optimal_sampling.distribution.tiles import Rows, rows_of
 
 __all__ = ["METHODS", "Method"]
 
-Method = Callable[[Pair, Int[Tensor, " rows"], MixtureConfig], Rows]
+Method = Callable[[Pair, Int[Tensor, " rows"], MixtureConfig], Array]
 
 METHODS: dict[str, Method] = {}
 
@@ -31,21 +31,27 @@ def _register(method: Method) -> Method:
 
 
 @_register
-def kl_symmetry(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Rows:
+def kl_symmetry(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
     """KL(q||p_student) = KL(q||p_teacher): the minimax point."""
     return solve_kl_symmetry(pair, mixture.alpha_min, mixture.alpha_max)
 
 
 @_register
-def mirror(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Rows:
+def mirror(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
     """1 - alpha of kl_symmetry: leans to the surer model."""
     return 1 - solve_kl_symmetry(pair, 1 - mixture.alpha_max, 1 - mixture.alpha_min)
 
 
 @_register
-def reverse_kl_symmetry(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Rows:
-    """KL(p_student||q) = KL(p_teacher||q): alpha = KL(t||s) / (KL(s||t) + KL(t||s)), 1/2 for inf / inf and 0 / 0."""
-    xp, infinite = pair.xp, pair.full(float("inf"))
+def reverse_kl_symmetry(
+    pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig
+) -> Array:
+    """KL(p_student||q) = KL(p_teacher||q): alpha = KL(t||s) / (KL(s||t) + KL(t||s)).
+
+    1/2 for inf / inf and 0 / 0.
+    """
+    xp = pair.xp
+    infinite = pair.full(float("inf"))
     to_student = xp.clip(pair.moments(pair.full(1.0)).slope, 0.0, None)
     to_student = xp.where(pair.student_misses, infinite, to_student)
     to_teacher = xp.clip(-pair.moments(pair.full(0.0)).slope, 0.0, None)
@@ -55,62 +61,77 @@ def reverse_kl_symmetry(pair: Pair, position: Int[Tensor, " rows"], mixture: Mix
 
 
 @_register
-def ess_balance(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Rows:
-    """sum q^2/p_student = sum q^2/p_teacher, that is F(2 alpha) = F(2 alpha - 1): 1/2 on a common support.
+def ess_balance(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+    """sum q^2/p_student = sum q^2/p_teacher, that is F(2 alpha) = F(2 alpha - 1).
 
-    Where the supports differ, F is that of the common one and its ends are not level: then the root is bisected.
+    1/2 on a common support. Where the supports differ, F is that of the common one and its ends
+    are not level: then the root is bisected.
     """
-    xp, half = pair.xp, pair.full(0.5)
+    xp = pair.xp
+    half = pair.full(0.5)
     uneven = pair.student_misses | pair.teacher_misses
     if pair.none(uneven):
         return half
-    low, high = pair.full(0.0), pair.full(1.0)
+    low = pair.full(0.0)
+    high = pair.full(1.0)
     for _ in range(24):
         alpha = (low + high) / 2
         ahead, behind = pair.partitions(2 * alpha, 2 * alpha - 1)
-        low, high = xp.where(ahead > behind, low, alpha), xp.where(ahead > behind, alpha, high)
-    return xp.where(uneven, xp.clip((low + high) / 2, 1 - _NEAREST_ONE, _NEAREST_ONE), half)
+        leads = ahead > behind
+        low = xp.where(leads, low, alpha)
+        high = xp.where(leads, alpha, high)
+    root = xp.clip((low + high) / 2, 1 - _NEAREST_ONE, _NEAREST_ONE)
+    return xp.where(uneven, root, half)
 
 
 @_register
-def entropy(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Rows:
-    """argmax of H(q) over [alpha_min, alpha_max]: the best of a grid, then of ever closer neighbours."""
-    xp, low, high, steps = pair.xp, mixture.alpha_min, mixture.alpha_max, 20
+def entropy(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+    """argmax of H(q) over [alpha_min, alpha_max]: of a grid, then of ever closer alphas."""
+    xp = pair.xp
+    low = mixture.alpha_min
+    high = mixture.alpha_max
+    steps = 20
     width = (high - low) / steps
-    best, height = pair.full(low), pair.full(-float("inf"))
+    best = pair.full(low)
+    height = pair.full(-float("inf"))
     trials = [pair.full(low + width * i) for i in range(steps + 1)]
     for _ in range(7):
         for alpha in trials:
-            pair.moments(alpha)
-            value = pair.entropy()
+            value = pair.moments(alpha).entropy
             better = value > height
-            best, height = xp.where(better, alpha, best), xp.where(better, value, height)
+            best = xp.where(better, alpha, best)
+            height = xp.where(better, value, height)
         trials = [xp.clip(best + width * part, low, high) for part in (-0.6, -0.3, 0.3, 0.6)]
         width *= 0.4
     return best
 
 
 @_register
-def fixed(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Rows:
+def fixed(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
     """The same alpha at every token."""
     return pair.full(mixture.fixed_alpha)
 
 
 @_register
-def trust_region(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Rows:
-    """The largest alpha with KL(q||p_student) <= trust_region: that KL grows with alpha, its slope is alpha F''.
+def trust_region(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+    """The largest alpha with KL(q||p_student) <= trust_region: that KL has the slope alpha F''.
 
-    Newton's steps, halved brackets where they leave it and at every fourth; to 1e-6 of alpha or of the KL.
+    Newton's steps, halved brackets where they leave it and at every fourth; to 1e-6 of alpha or of
+    the KL.
     """
-    xp, limit = pair.xp, mixture.trust_region
-    low, high, alpha = pair.full(0.0), pair.full(1.0), pair.full(1.0)
+    xp = pair.xp
+    limit = mixture.trust_region
+    low = pair.full(0.0)
+    high = pair.full(1.0)
+    alpha = high
     done = pair.bad
     for number in range(30):
         at = pair.moments(alpha)
         excess = at.kl_student - limit
         excess = xp.where(pair.student_misses & (alpha == 1), float("inf"), excess)
         fits = excess <= 0
-        low, high = xp.where(~done & fits, at.alpha, low), xp.where(~done & ~fits, at.alpha, high)
+        low = xp.where(~done & fits, at.alpha, low)
+        high = xp.where(~done & ~fits, at.alpha, high)
         done = done | (fits & (excess > -1e-6 * limit)) | (high - low <= 1e-6) | (low == 1)
         if pair.on_cpu and done.all():
             break
@@ -121,7 +142,7 @@ def trust_region(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureCon
 
 
 @_register
-def schedule(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Rows:
-    """From schedule_start at the first token to schedule_end at token schedule_tokens, in a straight line."""
-    share = pair.xp.clip(rows_of(position) / mixture.schedule_tokens, 0.0, 1.0)
+def schedule(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+    """Linear in the position, from schedule_start to schedule_end at token schedule_tokens."""
+    share = pair.xp.clip(array_of(position) / mixture.schedule_tokens, 0.0, 1.0)
     return mixture.schedule_start + (mixture.schedule_end - mixture.schedule_start) * share

@@ -1,7 +1,7 @@
-"""The same mathematics for one row in plain Python floats: slow, literal, and the oracle of the tests.
+"""The same mathematics for one row in plain Python floats: slow, literal, the oracle of the tests.
 
-Shares no code with the rest of the folder. Rows are lists of float, -inf allowed. Where a fast function works on many
-rows, noise or devices, this one has a loop.
+Shares no code with the rest of the folder. Rows are lists of float, -inf allowed. Where a fast
+function works on many rows, noise or devices, this one has a loop.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ def F(s: Sequence[float], t: Sequence[float], alpha: float) -> float:
 
 
 def log_q(s: Sequence[float], t: Sequence[float], alpha: float) -> list[float]:
-    """The mixture: the student for alpha = 0, the teacher for 1, else on the common support; the teacher if empty."""
+    """The mixture: the student for alpha = 0, the teacher for 1, else on the common support.
+
+    The teacher where that is empty.
+    """
     if alpha == 0:
         return list(s)
     if alpha == 1 or not common(s, t):

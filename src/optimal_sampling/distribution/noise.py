@@ -1,10 +1,11 @@
 """Gumbel noise that is a function of (key, position, token id) and of nothing else.
 
-A token is drawn as argmax(log q + noise): the same noise for student, teacher and mixture, whatever the batch, the
-device or the order of work. Knows nothing of models or of mixtures.
+A token is drawn as argmax(log q + noise): the same noise for student, teacher and mixture, whatever
+the batch, the device or the order of work.
 
-The hash: a 64-bit key and a position are mixed (splitmix64) into two words, an addend a of 32 bits and an odd
-multiplier b; with t(id) a fixed table of scrambled token ids, scramble((t(id) ^ a) * b) has 31 uniform bits.
+The hash: a 64-bit key and a position are mixed (splitmix64) into two words, an addend a of 32 bits
+and an odd multiplier b; with t(id) 32 scrambled bits of a token id, scramble((t(id) ^ a) * b) has
+31 uniform bits.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int, Int32, Int64
 from torch import Tensor
 
-from optimal_sampling.distribution.tiles import TILE, Rows, namespace, rows_of, tensor_of
+from optimal_sampling.distribution.arrays import Array, array_of, namespace, tensor_of
+from optimal_sampling.distribution.cpu.workspace import TILE
 
-__all__ = ["NoiseKeys", "gumbel", "keys_tensor", "noise_tensor", "scrambled_ids"]
+__all__ = ["NoiseKeys", "NoiseSource", "gumbel", "keys_tensor", "noise_tensor", "scrambled_ids"]
 
 
 def _signed(value: int, bits: int) -> int:
@@ -38,13 +41,12 @@ _UNIT = 2.0**-31 * (1 - 2.0**-24)  # the largest hash, 2^31 as a float, must sti
 
 def keys_tensor(keys: Iterable[int], device: torch.device | str = "cpu") -> Int64[Tensor, " rows"]:
     """Python integers of 64 bits (`Request.noise_key`), bit for bit."""
-    return torch.tensor(
-        [_signed(key & (2**64 - 1), 64) for key in keys], dtype=torch.int64, device=device
-    )
+    signed = [_signed(key & (2**64 - 1), 64) for key in keys]
+    return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
-def _splitmix(x: Rows) -> Rows:
-    """Finaliser of splitmix64. torch has no unsigned >>, so the sign bits that its brings in are masked off."""
+def _splitmix(x: Array) -> Array:
+    """Finaliser of splitmix64. torch has no unsigned >>: the sign bits of its own are masked."""
     if isinstance(x, Tensor):
         x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(_MIX1, 64)
         x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(_MIX2, 64)
@@ -54,33 +56,41 @@ def _splitmix(x: Rows) -> Rows:
     return x ^ (x >> _U31)
 
 
+def _scramble(ids: Int64[Tensor, "*shape"]) -> Int32[Tensor, "*shape"]:
+    """t(id) of token ids."""
+    if ids.device.type == "cpu":
+        state = np.asarray(_splitmix((ids.numpy().astype(np.uint64) + np.uint64(1)) * _U0))
+        return torch.from_numpy(state.astype(np.uint32).view(np.int32))
+    return tensor_of(_splitmix((ids + 1) * _signed(_GOLDEN, 64))).to(torch.int32)
+
+
 @lru_cache(maxsize=8)
 def scrambled_ids(vocab_size: int, device: torch.device) -> Int32[Tensor, " vocab"]:
-    """t(id): 32 well-mixed bits for every token id."""
-    ids = _splitmix(np.arange(1, vocab_size + 1, dtype=np.uint64) * _U0)
-    return torch.from_numpy(ids.astype(np.uint32).view(np.int32)).to(device)
+    """t(id) of every token id below `vocab_size`."""
+    return _scramble(torch.arange(vocab_size)).to(device)
 
 
 @lru_cache(maxsize=8)
-def _constants(device: torch.device) -> tuple[Rows, Rows, Tensor]:
-    """Shift, multiplier and float offset as scalars on the device: Python numbers cost more per operation."""
+def _constants(device: torch.device) -> tuple[Array, Array, Tensor]:
+    """Shift, multiplier and float offset on the device: Python numbers cost more per operation."""
     shift, scramble = (torch.tensor(c, dtype=torch.int32, device=device) for c in (16, _SCRAMBLE))
-    return rows_of(shift), rows_of(scramble), torch.tensor(-0.5 * _UNIT, device=device)
+    return array_of(shift), array_of(scramble), torch.tensor(-0.5 * _UNIT, device=device)
 
 
-def _words(keys: Int64[Tensor, " rows"], position: Int[Tensor, " rows"]) -> tuple[Rows, Rows]:
-    """The addend and the odd multiplier of every row: 63 bits that follow from its key and position."""
+def _words(keys: Int64[Tensor, " rows"], position: Int[Tensor, " rows"]) -> tuple[Array, Array]:
+    """The addend and the odd multiplier of every row: 63 bits that follow from key and position."""
     if keys.device.type == "cpu":
         places = position.numpy().astype(np.uint64)
-        state = _splitmix(_splitmix(keys.numpy().view(np.uint64)) + places * _U0)
+        state = np.asarray(_splitmix(_splitmix(keys.numpy().view(np.uint64)) + places * _U0))
         a, b = state.astype("<u8", copy=False).view("<i4").reshape(-1, 2).T
         return a, b | 1
-    state = _splitmix(_splitmix(keys) + position.to(torch.int64) * _signed(_GOLDEN, 64))
-    return state.to(torch.int32), (state >> 32).to(torch.int32) | 1
+    mixed = _splitmix(_splitmix(keys) + position.to(torch.int64) * _signed(_GOLDEN, 64))
+    words = tensor_of(mixed)
+    return words.to(torch.int32), (words >> 32).to(torch.int32) | 1
 
 
-def _hash(ids: Rows, a: Rows, b: Rows, device: torch.device) -> Rows:
-    """31 uniform bits. x ^ (x >> 16) with a signed shift clears the sign and is two to one: no mask needed."""
+def _hash(ids: Array, a: Array, b: Array, device: torch.device) -> Array:
+    """31 uniform bits. The signed shift in x ^ (x >> 16) clears the sign and is two to one."""
     shift, scramble, _ = _constants(device)
     h = ids ^ a
     h *= b
@@ -91,12 +101,11 @@ def _hash(ids: Rows, a: Rows, b: Rows, device: torch.device) -> Rows:
 
 
 def _to_gumbel(h: Int32[Tensor, "n width"], out: Float32[Tensor, "n width"]) -> None:
-    """-log(-log1p(-v)), v = (h + 1/2) / 2^31: finest at v = 0, where the largest noise comes from (up to 22)."""
+    """-log(-log1p(-v)), v = (h + 1/2) / 2^31: finest at v = 0, whence the largest noise (to 22)."""
     out.copy_(h)
     torch.sub(_constants(out.device)[2], out, alpha=_UNIT, out=out)
-    namespace(out.device).log1p(
-        rows_of(out), out=rows_of(out)
-    )  # NumPy's is vectorised, torch's is not
+    array = array_of(out)
+    namespace(out.device).log1p(array, out=array)  # NumPy's is vectorised, torch's is not
     out.neg_().log_().neg_()
 
 
@@ -104,33 +113,38 @@ def _to_gumbel(h: Int32[Tensor, "n width"], out: Float32[Tensor, "n width"]) -> 
 def gumbel(
     keys: Int64[Tensor, " rows"],
     position: Int[Tensor, " rows"],
-    vocab_size: int,
-    out: Float32[Tensor, "rows vocab"] | None = None,
-) -> Float32[Tensor, "rows vocab"]:
-    """Standard Gumbel noise for each row's (key, position) and every token id below `vocab_size`.
+    tokens: int | Int64[Tensor, "rows tokens"],
+) -> Float32[Tensor, "rows tokens"]:
+    """Standard Gumbel noise for each row's (key, position) and tokens.
 
-    The integers behind it are the same on every device; the logarithms may differ in the last bit. Fills `out` where
-    it is given. On a CPU the work goes in tiles that stay near its cache.
+    `tokens`: the ids of every row, or a number n for all ids below n. The integers behind the noise
+    are the same on every device; the logarithms may differ in the last bit. On a CPU the work goes
+    in tiles that stay near its cache.
     """
-    rows, device = keys.shape[0], keys.device
-    if out is None:
-        out = torch.empty(rows, vocab_size, dtype=torch.float32, device=device)
+    device = keys.device
+    rows = keys.shape[0]
+    ids = scrambled_ids(tokens, device) if isinstance(tokens, int) else _scramble(tokens)
+    count = ids.shape[-1]
+    out = torch.empty(rows, count, dtype=torch.float32, device=device)
     a, b = _words(keys, position)
-    a, b = a[:, None], b[:, None]
-    ids = rows_of(scrambled_ids(vocab_size, device))
-    if device.type != "cpu" or rows * vocab_size <= TILE:
-        _to_gumbel(tensor_of(_hash(ids, a, b, device)), out)
+    a = a[:, None]
+    b = b[:, None]
+    if device.type != "cpu" or rows * count <= TILE:
+        _to_gumbel(tensor_of(_hash(array_of(ids), a, b, device)), out)
         return out
-    height, width = max(1, TILE // vocab_size), min(vocab_size, TILE)
+    height = max(1, TILE // count)
+    width = min(count, TILE)
+    every_row = array_of(ids.expand(rows, count))
     for band in (slice(row, row + height) for row in range(0, rows, height)):
-        for columns in (slice(first, first + width) for first in range(0, vocab_size, width)):
-            _to_gumbel(tensor_of(_hash(ids[columns], a[band], b[band], device)), out[band, columns])
+        for columns in (slice(first, first + width) for first in range(0, count, width)):
+            h = _hash(every_row[band, columns], a[band], b[band], device)
+            _to_gumbel(tensor_of(h), out[band, columns])
     return out
 
 
 @dataclass(frozen=True)
 class NoiseKeys:
-    """Noise that is not made yet: what `gumbel` would make it from. The fused kernel makes it where it needs it."""
+    """What `gumbel` makes noise from, where it is not made yet: the fused kernel makes its own."""
 
     keys: Int64[Tensor, " rows"]
     position: Int[Tensor, " rows"]
@@ -139,8 +153,10 @@ class NoiseKeys:
         return NoiseKeys(self.keys[rows], self.position[rows])
 
 
-def noise_tensor(
-    noise: Float32[Tensor, "rows vocab"] | NoiseKeys, vocab_size: int
-) -> Float32[Tensor, "rows vocab"]:
+NoiseSource: TypeAlias = Float32[Tensor, "rows vocab"] | NoiseKeys
+"""Gumbel noise, or what it is made from."""
+
+
+def noise_tensor(noise: NoiseSource, vocab_size: int) -> Float32[Tensor, "rows vocab"]:
     """The noise itself, made now if need be."""
     return gumbel(noise.keys, noise.position, vocab_size) if isinstance(noise, NoiseKeys) else noise

@@ -1,38 +1,86 @@
-"""One token for every row from one model alone: the same noise, temperature and truncation, no mixture."""
+"""One model alone, in the form of a solved pair: the same noise, temperature and truncation."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution.noise import noise_tensor
-from optimal_sampling.distribution.step import Noise, Step
-from optimal_sampling.distribution.support import keep_largest
-from optimal_sampling.types import TRACE_FIELDS
+from optimal_sampling.distribution.arrays import (
+    Array,
+    argmax,
+    array_of,
+    namespace,
+    tensor_of,
+    uses_numpy,
+)
+from optimal_sampling.distribution.pair import Moments
 
-__all__ = ["single_step"]
+__all__ = ["SingleModel"]
 
 
-@torch.no_grad()
-def single_step(
-    logits: Float[Tensor, "rows vocab"], noise: Noise, mixture: MixtureConfig, role: str
-) -> Step:
-    """Draw from `student` or `teacher` alone. Diagnostics that take two models are NaN."""
-    log_p = (logits.to(torch.float32) / mixture.temperature).log_softmax(-1)
-    log_q = log_p
-    if mixture.top_k > 0 or mixture.top_p < 1:
-        log_q = log_p.masked_fill(
-            ~keep_largest(log_p, mixture.top_k, mixture.top_p), -torch.inf
-        ).log_softmax(-1)
-    token = (log_q + noise_tensor(noise, logits.shape[1])).argmax(-1)
-    chosen = log_q.gather(-1, token[:, None])[:, 0]
-    bad = chosen.isnan() | (chosen == -torch.inf)
-    trace = chosen.new_full((len(token), len(TRACE_FIELDS)), torch.nan)
-    trace[:, TRACE_FIELDS.index("alpha")] = float(role == "teacher")
-    trace[:, TRACE_FIELDS.index(f"log_p_{role}")] = log_p.gather(-1, token[:, None])[:, 0]
-    trace[:, TRACE_FIELDS.index("log_q")] = chosen
-    good = torch.zeros_like(bad)
-    by_role = (bad, good) if role == "student" else (good, bad)
-    return Step(token.masked_fill(bad, 0), trace, *by_role)
+@dataclass(frozen=True, slots=True, eq=False)
+class SingleMoments(Moments):
+    """alpha is 0 or 1; what takes two models is NaN."""
+
+    log_p: Float32[Tensor, "rows vocab"]
+
+    @property
+    def entropy(self) -> Array:
+        """Not taken: it would cost a pass."""
+        return self.F
+
+    def draw(self, noise: Float32[Tensor, "rows vocab"]) -> tuple[Int64[Tensor, " rows"], Array]:
+        """argmax(log p + noise) and its log p."""
+        token = argmax(self.log_p + noise)
+        return token, array_of(self.log_p.gather(-1, token[:, None])[:, 0].to(torch.float64))
+
+    def log_q(self) -> Float32[Tensor, "rows vocab"]:
+        """log p, to be changed at will."""
+        return self.log_p.clone()
+
+    def renormalise(self, scores: Float32[Tensor, "rows vocab"]) -> Float32[Tensor, "rows vocab"]:
+        """Log-probabilities of what truncation has left."""
+        return scores.log_softmax(-1)
+
+
+class SingleModel:
+    """A model's log-probabilities, [rows, vocab], and which rows are bad."""
+
+    def __init__(self, logits: Float[Tensor, "rows vocab"], temperature: float, role: str) -> None:
+        self.xp = namespace(logits.device)
+        self.vocab = logits.shape[1]
+        log_p = (logits.to(torch.float32) / temperature).log_softmax(-1)
+        is_teacher = torch.full(log_p.shape[:1], role == "teacher", device=logits.device)
+        bad = log_p[:, 0].isnan()  # then all of the row are
+        self.bad = array_of(bad)
+        self.bad_student = array_of(bad & ~is_teacher)
+        self.bad_teacher = array_of(bad & is_teacher)
+        self.use_student = self.use_teacher = array_of(bad & False)
+        self.maybe_bad = not uses_numpy(logits.device) or bool(bad.any())
+        self.maybe_masked = False
+        unknown = self.full(float("nan"))
+        self.moments = SingleMoments(
+            alpha=array_of(is_teacher.to(torch.float64)),
+            F=unknown,
+            slope=unknown,
+            curvature=unknown,
+            third=unknown,
+            log_sum=unknown,
+            log_p=log_p,
+        )
+
+    def full(self, value: float) -> Array:
+        """The same number for every row."""
+        return array_of(torch.full_like(tensor_of(self.bad), value, dtype=torch.float64))
+
+    def token_log_p(self, token: Int64[Tensor, " rows"]) -> tuple[Array, Array]:
+        """log p of tokens under student and teacher; NaN for the model that is not here."""
+        log_p = self.moments.log_p.gather(-1, token[:, None])[:, 0]
+        own = array_of(log_p.to(torch.float64))
+        teacher = self.moments.alpha == 1
+        where = self.xp.where
+        unknown = self.moments.F
+        return where(teacher, unknown, own), where(teacher, own, unknown)

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
-from optimal_sampling.config import EngineOptions, MixtureConfig, ModelConfig
+from optimal_sampling.config import EngineOptions, LocalOptions, MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine
 from optimal_sampling.types import Mode
+from optimal_sampling.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from optimal_sampling.vocabulary import Vocabulary
+__all__ = ["Engine", "load", "open_engine"]
 
-__all__ = ["Engine", "open_engine"]
+
+def load(
+    models: ModelConfig,
+    mixture: MixtureConfig | None = None,
+    engine: EngineOptions | None = None,
+    mode: Mode = "mixture",
+) -> Engine:
+    """Two models and what their vocabularies share, in the engine that the options belong to.
+
+    By default the local engine. The engine's `vocabulary` encodes prompts and decodes completions.
+    Raises ModelError, ConfigError, TokenizerMismatchError, MissingDependencyError.
+    """
+    vocabulary = Vocabulary.load(models.student, models.teacher, models.trust_remote_code)
+    return open_engine(
+        engine or LocalOptions(), models, mixture or MixtureConfig(), vocabulary, mode
+    )
 
 
 def open_engine(

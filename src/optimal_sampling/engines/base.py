@@ -1,7 +1,4 @@
-"""The contract of every engine, and how one is chosen by name.
-
-Knows nothing of where logits come from. `tests/engines/conformance.py` holds the suite that every engine passes.
-"""
+"""The contract of engines. `tests/engines/conformance.py` is the suite that every engine passes."""
 
 from __future__ import annotations
 
@@ -9,11 +6,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import ClassVar, Self, get_args
+from typing import TYPE_CHECKING, ClassVar, Self, get_args
 
 from optimal_sampling.config import EngineOptions, MixtureConfig
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Completion, Mode, Request
+
+if TYPE_CHECKING:
+    from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["Engine", "bad_logits_message", "prompt_problem"]
 
@@ -24,14 +24,14 @@ class Engine(ABC):
     What every engine promises:
 
     - One completion per request, in the order of finishing, never two and never none.
-    - The tokens of a completion are a function of its request, the mixture and the two models: not of the other
-      requests, their order, or the batch size.
+    - The tokens of a completion are a function of its request, the mixture and the two models: not
+      of the other requests, their order, or the batch size.
     - Requests are pulled from the iterable only as there is room, so an endless iterable is fine.
-    - A request that cannot be served (a prompt longer than the context, NaN logits) gives a completion with
-      `finish_reason="error"` that says why; the others go on.
+    - A request that cannot be served (a prompt longer than the context, NaN logits) gives a
+      completion with `finish_reason="error"` that says why; the others go on.
     - Closing the iterator gives up what is in flight. The engine can then be used again.
-    - A completion ends with the first id of `stop_ids` ("stop") or after `max_new_tokens` tokens, or where the
-      context of one of the models is full ("length").
+    - A completion ends with the first id of `stop_ids` ("stop") or after `max_new_tokens` tokens,
+      or where the context of one of the models is full ("length").
 
     One `generate` at a time. `EngineError` is raised where no request can go on.
     """
@@ -44,12 +44,13 @@ class Engine(ABC):
     options: EngineOptions
     """Options in use; of the class that belongs to this engine."""
     mixture: MixtureConfig
-    """The distribution that tokens are drawn from in the mode `mixture`, and its temperature, top-k and top-p in the
-    other two."""
+    """Temperature, top-k and top-p hold in every mode, the rest in the mode `mixture`."""
     mode: Mode
     """What tokens are drawn from."""
     capture: frozenset[str] = frozenset()
     """Rows that are kept per token, by name."""
+    vocabulary: Vocabulary | None = None
+    """Of the two models; None where an engine was made without tokenizers."""
     vocab_size: int
     """Number of token ids that both models share; all ids drawn are below it."""
     stop_ids: frozenset[int]
@@ -71,10 +72,11 @@ class Engine(ABC):
         options: EngineOptions | None = None,
         capture: frozenset[str] = frozenset(),
     ) -> Self:
-        """The same loaded models with other settings; costs nothing and leaves this engine as it is.
+        """The same loaded models with other settings. Costs nothing, and changes nothing here.
 
-        What is None stays as it is here. Closing a view closes the models of all views. Raises ConfigError for a
-        mode or a capture that the engine does not have, and for options that were fixed when the models were loaded.
+        None keeps a setting; `capture` is empty unless given. Closing a view closes the models of
+        all views. Raises ConfigError for a mode or a capture that the engine does not have, and for
+        options that were fixed when the models were loaded.
         """
         view = copy.copy(self)
         view.mixture = mixture or self.mixture
@@ -107,7 +109,7 @@ class Engine(ABC):
                 )
 
     def notes(self) -> dict[str, str]:
-        """What a user should know of how this engine runs here (device, attention, fallbacks), by name."""
+        """How this engine runs on this machine (device, attention, fallbacks), by name."""
         return {}
 
     def close(self) -> None:  # noqa: B027 - having nothing to free is a valid answer
@@ -131,9 +133,9 @@ def prompt_problem(
     contexts: Sequence[int | None],
     rows: Sequence[int],
 ) -> str:
-    """Why a request's prompts cannot be served: empty, longer than a context, ids without an embedding. "" if none.
+    """Why prompts cannot be served: empty, too long, ids without an embedding. "" if they can.
 
-    `rows`: embeddings of each model. A prompt's ids belong to its own model, and may lie beyond the shared ids.
+    `rows`: number of embeddings of each model; ids of a prompt may lie beyond the shared ones.
     """
     for role, prompt, limit, known in zip(roles, prompts, contexts, rows, strict=True):
         if not prompt:
@@ -146,6 +148,9 @@ def prompt_problem(
 
 
 def bad_logits_message(position: int, bad_student: object, bad_teacher: object) -> str:
-    """Error of a request whose models gave logits from which nothing can be drawn."""
+    """Error message of a request whose logits at a position define no distribution."""
     names = [name for name, bad in (("student", bad_student), ("teacher", bad_teacher)) if bad]
-    return f"the {' and the '.join(names)} gave logits with NaN, +inf or nothing but -inf at token {position}"
+    return (
+        f"the {' and the '.join(names)} gave logits with NaN, +inf or nothing but -inf "
+        f"at token {position}"
+    )

@@ -1,7 +1,6 @@
-"""Two tabulated models over a handful of tokens: exact, instant, and every distribution can be written down.
+"""An engine of two tables: the logits of the next token are a row chosen by the last token.
 
-The next token depends on the last one only: logits are a row of a table. Tests of the other parts use this engine,
-and so can yours; it ships for that.
+It needs no model, and all its distributions can be written down, which tests use.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig, ModelConfig, ToyOptions
-from optimal_sampling.distribution import gumbel, keys_tensor, step
-from optimal_sampling.distribution.single import single_step
+from optimal_sampling.distribution import gumbel, keys_tensor, single_step, step
 from optimal_sampling.engines.base import Engine, bad_logits_message, prompt_problem
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Completion, FinishReason, Mode, Request, TokenTrace
@@ -25,9 +23,9 @@ __all__ = ["ToyEngine"]
 
 
 class ToyEngine(Engine):
-    """`student_logits` and `teacher_logits`: row i holds the logits of the token that follows token i.
+    """`student_logits` and `teacher_logits`: row i holds the logits of the token after token i.
 
-    `context_length`: longest sequence, prompt included; a longer prompt is an error, as with real models.
+    `context_length`: longest sequence, prompt included.
     """
 
     def __init__(
@@ -40,7 +38,8 @@ class ToyEngine(Engine):
     ) -> None:
         if student_logits.shape != teacher_logits.shape:
             raise ConfigError(
-                f"tables of shapes {[*student_logits.shape]} and {[*teacher_logits.shape]} do not fit"
+                f"tables of shapes {[*student_logits.shape]} and "
+                f"{[*teacher_logits.shape]} do not fit"
             )
         self.tables = {"student": student_logits.float(), "teacher": teacher_logits.float()}
         self.options = ToyOptions()
@@ -61,6 +60,7 @@ class ToyEngine(Engine):
     ) -> ToyEngine:
         """Random tables over the vocabulary. The two models give their tokenizers only."""
         engine = cls.random(mixture, vocabulary.size, vocabulary.stop_ids)
+        engine.vocabulary = vocabulary
         return engine.view(mode=mode, options=options)
 
     @classmethod

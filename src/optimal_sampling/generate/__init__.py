@@ -1,4 +1,13 @@
-"""Prompts of a dataset -> records of q*, in one process. Torch is loaded when there is something to generate."""
+"""Rows of a dataset -> records, in one process.
+
+    job          `generate`: the order of the work
+    dataset      the rows
+    fingerprint  hashes of the models' files
+    progress     what is shown during a run
+    summary      counts of a run, and what is shown at its end
+
+Torch is loaded when there is a sample to generate.
+"""
 
 from __future__ import annotations
 

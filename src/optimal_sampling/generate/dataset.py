@@ -1,12 +1,12 @@
-"""Where rows come from: JSONL, Parquet, a folder of both, a dataset of the hub, or `synthetic`.
+"""Datasets: JSONL, Parquet, a folder of such files, a dataset of the hub, or `synthetic`.
 
-Rows are read one at a time and read again when they are needed again. Knows nothing of prompts, models or records.
+Rows are read one at a time, and read again in each iteration.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any
 
 from optimal_sampling.config import DataConfig, parse_slice
 from optimal_sampling.errors import DatasetError, MissingDependencyError
-from optimal_sampling.vocabulary.rows import PROMPT_COLUMNS
+from optimal_sampling.prompts import PROMPT_COLUMNS
 
-__all__ = ["Rows", "open_rows"]
+__all__ = ["Dataset", "open_dataset"]
 
 Row = dict[str, Any]
 
@@ -27,19 +27,19 @@ _SYNTHETIC_ROWS = 100
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset before anything is selected: how to read it from the start, and how many rows it has."""
+    """All rows of a dataset, before any are selected."""
 
     name: str
     read: Callable[[], Iterator[Row]]
     count: Callable[[int | None], int]
-    """Number of rows, at most the given one. Finds what cannot be read among those."""
+    """Number of rows, at most the given one. Raises DatasetError where one cannot be read."""
     columns: tuple[str, ...] | None = None
     """None: those of the first row."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The selected rows, each with its place in the dataset. Can be iterated more than once."""
+class Dataset:
+    """The selected rows, each with its index in the whole dataset. Can be iterated repeatedly."""
 
     source: Source
     columns: tuple[str, ...]
@@ -56,8 +56,11 @@ class Rows:
         return islice(rows, chosen.start, chosen.stop, chosen.step)
 
 
-def open_rows(config: DataConfig, seed: int) -> Rows:
-    """Find the dataset, check that it can be read and has a prompt column, and select rows."""
+def open_dataset(config: DataConfig, seed: int) -> Dataset:
+    """Find the dataset, check that it can be read and has a prompt column, and select rows.
+
+    `seed` is that of the problems of `synthetic`. Raises DatasetError, MissingDependencyError.
+    """
     source = _source(config, seed)
     total = source.count(config.num_examples)
     if total == 0:
@@ -69,7 +72,7 @@ def open_rows(config: DataConfig, seed: int) -> Rows:
         raise DatasetError(
             f"the data slice {config.data_slice} takes none of the {total} rows of {source.name}"
         )
-    return Rows(
+    return Dataset(
         source=source,
         columns=columns,
         prompt_column=_prompt_column(config, source.name, columns),
@@ -116,12 +119,10 @@ def _source(config: DataConfig, seed: int) -> Source:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name that does not exist was meant as a path. Hub ids are `name` or `owner/name`."""
-    return (
-        name.startswith((".", "~", "/"))
-        or name.count("/") > 1
-        or name.endswith((*_JSONL, *_PARQUET))
-    )
+    """Whether a name that does not exist is a path: hub ids are `name` or `owner/name`."""
+    if name.startswith((".", "~", "/")) or name.endswith((*_JSONL, *_PARQUET)):
+        return True
+    return name.count("/") > 1
 
 
 def _synthetic(seed: int, rows: int) -> Source:
@@ -145,9 +146,8 @@ def _file(path: Path) -> Source:
 
 
 def _folder(path: Path) -> Source:
-    files = sorted(
-        file for file in path.iterdir() if file.suffix in (*_JSONL, *_PARQUET) and file.is_file()
-    )
+    suffixes = (*_JSONL, *_PARQUET)
+    files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
     if not files:
         raise DatasetError(f"dataset {path} is a folder without JSONL or Parquet files")
     parts = [_file(file) for file in files]
@@ -193,19 +193,18 @@ def _parse(path: Path, number: int, line: bytes) -> Row:
     except UnicodeDecodeError as error:
         raise DatasetError(f"{place}, byte {error.start + 1}: not UTF-8") from None
     except json.JSONDecodeError as error:
-        array = (
-            "; a JSON array over several lines? Give one object per line (JSONL)"
-            if line[:1] == b"["
-            else ""
-        )
-        raise DatasetError(f"{place}, column {error.colno}: {error.msg}{array}") from None
+        message = f"{place}, column {error.colno}: {error.msg}"
+        if line.startswith(b"["):
+            message += "; a JSON array over several lines? Give one object per line (JSONL)"
+        raise DatasetError(message) from None
     except RecursionError:
         raise DatasetError(f"{place}: nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits
         raise DatasetError(f"{place}: {error}") from None
     if not isinstance(row, dict):
         raise DatasetError(
-            f"dataset {path}, line {number}, column 1: expected an object {{...}}, found {_kind(row)}"
+            f"dataset {path}, line {number}, column 1: "
+            f"expected an object {{...}}, found {_kind(row)}"
         )
     return row
 
@@ -257,18 +256,14 @@ def _hub(name: str) -> Source:
         ) from error
     try:
         table = datasets.load_dataset(name, split="train")
-    except Exception as error:  # whatever the hub, the network or the files raise
+    except Exception as error:  # of the hub, the network or the files: any class
         reason = str(error).strip() or type(error).__name__
         raise DatasetError(
             f"cannot load {name!r}: no such file or folder, and the hub says: {reason}"
         ) from error
     return Source(
         name=name,
-        read=lambda: map(_plain, table),
+        read=lambda: map(dict, table),
         count=lambda limit: len(table) if limit is None else min(len(table), limit),
         columns=tuple(table.column_names),
     )
-
-
-def _plain(row: Mapping[str, Any]) -> Row:
-    return dict(row)

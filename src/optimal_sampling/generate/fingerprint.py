@@ -1,4 +1,4 @@
-"""Whether a model's folder still holds what it held: a checkpoint may be overwritten between two calls on one run."""
+"""Hashes of the models' files: a checkpoint may be overwritten between two calls on one run."""
 
 from __future__ import annotations
 
@@ -12,32 +12,30 @@ from optimal_sampling.vocabulary import resolve_model
 __all__ = ["model_facts"]
 
 _SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model")
-_SAMPLE = 1 << 16  # bytes read at each of a file's places: training changes weights everywhere
-_PLACES = 8
+# Training changes weights everywhere, so that samples of a file are enough.
+_SAMPLE_BYTES = 1 << 16
+_SAMPLES = 8
 
 
 def model_facts(models: ModelConfig) -> dict[str, str]:
-    """A hash of each model's files, for those that are folders, and the precision that `auto` means on this device.
+    """The precision of the weights, and a hash of the files of each model that is a folder.
 
-    A hub id names its content as far as it does.
+    The content of a hub id is taken as fixed.
     """
-    from optimal_sampling.engines.device import (  # torch is loaded here
-        resolve_device,
-        resolve_dtype,
-    )
+    # torch is loaded here
+    from optimal_sampling.engines.device import resolve_device, resolve_dtype
 
-    dtype = str(resolve_dtype(models.dtype, resolve_device(models.device))).removeprefix("torch.")
-    folders = {"student": resolve_model(models.student), "teacher": resolve_model(models.teacher)}
-    hashes = {
-        f"{role}_files": fingerprint(Path(path))
-        for role, path in folders.items()
-        if Path(path).is_dir()
-    }
-    return {"precision": dtype, **hashes}
+    dtype = resolve_dtype(models.dtype, resolve_device(models.device))
+    facts = {"precision": str(dtype).removeprefix("torch.")}
+    for role, name in (("student", models.student), ("teacher", models.teacher)):
+        folder = Path(resolve_model(name))
+        if folder.is_dir():
+            facts[f"{role}_files"] = fingerprint(folder)
+    return facts
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of names, sizes and samples of the content of a model's files."""
+    """Hash of a model's files: their names, their sizes, and samples of their content."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(folder.iterdir()):
         if path.suffix not in _SUFFIXES or not path.is_file():
@@ -45,7 +43,7 @@ def fingerprint(folder: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name}\x00{size}\x00".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
-            for place in range(_PLACES):
-                file.seek(max(0, size - _SAMPLE) * place // (_PLACES - 1), os.SEEK_SET)
-                digest.update(file.read(_SAMPLE))
+            for place in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * place // (_SAMPLES - 1), os.SEEK_SET)
+                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()

@@ -1,7 +1,4 @@
-"""The job: a dataset's rows become prompts, and what is owed of them becomes records of q*.
-
-Knows the order of things, and nothing of how a row is rendered, a token drawn or a line written.
-"""
+"""The `generate` job: rows of a dataset -> requests for the samples that are owed -> records."""
 
 from __future__ import annotations
 
@@ -10,28 +7,22 @@ from itertools import chain, islice
 from typing import Any
 
 from optimal_sampling.config import GenerateConfig
-from optimal_sampling.errors import EngineError, OptimalSamplingError
-from optimal_sampling.generate.dataset import Rows, open_rows
+from optimal_sampling.errors import EngineError, OptimalSamplingError, PromptError
+from optimal_sampling.generate.dataset import Dataset, open_dataset
 from optimal_sampling.generate.fingerprint import model_facts
 from optimal_sampling.generate.progress import Progress
 from optimal_sampling.generate.summary import Summary, Tally
+from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.records.run_folder import RunFolder
-from optimal_sampling.records.schema import (
-    Key,
-    Prompt,
-    Record,
-    completion_record,
-    failure_record,
-    row_id,
-)
-from optimal_sampling.types import Completion, Request, prompt_id
-from optimal_sampling.vocabulary import PromptError, PromptRenderer, RenderedPrompt, Vocabulary
+from optimal_sampling.records.schema import Key, Prompt, Sample, record_of, row_id
+from optimal_sampling.types import Completion, Request, TokenTrace, prompt_id
+from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["Interrupted", "generate", "preview"]
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was interrupted. What was finished is on the disk; `summary` counts it."""
+    """The run was interrupted by Ctrl-C. Finished records are on the disk; see `summary`."""
 
     def __init__(self, summary: Summary) -> None:
         super().__init__(summary)
@@ -39,17 +30,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 def generate(config: GenerateConfig, progress: Progress | None = None) -> Summary:
-    """Make every sample that the run folder still owes, and say how it went.
+    """Generate every sample that the run folder still owes.
 
-    Rows that cannot be rendered and requests that fail become error records; a later call tries them again.
-    Raises Interrupted for Ctrl-C, and an OptimalSamplingError where the run as a whole cannot go on; in both cases
-    every finished record is on the disk.
+    Rows that cannot be rendered and requests that fail become records with an error, which later
+    calls try again. Raises Interrupted for Ctrl-C, and an OptimalSamplingError where the run as a
+    whole cannot go on; in both cases every finished record is on the disk.
     """
     progress = progress or Progress()
-    rows, vocabulary, renderer = _open(config)
+    dataset, vocabulary, renderer = _open(config)
     facts = model_facts(config.models) if config.engine.loads_models else {}
     with RunFolder(config, facts) as folder:
-        job = _Job(config, rows, renderer, vocabulary, folder, progress)
+        job = _Job(config, dataset, renderer, vocabulary, folder, progress)
         try:
             with progress:
                 notes = job.run()
@@ -57,61 +48,65 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
         except KeyboardInterrupt:
             folder.close()
             summary = Summary.of(job.tally, folder, {}, interrupted=True)
-            summary.save(config.worker)
+            summary.save(config.shard)
             raise Interrupted(summary) from None
         summary = Summary.of(job.tally, folder, notes, interrupted=False)
-        summary.save(config.worker)
+        summary.save(config.shard)
         return summary
 
 
 def preview(config: GenerateConfig, count: int = 3) -> Iterator[tuple[int, RenderedPrompt | str]]:
-    """The first rows as both models would see them, or why they would not. Needs no weights, writes nothing."""
-    rows, _, renderer = _open(config)
-    for row_index, row in islice(rows, count):
+    """Index and prompts of the first `count` rows, or the reason why a row has no prompts.
+
+    Loads no weights and writes nothing.
+    """
+    dataset, _, renderer = _open(config)
+    for row_index, row in islice(dataset, count):
         yield row_index, _render(renderer, row)
 
 
-def _open(config: GenerateConfig) -> tuple[Rows, Vocabulary, PromptRenderer]:
-    rows = open_rows(config.data, config.run.seed)
+def _open(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRenderer]:
+    dataset = open_dataset(config.data, config.run.seed)
     models = config.models
     vocabulary = Vocabulary.load(models.student, models.teacher, models.trust_remote_code)
     renderer = PromptRenderer(
         config.prompt,
         vocabulary,
-        prompt_column=rows.prompt_column,
-        answer_column=rows.answer_column,
-        columns=rows.columns,
+        prompt_column=dataset.prompt_column,
+        answer_column=dataset.answer_column,
+        columns=dataset.columns,
     )
-    return rows, vocabulary, renderer
+    return dataset, vocabulary, renderer
 
 
 class _Job:
-    """One call. The engine pulls requests as it has room, so only prompts in flight are held."""
+    """One call. The engine pulls requests as it has room; only prompts in flight are in memory."""
 
     def __init__(
         self,
         config: GenerateConfig,
-        rows: Rows,
+        dataset: Dataset,
         renderer: PromptRenderer,
         vocabulary: Vocabulary,
         folder: RunFolder,
         progress: Progress,
     ) -> None:
         self.config = config
-        self.rows = rows
+        self.dataset = dataset
         self.renderer = renderer
         self.vocabulary = vocabulary
         self.folder = folder
         self.progress = progress
-        self.tally = Tally(len(rows), config.data.samples_per_prompt)
+        self.tally = Tally(len(dataset), config.data.samples_per_prompt)
         self._in_flight: dict[Key, Prompt] = {}
 
     def run(self) -> dict[str, str]:
-        """Serve what is owed; the notes of everyone involved. Models are loaded only if something is owed."""
-        notes = {
-            f"note {n}": text
-            for n, text in enumerate((*self.vocabulary.notes, *self.renderer.notes), start=1)
-        }
+        """Generate the owed samples; notes of the vocabulary, the renderer and the engine, by name.
+
+        Models are loaded only if a sample is owed.
+        """
+        texts = (*self.vocabulary.notes, *self.renderer.notes)
+        notes = {f"note {number}": text for number, text in enumerate(texts, start=1)}
         requests = self._owed_requests()
         first = next(requests, None)
         self.progress.update(self.tally)
@@ -125,14 +120,16 @@ class _Job:
             for completion in engine.generate(chain([first], requests)):
                 self._finish(completion)
             if self._in_flight:
+                lost = len(self._in_flight)
                 raise EngineError(
-                    f"the engine {config.engine.name} ended without {len(self._in_flight)} of its requests"
+                    f"the engine {config.engine.name} ended without {lost} of its requests"
                 )
             return notes | engine.notes()
 
     def _owed_requests(self) -> Iterator[Request]:
+        """Requests for the owed samples; those of rows without prompts fail at once."""
         seen: set[str] = set()
-        for row_index, row in self.rows:
+        for row_index, row in self.dataset:
             rendered = _render(self.renderer, row)
             prompt = _prompt(row_index, row, rendered)
             if prompt.id in seen:
@@ -140,12 +137,16 @@ class _Job:
                 continue
             seen.add(prompt.id)
             for sample_index in self._owed_samples(prompt.id):
+                request = self._request(prompt.id, sample_index, rendered)
+                self._in_flight[prompt.id, sample_index] = prompt
                 if isinstance(rendered, str):
-                    self._fail(prompt, sample_index, rendered)
+                    no_tokens = TokenTrace.from_rows([])
+                    self._finish(Completion(request, (), "error", no_tokens, rendered))
                 else:
-                    yield self._request(prompt, sample_index, rendered)
+                    yield request
 
     def _owed_samples(self, prompt: str) -> Iterator[int]:
+        """Sample indices that a prompt's id still owes. Counts the others."""
         ledger = self.folder.ledger
         for sample_index in range(self.config.data.samples_per_prompt):
             if ledger.owes((prompt, sample_index), self.config.run.max_attempts):
@@ -155,47 +156,36 @@ class _Job:
             else:
                 self.tally.given_up += 1
 
-    def _request(self, prompt: Prompt, sample_index: int, rendered: RenderedPrompt) -> Request:
-        self._in_flight[prompt.id, sample_index] = prompt
+    def _request(self, prompt: str, sample_index: int, rendered: RenderedPrompt | str) -> Request:
+        """The request for a sample; without prompt ids where the row could not be rendered."""
+        student_ids = () if isinstance(rendered, str) else rendered.student_ids
+        teacher_ids = () if isinstance(rendered, str) else rendered.teacher_ids
         return Request(
-            id=prompt.id,
+            id=prompt,
             sample_index=sample_index,
             seed=self.config.run.seed,
-            student_prompt_ids=rendered.student_ids,
-            teacher_prompt_ids=rendered.teacher_ids,
+            student_prompt_ids=student_ids,
+            teacher_prompt_ids=teacher_ids,
             max_new_tokens=self.config.run.max_new_tokens,
         )
 
     def _finish(self, completion: Completion) -> None:
+        """Write the record of a completion and count it."""
         key = completion.request.id, completion.request.sample_index
-        record = completion_record(
-            self._in_flight.pop(key),
-            completion,
-            self.vocabulary.decode(completion.token_ids),
+        sample = Sample(
+            prompt=self._in_flight.pop(key),
+            completion=completion,
+            text=self.vocabulary.decode(completion.token_ids),
             attempts=self.folder.ledger.attempts(key) + 1,
-            token_lists=self.config.run.token_lists,
         )
-        self._add(record)
-
-    def _fail(self, prompt: Prompt, sample_index: int, error: str) -> None:
-        record = failure_record(
-            prompt,
-            sample_index,
-            self.config.run.seed,
-            error,
-            attempts=self.folder.ledger.attempts((prompt.id, sample_index)) + 1,
-            token_lists=self.config.run.token_lists,
-        )
-        self._add(record)
-
-    def _add(self, record: Record) -> None:
+        record = record_of(sample, token_lists=self.config.run.token_lists)
         self.folder.add(record)
         self.tally.add(record)
         self.progress.update(self.tally)
 
 
 def _render(renderer: PromptRenderer, row: Mapping[str, Any]) -> RenderedPrompt | str:
-    """The row's prompts, or why it has none."""
+    """The row's prompts, or the reason why it has none."""
     try:
         return renderer.render(row)
     except PromptError as error:

@@ -1,4 +1,4 @@
-"""What is shown while a run goes: a live bar on a terminal, a plain line every few seconds on a pipe."""
+"""What is shown during a run: a live bar on a terminal, a line every few seconds on a pipe."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Shows nothing; the base of those that do. A context: `update` is called within."""
+    """Base class, which shows nothing. A context manager: `update` is called within."""
 
     def update(self, tally: Tally) -> None:
-        """Something was counted."""
+        """Show the counts, which have changed."""
 
     def __enter__(self) -> Self:
         return self
@@ -38,7 +38,7 @@ class Progress:
 
 
 class LinesProgress(Progress):
-    """A line at the first count, then every few seconds."""
+    """A line at the first count, then every few seconds, and at the end."""
 
     def __init__(self, stream: TextIO, seconds: float = _SECONDS_BETWEEN_LINES) -> None:
         self._stream = stream
@@ -49,13 +49,12 @@ class LinesProgress(Progress):
         """Print a line if one is due."""
         if time.monotonic() >= self._due or not tally.owed:
             self._due = time.monotonic() + self._seconds
-            print(
-                f"{tally.done}/{tally.asked} done, {status(tally)}", file=self._stream, flush=True
-            )
+            line = f"{tally.done}/{tally.asked} done, {status(tally)}"
+            print(line, file=self._stream, flush=True)
 
 
 class TerminalProgress(Progress):
-    """A bar that stays in place."""
+    """A bar that is redrawn in place."""
 
     def __init__(self, console: Console) -> None:
         self._bar = Bar(
@@ -85,7 +84,7 @@ class TerminalProgress(Progress):
 
 
 def progress_for(stream: TextIO | None = None) -> Progress:
-    """The one that fits the stream (standard error unless told)."""
+    """The display that fits a stream; None: standard error."""
     stream = stream or sys.stderr
     return TerminalProgress(Console(file=stream)) if stream.isatty() else LinesProgress(stream)
 

@@ -1,24 +1,20 @@
-"""Counting a run while it goes, and what is said at its end.
-
-Knows nothing of engines or prompts.
-"""
+"""Counts of a run, and the summary at its end."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
-from optimal_sampling.records.files import write_atomically
-from optimal_sampling.records.ledger import MEANS, Totals
-from optimal_sampling.records.run_folder import RunFolder
+from optimal_sampling.records.run_folder import MEANS, RunFolder, Totals
 from optimal_sampling.records.schema import Record
+from optimal_sampling.records.store import write_atomically
 
 __all__ = ["Summary", "Tally"]
 
@@ -27,7 +23,7 @@ _ERRORS_SHOWN = 5
 
 @dataclass
 class Tally:
-    """Counts of one call. A sample is one completion of one prompt."""
+    """Counts of one call of `generate`. A sample is one completion of one prompt."""
 
     rows: int
     samples_per_prompt: int
@@ -35,7 +31,7 @@ class Tally:
     """Rows whose two prompts are those of an earlier row."""
     already_good: int = 0
     given_up: int = 0
-    """Samples that had failed too often before this call."""
+    """Samples that had failed `max_attempts` times before this call."""
     failed: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     made: Totals = field(default_factory=Totals)
@@ -51,12 +47,12 @@ class Tally:
             self.made.add(record)
 
     def restart_clock(self) -> None:
-        """The engine is ready: speed is measured from here."""
+        """Measure speed from now on; called when the engine is ready."""
         self.started = time.monotonic()
 
     @property
     def asked(self) -> int:
-        """Samples asked for, as far as duplicates are known."""
+        """Samples asked for, less the duplicates found so far."""
         return (self.rows - self.duplicates) * self.samples_per_prompt
 
     @property
@@ -71,12 +67,12 @@ class Tally:
 
     @property
     def seconds(self) -> float:
-        """Since the engine was ready."""
+        """Time since the engine was ready."""
         return time.monotonic() - self.started
 
     @property
     def tokens_per_second(self) -> float:
-        """Of this call."""
+        """Speed of this call."""
         return self.made.tokens / max(self.seconds, 1e-9)
 
     @property
@@ -88,7 +84,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Summary:
-    """The end of a call: counts of what was asked for, and means over all good records of the folder."""
+    """Counts of one call of `generate`, and means over all good records of the folder."""
 
     status: str
     """`complete`, `failed` (some samples did) or `interrupted`."""
@@ -146,26 +142,26 @@ class Summary:
             notes=dict(notes),
         )
 
-    def save(self, worker: str) -> Path:
-        """Write `summary.json` (`summary-<worker>.json` beside it for a data slice) into the run folder."""
-        name = "summary.json" if worker == "main" else f"summary-{worker}.json"
+    def save(self, shard: str) -> Path:
+        """Write `summary.json`, or `summary-<shard>.json` of a data slice, into the run folder."""
+        name = "summary.json" if shard == "main" else f"summary-{shard}.json"
         path = Path(self.run_folder) / name
         write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
         return path
 
     def table(self) -> Table:
-        """For people. Lines that say nothing (no duplicates, no torn lines) are left out."""
+        """A table for the terminal. Counts of zero, such as torn lines, are left out."""
         title = Text(f"{self.status}: {self.run_folder}")
         table = Table(title=title, show_header=False, title_justify="left")
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in self._lines():
-            table.add_row(
-                Text(name), Text(value)
-            )  # Text: an error may quote [/brackets] that look like markup
+            # Text: an error may quote [/brackets] that look like markup
+            table.add_row(Text(name), Text(value))
         return table
 
-    def _lines(self) -> list[tuple[str, str]]:
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        """Name and value of each line of the table."""
         optional = {
             "failed": self.failed,
             "of these not tried again (--max-attempts)": self.given_up,
@@ -174,22 +170,14 @@ class Summary:
             "torn lines cut": self.torn_lines,
             "bad lines found (owed again)": self.bad_lines,
         }
-        return [
-            ("samples", f"{self.good} good of {self.asked} asked ({self.generated} new)"),
-            *((name, str(count)) for name, count in optional.items() if count),
-            (
-                "speed",
-                f"{self.tokens_per_second:.1f} tokens/s ({self.tokens} tokens in {self.seconds:.1f} s)",
-            ),
-            *(
-                (name.replace("_", " "), "-" if mean is None else f"{mean:.4f}")
-                for name, mean in self.means.items()
-            ),
-            (
-                "finish reasons",
-                ", ".join(f"{name} {count}" for name, count in sorted(self.finish_reasons.items())),
-            ),
-            *((f"{count} x failed", error) for error, count in self.errors.items()),
-            *((name, text) for name, text in self.notes.items()),
-            ("records", self.records_file),
-        ]
+        yield "samples", f"{self.good} good of {self.asked} asked ({self.generated} new)"
+        yield from ((name, str(count)) for name, count in optional.items() if count)
+        made = f"{self.tokens} tokens in {self.seconds:.1f} s"
+        yield "speed", f"{self.tokens_per_second:.1f} tokens/s ({made})"
+        for name, mean in self.means.items():
+            yield name.replace("_", " "), "-" if mean is None else f"{mean:.4f}"
+        reasons = (f"{name} {count}" for name, count in sorted(self.finish_reasons.items()))
+        yield "finish reasons", ", ".join(reasons)
+        yield from ((f"{count} x failed", error) for error, count in self.errors.items())
+        yield from self.notes.items()
+        yield "records", self.records_file

@@ -1,32 +1,31 @@
-"""The run folder: `config.json`, `records/<worker>.jsonl`, and what they say is still owed.
+"""The run folder: `config.json`, `records/<shard>.jsonl`, and the samples that are still owed.
 
-Knows nothing of datasets or engines.
+A shard is the part of a run that one data slice makes. It has one file of records, and one process
+at a time writes it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from optimal_sampling import __version__
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.errors import RunFolderError
-from optimal_sampling.records.files import read_json, write_atomically
-from optimal_sampling.records.ledger import Ledger
-from optimal_sampling.records.schema import SCHEMA_VERSION, Key, Record, key_of
-from optimal_sampling.records.store import RecordFile, Scan
+from optimal_sampling.records.schema import FIELDS, SCHEMA_VERSION, Key, Record, key_of
+from optimal_sampling.records.store import RecordFile, Scan, read_json, write_atomically
+from optimal_sampling.version import __version__
 
-__all__ = ["MAY_DIFFER", "RunFolder", "load", "record_files"]
+__all__ = ["MAY_DIFFER", "MEANS", "Ledger", "RunFolder", "Totals", "load"]
 
 MAY_DIFFER = frozenset(
     {
         "output_dir",  # the folder may have been moved
-        "device",  # rounding differs between devices, the distribution does not; `dtype` is compared
+        "device",  # other rounding, the same distribution; `dtype` is compared
         "trust_remote_code",  # permission, not content
         "num_examples",  # more or fewer of the same prompts
         "data_slice",
@@ -35,33 +34,100 @@ MAY_DIFFER = frozenset(
         "kv_memory_gib",
         "prefill_chunk",
         "draft_tokens",
-        "attention",  # as for the device
+        "attention",  # as `device`
         "max_attempts",
     }
 )
-"""Options that a later call on the same folder may change. All others change tokens or records, and are compared."""
+"""Options that a later call on the same folder may change.
+
+All others change tokens or records; they are compared.
+"""
+
+
+MEANS = tuple(name for name, field in FIELDS.items() if field.is_mean)
+"""Fields of a record that are means over its tokens."""
+
+
+@dataclass
+class Totals:
+    """Sums over good records."""
+
+    records: int = 0
+    tokens: int = 0
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    _sums: dict[str, float] = field(default_factory=dict)
+    _weights: Counter[str] = field(default_factory=Counter)
+
+    def add(self, record: Record) -> None:
+        """Count one good record."""
+        tokens = record["n_completion_tokens"]
+        self.records += 1
+        self.tokens += tokens
+        self.finish_reasons[record["finish_reason"]] += 1
+        for name in MEANS:
+            mean = record.get(name)
+            if isinstance(mean, float):
+                self._sums[name] = self._sums.get(name, 0.0) + mean * tokens
+                self._weights[name] += tokens
+
+    def mean(self, name: str) -> float | None:
+        """Mean of one of MEANS over all tokens; None where there are no tokens."""
+        weight = self._weights[name]
+        return self._sums[name] / weight if weight else None
+
+
+@dataclass
+class Ledger:
+    """The samples of a run folder. Owed = asked for, less the good ones."""
+
+    good: set[Key] = field(default_factory=set)
+    failed: dict[Key, int] = field(default_factory=dict)
+    """Attempts at each sample that is not good yet."""
+    totals: Totals = field(default_factory=Totals)
+
+    def add(self, record: Record) -> None:
+        """Count a record. After a good one, later records of its sample change nothing."""
+        key = key_of(record)
+        if key in self.good:
+            return
+        if record["error"]:
+            self.failed[key] = max(record["attempts"], self.attempts(key))
+            return
+        self.failed.pop(key, None)
+        self.good.add(key)
+        self.totals.add(record)
+
+    def attempts(self, key: Key) -> int:
+        """Failed attempts at a sample that is not good."""
+        return self.failed.get(key, 0)
+
+    def owes(self, key: Key, max_attempts: int) -> bool:
+        """Whether the sample is neither good nor has failed `max_attempts` times."""
+        return key not in self.good and self.attempts(key) < max_attempts
 
 
 class RunFolder:
-    """A run folder opened by one worker.
+    """A run folder, opened to write the shard of a config.
 
-    Opening locks the worker's file, checks the config against the folder's, reads all records, and cuts the torn tail
-    of the own file. `ledger` then knows what is good; `add` appends to both. The first record brings `config.json`
-    with it: a call that failed before it made anything binds nobody.
+    Opening locks the shard's file, compares the config with that of the folder, reads all records
+    and cuts the torn tail of the shard's file. `ledger` then counts all records, `add` appends one.
+    `config.json` is written with the first record: a call that fails before leaves the folder free.
+
+    Raises RunFolderError, StorageError.
     """
 
     def __init__(self, config: GenerateConfig, facts: dict[str, str] | None = None) -> None:
-        """`facts`: what else must not change between calls, such as the content of the models' folders."""
+        """`facts`: what else must stay the same, such as a hash of the models' files, by name."""
         self.path = Path(config.run.output_dir)
-        self._config = config
-        self._facts = facts or {}
-        self._config_is_there = False
+        self._options = flat(config) | (facts or {})
         self.ledger = Ledger()
         self.torn_lines = 0
+        """Lines cut from the end of the shard's file."""
         self.bad_lines = 0
-        self.file = RecordFile(self.path / "records" / f"{config.worker}.jsonl")
+        """Damaged lines of all files."""
+        self.file = RecordFile(self.path / "records" / f"{config.shard}.jsonl")
         try:
-            self._config_is_there = check_config(self.path, config, self._facts)
+            self._has_config = _check_config(self.path, self._options)
             self._read()
         except BaseException:
             self.file.close()
@@ -69,85 +135,81 @@ class RunFolder:
 
     def _read(self) -> None:
         own = Scan(self.file.path)
-        others = [Scan(path) for path in record_files(self.path) if path != own.path]
+        others = [Scan(path) for path in _record_files(self.path) if path != own.path]
         for scan in (*others, own):
             for record in scan:
-                check_version(record, scan.path)
+                _check_version(record, scan.path)
                 self.ledger.add(record)
             self.bad_lines += scan.bad_lines
         self.torn_lines = own.torn_lines
         self.file.open(own)
 
     def add(self, record: Record) -> None:
-        """Append a record."""
-        if not self._config_is_there:
-            write_config(self.path, self._config, self._facts)
-            self._config_is_there = True
+        """Append a record to the shard's file. It is on the disk after the next commit."""
+        if not self._has_config:
+            _write_config(self.path, self._options)
+            self._has_config = True
         self.file.append(record)
         self.ledger.add(record)
 
     def close(self) -> None:
-        """Commit what waits and release the worker's file."""
+        """Commit the waiting records and release the shard's file."""
         self.file.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.file.__exit__(kind, value, tb)
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
-def record_files(run: Path) -> list[Path]:
-    """The files of records of a run folder, by name."""
+def _record_files(run: Path) -> list[Path]:
     return sorted((run / "records").glob("*.jsonl"))
 
 
 def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
-    """The good records of a run folder, one per sample: the latest attempt, in the order of the files.
+    """The good records of a run folder, one per sample, in the order of the files.
 
-    With `failed`, also the last record of each sample that never succeeded. Reads twice, keeps no record.
+    With `failed`, also the last record of each sample that never succeeded.
+    Reads the files twice and keeps no record in memory. Raises RunFolderError.
     """
-    files = record_files(Path(run))
+    files = _record_files(Path(run))
     if not files:
         raise RunFolderError(f"{run} holds no records (no {Path(run) / 'records'}/*.jsonl)")
     best: dict[Key, tuple[bool, int, Path, int]] = {}
     for path in files:
         for offset, record in Scan(path).with_offsets():
-            check_version(record, path)
-            entry = (not record["error"], record["attempts"], path, offset)
-            best[key_of(record)] = max(best.get(key_of(record), entry), entry)
+            _check_version(record, path)
+            attempt = (not record["error"], record["attempts"], path, offset)
+            key = key_of(record)
+            best[key] = max(best.get(key, attempt), attempt)
+    chosen = {(path, offset) for good, _, path, offset in best.values() if good or failed}
     for path in files:
         for offset, record in Scan(path).with_offsets():
-            good = not record["error"]
-            if (good or failed) and best.get(key_of(record), (None,) * 4)[2:] == (path, offset):
+            if (path, offset) in chosen:
                 yield record
 
 
-def check_version(record: Record, path: Path) -> None:
-    """Refuse records whose fields this version may read wrongly."""
-    if record["schema_version"] != SCHEMA_VERSION:
+def _check_version(record: Record, path: Path) -> None:
+    version = record["schema_version"]
+    if version != SCHEMA_VERSION:
         raise RunFolderError(
-            f"{path} holds records of schema {record['schema_version']}, this version reads {SCHEMA_VERSION}; "
+            f"{path} holds records of schema {version}, this version reads {SCHEMA_VERSION}; "
             "use the version that wrote them, or another --output-dir"
         )
 
 
-def compared(config: GenerateConfig) -> dict[str, Any]:
-    """The options that must be the same at every call on a folder."""
-    return {name: value for name, value in flat(config).items() if name not in MAY_DIFFER}
-
-
 def flat(config: GenerateConfig) -> dict[str, Any]:
-    """All options by name, without the sections: names are unique, they are flags too."""
-    sections = [getattr(config, item.name) for item in fields(config)]
-    return {"engine": config.engine.name} | {
-        item.name: getattr(section, item.name) for section in sections for item in fields(section)
-    }
+    """All options by name, without the sections: names are unique, as flags have to be."""
+    options: dict[str, Any] = {"engine": config.engine.name}
+    for section in vars(config).values():
+        options |= vars(section)
+    return options
+
+
+def compared(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, and facts, that must be the same at every call on a folder."""
+    return {name: value for name, value in options.items() if name not in MAY_DIFFER}
 
 
 def config_hash(options: Mapping[str, Any]) -> str:
@@ -155,60 +217,12 @@ def config_hash(options: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def check_config(run: Path, config: GenerateConfig, facts: dict[str, str]) -> bool:
-    """Compare with the folder's `config.json`; False if there is none yet."""
-    path = run / "config.json"
-    if path.exists():
-        _compare(path, read_json(path), compared(config) | facts)
-        return True
-    if any(file.stat().st_size for file in record_files(run)):
-        raise RunFolderError(
-            f"{run} has records but no config.json; restore it, or choose another --output-dir"
-        )
-    return False
-
-
-def write_config(run: Path, config: GenerateConfig, facts: dict[str, str]) -> None:
-    """Write `config.json`. Where another worker was first, compare with what it wrote."""
-    options = compared(config) | facts
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "package_version": __version__,
-        "hash": config_hash(options),
-        "compared": options,
-        "may_differ": {name: value for name, value in flat(config).items() if name in MAY_DIFFER},
-    }
-    if not write_atomically(
-        run / "config.json", json.dumps(document, indent=2) + "\n", replace=False
-    ):
-        check_config(run, config, facts)
-
-
-def _compare(path: Path, stored: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    before = stored.get("compared")
-    if not isinstance(before, dict) or stored.get("hash") != config_hash(before):
-        raise RunFolderError(
-            f"{path} was changed after it was written; restore it, or choose another --output-dir"
-        )
-    # An option that is younger than the folder had its default then; a fact that only one side knows says nothing.
-    before = compared(GenerateConfig(engine=ENGINES[options["engine"]]())) | before
-    changed = differences(
-        before, {name: value for name, value in options.items() if name in before}
-    )
-    if changed:
-        raise RunFolderError(
-            f"{path.parent} was made with other options:\n"
-            + "\n".join(
-                f"  {_flag(name)}: {old!r} there, {new!r} now" for name, old, new in changed
-            )
-            + "\nChoose another --output-dir, or give the options of the folder again"
-        )
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, value before, value now) of every name of `now` that differs."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], form: str) -> list[str]:
+    """Each name of both whose values differ, as `form` writes `name`, `before` and `now`."""
     return [
-        (name, before.get(name), value) for name, value in now.items() if before.get(name) != value
+        form.format(name=_flag(name), before=before[name], now=value)
+        for name, value in now.items()
+        if name in before and before[name] != value
     ]
 
 
@@ -216,3 +230,45 @@ def _flag(name: str) -> str:
     if name.endswith("_files"):
         return f"content hash of the {name.removesuffix('_files')}'s folder"
     return "--" + name.replace("_", "-")
+
+
+def _check_config(run: Path, options: Mapping[str, Any]) -> bool:
+    """Compare with the folder's `config.json`; False if there is none yet."""
+    path = run / "config.json"
+    if not path.exists():
+        if any(file.stat().st_size for file in _record_files(run)):
+            raise RunFolderError(
+                f"{run} has records but no config.json; restore it, or choose another --output-dir"
+            )
+        return False
+    stored = read_json(path)
+    before = stored.get("compared")
+    if not isinstance(before, dict) or stored.get("hash") != config_hash(before):
+        raise RunFolderError(
+            f"{path} was changed after it was written; restore it, or choose another --output-dir"
+        )
+    # Options newer than the folder had their defaults then.
+    before = flat(GenerateConfig(engine=ENGINES[options["engine"]]())) | before
+    changed = differences(before, compared(options), "  {name}: {before!r} there, {now!r} now")
+    if changed:
+        raise RunFolderError(
+            f"{run} was made with other options:\n"
+            + "\n".join(changed)
+            + "\nChoose another --output-dir, or give the options of the folder again"
+        )
+    return True
+
+
+def _write_config(run: Path, options: Mapping[str, Any]) -> None:
+    """Write `config.json`. Where another process was first, compare with what it wrote."""
+    same = compared(options)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "package_version": __version__,
+        "hash": config_hash(same),
+        "compared": same,
+        "may_differ": {name: options[name] for name in options if name in MAY_DIFFER},
+    }
+    text = json.dumps(document, indent=2) + "\n"
+    if not write_atomically(run / "config.json", text, replace=False):
+        _check_config(run, options)

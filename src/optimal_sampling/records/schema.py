@@ -1,55 +1,42 @@
-"""What a record is, and how it becomes a line and back. `docs/records.md` documents every field.
+"""The fields of a record, in one table: name, type, meaning, and how a sample gives the value.
 
-Knows nothing of files, engines or torch.
+`docs/records.md` has the same table, which the tests compare. No files, engines or torch.
 """
 
-from __future__ import annotations
-
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Annotated, Any, NotRequired, TypedDict, cast, get_type_hints
 
-from optimal_sampling.types import Completion, TokenTrace, prompt_id
+from optimal_sampling.types import Completion, FinishReason, TokenTrace, prompt_id
 
 __all__ = [
+    "FIELDS",
     "SCHEMA_VERSION",
-    "TOKEN_LISTS",
+    "Field",
     "Key",
     "Prompt",
     "Record",
-    "completion_record",
-    "decode_line",
-    "encode_line",
-    "failure_record",
+    "Sample",
     "key_of",
+    "record_of",
     "row_id",
 ]
 
 SCHEMA_VERSION = 1
 
-Record = dict[str, Any]
 Key = tuple[str, int]
 """Identity of a record: `id` (content hash of both rendered prompts) and `sample_index`."""
 
-TOKEN_LISTS = {
-    "token_alpha": "alpha",
-    "token_kl_student": "kl_student",
-    "token_kl_teacher": "kl_teacher",
-}
-"""Field of a record that holds one number per token, and the column of the trace it comes from."""
-
-_DEEPEST = 50  # levels of nesting that a record keeps as they are
+_MAX_DEPTH = 50  # levels of nesting of a row that a record keeps
 _DIGITS = 6  # significant digits of every float in a record: float32 holds seven
-_CHECKSUM_BYTES = 8
-_TAIL_LENGTH = len(_tail := b',"checksum":"') + 2 * _CHECKSUM_BYTES + len(b'"}\n')
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A row of the dataset and what the two models are shown of it."""
+    """A row of the dataset and the two prompts made of it; no prompts where rendering failed."""
 
     id: str
     row_index: int
@@ -60,84 +47,33 @@ class Prompt:
     n_teacher_tokens: int = 0
 
 
-def row_id(row: Mapping[str, Any]) -> str:
-    """Identity of a row that could not be rendered: a content hash of the row."""
-    return prompt_id("\x00row", json.dumps(_jsonable(row), sort_keys=True))
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion of one prompt: all that a record is made of.
+
+    Where a row could not be rendered, the completion has an error, no tokens and no prompt ids.
+    """
+
+    prompt: Prompt
+    completion: Completion
+    text: str
+    """The completion, decoded."""
+    attempts: int
+
+    @property
+    def trace(self) -> TokenTrace:
+        """Diagnostics of every token."""
+        return self.completion.trace
 
 
-def key_of(record: Record) -> Key:
-    """The identity of a record."""
-    return record["id"], record["sample_index"]
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Meaning of a field of Record (as in docs/records.md), and its value for a sample."""
 
-
-def completion_record(
-    prompt: Prompt, completion: Completion, text: str, *, attempts: int, token_lists: bool
-) -> Record:
-    """The record of what an engine gave back; `text` is the completion, decoded."""
-    request, trace = completion.request, completion.trace
-    record = _head(prompt, request.sample_index, request.seed)
-    record |= {
-        "completion": text,
-        "completion_ids": list(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-        "n_completion_tokens": len(completion.token_ids),
-        **_statistics(trace),
-        "error": completion.error,
-        "attempts": attempts,
-        "seconds": round(completion.seconds, 3),
-        "schema_version": SCHEMA_VERSION,
-    }
-    if token_lists:
-        record |= {field: _rounded(trace[column]) for field, column in TOKEN_LISTS.items()}
-    return record
-
-
-def failure_record(
-    prompt: Prompt, sample_index: int, seed: int, error: str, *, attempts: int, token_lists: bool
-) -> Record:
-    """The record of a row that never reached an engine."""
-    record = _head(prompt, sample_index, seed)
-    record |= {
-        "completion": "",
-        "completion_ids": [],
-        "finish_reason": "error",
-        "n_completion_tokens": 0,
-        **_statistics(TokenTrace.from_rows([])),
-        "error": error,
-        "attempts": attempts,
-        "seconds": 0.0,
-        "schema_version": SCHEMA_VERSION,
-    }
-    if token_lists:
-        record |= {field: [] for field in TOKEN_LISTS}
-    return record
-
-
-def _head(prompt: Prompt, sample_index: int, seed: int) -> Record:
-    return {
-        "id": prompt.id,
-        "sample_index": sample_index,
-        "seed": seed,
-        "row_index": prompt.row_index,
-        "row": _jsonable(prompt.row),
-        "student_prompt": prompt.student_text,
-        "teacher_prompt": prompt.teacher_text,
-        "n_student_prompt_tokens": prompt.n_student_tokens,
-        "n_teacher_prompt_tokens": prompt.n_teacher_tokens,
-    }
-
-
-def _statistics(trace: TokenTrace) -> Record:
-    alpha = _finite(trace["alpha"])
-    return {
-        "alpha_mean": _mean(alpha),
-        "alpha_min": _round(min(alpha, default=math.nan)),
-        "alpha_max": _round(max(alpha, default=math.nan)),
-        "clamped_share": _mean(trace["clamped"]),
-        "kl_student": _mean(trace["kl_student"]),
-        "kl_teacher": _mean(trace["kl_teacher"]),
-        "ess_ratio": _mean(trace.ess_ratio),
-    }
+    meaning: str
+    take: Callable[[Sample], Any]
+    is_mean: bool = False
+    """A mean over the tokens of the completion; summaries average it over all tokens."""
 
 
 def _finite(values: Iterable[float]) -> list[float]:
@@ -146,56 +82,183 @@ def _finite(values: Iterable[float]) -> list[float]:
 
 def _mean(values: Iterable[float]) -> float | None:
     finite = _finite(values)
-    return _round(math.fsum(finite) / len(finite)) if finite else None
+    return _rounded(math.fsum(finite) / len(finite)) if finite else None
 
 
-def _round(value: float) -> float | None:
+def _rounded(value: float) -> float | None:
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
 
 
-def _rounded(values: Sequence[float]) -> list[float | None]:
-    return [_round(value) for value in values]
+def _mean_of(column: str, meaning: str) -> Field:
+    """The mean over tokens of a column of the trace, without NaN and infinities."""
+    return Field(meaning, lambda s: _mean(s.trace[column]), is_mean=True)
+
+
+def _extreme_alpha(choose: Callable[..., float | None], meaning: str) -> Field:
+    return Field(meaning, lambda s: choose(map(_rounded, _finite(s.trace["alpha"])), default=None))
+
+
+def _token_list(column: str, meaning: str) -> Field:
+    """A column of the trace, one number per token."""
+    meaning = f"{meaning} of every token; absent with `--no-token-lists`"
+    return Field(meaning, lambda s: [_rounded(value) for value in s.trace[column]])
+
+
+class Record(TypedDict):
+    """One line of a file of records: type, meaning and source of each field, in order."""
+
+    id: Annotated[
+        str,
+        Field(
+            "content hash of the two rendered prompts (32 hex digits); "
+            "of the row, where it could not be rendered",
+            attrgetter("prompt.id"),
+        ),
+    ]
+    sample_index: Annotated[
+        int,
+        Field(
+            "which of `--samples-per-prompt`; with `id` the identity of a record",
+            attrgetter("completion.request.sample_index"),
+        ),
+    ]
+    seed: Annotated[int, Field("the run's seed", attrgetter("completion.request.seed"))]
+    row_index: Annotated[
+        int,
+        Field(
+            "place of the row in the dataset, from 0, before `--data-slice`",
+            attrgetter("prompt.row_index"),
+        ),
+    ]
+    row: Annotated[
+        dict[str, Any],
+        Field(
+            "columns of the row, unchanged but for NaN (null); a column may have any name",
+            lambda s: _jsonable(s.prompt.row),
+        ),
+    ]
+    student_prompt: Annotated[
+        str,
+        Field(
+            "the student's prompt; empty where the row could not be rendered",
+            attrgetter("prompt.student_text"),
+        ),
+    ]
+    teacher_prompt: Annotated[str, Field("the teacher's prompt", attrgetter("prompt.teacher_text"))]
+    n_student_prompt_tokens: Annotated[
+        int, Field("tokens of the student's prompt", attrgetter("prompt.n_student_tokens"))
+    ]
+    n_teacher_prompt_tokens: Annotated[
+        int, Field("tokens of the teacher's prompt", attrgetter("prompt.n_teacher_tokens"))
+    ]
+    completion: Annotated[
+        str, Field("text without its stop token and special tokens", attrgetter("text"))
+    ]
+    completion_ids: Annotated[
+        list[int],
+        Field("every token drawn, the stop token included", lambda s: list(s.completion.token_ids)),
+    ]
+    finish_reason: Annotated[
+        FinishReason,
+        Field(
+            "`stop` (an end token), `length` (`--max-new-tokens` or a full context) or `error`",
+            attrgetter("completion.finish_reason"),
+        ),
+    ]
+    n_completion_tokens: Annotated[
+        int, Field("length of `completion_ids`", lambda s: len(s.completion.token_ids))
+    ]
+    alpha_mean: Annotated[
+        float | None, _mean_of("alpha", "weight of the teacher, mean over tokens")
+    ]
+    alpha_min: Annotated[float | None, _extreme_alpha(min, "smallest over tokens")]
+    alpha_max: Annotated[float | None, _extreme_alpha(max, "largest over tokens")]
+    clamped_share: Annotated[
+        float | None,
+        _mean_of("clamped", "share of tokens whose alpha `--alpha-min` or `--alpha-max` moved"),
+    ]
+    kl_student: Annotated[
+        float | None, _mean_of("kl_student", "mean over tokens of KL(q ‖ p_student), in nats")
+    ]
+    kl_teacher: Annotated[
+        float | None, _mean_of("kl_teacher", "mean over tokens of KL(q ‖ p_teacher), in nats")
+    ]
+    ess_ratio: Annotated[
+        float | None,
+        Field(
+            "mean over tokens of the effective sample size to the teacher over that to the student",
+            lambda s: _mean(s.trace.ess_ratio),
+            is_mean=True,
+        ),
+    ]
+    error: Annotated[
+        str,
+        Field(
+            "why there is no good completion; empty where there is one",
+            attrgetter("completion.error"),
+        ),
+    ]
+    attempts: Annotated[
+        int,
+        Field(
+            "1, or more where earlier calls recorded failures of this sample",
+            attrgetter("attempts"),
+        ),
+    ]
+    seconds: Annotated[
+        float,
+        Field(
+            "time in the engine; the only field that differs between equal runs",
+            lambda s: round(s.completion.seconds, 3),
+        ),
+    ]
+    schema_version: Annotated[
+        int, Field(f"version of these fields: {SCHEMA_VERSION}", lambda s: SCHEMA_VERSION)
+    ]
+    token_alpha: Annotated[NotRequired[list[float | None]], _token_list("alpha", "alpha")]
+    token_kl_student: Annotated[
+        NotRequired[list[float | None]], _token_list("kl_student", "KL(q ‖ p_student)")
+    ]
+    token_kl_teacher: Annotated[
+        NotRequired[list[float | None]], _token_list("kl_teacher", "KL(q ‖ p_teacher)")
+    ]
+
+
+_HINTS = get_type_hints(Record, include_extras=True)
+
+FIELDS: dict[str, Field] = {name: hint.__metadata__[0] for name, hint in _HINTS.items()}
+"""The fields of Record by name, in the order of a line."""
+
+
+def record_of(sample: Sample, *, token_lists: bool = True) -> Record:
+    """The record of a sample. Without `token_lists`, it has no fields with one number per token."""
+    names = [name for name in FIELDS if token_lists or name in Record.__required_keys__]
+    return cast(Record, {name: FIELDS[name].take(sample) for name in names})
+
+
+def key_of(record: Record) -> Key:
+    """The identity of a record."""
+    return record["id"], record["sample_index"]
+
+
+def row_id(row: Mapping[str, Any]) -> str:
+    """Identity of a row that could not be rendered: a content hash of the row."""
+    return prompt_id("\x00row", json.dumps(_jsonable(row), sort_keys=True))
 
 
 def _jsonable(value: Any, depth: int = 0) -> Any:
-    """What JSON can hold: NaN and infinities become null, what it does not know or is nested absurdly becomes text."""
+    """A value that JSON can hold.
+
+    NaN and infinities become null, unknown types and values nested too deeply become text.
+    """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if depth > _DEEPEST:
+    if depth > _MAX_DEPTH:
         return json.dumps(value, default=str)
     if isinstance(value, Mapping):
         return {str(key): _jsonable(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_jsonable(inner, depth + 1) for inner in value]
     return str(value)
-
-
-def encode_line(record: Record) -> bytes:
-    """A whole line: the record as JSON in UTF-8, the checksum of those bytes as its last field."""
-    body = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    try:
-        data = body.encode()
-    except UnicodeEncodeError:  # a lone surrogate has no UTF-8; escaped it survives
-        data = json.dumps(record, allow_nan=False, separators=(",", ":")).encode()
-    data = data[:-1]
-    return data + _tail + _checksum(data) + b'"}\n'
-
-
-def decode_line(line: bytes) -> Record | None:
-    """The record, or None if the line is not byte for byte what `encode_line` made."""
-    data, tail = line[:-_TAIL_LENGTH], line[-_TAIL_LENGTH:]
-    if not data or tail != _tail + _checksum(data) + b'"}\n':
-        return None
-    record: Record = json.loads(data + b"}")
-    return record
-
-
-def looks_like_line(line: bytes) -> bool:
-    """Whether a bad line may once have been one of ours."""
-    return line.startswith(b'{"id":"')
-
-
-def _checksum(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=_CHECKSUM_BYTES).hexdigest().encode()

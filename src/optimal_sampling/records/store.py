@@ -1,33 +1,176 @@
-"""One worker's file of records: append-only lines, each with a checksum, safe before it is acknowledged.
+"""Files of records: append-only lines, each with a checksum, under a lock; and atomic writes.
 
-Knows nothing of what a record means.
+What a commit returned for is on the disk. The meaning of a record is unknown here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import hashlib
+import json
 import os
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from optimal_sampling.errors import RunFolderError, StorageError
-from optimal_sampling.records.files import Lock, create_folder, disk_error, sync_folder
-from optimal_sampling.records.schema import Record, decode_line, encode_line, looks_like_line
+from optimal_sampling.errors import OptimalSamplingError, RunFolderError, StorageError
+from optimal_sampling.records.schema import Record
 
-__all__ = ["RecordFile", "Scan"]
+__all__ = ["Lock", "RecordFile", "Scan", "read_json", "write_atomically"]
 
 _GROUP_RECORDS = 256  # most records that wait for one fsync
-_SYNC_SHARE = 0.05  # fsync as often as costs this share of the time
+_SYNC_SHARE = 0.05  # largest share of the time that goes to fsync
+_CHECKSUM_BYTES = 8
+_CHECKSUM_START, _LINE_END = b',"checksum":"', b'"}\n'
+_TAIL_LENGTH = len(_CHECKSUM_START) + 2 * _CHECKSUM_BYTES + len(_LINE_END)
+_WRONG_FOLDER = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOLCK,
+    errno.EOPNOTSUPP,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+"""Errors for which another folder is needed. All others are errors of the disk."""
+
+
+def disk_error(path: Path, error: OSError) -> OptimalSamplingError:
+    """RunFolderError where another folder is needed, StorageError where the disk failed."""
+    reason = error.strerror or str(error)
+    if error.errno in _WRONG_FOLDER:
+        return RunFolderError(f"cannot write {path}: {reason}; choose another --output-dir")
+    return StorageError(f"could not write {path}: {reason}")
+
+
+def sync_folder(path: Path) -> None:
+    """Put new names in a folder on the disk, where the file system can."""
+    fd = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(fd)
+    os.close(fd)
+
+
+def write_atomically(path: Path, text: str, *, replace: bool = True) -> bool:
+    """Write a whole file or nothing, and the folders that it lies in.
+
+    Without `replace`, an existing file stays as it is and the result is False.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace or not _link(temporary, path):
+            os.replace(temporary, path)
+        sync_folder(path.parent)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return True
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Give `source` a second name that must be new; False where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        raise
+    return True
+
+
+class Lock:
+    """An exclusive lock on a file, which the system drops when the process ends in any way.
+
+    It is a hidden file beside the locked one, which names the process and stays behind.
+    """
+
+    def __init__(self, target: Path) -> None:
+        path = target.with_name(f".{target.stem}.lock")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Opened for appending, which leaves the holder's name in place.
+            self._file = path.open("a+", errors="replace")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with self._file as file:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+            raise RunFolderError(
+                f"{target} is being written by another process ({holder}); "
+                "wait for it, stop it, or choose another --output-dir or --data-slice"
+            ) from None
+        except OSError as error:
+            raise disk_error(path, error) from error
+        # The lock holds without the name, so that a full disk is no error.
+        with contextlib.suppress(OSError):
+            self._file.truncate(0)
+            os.write(self._file.fileno(), f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def release(self) -> None:
+        """Release the lock. Releasing twice is safe."""
+        self._file.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises RunFolderError."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise RunFolderError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return value
+    raise RunFolderError(f"{path} holds no JSON object; restore it, or choose another --output-dir")
+
+
+def encode_line(record: Mapping[str, Any]) -> bytes:
+    """A whole line: the record as JSON in UTF-8, the checksum of those bytes as its last field."""
+    body = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    try:
+        data = body.encode()
+    except UnicodeEncodeError:  # a lone surrogate has no UTF-8; its JSON escape is ASCII
+        data = json.dumps(record, allow_nan=False, separators=(",", ":")).encode()
+    data = data.removesuffix(b"}")
+    return data + _tail(data)
+
+
+def decode_line(line: bytes) -> Record | None:
+    """The record, or None where the line is not byte for byte what `encode_line` wrote."""
+    data, tail = line[:-_TAIL_LENGTH], line[-_TAIL_LENGTH:]
+    if not data or tail != _tail(data):
+        return None
+    record: Record = json.loads(data + b"}")
+    return record
+
+
+def _tail(data: bytes) -> bytes:
+    checksum = hashlib.blake2b(data, digest_size=_CHECKSUM_BYTES).hexdigest().encode()
+    return _CHECKSUM_START + checksum + _LINE_END
 
 
 class Scan:
-    """The good records of a file, in order. After the iteration it knows what was bad.
+    """The good records of a file, in order, and after the iteration the counts of bad lines.
 
-    A bad line before a good one is damage (`bad_lines`). Bad lines at the end are a torn tail: a write that was cut
-    short before it was acknowledged.
+    A bad line before a good one is damage (`bad_lines`). Bad lines at the end are a torn tail
+    (`torn_lines`): a write that was cut short before it was acknowledged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,20 +178,24 @@ class Scan:
         self.bad_lines = 0
         self.torn_lines = 0
         self.good_end = 0
+        """End of the last good line, in bytes."""
         self.size = 0
+        """Bytes read."""
 
     def __iter__(self) -> Iterator[Record]:
         for _, record in self.with_offsets():
             yield record
 
     def with_offsets(self) -> Iterator[tuple[int, Record]]:
-        """Each good record with the place of its line in the file."""
+        """Each good record with the offset of its line, in bytes."""
         self.bad_lines = self.torn_lines = self.good_end = self.size = 0
         for line in self._lines():
-            start, self.size = self.size, self.size + len(line)
+            start = self.size
+            self.size += len(line)
             record = decode_line(line)
             if record is None:
-                self._bad(line)
+                self._check_origin(line)
+                self.torn_lines += 1
                 continue
             self.bad_lines += self.torn_lines
             self.torn_lines = 0
@@ -64,23 +211,26 @@ class Scan:
         except OSError as error:
             raise RunFolderError(f"cannot read {self.path}: {error.strerror}") from error
 
-    def _bad(self, line: bytes) -> None:
-        if self.size == len(line) and line.endswith(b"\n") and not looks_like_line(line):
+    def _check_origin(self, line: bytes) -> None:
+        """Refuse a file whose first line is whole and was never a record."""
+        is_first = self.size == len(line)
+        if is_first and line.endswith(b"\n") and not line.startswith(b'{"id":"'):
             raise RunFolderError(
                 f"{self.path} was not written by this program; it was left as it is. Move it away"
             )
-        self.torn_lines += 1
 
 
 class RecordFile:
-    """The one writer of a file. What `commit` has returned for is on the disk.
+    """The only writer of a file of records, under a lock.
 
-    `append` commits by itself, as often as costs a small share of the time. A write that fails is taken back, so
-    that the file always ends with a whole line; what was acknowledged before is untouched.
+    `append` commits by itself, as often as costs a small share of the time. A write that fails is
+    taken back, so that the file always ends with a whole line.
+
+    Raises RunFolderError where the file cannot be written or another process has it, StorageError
+    where the disk refuses a write.
     """
 
     def __init__(self, path: Path) -> None:
-        create_folder(path.parent)
         self.path = path
         self.lock = Lock(path)
         self._fd = -1
@@ -89,7 +239,7 @@ class RecordFile:
         self._due = 0.0
 
     def open(self, scan: Scan) -> None:
-        """Cut the torn tail that a finished `scan` of this very file found, and get ready to append."""
+        """Get ready to append: cut the torn tail that a finished `scan` of this file found."""
         try:
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
             if scan.size > scan.good_end:
@@ -100,14 +250,14 @@ class RecordFile:
             raise disk_error(self.path, error) from error
         self._length = scan.good_end
 
-    def append(self, record: Record) -> None:
-        """Add a record; it is safe after the next commit."""
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record. It is on the disk after the next commit."""
         self._buffer.append(encode_line(record))
         if time.monotonic() >= self._due or len(self._buffer) >= _GROUP_RECORDS:
             self.commit()
 
     def commit(self) -> None:
-        """Write and fsync what waits, all or nothing."""
+        """Write and fsync the waiting records, all or none."""
         if not self._buffer:
             return
         data = b"".join(self._buffer)
@@ -118,45 +268,35 @@ class RecordFile:
             # No call between these two: an interrupt comes before both or after both.
             self._length += len(data)
             self._buffer = []
-        except OSError as error:
-            self._take_back()
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._length)
+                os.fsync(self._fd)
+            if not isinstance(error, OSError):
+                raise
+            self._buffer = []  # the disk has just refused these; they are owed again
             raise StorageError(
-                f"could not write {self.path}: {error.strerror}; every record acknowledged before is safe. "
+                f"could not write {self.path}: {error.strerror}; "
+                "every record acknowledged before is safe. "
                 "Free some space and run the same command again"
             ) from error
-        except BaseException:
-            self._take_back()
-            raise
         finished = time.monotonic()
         self._due = finished + (finished - started) / _SYNC_SHARE
 
-    def _take_back(self) -> None:
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._fd, self._length)
-            os.fsync(self._fd)
-
     def close(self) -> None:
-        """Commit what waits and let others write. Closing twice is safe."""
+        """Commit the waiting records and release the lock. Closing twice is safe."""
         try:
-            if self._fd >= 0:
-                self.commit()
+            self.commit()
         finally:
             if self._fd >= 0:
                 os.close(self._fd)
-                self._fd = -1
+            self._fd = -1
             self.lock.release()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        if isinstance(value, StorageError):
-            self._buffer = []  # the disk has just refused it; it is owed again
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
@@ -164,4 +304,5 @@ def _write_at(fd: int, data: bytes, offset: int) -> None:
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
+        view = view[written:]
+        offset += written

@@ -1,6 +1,6 @@
-"""Two small models that ship with the package, and the problems they were trained on.
+"""A small teacher and a small student that ship with the package, and their training problems.
 
-A teacher and a student to try every command with, without a download. Importing this loads no torch.
+Every command can be tried with them without a download. Importing this loads no torch.
 """
 
 from importlib.resources import files

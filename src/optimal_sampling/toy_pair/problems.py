@@ -1,22 +1,20 @@
-"""Arithmetic problems of 1 to 5 steps, their solutions in four styles, and how to grade an answer.
+"""Arithmetic problems of 1 to 5 steps, their solutions, and the grading of answers.
 
-Plain Python: knows nothing of models or tokenizers. Everything is a function of a seed.
+Everything is a function of a seed. Plain Python, without models or tokenizers.
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-Style = Literal["A", "B", "C", "D"]
-STYLES: tuple[Style, ...] = get_args(Style)
+__all__ = ["is_correct", "synthetic_rows"]
+
 Step = tuple[int, str, int, int]  # left, operator, right, result
 Compute = Callable[[int, str, int, int], int]  # left, operator, right, index of the step -> result
 
 MAX_STEPS = 5
 LARGEST = 999  # no result is larger, none is negative
 PRODUCT_SHARE = 0.8  # of first operations; the others are sums
-TRAINING_SEED = 4_000_000_007  # reserved: what the shipped pair was trained on
 
 
 def exact(left: int, operator: str, right: int, index: int = 0) -> int:
@@ -26,39 +24,39 @@ def exact(left: int, operator: str, right: int, index: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """`numbers[0] operators[0] numbers[1] ...`, where left to right is also the order of precedence."""
+    """`numbers[0] operators[0] numbers[1] ...`; precedence and left to right agree."""
 
     numbers: tuple[int, ...]
     operators: str
 
     @property
     def steps(self) -> int:
-        """How many operations it has."""
+        """Number of operations."""
         return len(self.operators)
 
     @property
     def expression(self) -> str:
         """The operations without the question mark."""
-        return str(self.numbers[0]) + _tail(self, 0)
+        return str(self.numbers[0]) + tail(self, 0)
 
     @property
     def text(self) -> str:
-        """What the user asks."""
+        """The user turn."""
         return f"{self.expression}=?"
 
     @property
     def answer(self) -> str:
-        """The true result."""
+        """The true result, in digits."""
         return str(results(self)[-1][3])
 
     @property
     def solution(self) -> str:
-        """Worked out without a mistake, in style A."""
-        return solve(self)
+        r"""The operations with their results, and the answer in `\boxed{}`."""
+        return worked(results(self))
 
 
 def make_problem(seed: int, index: int, steps: int | None = None) -> Problem:
-    """Problem `index` of the stream `seed`; with 1 to 5 steps, all equally likely, unless told."""
+    """Problem `index` of a seed. `steps=None`: 1 to 5 steps, all equally likely."""
     rng = random.Random(f"problem:{seed}:{index}")
     length = rng.randint(1, MAX_STEPS)
     steps = length if steps is None else steps
@@ -79,62 +77,25 @@ def make_problem(seed: int, index: int, steps: int | None = None) -> Problem:
 
 
 def results(problem: Problem, compute: Compute = exact) -> list[Step]:
-    """The operations in order; a wrong result of `compute` is carried on."""
+    """The operations in order; the next one starts from the result of `compute`, even a wrong one."""
     steps: list[Step] = []
     value = problem.numbers[0]
-    for index, (operator, number) in enumerate(
-        zip(problem.operators, problem.numbers[1:], strict=True)
-    ):
+    operations = zip(problem.operators, problem.numbers[1:], strict=True)
+    for index, (operator, number) in enumerate(operations):
         result = compute(value, operator, number, index)
         steps.append((value, operator, number, result))
         value = result
     return steps
 
 
-def solve(problem: Problem, style: Style = "A", compute: Compute = exact) -> str:
-    """The worked solution. Styles part after the first operation, not at the first token.
-
-    A terse, B with partial results, C one line per step, D a chain of shrinking expressions.
-    """
-    steps = results(problem, compute)
-    box = rf"\boxed{{{steps[-1][3]}}}"
-    if style == "A":
-        return (
-            "; ".join(f"{left}{op}{right}={result}" for left, op, right, result in steps)
-            + f". {box}"
-        )
-    if style == "B":
-        return "; ".join(map(_with_partial_results, steps)) + f". {box}"
-    if style == "C":
-        return "".join(f"{left}{op}{right}=({result})\n" for left, op, right, result in steps) + box
-    chain = [f"{result}{_tail(problem, index + 1)}" for index, (*_, result) in enumerate(steps)]
-    return "=".join([problem.expression, *chain]) + f". {box}"
-
-
-def hinted(text: str, hint: str) -> str:
-    """The user turn of a prompt that also holds an answer or a solution."""
-    return f"{text}\nHint: {hint}"
-
-
-def wrong(result: int, rng: random.Random) -> int:
-    """A plausible wrong result: off by one, two, ten, twenty or a hundred."""
-    offsets = [sign * size for sign in (1, -1) for size in (1, 2, 10, 20, 100)]
-    near = [result + offset for offset in offsets if 0 <= result + offset <= LARGEST]
-    return rng.choice(near or [LARGEST])  # mistakes upon mistakes can leave the range
-
-
-def wrong_at(problem: Problem, steps: Collection[int], rng: random.Random) -> Compute:
-    """Right but for some steps, the same each time it is asked; other steps carry the mistakes on."""
-    mistaken = {step: wrong(results(problem)[step][3], rng) for step in sorted(steps)}
-
-    def compute(left: int, operator: str, right: int, index: int) -> int:
-        return mistaken[index] if index in mistaken else max(exact(left, operator, right), 0)
-
-    return compute
+def worked(steps: list[Step]) -> str:
+    r"""A worked solution: `47*3=141; 141+85=226. \boxed{226}`."""
+    equations = [f"{left}{operator}{right}={result}" for left, operator, right, result in steps]
+    return rf"{'; '.join(equations)}. \boxed{{{steps[-1][3]}}}"
 
 
 def boxed(completion: str) -> str | None:
-    r"""What the last complete `\boxed{...}` holds, with braces balanced."""
+    r"""Content of the last complete `\boxed{...}`, with balanced braces."""
     start = completion.rfind(r"\boxed{")
     while start >= 0:
         inside = completion[start + len(r"\boxed{") :]
@@ -156,7 +117,7 @@ def is_correct(completion: str, answer: str) -> bool:
 
 
 def synthetic_rows(seed: int, n: int) -> Iterator[dict[str, str | int]]:
-    """Rows of the data set `synthetic`: the first `n` problems of a seed."""
+    """Rows of the dataset `synthetic`: the first `n` problems of a seed."""
     for index in range(n):
         problem = make_problem(seed, index)
         yield {
@@ -167,19 +128,7 @@ def synthetic_rows(seed: int, n: int) -> Iterator[dict[str, str | int]]:
         }
 
 
-def _tail(problem: Problem, start: int) -> str:
+def tail(problem: Problem, start: int) -> str:
     """The operations from `start` on, as text: `+85-19`."""
     pairs = zip(problem.operators[start:], problem.numbers[start + 1 :], strict=True)
     return "".join(f"{operator}{number}" for operator, number in pairs)
-
-
-def _with_partial_results(step: Step) -> str:
-    """`47*3=40*3+7*3=120+21=141` or `141+85=141+80+5=221+5=226`."""
-    left, op, right, result = step
-    if op == "*":
-        tens, ones = left - left % 10, left % 10
-        parts = f"{tens}*{right}+{ones}*{right}={tens * right}+{ones * right}"
-    else:
-        tens, ones = right - right % 10, right % 10
-        parts = f"{left}{op}{tens}{op}{ones}={exact(left, op, tens)}{op}{ones}"
-    return f"{left}{op}{right}={parts}={result}"

@@ -1,23 +1,25 @@
-"""The token ids that two models mean the same by.
+"""The token ids that mean the same to two models.
 
-Sameness is decided by the tokenizers' id maps, never by `config.vocab_size`: models pad their rows of logits to round
-numbers. Let `size` be one more than the largest id that both tokenizers give the same token. Then
+The tokenizers' id maps are compared, never `config.vocab_size`: models pad their rows of logits to
+round numbers. Let `size` be one more than the largest id that both tokenizers give the same token.
 
-- every id below `size` has to agree, or the two vocabularies are different ones: TokenizerMismatchError;
-- ids from `size` on may only be *added* tokens (markers that one of the models was given later). They are cut: neither
-  model can draw them, though each model's own prompt may hold them. A note says which;
-- a cut id must not be the token by which one of the models ends its texts, as its answers would never end.
+- Every id below `size` has to agree; otherwise TokenizerMismatchError.
+- Ids from `size` on may only be *added* tokens (markers that one of the models was given later).
+  They are cut: neither model can draw them, though each model's own prompt may hold them.
+  A note names them.
+- A cut id must not be the end token of one of the models, whose texts would then never end.
 
-Tokenizers with equal ids may still split text differently (other merges, other normaliser). That is no error, as
-completions travel as ids and each prompt is read by its model's own tokenizer; a note says so.
+Tokenizers with equal ids may split text differently (other merges, another normaliser). That is no
+error: completions stay ids, and each prompt is tokenised by its model's own tokenizer. A note says
+so.
 
-Mixing across different tokenizers would attach here: a `Vocabulary` that carries, per model, a map from its rows of
-logits to shared ids, where today every engine cuts rows at `size`.
+Mixing across different tokenizers would need a map from each model's rows of logits to shared ids
+in `Vocabulary`, where every engine now cuts the rows at `size`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,14 +27,19 @@ from typing import Any
 from optimal_sampling.errors import TokenizerMismatchError
 from optimal_sampling.vocabulary.tokens import ModelTokens, load_tokens
 
-__all__ = ["Vocabulary"]
+__all__ = ["THINKING_BLOCKS", "Vocabulary"]
 
 _SHOWN = 5
-_THINK_MARKERS = frozenset(
-    {"<think>", "</think>", "<thinking>", "</thinking>", "[THINK]", "[/THINK]"}
+THINKING_BLOCKS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("[THINK]", "[/THINK]"),
 )
+"""Opening and closing marker of a block of reasoning, in the forms that models use."""
+
 _PROBES = (
-    "The quick brown fox jumps over the lazy dog; then nothing else happened, and they were friends again.",
+    "The quick brown fox jumps over the lazy dog; then nothing else happened, "
+    "and they were friends again.",
     "What is 12345 + 6.78?  Two  spaces, a\ttab,\n\na blank line.",
     "don't DON'T camelCase snake_case f(x) = \\frac{a}{b}^{2}; x_1 != y",
     "naïve café, e\u0301, ﬁ, 你好，世界, Привет, 1,000,000 \u2014 \U0001f642",
@@ -41,13 +48,14 @@ _PROBES = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What two models share: ids `0 .. size-1`, where a text ends, and how ids become text.
+    """Shared ids `0 .. size-1` of two models, their stop ids, and the text of ids.
 
-    Engines cut both models' rows of logits at `size`. A prompt's ids belong to its own model and may lie beyond.
+    Engines cut both models' rows of logits at `size`. Ids of a prompt belong to its own model and
+    may lie beyond.
     """
 
     size: int
-    """Number of ids that both models share."""
+    """Number of shared ids."""
     stop_ids: frozenset[int]
     """Ids below `size` at which either model ends a text."""
     pad_id: int = 0
@@ -55,32 +63,31 @@ class Vocabulary:
     student_tokenizer: Any = field(default=None, repr=False, compare=False)
     teacher_tokenizer: Any = field(default=None, repr=False, compare=False)
     student_context: int | None = None
-    """Most tokens, prompt and completion together, that the student can read; None: unknown."""
+    """Most tokens of prompt and completion together that the student can read; None: unknown."""
     teacher_context: int | None = None
     student_rows: int | None = None
     """Rows of the student's embedding: a prompt's ids have to lie below; None: unknown."""
     teacher_rows: int | None = None
     notes: tuple[str, ...] = ()
-    """What a user should know of how the two vocabularies meet."""
+    """Differences between the two tokenizers that the user should know of."""
 
     @classmethod
     def load(cls, student: str, teacher: str, trust_remote_code: bool = False) -> Vocabulary:
-        """Read both models' tokenizers and configs by name.
+        """The vocabulary of two models by name, from their tokenizers and configs.
 
-        Raises ModelError, MissingDependencyError (see `load_tokens`) and TokenizerMismatchError.
+        Raises ModelError and MissingDependencyError as `load_tokens` does, TokenizerMismatchError.
         """
         student_tokens = load_tokens(student, trust_remote_code)
-        same = student == teacher
-        return cls.share(
-            student_tokens, student_tokens if same else load_tokens(teacher, trust_remote_code)
-        )
+        if student == teacher:
+            return cls.share(student_tokens, student_tokens)
+        return cls.share(student_tokens, load_tokens(teacher, trust_remote_code))
 
     @classmethod
     def share(cls, student: ModelTokens, teacher: ModelTokens) -> Vocabulary:
-        """Find what two models share. Raises TokenizerMismatchError where their ids do not mean the same."""
+        """The vocabulary that two models share. Raises TokenizerMismatchError."""
         size, notes = _shared_size(student, teacher)
-        for model, role in ((student, "student"), (teacher, "teacher")):
-            notes += _check_end_is_shared(model, role, size)
+        notes += _check_end_is_shared(student, "student", size)
+        notes += _check_end_is_shared(teacher, "teacher", size)
         notes += _splitting_note(student.tokenizer, teacher.tokenizer)
         stop_ids = frozenset(index for index in student.end_ids | teacher.end_ids if index < size)
         return cls(
@@ -99,114 +106,109 @@ class Vocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion, without its final stop token and without special tokens.
 
-        Markers of thinking stay even where a tokenizer calls them special: they part the reasoning from the answer.
-        Bytes that are no UTF-8 become U+FFFD.
+        Markers of thinking blocks stay even where a tokenizer calls them special: they separate the
+        reasoning from the answer. Bytes that are no UTF-8 become U+FFFD.
         """
         kept = list(ids)
         if kept and kept[-1] in self.stop_ids:
             kept.pop()
-        kept = [index for index in kept if index not in self._silent_ids]
-        return str(
-            self.student_tokenizer.decode(
-                kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
+        kept = [index for index in kept if index not in self._omitted_ids]
+        decode = self.student_tokenizer.decode
+        return str(decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @cached_property
-    def _silent_ids(self) -> frozenset[int]:
+    def _omitted_ids(self) -> frozenset[int]:
+        """Special tokens that are no markers of thinking blocks."""
         tokenizer = self.student_tokenizer
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {index for index, token in added.items() if getattr(token, "special", False)}
         special |= set(tokenizer.all_special_ids)
-        spoken = {index for index, token in added.items() if str(token) in _THINK_MARKERS}
-        return frozenset(special - spoken)
+        markers = {marker for block in THINKING_BLOCKS for marker in block}
+        thinking = {index for index, token in added.items() if str(token) in markers}
+        return frozenset(special - thinking)
 
 
 def _shared_size(student: ModelTokens, teacher: ModelTokens) -> tuple[int, list[str]]:
+    """Number of shared ids, and notes on tokens that are cut."""
     student_map, teacher_map = student.id_map, teacher.id_map
-    size = 1 + max(
-        (index for index, token in student_map.items() if teacher_map.get(index) == token),
-        default=-1,
-    )
-    differing = sorted(
-        index
-        for index in student_map.keys() | teacher_map.keys()
-        if index < size and student_map.get(index) != teacher_map.get(index)
-    )
-    if differing or not size:
-        shown = differing or sorted(student_map.keys() | teacher_map.keys())
-        raise TokenizerMismatchError(_mismatch_message(student, teacher, shown))
-    rows = min(model.rows or size for model in (student, teacher))
-    size = min(size, rows)
+    known = sorted(student_map.keys() | teacher_map.keys())
+    equal = {index for index in known if student_map.get(index) == teacher_map.get(index)}
+    size = 1 + max(equal, default=-1)
+    differing = [index for index in known if index < size and index not in equal]
+    if differing or not equal:
+        raise TokenizerMismatchError(_mismatch_message(student, teacher, differing or known))
+    size = min(size, student.rows or size, teacher.rows or size)
     notes = []
-    for model, ids in ((student, student_map), (teacher, teacher_map)):
-        notes += _cut_note(model, ids, size, student, teacher)
+    for model in (student, teacher):
+        words = _cut_words(model, size)
+        if words:
+            raise TokenizerMismatchError(_mismatch_message(student, teacher, words))
+        notes += _cut_note(model, size)
     return size, notes
 
 
-def _cut_note(
-    model: ModelTokens,
-    id_map: Mapping[int, str],
-    size: int,
-    student: ModelTokens,
-    teacher: ModelTokens,
-) -> list[str]:
-    """Added tokens beyond the shared ids are cut and named; ordinary ones mean that the tokenizers are different."""
-    cut = sorted(index for index in id_map if index >= size)
-    if not cut:
-        return []
-    words = [index for index in cut if index not in model.added_ids]
+def _cut_words(model: ModelTokens, size: int) -> list[int]:
+    """Ids beyond the shared ones that are no added tokens: another vocabulary."""
+    ids = model.id_map.keys()
+    words = sorted(index for index in ids - model.added_ids if index >= size)
     if words and model.rows == size:
         raise TokenizerMismatchError(
-            f"the tokenizer of {model.name!r} has {len(id_map)} ids, but the model has only {size} rows of logits: "
-            "is this the tokenizer of another model?"
+            f"the tokenizer of {model.name!r} has {len(ids)} ids, but the model has only {size} "
+            "rows of logits: is this the tokenizer of another model?"
         )
-    if words:
-        raise TokenizerMismatchError(_mismatch_message(student, teacher, words))
-    names = _listed([f"{index} {id_map[index]!r}" for index in cut])
+    return words
+
+
+def _cut_note(model: ModelTokens, size: int) -> list[str]:
+    cut = [f"{index} {token!r}" for index, token in sorted(model.id_map.items()) if index >= size]
+    if not cut:
+        return []
+    names = _listed(cut)
     return [f"only {model.name!r} knows these added tokens, so they are never drawn: {names}"]
 
 
 def _mismatch_message(student: ModelTokens, teacher: ModelTokens, ids: Sequence[int]) -> str:
     student_map, teacher_map = student.id_map, teacher.id_map
     lines = [
-        f"  id {index}: student {student_map.get(index, 'nothing')!r}, teacher {teacher_map.get(index, 'nothing')!r}"
-        for index in ids[:_SHOWN]
-    ]
-    return (
         f"student {student.name!r} and teacher {teacher.name!r} have different tokenizers: "
-        f"{len(ids)} token ids do not mean the same\n"
-        + "\n".join(lines)
-        + ("\n  ..." if len(ids) > _SHOWN else "")
-        + "\nTake two models of one family, whose tokenizers have the same ids."
-    )
+        f"{len(ids)} token ids do not mean the same"
+    ]
+    for index in ids[:_SHOWN]:
+        students, teachers = student_map.get(index, "nothing"), teacher_map.get(index, "nothing")
+        lines.append(f"  id {index}: student {students!r}, teacher {teachers!r}")
+    if len(ids) > _SHOWN:
+        lines.append("  ...")
+    lines.append("Take two models of one family, whose tokenizers have the same ids.")
+    return "\n".join(lines)
 
 
 def _check_end_is_shared(model: ModelTokens, role: str, size: int) -> list[str]:
-    """A model whose end token is cut would never end its texts."""
+    """Notes on end tokens that are cut. TokenizerMismatchError where no text would ever end."""
     lost = sorted(index for index in model.end_ids if index >= size)
     main = model.tokenizer.eos_token_id
     if lost and (main in lost or len(lost) == len(model.end_ids)):
         index = main if main in lost else lost[0]
         token = model.id_map.get(index, "no token at all")
         raise TokenizerMismatchError(
-            f"{role} {model.name!r} ends its texts with {token!r} (id {index}), which the other model does not know, "
-            "so its texts would never end. Take two models of one family whose tokenizers have the same end tokens."
+            f"{role} {model.name!r} ends its texts with {token!r} (id {index}), which the other "
+            "model does not know, so its texts would never end. "
+            "Take two models of one family whose tokenizers have the same end tokens."
         )
     if not lost:
         return []
     return [
-        f"end tokens of {role} {model.name!r} that the other model does not know are left out: ids {_listed(lost)}"
+        f"end tokens of {role} {model.name!r} that the other model does not know are left out: "
+        f"ids {_listed(lost)}"
     ]
 
 
 def _pad_id(tokenizers: Sequence[Any], stop_ids: frozenset[int], size: int) -> int:
     """A padding token that one of the models names, else an end token."""
     named = [tokenizer.pad_token_id for tokenizer in tokenizers]
-    usable = [
-        index for index in (*named, *sorted(stop_ids)) if index is not None and 0 <= index < size
-    ]
-    return usable[0] if usable else 0
+    for index in (*named, *sorted(stop_ids)):
+        if index is not None and 0 <= index < size:
+            return int(index)
+    return 0
 
 
 def _splitting_note(student: Any, teacher: Any) -> list[str]:
@@ -222,6 +224,5 @@ def _splitting_note(student: Any, teacher: Any) -> list[str]:
 
 
 def _listed(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items[:_SHOWN])) + (
-        f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    )
+    shown = ", ".join(map(str, items[:_SHOWN]))
+    return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"

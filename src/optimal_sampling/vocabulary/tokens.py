@@ -1,17 +1,21 @@
-"""What a model's tokenizer and configs say about its tokens. Its weights are not touched."""
+"""One model by name: its folder or hub id, its tokenizer, end tokens and sizes. Reads no weights."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from optimal_sampling import toy_pair
 from optimal_sampling.errors import MissingDependencyError, ModelError
-from optimal_sampling.vocabulary.resolve import resolve_model
 
-__all__ = ["ModelTokens", "load_tokens"]
+__all__ = ["ModelTokens", "load_tokens", "resolve_model"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 _CONTEXT_NAMES = (
     "max_position_embeddings",
@@ -34,40 +38,76 @@ _MISTRAL_KINDS = {"mistral", "mistral3", "ministral", "ministral3", "mixtral", "
 
 @dataclass(frozen=True)
 class ModelTokens:
-    """One model's side of the vocabulary."""
+    """What the tokenizer and the configs of one model say about its tokens."""
 
     name: str
     tokenizer: Any = field(repr=False, compare=False)
     end_ids: frozenset[int] = frozenset()
-    """Ids at which the model ends a text: of its tokenizer, its config and its generation config together."""
+    """Ids at which the model ends a text, of tokenizer, config and generation config together."""
     context: int | None = None
     """Most tokens of prompt and completion together; None where the config does not say."""
     rows: int | None = None
-    """Rows of logits, which may be more than the tokenizer has ids; None where the config does not say."""
+    """Rows of logits, at least the ids of the tokenizer; None where the config does not say."""
 
-    @property
+    @cached_property
     def id_map(self) -> dict[int, str]:
         """Token of every id, added tokens included."""
         return {index: token for token, index in self.tokenizer.get_vocab().items()}
 
-    @property
+    @cached_property
     def added_ids(self) -> frozenset[int]:
-        """Ids that were added to the tokenizer after it was trained: markers, not words."""
+        """Ids added to the tokenizer after it was trained: markers, not words."""
         return frozenset(self.tokenizer.get_added_vocab().values())
+
+
+def resolve_model(name: str) -> str:
+    """The folder of a shipped model, an existing folder, or a hub id.
+
+    Only names and folders are checked: a hub id that does not exist is an error when it is loaded.
+    Raises ModelError where a folder is meant and is missing, or has no `config.json`.
+    """
+    if not name.strip():
+        raise ModelError(
+            "the name of a model is empty; "
+            "give a folder, a hub id, or `toy-teacher` / `toy-student`"
+        )
+    if name in toy_pair.NAMES:
+        return _model_folder(name, toy_pair.path(name))
+    try:
+        folder = Path(name).expanduser()
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long for the disk, a user without a home
+        raise ModelError(f"{name[:200]!r} is no name of a model: {error}") from error
+    if is_folder:
+        return _model_folder(name, folder)
+    if is_file:
+        raise ModelError(f"{name!r} is a file; a model is the folder that holds its config.json")
+    if name.startswith((".", "~", "/", "\\")) or not _HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"there is no model at {name!r}: looked for the folder {folder.absolute()}"
+        )
+    return name
+
+
+def _model_folder(name: str, folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"the folder of model {name!r} is not complete: there is no {folder / 'config.json'}"
+        )
+    return str(folder)
 
 
 def load_tokens(name: str, trust_remote_code: bool = False) -> ModelTokens:
     """Read tokenizer, config and generation config of a model by name.
 
-    Raises ModelError where one of them cannot be read, MissingDependencyError where the tokenizer's kind needs a
-    package that is not installed.
+    Raises ModelError where one of them cannot be read, MissingDependencyError where the tokenizer
+    needs a package that is not installed.
     """
     folder = resolve_model(name)
     with _quiet_transformers():
         config = _load_config(name, folder, trust_remote_code)
-        tokenizer = _load_tokenizer(
-            name, folder, trust_remote_code, str(getattr(config, "model_type", ""))
-        )
+        model_type = str(getattr(config, "model_type", ""))
+        tokenizer = _load_tokenizer(name, folder, trust_remote_code, model_type)
         generation = _load_generation_config(folder)
     text_config = config.get_text_config()
     end_ids = _ids(tokenizer.eos_token_id)
@@ -83,7 +123,7 @@ def load_tokens(name: str, trust_remote_code: bool = False) -> ModelTokens:
 
 
 def _ids(value: object) -> set[int]:
-    """Configs write no end token, one id, or a list of ids."""
+    """End ids as configs write them: none, one id, or a list of ids."""
     if value is None:
         return set()
     if isinstance(value, int):
@@ -108,19 +148,20 @@ def _load_config(name: str, folder: str, trust_remote_code: bool) -> Any:
 def _load_tokenizer(name: str, folder: str, trust_remote_code: bool, model_type: str) -> Any:
     from transformers import AutoTokenizer
 
-    # Early Mistral tokenizer files split words by a wrong pattern. The flag mends those, leaves all others alone, and
-    # keeps Transformers from changing to another tokenizer class just because `mistral_common` is installed.
+    # Early Mistral tokenizer files split words by a wrong pattern. The flag corrects those, leaves
+    # all others alone, and keeps Transformers from changing to another tokenizer class just because
+    # `mistral_common` is installed.
     options = {"fix_mistral_regex": True} if model_type in _MISTRAL_KINDS else {}
     local = Path(folder)
     if local.is_dir() and not any((local / file).exists() for file in _TOKENIZER_FILES):
-        raise ModelError(_no_tokenizer(name, folder))
+        raise ModelError(
+            f"the folder of model {name!r} has no tokenizer: "
+            f"looked for {', '.join(_TOKENIZER_FILES)} in {folder}"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
-        # A missing package comes as ImportError or ValueError, and the package named is not always the missing one.
-        if isinstance(error, ImportError) or any(
-            package in str(error) for package in _TOKENIZER_PACKAGES
-        ):
+        if _needs_package(error):
             raise MissingDependencyError(
                 f"the tokenizer of model {name!r} is of a kind that needs one more package: "
                 f"pip install {' '.join(_TOKENIZER_PACKAGES)} ({_reason(error)})"
@@ -128,8 +169,10 @@ def _load_tokenizer(name: str, folder: str, trust_remote_code: bool, model_type:
         raise ModelError(_cannot("tokenizer", name, folder, error)) from error
 
 
-def _no_tokenizer(name: str, folder: str) -> str:
-    return f"the folder of model {name!r} has no tokenizer: looked for {', '.join(_TOKENIZER_FILES)} in {folder}"
+def _needs_package(error: Exception) -> bool:
+    """A missing package is an ImportError or a ValueError, which may name another package."""
+    text = str(error)
+    return isinstance(error, ImportError) or any(name in text for name in _TOKENIZER_PACKAGES)
 
 
 def _load_generation_config(folder: str) -> Any:
@@ -137,13 +180,10 @@ def _load_generation_config(folder: str) -> Any:
 
     try:
         return GenerationConfig.from_pretrained(folder)
-    except OSError as error:
-        if (
-            Path(folder) / "generation_config.json"
-        ).exists():  # there, but not readable: its stop ids would be lost
-            raise ModelError(_cannot("generation config", folder, folder, error)) from error
-        return None  # a model need not have one
     except Exception as error:
+        absent = not (Path(folder) / "generation_config.json").exists()
+        if absent and isinstance(error, OSError):
+            return None  # a model need not have one
         raise ModelError(_cannot("generation config", folder, folder, error)) from error
 
 
@@ -154,7 +194,10 @@ def _cannot(what: str, name: str, folder: str, error: Exception) -> str:
     if Path(folder).is_dir():
         return message
     looked = str(Path(folder).absolute())
-    return f"{message} There is no folder {looked!r} either. Is the name right, and can the hub be reached?"
+    return (
+        f"{message} There is no folder {looked!r} either. "
+        "Is the name right, and can the hub be reached?"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -165,7 +208,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Hints about tokenizer classes and padding tokens are for authors of models, not for who samples from them."""
+    """Transformers without its hints about tokenizer classes and padding tokens."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -148,6 +148,8 @@ NARROWED = [
     (1, 1, 4),
 ]
 """A round in which 3 tokens per row would take 740 bytes of 720: it has to be planned for 1."""
+TURNED = [(30, 1, 20)] * 5 + [(1, 30, 20)] * 5
+"""The second cache grows by what the first one no longer needs: together they exceed 720 bytes."""
 
 BUDGETS = {
     slots: (10**9, 720, 1080, 1440),
@@ -160,6 +162,7 @@ SCALE = {slots: 1, beside_slots: 1, pages: 40}
 
 
 @example(NARROWED, 5, 14, 1, 3, slots)
+@example(TURNED, 5, 20, 1, 1, slots)
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(1, 20)), max_size=12),
     st.integers(1, 5),

@@ -80,6 +80,7 @@ class LocalEngine(Engine):
 
     captures = frozenset({"student_logits", "teacher_logits", "log_q"})
     options: LocalOptions
+    vocabulary: Vocabulary
 
     def __init__(
         self,

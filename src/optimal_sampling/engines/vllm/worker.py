@@ -1,4 +1,4 @@
-"""vLLM's worker, with what q* needs of every request in its model runner."""
+"""vLLM's worker with a model runner that keeps each request's options of the mixture."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from optimal_sampling.engines.vllm.cpu_fixes import apply_cpu_fixes
-from optimal_sampling.engines.vllm.first_runner import FirstRunnerMixin
 from optimal_sampling.engines.vllm.plugin import check_version
-from optimal_sampling.engines.vllm.second_runner import SecondRunnerMixin
+from optimal_sampling.engines.vllm.runner_v1 import V1RunnerMixin
+from optimal_sampling.engines.vllm.runner_v2 import V2RunnerMixin
+from optimal_sampling.engines.vllm.trace_store import Traces
 from optimal_sampling.errors import ConfigError
 
 __all__ = ["OptimalSamplingWorker"]
@@ -21,10 +22,10 @@ else:
 
 
 class OptimalSamplingWorker(PlatformWorker):  # type: ignore[misc]
-    """The platform's worker, its model runner with our hooks in it."""
+    """The platform's worker; its model runner gets `RunnerMixin` as a base class."""
 
     def init_device(self) -> None:
-        """As the platform does, then refuse what would be sampled wrongly, and adopt the runner."""
+        """vLLM's initialization, then the mixin. Raises ConfigError for asynchronous scheduling."""
         check_version()
         apply_cpu_fixes()
         super().init_device()
@@ -33,24 +34,26 @@ class OptimalSamplingWorker(PlatformWorker):  # type: ignore[misc]
                 "async_scheduling is not supported by the vLLM engine: pass async_scheduling=False"
             )
         runner = self.model_runner
-        hooks = SecondRunnerMixin if self.use_v2_model_runner else FirstRunnerMixin
-        runner.__class__ = type("OptimalSamplingModelRunner", (hooks, type(runner)), {})
-        runner.adopt()
+        mixin = V2RunnerMixin if self.use_v2_model_runner else V1RunnerMixin
+        runner.__class__ = type("OptimalSamplingModelRunner", (mixin, type(runner)), {})
+        runner.init_mixture_state()
 
     def initialize_from_config(self, kv_cache_config: Any) -> Any:
-        """Refuse models whose memory is not one kind of block."""
+        """vLLM's memory. Raises ConfigError for models with more than one kind of block."""
         groups = len(kv_cache_config.kv_cache_groups)
         if groups != 1:
             raise ConfigError(
-                f"these models keep {groups} kinds of caches (sliding windows or states); the vLLM engine supports "
-                "models whose layers all attend to the whole text"
+                f"these models keep {groups} kinds of caches (sliding windows or states); the vLLM "
+                "engine supports models whose layers all attend to the whole text"
             )
         return super().initialize_from_config(kv_cache_config)
 
-    def take_traces(self, request_ids: list[str]) -> dict[str, tuple[list[list[float]], str]]:
-        """Traces and errors of finished requests; they are forgotten here. For vLLM's `collective_rpc`."""
-        return self.model_runner.traces.take(request_ids)  # type: ignore[no-any-return]
+    def take_traces(self, request_ids: list[str]) -> Traces:
+        """Remove and return traces of finished requests. Called by vLLM's `collective_rpc`."""
+        traces: Traces = self.model_runner.traces.take(request_ids)
+        return traces
 
-    def take_named_traces(self, beginnings: list[str]) -> dict[str, tuple[list[list[float]], str]]:
-        """`take_traces` of the requests whose names begin so."""
-        return self.model_runner.traces.take_named(beginnings)  # type: ignore[no-any-return]
+    def take_traces_by_prefix(self, prefixes: list[str]) -> Traces:
+        """`take_traces` by the first characters of the request ids."""
+        traces: Traces = self.model_runner.traces.take_by_prefix(prefixes)
+        return traces

@@ -1,0 +1,10 @@
+"""Classes for lists of prompts, one per engine.
+
+    batch     what they share
+    tensors   padded tensors of results
+    local     `OptimalSamplingModel`, on the local engine
+    vllm      `OptimalSamplingV1`, on vLLM
+
+A further class opens its engine as `_engine` and turns the rows of `BatchSampler._sample` into its
+own output.
+"""

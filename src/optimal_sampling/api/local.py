@@ -1,0 +1,367 @@
+"""`OptimalSamplingModel`: lists of prompts in, tensors out, by the local engine.
+
+In names of arguments and outputs, `theta` is the student and `t` the teacher.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from optimal_sampling.api.batch import (
+    MIXTURE_OPTIONS,
+    BatchSampler,
+    Row,
+    check_length,
+    prompt_lists,
+    taken,
+)
+from optimal_sampling.api.tensors import PerToken, padded_ids, per_token
+from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
+from optimal_sampling.engines.local.engine import LocalEngine
+from optimal_sampling.errors import ConfigError, did_you_mean
+from optimal_sampling.prompts import PromptRenderer
+from optimal_sampling.types import AlphaMethod
+
+__all__ = ["OptimalSamplingModel", "SamplingOutput"]
+
+_ENGINE_OPTIONS = frozenset(item.name for item in fields(LocalOptions))
+_MODEL_OPTIONS = frozenset({"load_in_4bit", "trust_remote_code"})
+_PROMPT_OPTIONS = frozenset(
+    {
+        "student_system_prompt",
+        "theta_system_prompt",
+        "teacher_system_prompt",
+        "enable_chat_template",
+        "thinking",
+    }
+)
+_LOADER_OPTIONS = frozenset(
+    {
+        "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_storage",
+        "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant",
+        "low_cpu_mem_usage",
+        "quantization_config",
+        "variant",
+    }
+)
+_OPTIONS = _ENGINE_OPTIONS | MIXTURE_OPTIONS | _MODEL_OPTIONS | _PROMPT_OPTIONS | _LOADER_OPTIONS
+
+_CAPTURED = {"theta": "student_logits", "t": "teacher_logits"}
+_DIAGNOSTICS = {
+    "kl_theta": "kl_student",
+    "kl_t": "kl_teacher",
+    "entropy": "entropy",
+    "clamped": "clamped",
+    "log_p_theta": "log_p_student",
+    "log_p_t": "log_p_teacher",
+    "log_q": "log_q",
+    "fallback": "fallback",
+}
+"""Names in `SamplingOutput.diagnostics`, and what they are called in a TokenTrace."""
+
+
+class _DefaultDevice(str):
+    """The default device, which differs in type from the same text given by a caller."""
+
+    __slots__ = ()
+
+
+@dataclass
+class SamplingOutput:
+    """Result of `OptimalSamplingModel.generate`. Row i belongs to prompt i; tensors are on the CPU.
+
+    Rows are as long as the longest completion. Ids are padded with the vocabulary's pad id and
+    everything else with NaN; `diagnostics["num_tokens"]` and `finish_reasons` tell what is padding.
+    """
+
+    generated_texts: list[str] | None
+    """The completions without end and special tokens; None with `skip_decode`."""
+    generated_ids: Int[Tensor, "batch seq"]
+    """Ids of the completions, the end token included."""
+    alpha_values: PerToken
+    """[batch, seq]: the teacher's weight at each token."""
+    ess_ratios: PerToken
+    """[batch, seq]: ess_teacher / ess_student; above 1 where q is closer to the teacher."""
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    """[batch, seq] each: kl_theta, kl_t, entropy, clamped, log_p_theta, log_p_t, log_q, fallback.
+    Floats: alpha_mean, ess_ratio_mean, kl_theta_mean, kl_t_mean, entropy_mean, clamped_share.
+    `num_tokens`: a list. Empty without `return_diagnostics`."""
+    logits: dict[str, Float[Tensor, "batch seq vocab"]] | None = None
+    """Raw scores of both models, `theta` and `t`, where asked for."""
+    q_star_probs: Float[Tensor, "batch seq vocab"] | None = None
+    """The distribution each token was drawn from, where asked for."""
+    finish_reasons: list[str] = field(default_factory=list)
+    """`stop`, `length` or `error`."""
+    errors: list[str] = field(default_factory=list)
+    """Why a prompt failed, "" where it did not. The row of a failed prompt is empty."""
+
+
+class OptimalSamplingModel(BatchSampler):
+    """Two models loaded once; every token drawn from p_theta^(1-alpha) * p_t^alpha.
+
+    The student comes first: `model_theta_path` and `prompts` are the student's, `model_t_path` and
+    `prompts_t` the teacher's. `OptimalSamplingV1` has the opposite order, the teacher first.
+
+    `model_t_path=None` means the same weights in both roles (self-distillation), loaded once.
+    `alpha_min` and `alpha_max` clamp what `alpha_method` chooses. `target_top_k` / `target_top_p`
+    restrict both models to the teacher's likeliest tokens, and do so only with
+    `constraint_to_target=True`.
+
+    `device` is the GPU where there is one, else the CPU, with a warning; a device that you name has
+    to be there. On a CPU, `dtype=torch.float16` is taken as float32.
+
+    Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`;
+    the fields of LocalOptions; `trust_region` and `schedule_*` of MixtureConfig; and defaults for
+    `generate`: `student_system_prompt` (or `theta_system_prompt`), `teacher_system_prompt`,
+    `enable_chat_template`, `thinking`.
+
+    Raises ConfigError (an option), ModelError, TokenizerMismatchError, MissingDependencyError.
+    """
+
+    _engine: LocalEngine
+
+    def __init__(
+        self,
+        model_theta_path: str,
+        model_t_path: str | None = None,
+        alpha_method: str = "kl_symmetry",
+        fixed_alpha: float = 0.5,
+        alpha_min: float = 0.5,
+        alpha_max: float = 1.0,
+        constraint_to_target: bool = False,
+        target_top_k: int = -1,
+        target_top_p: float = 1.0,
+        device: str = _DefaultDevice("cuda"),
+        dtype: torch.dtype = torch.float16,
+        **kwargs: Any,
+    ) -> None:
+        _check_options(kwargs)
+        support = _teacher_support(constraint_to_target, target_top_k, target_top_p)
+        self._mixture = MixtureConfig(
+            alpha_method=cast(AlphaMethod, alpha_method),
+            fixed_alpha=fixed_alpha,
+            alpha_min=alpha_min,
+            alpha_max=alpha_max,
+            **support,
+            **taken(kwargs, MIXTURE_OPTIONS),
+        )
+        self._prompt_defaults = _prompt_options(kwargs)
+        _prompt_config(self._prompt_defaults)  # checked before models are loaded
+        self.device = _device(device)
+        self.dtype = _dtype(dtype, self.device)
+        models = ModelConfig(
+            teacher=model_theta_path if model_t_path is None else str(model_t_path),
+            student=str(model_theta_path),
+            dtype=cast(Any, str(self.dtype).removeprefix("torch.")),
+            device=self.device,
+            **taken(kwargs, _MODEL_OPTIONS),
+        )
+        super().__init__(models)
+        self._engine = LocalEngine.load(
+            models,
+            self._mixture,
+            LocalOptions(**taken(kwargs, _ENGINE_OPTIONS)),
+            self.vocabulary,
+            load_kwargs=taken(kwargs, _LOADER_OPTIONS),
+        )
+        self.notes = self._engine.notes()
+        if "auto-enabled" in self.notes.get("attention", ""):
+            print(f"✅ {self.notes['attention']}")
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        prompts_t: Sequence[str] | None = None,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = -1,
+        return_diagnostics: bool = True,
+        skip_decode: bool = False,
+        return_logits: bool = False,
+        return_q_star_probs: bool = False,
+        *,
+        batch_size: int | None = None,
+        seed: int = 0,
+        force_first_token: bool = False,
+        save_logits: bool = False,
+        save_q_star_probs: bool = False,
+        **prompt_options: Any,
+    ) -> SamplingOutput:
+        """One completion per prompt, in the order of the prompts.
+
+        `prompts_t` are the teacher's prompts where they differ. Temperature divides the logits of
+        both models first; `top_p` and `top_k` truncate the mixture. `batch_size` bounds how many
+        run at once and changes no token. A completion is a function of `seed`, its prompt, and how
+        often that prompt came before in the list: the same call gives the same texts again, and
+        equal prompts in one list give different ones.
+
+        `save_logits` and `save_q_star_probs` are other names of `return_logits` and
+        `return_q_star_probs`, which keep [batch, seq, vocab] floats each: mind the memory.
+        `student_system_prompt` (or `theta_system_prompt`), `teacher_system_prompt`,
+        `enable_chat_template` and `thinking` replace the constructor's.
+
+        A prompt that fails (empty, longer than a model's context) leaves an empty row, its reason
+        in `errors`, and a warning. Raises ConfigError for an option, EngineError where no prompt
+        can go on or the model is closed.
+        """
+        _check_options(prompt_options, _PROMPT_OPTIONS)
+        student, teacher = prompt_lists(prompts, prompts_t, "prompts_t")
+        check_length("max_new_tokens", max_new_tokens)
+        self._check_open()
+        config = _prompt_config({**self._prompt_defaults, **_prompt_options(prompt_options)})
+        renderer = PromptRenderer(config, self.vocabulary)
+        self._warn_once(renderer.notes, stacklevel=3)
+        capture = _capture(return_logits or save_logits, return_q_star_probs or save_q_star_probs)
+        mixture = self._mixture_of_call(temperature, top_p, top_k, force_first_token)
+        options = self._engine.options
+        if batch_size is not None:
+            options = replace(options, batch_size=batch_size)
+        engine = self._engine.view(mixture, options=options, capture=capture)
+        pairs = zip(student, teacher, strict=True)
+        rows = self._sample(engine, renderer, pairs, seed, max_new_tokens)
+        return self._output(rows, return_diagnostics, skip_decode, capture)
+
+    def _output(
+        self,
+        rows: Sequence[Row],
+        with_diagnostics: bool,
+        skip_decode: bool,
+        capture: frozenset[str],
+    ) -> SamplingOutput:
+        alphas = per_token([row.trace("alpha") for row in rows])
+        completions = [row.completion for row in rows]
+        ess_ratios = per_token([each.trace.ess_ratio if each else () for each in completions])
+        logits, probabilities = None, None
+        if "student_logits" in capture:
+            logits = {name: self._captured(rows, key) for name, key in _CAPTURED.items()}
+        if "log_q" in capture:
+            probabilities = self._captured(rows, "log_q").exp_()
+        texts = None if skip_decode else [self.vocabulary.decode(row.token_ids) for row in rows]
+        return SamplingOutput(
+            generated_texts=texts,
+            generated_ids=padded_ids([row.token_ids for row in rows], self.vocabulary.pad_id),
+            alpha_values=alphas,
+            ess_ratios=ess_ratios,
+            diagnostics=_diagnostics(rows, alphas, ess_ratios) if with_diagnostics else {},
+            logits=logits,
+            q_star_probs=probabilities,
+            finish_reasons=[row.finish_reason for row in rows],
+            errors=[row.error for row in rows],
+        )
+
+    def _captured(self, rows: Sequence[Row], name: str) -> Float[Tensor, "batch seq vocab"]:
+        length = max((len(row.token_ids) for row in rows), default=0)
+        result = torch.full((len(rows), length, self.vocabulary.size), float("nan"))
+        for place, row in enumerate(rows):
+            if row.completion is not None and row.token_ids:
+                result[place, : len(row.token_ids)] = row.completion.captured[name]
+        return result
+
+
+def _capture(logits: bool, q_star_probs: bool) -> frozenset[str]:
+    names = _CAPTURED.values() if logits else ()
+    return frozenset({*names, "log_q"} if q_star_probs else names)
+
+
+def _diagnostics(rows: Sequence[Row], alphas: PerToken, ess_ratios: PerToken) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        name: per_token([row.trace(source) for row in rows])
+        for name, source in _DIAGNOSTICS.items()
+    }
+    means = {
+        "alpha_mean": alphas,
+        "ess_ratio_mean": ess_ratios,
+        "clamped_share": columns["clamped"],
+    }
+    means |= {f"{name}_mean": columns[name] for name in ("kl_theta", "kl_t", "entropy")}
+    columns |= {name: float(column.mean()) for name, column in means.items()}
+    columns["num_tokens"] = [len(row.token_ids) for row in rows]
+    return columns
+
+
+def _check_options(given: Mapping[str, Any], known: frozenset[str] = _OPTIONS) -> None:
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; there are: {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown option {name!r}{hint}")
+
+
+def _teacher_support(constraint_to_target: bool, top_k: int, top_p: float) -> dict[str, Any]:
+    """The options of MixtureConfig; warns where the three do not fit together."""
+    given = top_k != -1 or top_p != 1.0
+    if constraint_to_target and not given:
+        warnings.warn(
+            "constraint_to_target=True restricts nothing without target_top_k or target_top_p",
+            stacklevel=3,
+        )
+    if not constraint_to_target and given:
+        warnings.warn(
+            "target_top_k and target_top_p are ignored without constraint_to_target=True",
+            stacklevel=3,
+        )
+        return {}
+    return {"teacher_support_top_k": top_k, "teacher_support_top_p": top_p}
+
+
+def _prompt_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given of the prompt options, the student's system prompt under one name."""
+    options = {
+        name: value for name, value in taken(kwargs, _PROMPT_OPTIONS).items() if value is not None
+    }
+    theta = options.pop("theta_system_prompt", None)
+    if theta is not None and options.setdefault("student_system_prompt", theta) != theta:
+        raise ConfigError(
+            "student_system_prompt and theta_system_prompt are the same option; give one of them"
+        )
+    return options
+
+
+def _prompt_config(options: Mapping[str, Any]) -> PromptConfig:
+    thinking = options.get("thinking", "default")
+    if thinking not in ("on", "off", "default"):
+        raise ConfigError(f"thinking must be on, off or default, got {thinking!r}")
+    return PromptConfig(
+        chat_template=bool(options.get("enable_chat_template")),
+        thinking=thinking,
+        student_system_prompt=options.get("student_system_prompt"),
+        teacher_system_prompt=options.get("teacher_system_prompt"),
+    )
+
+
+def _device(device: str) -> str:
+    """A named device has to be there; the default one is the GPU only where there is one."""
+    name = str(device)
+    if not name.startswith("cuda") or torch.cuda.is_available():
+        return name
+    if not isinstance(device, _DefaultDevice):
+        raise ConfigError(
+            f"device={name!r} was asked for, but PyTorch finds no CUDA GPU here; pass device='cpu'"
+        )
+    warnings.warn(
+        "PyTorch finds no CUDA GPU here: running on the CPU, in float32 unless another dtype is given",
+        stacklevel=3,
+    )
+    return "cpu"
+
+
+def _dtype(dtype: torch.dtype | str, device: str) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}"
+        )
+    if (
+        device == "cpu" and found is torch.float16
+    ):  # the signature's default, and no type to compute in on a CPU
+        return torch.float32
+    return cast(torch.dtype, found)

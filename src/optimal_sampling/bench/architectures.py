@@ -1,0 +1,232 @@
+"""Models with random weights of known architectures: what they cost, without a download.
+
+Sizes are those of the published configurations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from optimal_sampling.bench.instruments import MeasuredEngine
+from optimal_sampling.bench.subcommands import PairOptions
+from optimal_sampling.bench.workload import ModelPair, Workload
+from optimal_sampling.config import LocalOptions, ModelConfig, PromptConfig
+from optimal_sampling.engines.device import resolve_device, resolve_dtype
+from optimal_sampling.engines.local.engine import LoadedPair
+from optimal_sampling.errors import ConfigError
+from optimal_sampling.types import Request
+from optimal_sampling.vocabulary import Vocabulary
+
+__all__ = ["ARCHITECTURES", "Architecture", "RandomPair", "architecture_named", "make_pair"]
+
+CONFIG_CLASSES = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "LlamaConfig"}
+LLAMA_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "original_max_position_embeddings": 8192,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes that decide what a forward pass costs."""
+
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocab: int
+    context: int
+    tied: bool = True
+    """The output layer is the embedding."""
+    head_dim: int | None = None
+    """None: hidden / heads."""
+
+    @property
+    def tokenizer(self) -> str:
+        """Name of the vocabulary: two architectures with the same one can be a pair."""
+        return self.family.rstrip("0123456789.")
+
+    def config(self) -> Any:
+        """The Transformers configuration, without an end of text."""
+        import transformers
+
+        llama = self.family == "llama"
+        head_dim = {"head_dim": self.head_dim} if self.head_dim else {}
+        return getattr(transformers, CONFIG_CLASSES[self.family])(
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            intermediate_size=self.mlp,
+            vocab_size=self.vocab,
+            max_position_embeddings=self.context,
+            tie_word_embeddings=self.tied,
+            rope_parameters=LLAMA_ROPE if llama else {"rope_type": "default", "rope_theta": 1e6},
+            rms_norm_eps=1e-5 if llama else 1e-6,
+            bos_token_id=None,
+            eos_token_id=None,
+            **head_dim,
+        )
+
+    def model(self, models: ModelConfig, seed: int) -> Any:
+        """A model with random weights, made on its device.
+
+        They have the architecture's own initial spread, so activations are finite. The
+        global random state is left as it was.
+        """
+        from transformers import AutoModelForCausalLM
+
+        device = resolve_device(models.device)
+        dtype = resolve_dtype(models.dtype, device)
+        forked = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(forked), torch.device(device):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(self.config(), dtype=dtype)
+        return model.eval().requires_grad_(False)
+
+
+QWEN_VOCAB, QWEN_7B_VOCAB, LLAMA_VOCAB = 151_936, 152_064, 128_256
+
+ARCHITECTURES = {
+    "tiny": Architecture("qwen3", 64, 2, 4, 2, 128, 512, 4096, head_dim=16),
+    "Qwen2.5-0.5B": Architecture("qwen2", 896, 24, 14, 2, 4864, QWEN_VOCAB, 32_768),
+    "Qwen2.5-1.5B": Architecture("qwen2", 1536, 28, 12, 2, 8960, QWEN_VOCAB, 32_768),
+    "Qwen2.5-3B": Architecture("qwen2", 2048, 36, 16, 2, 11_008, QWEN_VOCAB, 32_768),
+    "Qwen2.5-7B": Architecture("qwen2", 3584, 28, 28, 4, 18_944, QWEN_7B_VOCAB, 32_768, tied=False),
+    "Qwen3-0.6B": Architecture("qwen3", 1024, 28, 16, 8, 3072, QWEN_VOCAB, 40_960, head_dim=128),
+    "Qwen3-1.7B": Architecture("qwen3", 2048, 28, 16, 8, 6144, QWEN_VOCAB, 40_960, head_dim=128),
+    "Qwen3-4B": Architecture("qwen3", 2560, 36, 32, 8, 9728, QWEN_VOCAB, 40_960, head_dim=128),
+    "Qwen3-8B": Architecture(
+        "qwen3", 4096, 36, 32, 8, 12_288, QWEN_VOCAB, 40_960, tied=False, head_dim=128
+    ),
+    "Llama-3.2-1B": Architecture("llama", 2048, 16, 32, 8, 8192, LLAMA_VOCAB, 131_072, head_dim=64),
+    "Llama-3.2-3B": Architecture(
+        "llama", 3072, 28, 24, 8, 8192, LLAMA_VOCAB, 131_072, head_dim=128
+    ),
+}
+
+
+def architecture_named(name: str) -> Architecture:
+    """The architecture of this name. Raises ConfigError where it is unknown."""
+    if name not in ARCHITECTURES:
+        raise ConfigError(f"unknown shape {name!r}; the shapes are: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+class RandomPair(ModelPair):
+    """Two architectures instead of two models: prompts of random ids, texts of equal length."""
+
+    natural = False
+    has_assistant = False
+
+    def __init__(
+        self,
+        models: ModelConfig,
+        teacher: str,
+        student: str,
+        *,
+        same_weights: bool = False,
+        prompt_tokens: int = 128,
+    ) -> None:
+        self.names_by_role = {"teacher": teacher, "student": student}
+        self.same_weights = same_weights
+        self.prompt_tokens = prompt_tokens
+        super().__init__(models, _shared_vocabulary(teacher, student))
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """The models, for the line of JSON."""
+        found = {role: f"{name} shape, random weights" for role, name in self.names_by_role.items()}
+        rate = {} if self.acceptance is None else {"emulated_acceptance": self.acceptance}
+        return {**found, "same_weights": self.same_weights, "dtype": self.models.dtype, **rate}
+
+    def twin(self) -> RandomPair:
+        """The teacher's architecture as its own student, with the loaded engines."""
+        name = self.names_by_role["teacher"]
+        twin = RandomPair(
+            self.models, name, name, same_weights=True, prompt_tokens=self.prompt_tokens
+        )
+        twin.equal_tokens, twin.kv_memory_gib = self.equal_tokens, self.kv_memory_gib
+        twin._engines = {
+            key: _with_teacher_alone(engine, twin.vocabulary)
+            for key, engine in self._engines.items()
+        }
+        return twin
+
+    def workload(
+        self, count: int, tokens: int | None = None, prompt: PromptConfig | None = None
+    ) -> Workload:
+        """Prompts of random ids, the same for both models; `tokens` unset: `equal_tokens` each."""
+        generator = torch.Generator().manual_seed(0)
+        shape = count, self.prompt_tokens
+        rows = torch.randint(self.vocabulary.size, shape, generator=generator).tolist()
+        most = tokens or self.equal_tokens
+        requests = (
+            Request(f"shape-{index}", index, 0, tuple(ids), tuple(ids), most)
+            for index, ids in enumerate(rows)
+        )
+        return Workload(tuple(requests), natural_end=False)
+
+    def _load(self, options: LocalOptions) -> LoadedPair:
+        teacher = self._load_stock("teacher")
+        student = teacher if self.same_weights else self._load_stock("student")
+        models = {"teacher": teacher, "student": student}
+        return LoadedPair.of(models, self.vocabulary.size, options)
+
+    def _load_stock(self, role: str) -> Any:
+        seed = 0 if self.same_weights or role == "teacher" else 1
+        return architecture_named(self.names_by_role[role]).model(self.models, seed)
+
+
+def _shared_vocabulary(teacher: str, student: str) -> Vocabulary:
+    """The ids that both have. Raises ConfigError for architectures of different vocabularies."""
+    one, other = architecture_named(teacher), architecture_named(student)
+    if one.tokenizer != other.tokenizer:
+        raise ConfigError(
+            f"{teacher} and {student} have different vocabularies; take two shapes of one family"
+        )
+    return Vocabulary(
+        min(one.vocab, other.vocab),
+        frozenset(),
+        teacher_context=one.context,
+        student_context=other.context,
+    )
+
+
+def _with_teacher_alone(engine: MeasuredEngine, vocabulary: Vocabulary) -> MeasuredEngine:
+    """The loaded teacher in both roles, without a copy."""
+    for runner in engine.pair.runners.values():
+        # the student's caches would stay, but the new engine counts on all of the memory
+        runner.drop_caches()
+    runners = dict.fromkeys(engine.pair.runners, engine.pair.runners["teacher"])
+    pair = replace(engine.pair, runners=runners, shared=True)
+    return MeasuredEngine(pair, engine.mixture, engine.options, vocabulary)
+
+
+def make_pair(options: PairOptions) -> ModelPair:
+    """The models or shapes that the options name; weights are loaded at the first use.
+
+    Raises ConfigError, ModelError.
+    """
+    if options.teacher_shape is None or options.student_shape is None:
+        return ModelPair(options.models)
+    pair = RandomPair(
+        options.models,
+        options.teacher_shape,
+        options.student_shape,
+        same_weights=options.same_weights,
+        prompt_tokens=options.prompt_tokens,
+    )
+    pair.equal_tokens = getattr(options, "new_tokens", pair.equal_tokens)
+    if not options.same_weights:
+        pair.acceptance = getattr(options, "acceptance", None)
+    return pair

@@ -1,0 +1,301 @@
+"""Options of `optimal-sampling bench`, a class per subcommand. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from optimal_sampling.config import ModelConfig
+from optimal_sampling.errors import ConfigError
+
+__all__ = [
+    "SUBCOMMANDS",
+    "BenchOptions",
+    "DraftsOptions",
+    "GpuOptions",
+    "IdentityOptions",
+    "MemoryOptions",
+    "PairOptions",
+    "ScalingOptions",
+    "SelfDistilOptions",
+    "Size",
+    "SolverOptions",
+    "SpeedOptions",
+    "parse_bench",
+    "parse_sizes",
+]
+
+COUNTS = ("threads", "num_prompts", "repeats", "prompt_tokens", "new_tokens")
+FOR_SHAPES = ("same_weights", "acceptance", "prompt_tokens", "new_tokens")
+"""Options that have no effect on models which are not shapes."""
+DEFAULT_MODELS = ModelConfig()
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number of texts at once, and the number of new tokens of each."""
+
+    batch: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.tokens}"
+
+
+def parse_sizes(texts: Sequence[str]) -> tuple[Size, ...]:
+    """`32x512` -> batch 32, 512 tokens each. Raises ConfigError."""
+    found = []
+    for text in texts:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip(), re.ASCII)
+        if match is None:
+            raise ConfigError(f"a size is BATCHxTOKENS, such as 32x512; got {text!r}")
+        found.append(Size(int(match[1]), int(match[2])))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of every subcommand."""
+
+    threads: int | None = None
+    """Threads of PyTorch; unset: as the environment says."""
+    output: str | None = None
+    """File that the line of JSON is written to as well."""
+
+    name: ClassVar[str]
+    """The subcommand."""
+    function: ClassVar[str]
+    """`module:function` in this folder that runs the subcommand."""
+
+    def __post_init__(self) -> None:
+        self._check_counts()
+        if self.output is None:
+            return
+        folder = Path(self.output).parent
+        if not folder.is_dir():
+            raise ConfigError(f"output: there is no folder {str(folder)!r}; make it first")
+
+    def _check_counts(self) -> None:
+        for name in COUNTS:
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+
+    def _refuse(self, names: Sequence[str], reason: str) -> None:
+        """Raise ConfigError where one of the named options differs from its default."""
+        defaults = {item.name: item.default for item in fields(self)}
+        for name in names:
+            if name in defaults and getattr(self, name) != defaults[name]:
+                raise ConfigError(f"{name} has no effect {reason}; leave it out")
+
+
+@dataclass(frozen=True)
+class ModelOptions(BenchOptions):
+    """Options of subcommands that run models, or random weights of a known architecture."""
+
+    models: ModelConfig = DEFAULT_MODELS
+    teacher_shape: str | None = None
+    """Random weights of a known architecture, such as Qwen2.5-3B, instead of --teacher: for
+    timing, no downloads."""
+    prompt_tokens: int = 128
+    """Shapes: length of the prompts, random ids."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_shape is None:
+            self._refuse(FOR_SHAPES, "without --teacher-shape")
+        elif replace(self.models, device="auto", dtype="auto") != DEFAULT_MODELS:
+            raise ConfigError(
+                "shapes and models exclude each other: of the options of models, shapes take "
+                "--device and --dtype alone"
+            )
+
+
+@dataclass(frozen=True)
+class PairOptions(ModelOptions):
+    """Options of subcommands that run two models."""
+
+    student_shape: str | None = None
+    """The same for the student. Both or none."""
+    same_weights: bool = False
+    """Both shapes are one model, loaded once: self-distillation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.teacher_shape is None) != (self.student_shape is None):
+            raise ConfigError("teacher_shape and student_shape go together: give both or none")
+        if self.same_weights and self.teacher_shape != self.student_shape:
+            raise ConfigError(
+                "same_weights needs the same shape for --teacher-shape and --student-shape"
+            )
+        if self.same_weights:
+            self._refuse(("acceptance",), "with same_weights, whose drafts are looked up")
+        rate = getattr(self, "acceptance", 0)
+        if not 0 <= rate <= 1:
+            raise ConfigError(f"acceptance must lie in [0, 1], got {rate}")
+
+
+@dataclass(frozen=True)
+class ScalingOptions(PairOptions):
+    """Time and memory against the number of prompts, and an oversized batch."""
+
+    name = "scaling"
+    function = "footprint:run_scaling"
+    new_tokens: int = 48
+    """Shapes: length of every completion."""
+    num_prompts: int = 512
+    """Prompts at batch 32, fewer where it is slow; `scaling` starts with a quarter."""
+    acceptance: float = 0.9
+    """Shapes: share of drafts that counts as accepted. Random weights would accept none."""
+
+
+@dataclass(frozen=True)
+class SpeedOptions(ScalingOptions):
+    """q* beside both models alone and Transformers."""
+
+    name = "speed"
+    function = "speed:run_speed"
+    repeats: int = 5
+    """Counted repeats of every row."""
+
+
+@dataclass(frozen=True)
+class DraftsOptions(SpeedOptions):
+    """q* by draft length, at batch 1, 8, 32 and 128."""
+
+    name = "drafts"
+    function = "speed:run_drafts"
+
+
+@dataclass(frozen=True)
+class SelfDistilOptions(ModelOptions):
+    """The teacher as its own student: equal prompts, and a solution to look drafts up in."""
+
+    name = "selfdistil"
+    function = "selfdistil:run"
+    new_tokens: int = 48
+    """Shapes: length of every completion."""
+    num_prompts: int = 512
+    """Eight times the number of prompts that are drawn, which are at least 8."""
+    repeats: int = 5
+    """Counted repeats of every row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.models.student not in (DEFAULT_MODELS.student, self.models.teacher):
+            raise ConfigError("selfdistil runs the teacher in both roles; leave --student out")
+
+
+@dataclass(frozen=True)
+class MemoryOptions(PairOptions):
+    """KV caches predicted and measured, requests in flight, preemptions."""
+
+    name = "memory"
+    function = "footprint:run_memory"
+    sizes: tuple[str, ...] = ("8x64", "32x64", "32x160", "256x160")
+    """BATCHxTOKENS, such as 8x256 32x512."""
+    acceptance: float = 0.9
+    """Shapes: share of drafts that counts as accepted. Random weights would accept none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_sizes(self.sizes)
+
+
+@dataclass(frozen=True)
+class IdentityOptions(PairOptions):
+    """Texts drawn with and without drafts, compared bit for bit; fails where any differ."""
+
+    name = "identity"
+    function = "identity:run"
+    new_tokens: int = 48
+    """Shapes: length of every completion."""
+    num_prompts: int = 1000
+    """Prompts to compare."""
+
+
+@dataclass(frozen=True)
+class SolverOptions(BenchOptions):
+    """Noise, alpha, draw and diagnostics without a model, on one thread."""
+
+    name = "solver"
+    function = "mixture_cost:run"
+    repeats: int = 5
+    """Counted repeats of every row."""
+
+
+@dataclass(frozen=True)
+class GpuOptions(BenchOptions):
+    """A table of large shapes, within a budget of time."""
+
+    name = "gpu"
+    function = "large_shapes:run"
+    device: str = "auto"
+    """`cuda`, `cuda:1` ...; auto: the first GPU if there is one. On a CPU `tiny` shapes alone."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
+    teacher_shape: str = "Qwen2.5-3B"
+    """The teacher's architecture."""
+    student_shape: str = "Qwen2.5-1.5B"
+    """The student's architecture."""
+    prompt_tokens: int = 128
+    """Length of the prompts, random ids."""
+    sizes: tuple[str, ...] = ("32x512", "8x256", "16x512", "16x1024", "8x2048")
+    """BATCHxTOKENS, such as 8x256 32x512."""
+    huge: str = "256x16384"
+    """The size that memory does not hold, of --huge-shape; prompts of half its tokens, so
+    memory fills at once."""
+    huge_shape: str = "Qwen3-1.7B"
+    """The model of --huge, for both roles."""
+    budget: float = 540.0
+    """Seconds of wall clock, loading included. What does not fit is skipped and named."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_sizes((*self.sizes, self.huge))
+        if not self.budget > 0:
+            raise ConfigError(f"budget must be larger than 0 seconds, got {self.budget}")
+
+    @property
+    def models(self) -> ModelConfig:
+        """Where the shapes run, and their precision."""
+        return ModelConfig(device=self.device, dtype=self.dtype)
+
+
+KINDS: tuple[type[BenchOptions], ...] = (
+    SpeedOptions,
+    DraftsOptions,
+    SelfDistilOptions,
+    ScalingOptions,
+    MemoryOptions,
+    IdentityOptions,
+    SolverOptions,
+    GpuOptions,
+)
+SUBCOMMANDS = {kind.name: kind for kind in KINDS}
+DEFAULT = "speed"
+
+
+def parse_bench(arguments: Sequence[str], program: str) -> BenchOptions:
+    """The options of a command line; without a subcommand, those of `speed`.
+
+    Raises ConfigError, and SystemExit(2) for an option that the subcommand does not have.
+    """
+    import tyro
+
+    first = arguments[0] if arguments else ""
+    if not first or (first.startswith("-") and first not in ("-h", "--help")):
+        arguments = [DEFAULT, *arguments]
+    defaults: dict[str, Any] = {name: kind() for name, kind in SUBCOMMANDS.items()}
+    descriptions = {name: str(kind.__doc__) for name, kind in SUBCOMMANDS.items()}
+    options: BenchOptions = tyro.cli(
+        tyro.extras.subcommand_type_from_defaults(defaults, descriptions),
+        default=defaults[DEFAULT],
+        prog=program,
+        args=list(arguments),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    return options

@@ -1,0 +1,224 @@
+"""`step` and `draft` on a GPU with the Triton programs of `programs`: no tensor [rows, vocab].
+
+How the programs are launched, without waiting for the GPU. Triton is imported when it is first
+asked for; without it `step` takes the PyTorch path, and `kernel_note` says so.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+
+from optimal_sampling.config import MixtureConfig
+from optimal_sampling.distribution.noise import NoiseKeys, NoiseSource, scrambled_ids
+from optimal_sampling.types import TRACE_FIELDS
+
+__all__ = ["SIZES", "TRACED", "Sizes", "fused_draft", "fused_step", "kernel_note", "runs_fused"]
+
+
+class Sizes(NamedTuple):
+    """Tokens of a row that one program takes, and at a time."""
+
+    piece: int
+    block: int
+
+
+SIZES = Sizes(1 << 14, 1 << 11)
+
+TRACED = (
+    "alpha",
+    "clamped",
+    "kl_student",
+    "kl_teacher",
+    "ess_student",
+    "ess_teacher",
+    "entropy",
+    "log_p_student",
+    "log_p_teacher",
+    "log_q",
+    "fallback",
+)
+"""The fields of the trace that `finish` writes, in the order of its names for their columns."""
+
+_LAUNCH, _SMALL = ({"num_warps": warps, "enable_fp_fusion": True} for warps in (8, 1))
+_COVERED = {"kl_symmetry", "mirror", "reverse_kl_symmetry", "ess_balance", "fixed", "schedule"}
+
+
+@cache
+def triton_version() -> str | None:
+    """Of the Triton that can be imported here, if any."""
+    try:
+        return str(import_module("triton").__version__)
+    except ImportError:
+        return None
+
+
+def kernel_note(device: torch.device, mixture: MixtureConfig | None = None) -> str:
+    """One line for a run's summary: how q* is mixed on this device, and why."""
+    version = triton_version()
+    if device.type != "cuda":
+        why = f"the fused kernel is for GPUs and this is {device.type}"
+    elif version is None:
+        why = "Triton is not installed"
+    elif mixture is not None and not covers(mixture):
+        why = "the fused kernel does not cover these mixture options"
+    else:
+        return f"mixture kernel: fused (Triton {version})"
+    return f"mixture kernel: PyTorch, because {why}"
+
+
+def covers(mixture: MixtureConfig, keep_log_q: bool = False) -> bool:
+    """Whether the programs can do it; what they cannot goes through PyTorch.
+
+    They have not the methods entropy and trust_region, a restriction to the teacher's support,
+    top-k and top-p, log q itself, nor fields of the trace beyond TRACED. Logits 5e11 below their
+    row's largest count as -inf.
+    """
+    restricted = mixture.teacher_support_top_k > 0 or mixture.teacher_support_top_p < 1
+    truncated = mixture.top_k > 0 or mixture.top_p < 1
+    known = mixture.alpha_method in _COVERED and set(TRACE_FIELDS) <= set(TRACED)
+    return known and not (restricted or truncated or keep_log_q)
+
+
+def runs_fused(
+    device: torch.device, mixture: MixtureConfig | None = None, keep_log_q: bool = False
+) -> bool:
+    """Whether a step of this mixture, or a draft, on this device is the programs'."""
+    if device.type != "cuda" or triton_version() is None:
+        return False
+    return mixture is None or covers(mixture, keep_log_q)
+
+
+def fused_draft(
+    student_logits: Float[Tensor, "rows vocab"],
+    noise: NoiseSource,
+    temperature: float,
+    sizes: Sizes = SIZES,
+) -> Int64[Tensor, " rows"]:
+    """argmax(log p_student + noise)."""
+    programs = _programs()
+    batch = _batch(student_logits, student_logits, temperature, sizes)
+    rows = student_logits.shape[0]
+    device = student_logits.device
+    token = torch.zeros(rows, dtype=torch.int64, device=device)
+    if rows:
+        drafted = _buffer(rows, programs.DRAFTED, batch.pieces, device)
+        programs.draft[rows, batch.pieces](
+            batch,
+            _noise(noise, batch.vocab),
+            drafted,
+            HASHED=isinstance(noise, NoiseKeys),
+            PIECE=sizes.piece,
+            BLOCK=sizes.block,
+            **_LAUNCH,
+        )
+        width = _power_of_two(batch.pieces)
+        programs.choose[rows,](drafted, batch.pieces, token, WIDTH=width, **_SMALL)
+    return token
+
+
+def fused_step(
+    student_logits: Float[Tensor, "rows vocab"],
+    teacher_logits: Float[Tensor, "rows vocab"],
+    noise: NoiseSource,
+    position: Int[Tensor, " rows"],
+    mixture: MixtureConfig,
+    sizes: Sizes = SIZES,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`step` of a mixture that `covers` accepts: token, trace, bad_student, bad_teacher."""
+    programs = _programs()
+    batch = _batch(student_logits, teacher_logits, mixture.temperature, sizes)
+    rows = student_logits.shape[0]
+    device = student_logits.device
+    outputs = programs.Outputs(
+        token=torch.zeros(rows, dtype=torch.int64, device=device),
+        trace=torch.empty(rows, len(TRACE_FIELDS), device=device),
+        bad_student=torch.empty(rows, dtype=torch.bool, device=device),
+        bad_teacher=torch.empty(rows, dtype=torch.bool, device=device),
+    )
+    if rows:
+        measured = _buffer(rows, programs.MEASURED, batch.pieces, device)
+        solved = _buffer(rows, programs.SOLVED, 1, device)
+        mixed = _buffer(rows, programs.MIXED, batch.pieces, device)
+        method, settings = _settings(mixture)
+        width = _power_of_two(batch.pieces)
+        pieces = {"PIECE": sizes.piece, "BLOCK": sizes.block, **_LAUNCH}
+        whole = {"WIDTH": width, "BLOCK": sizes.block, **_LAUNCH}
+        hashed = isinstance(noise, NoiseKeys)
+        grid = (rows, batch.pieces)
+        programs.measure[grid](batch, measured, settings, METHOD=method, **pieces)
+        programs.solve[rows,](batch, position, measured, solved, settings, METHOD=method, **whole)
+        programs.mix[grid](
+            batch, _noise(noise, batch.vocab), solved, mixed, HASHED=hashed, **pieces
+        )
+        programs.finish[rows,](batch, solved, mixed, outputs, WIDTH=width, **_SMALL)
+    return outputs.token, outputs.trace, outputs.bad_student, outputs.bad_teacher
+
+
+def _settings(mixture: MixtureConfig) -> tuple[str, Any]:
+    """The branch of `solve`, and its `Settings`."""
+    method = mixture.alpha_method
+    low = mixture.alpha_min
+    high = mixture.alpha_max
+    bounds = (1 - high, 1 - low) if method == "mirror" else (low, high)
+    looks = [bound for bound in bounds if 0 < bound < 1] or [sum(bounds) / 2]
+    start = mixture.fixed_alpha if method == "fixed" else mixture.schedule_start
+    end = mixture.fixed_alpha if method == "fixed" else mixture.schedule_end
+    settings = _programs().Settings(
+        first=looks[0],
+        second=looks[1] if len(looks) > 1 else -1.0,
+        low=bounds[0],
+        high=bounds[1],
+        alpha_min=low,
+        alpha_max=high,
+        start=start,
+        end=end,
+        tokens=1.0 if method == "fixed" else mixture.schedule_tokens,
+        mirror=method == "mirror",
+        force_first=mixture.force_first_token,
+    )
+    branch = {"mirror": "kl_symmetry", "fixed": "schedule"}.get(method, method)
+    return branch, settings._make(float(np.float32(number)) for number in settings)
+
+
+def _programs() -> ModuleType:
+    return import_module("optimal_sampling.distribution.gpu.programs")
+
+
+def _batch(student: Tensor, teacher: Tensor, temperature: float, sizes: Sizes) -> Any:
+    """`Batch`, with the same memory where the logits of a row are neighbours."""
+    student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
+    return _programs().Batch(
+        student=student,
+        teacher=teacher,
+        student_stride=student.stride(0),
+        teacher_stride=teacher.stride(0),
+        vocab=student.shape[1],
+        pieces=-(-student.shape[1] // sizes.piece),
+        scale=1 / temperature,
+    )
+
+
+def _buffer(rows: int, columns: Any, pieces: int, device: torch.device) -> Tensor:
+    return torch.empty(rows, columns.value * pieces, dtype=torch.float64, device=device)
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _noise(noise: NoiseSource, vocab: int) -> Any:
+    """`Noise`: where the programs read it, its stride, keys and positions."""
+    programs = _programs()
+    if isinstance(noise, NoiseKeys):
+        ids = scrambled_ids(vocab, noise.keys.device)
+        return programs.Noise(ids, 0, noise.keys, noise.position)
+    noise = noise if noise.stride(-1) == 1 else noise.contiguous()
+    return programs.Noise(noise, noise.stride(0), keys=noise, position=noise)  # not read

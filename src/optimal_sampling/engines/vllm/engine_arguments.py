@@ -1,0 +1,232 @@
+"""A pair of models and this package's options -> vLLM's engine arguments.
+
+Arguments with which vLLM would draw from another distribution are refused. vLLM is imported to ask
+for its platform and the names of its arguments.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
+from optimal_sampling.engines.vllm.plugin import ARCHITECTURE, check_version, register
+from optimal_sampling.engines.vllm.request_options import OPTIONS
+from optimal_sampling.errors import ConfigError, did_you_mean
+from optimal_sampling.vocabulary import Vocabulary, resolve_model
+
+__all__ = ["engine_arguments", "prepare_environment"]
+
+_ONE_DEVICE = "parallelism over several devices (run one process per device on a slice of the data)"
+_REFUSED = {
+    "tensor_parallel_size": _ONE_DEVICE,
+    "pipeline_parallel_size": _ONE_DEVICE,
+    "data_parallel_size": _ONE_DEVICE,
+    "decode_context_parallel_size": _ONE_DEVICE,
+    "prefill_context_parallel_size": _ONE_DEVICE,
+    "quantization": "quantised models",
+    "quantization_config": "quantised models",
+    "enable_lora": "LoRA adapters (merge them into the model first)",
+    "kv_transfer_config": "moving KV caches between servers",
+    "kv_sharing_fast_prefill": "sharing KV caches between layers",
+    "enable_prompt_embeds": "prompts that are embeddings",
+    "enable_dbo": "splitting batches",
+    "ubatch_size": "splitting batches",
+    "watermark_config": "watermarks: their draws are not independent ones from q*",
+    "enable_trace_replay": "tokens that are given, not drawn",
+}
+"""vLLM's arguments that the engine does not support, and what they are for."""
+
+_SET_BY_ENGINE = {
+    "model": "model_teacher",
+    "tokenizer": "model_teacher",
+    "speculative_config": "draft_tokens",
+    "spec_model": "draft_tokens",
+    "spec_method": "draft_tokens",
+    "spec_tokens": "draft_tokens",
+    "hf_overrides": "the options of the mixture",
+    "worker_cls": "nothing: it is the engine",
+    "scheduler_cls": "nothing: it is the engine",
+    "logprobs_mode": "nothing: log-probabilities are those of the distribution that is drawn from",
+    "async_scheduling": "nothing: steps are not overlapped",
+}
+"""vLLM's arguments that the engine sets, and the option to use in their place."""
+
+_PACKAGE = "optimal_sampling.engines.vllm"
+_CPU_KV_BYTES = 1 << 30
+_OFF = (None, False, 0, 1)
+
+
+def prepare_environment() -> None:
+    """Register the model classes. Raises ConfigError for settings of vLLM that cannot work."""
+    check_version()
+    register()
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    if envs.VLLM_USE_V2_MODEL_RUNNER and not HAS_TRITON:
+        raise ConfigError(
+            "vLLM's second model runner needs Triton, which does not run here: unset "
+            "VLLM_USE_V2_MODEL_RUNNER"
+        )
+
+
+def engine_arguments(
+    models: ModelConfig,
+    mixture: MixtureConfig,
+    options: VllmOptions,
+    vocabulary: Vocabulary,
+    given: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Arguments of vLLM's `EngineArgs`. `given` are the caller's own, by vLLM's names, and win.
+
+    Raises ConfigError for what cannot work, ModelError where a model is missing.
+    """
+    _check_given(given)
+    _check_models(models)
+    teacher, student = resolve_model(models.teacher), resolve_model(models.student)
+    arguments: dict[str, Any] = {
+        "model": teacher,
+        "trust_remote_code": models.trust_remote_code,
+        "dtype": _dtype(models.dtype),
+        "worker_cls": f"{_PACKAGE}.worker.OptimalSamplingWorker",
+        "scheduler_cls": f"{_PACKAGE}.pair_scheduler.OptimalSamplingScheduler",
+        "async_scheduling": False,
+        "logprobs_mode": "processed_logprobs",
+        "hf_overrides": _overrides(models, teacher, student, mixture, vocabulary),
+        "disable_log_stats": True,
+        "max_num_seqs": options.batch_size,
+        "max_num_batched_tokens": options.tokens_per_step,
+    }
+    arguments |= _context_argument(vocabulary, given)
+    if options.drafts_per_step:
+        arguments["speculative_config"] = _speculation(student, options.drafts_per_step)
+        arguments["hf_overrides"] = _overrides_with_draft(arguments["hf_overrides"], vocabulary)
+    if _on_cpu():
+        # A share of the system's memory is no budget, and compiling takes longer than it saves.
+        given = {name: value for name, value in given.items() if name != "gpu_memory_utilization"}
+        arguments |= {"kv_cache_memory_bytes": _CPU_KV_BYTES, "enforce_eager": True}
+    if options.kv_memory_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(options.kv_memory_gib * 2**30)
+    return {**arguments, **given}
+
+
+def _context_argument(vocabulary: Vocabulary, given: Mapping[str, Any]) -> dict[str, int]:
+    """`max_model_len`: the shorter context. Raises ConfigError where the caller's is longer."""
+    known = (vocabulary.student_context, vocabulary.teacher_context)
+    contexts = [each for each in known if each]
+    if not contexts:
+        return {}
+    shorter = min(contexts)
+    wanted = given.get("max_model_len") or 0
+    if wanted > shorter:
+        raise ConfigError(f"max_model_len={wanted} is longer than a model's context of {shorter}")
+    return {"max_model_len": shorter}
+
+
+def _overrides(
+    models: ModelConfig, teacher: str, student: str, mixture: MixtureConfig, vocabulary: Vocabulary
+) -> dict[str, Any]:
+    """Fields of the composite model's config that replace the teacher's."""
+    architectures = _architectures("teacher", teacher, models)
+    _architectures("student", student, models)
+    settings = {
+        "teacher_architectures": architectures,
+        "student": student,
+        "vocab_size": vocabulary.size,
+        "mixture": asdict(mixture) | {"temperature": 1.0, "top_k": -1, "top_p": 1.0},
+        "shared": os.path.realpath(teacher) == os.path.realpath(student),
+        "end_id": min(vocabulary.stop_ids, default=0),
+        "trust_remote_code": models.trust_remote_code,
+    }
+    return {"architectures": [ARCHITECTURE], OPTIONS: settings}
+
+
+def _architectures(role: str, folder: str, models: ModelConfig) -> list[str]:
+    """Architectures of a model. Raises ConfigError for a kind that vLLM cannot run in a pair."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=models.trust_remote_code)
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(f"the {role} is quantised, which the vLLM engine does not support")
+    architectures = getattr(config, "architectures", None)
+    if not architectures:
+        raise ConfigError(f"the config of the {role} names no architecture, so vLLM cannot load it")
+    if config.get_text_config() is not config:
+        raise ConfigError(
+            f"the {role} is more than a text model, which the vLLM engine does not support"
+        )
+    return list(architectures)
+
+
+def _overrides_with_draft(
+    overrides: dict[str, Any], vocabulary: Vocabulary
+) -> dict[str, Any] | Callable[[Any], Any]:
+    """`hf_overrides` with the student as draft model."""
+    if vocabulary.student_rows == vocabulary.teacher_rows:
+        return overrides
+    from optimal_sampling.engines.vllm.draft_model import PairOverrides  # imports torch
+
+    teacher_rows = vocabulary.teacher_rows or vocabulary.size
+    student_rows = vocabulary.student_rows or vocabulary.size
+    return PairOverrides(overrides, teacher_rows, student_rows)
+
+
+def _speculation(student: str, draft_tokens: int) -> dict[str, Any]:
+    """`speculative_config`. Drafts are drawn from the student's whole distribution.
+
+    vLLM's accept-reject rule then leaves the distribution that is drawn from unchanged.
+    """
+    return {
+        "method": "draft_model",
+        "model": student,
+        "num_speculative_tokens": draft_tokens,
+        "draft_sample_method": "probabilistic",
+    }
+
+
+def _check_given(given: Mapping[str, Any]) -> None:
+    known = _vllm_names()
+    for name, value in given.items():
+        if name in _SET_BY_ENGINE:
+            raise ConfigError(
+                f"{name} is set by the vLLM engine itself; instead of it there is "
+                f"{_SET_BY_ENGINE[name]}"
+            )
+        if name in _REFUSED and (value is True or value not in _OFF):
+            raise ConfigError(
+                f"{name}={value!r}: the vLLM engine does not support {_REFUSED[name]}"
+            )
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"unknown option {name!r}, and vLLM has no such argument{hint}")
+
+
+def _check_models(models: ModelConfig) -> None:
+    if models.load_in_4bit:
+        raise ConfigError("load_in_4bit: the vLLM engine does not support quantised models")
+    if models.device.startswith("cuda:"):
+        raise ConfigError(
+            f"device={models.device!r}: vLLM takes the first visible GPU; set "
+            "CUDA_VISIBLE_DEVICES instead"
+        )
+
+
+def _vllm_names() -> frozenset[str]:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return frozenset(item.name for item in fields(EngineArgs))
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _dtype(name: str) -> str:
+    if name != "auto":
+        return name
+    return "float32" if _on_cpu() else "bfloat16"

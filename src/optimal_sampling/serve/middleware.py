@@ -1,0 +1,139 @@
+"""Middleware of vLLM's server: API key, open routes, request bodies, alpha statistics.
+
+Pure ASGI, because Starlette's BaseHTTPMiddleware sits between a stream and the disconnect of its
+client, by which vLLM aborts a request.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
+
+from optimal_sampling.serve.alpha_stats import AlphaStatsRequest, AlphaStatsSender
+from optimal_sampling.serve.request_body import (
+    CHAT,
+    COMPLETIONS,
+    RequestError,
+    ServerSettings,
+    translate_body,
+)
+
+__all__ = ["RequestMiddleware"]
+
+_HEALTH = "/health"
+_GENERATE = {route.path: route for route in (COMPLETIONS, CHAT)}
+_OPEN_ROUTES = {"/metrics", "/version", "/v1/models", "/tokenize", "/detokenize", *_GENERATE}
+_OPEN_PREFIXES = ("/metrics/", "/v1/models/")
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error"}
+_POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
+
+
+class RequestMiddleware:
+    """Answers a request with an error, or passes it on with the body that vLLM takes.
+
+    Its settings are `app.state.args.optimal_sampling`: vLLM gives a middleware no arguments, and
+    keeps the server's own in `app.state.args`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] == "websocket":
+            await WebSocketClose(_POLICY_VIOLATION)(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["path"] != _HEALTH:
+            try:
+                receive, send = await _prepare(Request(scope, receive), send)
+            except RequestError as error:
+                await _error_response(error)(scope, receive, send)
+                return
+            except ClientDisconnect:
+                return
+        await self.app(scope, receive, send)
+
+
+async def _prepare(request: Request, send: Send) -> tuple[Receive, Send]:
+    """`receive` and `send` for vLLM, after all checks. Raises RequestError."""
+    settings: ServerSettings = request.app.state.args.optimal_sampling
+    path = request.scope["path"]
+    _check_key(request.headers, settings.api_key)
+    if path not in _OPEN_ROUTES and not path.startswith(_OPEN_PREFIXES):
+        raise RequestError(f"there is no route {path}", status=404)
+    if request.method != "POST":
+        return request.receive, send
+    body = await _read_body(request, settings.max_body_bytes)
+    headers = MutableHeaders(scope=request.scope)
+    route = _GENERATE.get(path)
+    if route is not None:
+        parsed = _parse_object(body)
+        stats = AlphaStatsRequest.from_body(parsed, route)
+        translated = translate_body(parsed, route, settings)
+        if stats is not None:
+            translated |= stats.vllm_fields()
+            del headers["x-request-id"]  # vLLM would prefer it to the field `request_id`
+            send = AlphaStatsSender(stats, request.app.state.engine_client, send)
+        body = json.dumps(translated).encode()
+    headers["content-length"] = str(len(body))
+    return _replay(body, request.receive), send
+
+
+def _check_key(headers: Headers, key: str | None) -> None:
+    if key is None:
+        return
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    given = token.strip(" ").encode("latin-1")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given, key.encode()):
+        raise RequestError(
+            "wrong or missing API key; send it as `Authorization: Bearer KEY`", status=401
+        )
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise RequestError(f"the request body is larger than {limit} bytes", status=413)
+    return bytes(body)
+
+
+def _parse_object(body: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError("the request body is not JSON") from error
+    if not isinstance(parsed, dict):
+        raise RequestError("the request body must be a JSON object")
+    return parsed
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives this body once, and then what the client sends: its disconnect."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+def _error_response(error: RequestError) -> Response:
+    """A response in the form of OpenAI's errors. Not JSONResponse: it fails on lone surrogates."""
+    content = {
+        "message": error.message,
+        "type": _ERROR_TYPES.get(error.status, "invalid_request_error"),
+        "param": error.param,
+        "code": "invalid_api_key" if error.status == 401 else None,
+    }
+    headers = {"connection": "close"} if error.status == 413 else None
+    body = json.dumps({"error": content})
+    return Response(body, error.status, headers, "application/json")

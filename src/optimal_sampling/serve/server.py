@@ -1,0 +1,134 @@
+"""Options of `optimal-sampling serve`, and the start of vLLM's OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
+from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
+from optimal_sampling.errors import ConfigError
+from optimal_sampling.serve.request_body import ServerSettings
+from optimal_sampling.vocabulary import Vocabulary
+
+__all__ = ["KEY_VARIABLE", "ServeConfig", "serve"]
+
+KEY_VARIABLE = "OPTIMAL_SAMPLING_API_KEY"
+"""Environment variable with the API key. All users of a machine see command-line options."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """An OpenAI-compatible server of q*. The API key is read from OPTIMAL_SAMPLING_API_KEY."""
+
+    models: ModelConfig = field(default_factory=ModelConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    """Defaults of requests; temperature, top_p and top_k are each request's own."""
+    engine: VllmOptions = field(
+        default_factory=lambda: VllmOptions(batch_size=256, prefill_chunk=8192)
+    )
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than this machine's own needs an API key."""
+    port: int = 8000
+    """Port to listen on."""
+    served_model_name: str | None = None
+    """Name that clients ask for; unset: the teacher's."""
+    max_model_len: int | None = None
+    """Longest text, prompt included; unset: the shorter of the models' contexts."""
+    gpu_memory_utilization: float | None = None
+    """Share of the GPU's memory that may be used; unset: vLLM's default."""
+    max_n: int = 64
+    """Most completions, and most prompts, of one request."""
+    max_body_bytes: int = 4 << 20
+    """Largest request body."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 65536:
+            raise ConfigError(f"port must lie in 1..65535, got {self.port}")
+        for name in ("max_n", "max_body_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, default in (("temperature", 1.0), ("top_p", 1.0), ("top_k", -1)):
+            if getattr(self.mixture, name) != default:
+                raise ConfigError(f"{name} is each request's own; the server has none")
+
+
+def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> None:
+    """Run the server until it is stopped.
+
+    Raises ConfigError, ModelError or MissingDependencyError before it starts.
+    """
+    key = environment.get(KEY_VARIABLE) or None
+    if key is None and not _is_loopback(config.host):
+        raise ConfigError(
+            f"host {config.host} can be reached from elsewhere: set {KEY_VARIABLE} to an API key"
+        )
+    prepare_environment()
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+
+    models = config.models
+    vocabulary = Vocabulary.load(models.student, models.teacher, models.trust_remote_code)
+    arguments = _vllm_arguments(config, vocabulary)
+    if "max_model_len" not in arguments:
+        raise ConfigError(
+            "the models' configs do not say how long a text may be: give max_model_len"
+        )
+    namespace = _namespace(config, arguments)
+    namespace.optimal_sampling = ServerSettings(
+        vocabulary=vocabulary,
+        mixture=config.mixture,
+        max_model_len=arguments["max_model_len"],
+        api_key=key,
+        max_n=config.max_n,
+        max_body_bytes=config.max_body_bytes,
+    )
+    uvloop.run(run_server(namespace))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _vllm_arguments(config: ServeConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    """vLLM's engine arguments."""
+    given: dict[str, Any] = {
+        "disable_log_stats": False,
+        "generation_config": "vllm",  # a model's own defaults would truncate q* unasked
+    }
+    for name in ("max_model_len", "gpu_memory_utilization"):
+        if getattr(config, name) is not None:
+            given[name] = getattr(config, name)
+    return engine_arguments(config.models, config.mixture, config.engine, vocabulary, given)
+
+
+def _namespace(config: ServeConfig, arguments: Mapping[str, Any]) -> Any:
+    """Arguments of vLLM's server: its defaults with `arguments` and the options of the command.
+
+    Raises ConfigError for a name that vLLM's parser does not know.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    own = {
+        **arguments,
+        "host": config.host,
+        "port": config.port,
+        "middleware": ["optimal_sampling.serve.middleware.RequestMiddleware"],
+        "served_model_name": [config.served_model_name or config.models.teacher],
+        "api_server_count": 1,
+        "disable_fastapi_docs": True,
+    }
+    for name, value in own.items():
+        if not hasattr(namespace, name):
+            raise ConfigError(f"this version of vLLM has no server argument {name}")
+        setattr(namespace, name, value)
+    validate_parsed_serve_args(namespace)
+    return namespace

@@ -1,0 +1,315 @@
+"""Medians, ratios and tables of made-up timings; options; a tiny run of each subcommand."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from optimal_sampling.bench import hardware, mixture_cost, parse_bench, selfdistil, speed
+from optimal_sampling.bench.architectures import ARCHITECTURES, Architecture, RandomPair, make_pair
+from optimal_sampling.bench.harness import (
+    SILENT,
+    RateTable,
+    Spent,
+    System,
+    interleave,
+    make_table,
+    per_second,
+    quotients,
+)
+from optimal_sampling.bench.subcommands import SUBCOMMANDS, Size, parse_sizes
+from optimal_sampling.bench.workload import ModelPair, Variant
+from optimal_sampling.cli import main
+from optimal_sampling.config import ModelConfig
+
+ONE_SHAPE = ["--teacher-shape", "tiny", "--prompt-tokens", "5"]
+TINY = [*ONE_SHAPE, "--student-shape", "tiny"]
+
+
+def printed(table):
+    console = Console(width=120, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_systems_take_turns_and_the_warm_up_is_not_counted():
+    """Guards: a machine that slows down while one system runs; a warm-up that is counted."""
+    order = []
+    rows = [System(name, lambda i, name=name: order.append((name, i)) or 10) for name in "ab"]
+    timings = interleave(rows, 2)
+    assert order == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
+    assert [spent.tokens for spent in timings["a"]] == [10, 10]
+    assert all(spent.wall > 0 for spent in timings["b"])
+
+
+def test_a_slow_system_can_have_fewer_repeats():
+    """Guards: hours spent on a system of which one repeat tells enough."""
+    timings = interleave([System("slow", lambda i: 1, repeats=1), System("x", lambda i: 1)], 3)
+    assert {name: len(done) for name, done in timings.items()} == {"slow": 1, "x": 3}
+
+
+def test_a_system_may_report_the_part_that_counts():
+    """Guards: prompts that are read inside a figure that is called decoding."""
+    timings = interleave([System("x", lambda i: Spent(10, 2.0, 4.0))], 2)
+    assert per_second(timings, "wall") == {"x": 5.0}
+    assert per_second(timings, "cpu") == {"x": 2.5}
+
+
+def test_medians_ignore_an_outlier():
+    """Guards: a mean that one interruption decides; wall clock shown as CPU time."""
+    timings = {"x": [Spent(10, wall, 1.0) for wall in (1.0, 100.0, 2.0)]}
+    assert per_second(timings, "wall") == {"x": 5.0}
+    assert per_second(timings, "cpu") == {"x": 10.0}
+
+
+def test_rates_ratios_and_bounds_are_rows_of_the_table():
+    """Guards: a ratio upside down; the columns of the two clocks swapped; a row that vanishes."""
+    timings = {"new": [Spent(30, 1.0, 2.0)], "old": [Spent(20, 2.0, 1.0)]}
+    named = [("new / old", "new", "old"), ("new / absent", "new", "absent")]
+    rates = RateTable.of("title", timings, lambda rates: quotients(rates, named))
+    assert (rates.ratios_wall, rates.ratios_cpu) == ({"new / old": 3.0}, {"new / old": 0.75})
+    cells = [
+        [cell.strip() for cell in line.strip("│\n").split("│")]
+        for line in printed(rates.table({"bound": 99.0})).splitlines()
+        if line.startswith("│")
+    ]
+    assert cells == [
+        ["new", "30", "15"],
+        ["old", "10", "20"],
+        ["bound", "99", ""],
+        ["new / old", "3.00", "0.75"],
+    ]
+
+
+def test_the_ideal_is_both_forward_passes():
+    """Guards: a ratio to another ideal than 1 / (1 / teacher + 1 / student)."""
+    rates = {speed.STUDENT: 300.0, speed.TEACHER: 100.0, speed.LOCKSTEP: 60.0, speed.AUTO: 200.0}
+    found = speed.ratios(rates)
+    assert found["q* lockstep / ideal lockstep"] == pytest.approx(0.8)
+    assert found["q* speculative / teacher alone"] == pytest.approx(2.0)
+
+
+def test_ratios_are_to_the_best_of_the_rows():
+    """Guards: a ratio that looks better because the slower of two teachers was taken."""
+    rates = {speed.TEACHER: 100.0, speed.PLAIN_TEACHER: 160.0, speed.LOCKSTEP: 60.0}
+    found = speed.ratios({**rates, speed.AUTO: 200.0, speed.fixed_drafts(4): 250.0})
+    assert found["q* speculative / teacher alone"] == pytest.approx(1.25)
+    assert found["q* speculative / best of lockstep and fixed lengths"] == pytest.approx(0.8)
+    assert "q* lockstep / ideal lockstep" not in found  # the student alone was not measured
+    alone = {selfdistil.ALONE: 100.0, selfdistil.PLAIN_ALONE: 125.0, "q* lockstep": 100.0}
+    assert selfdistil.ratios(alone) == {"q* lockstep / fastest alone": 0.8}
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The shipped pair with short texts."""
+    pair = ModelPair(ModelConfig(device="cpu"))
+    pair.most_tokens, pair.equal_tokens, pair.bandwidth = 6, 4, 2e9
+    return pair
+
+
+ROWS = (speed.STUDENT, speed.TEACHER, speed.PLAIN_TEACHER, speed.LOCKSTEP, speed.AUTO)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_table_of_speeds_has_its_rows_bounds_and_ratios(shipped):
+    """Guards: a row that is dropped unnoticed; a roofline without its bandwidth."""
+    one = speed.Setting(1, 2, True, (*ROWS, speed.ASSISTED))
+    result = speed.measure_setting(shipped, one, 1, SILENT)
+    assert set(result.per_cpu_second) == {*ROWS, speed.ASSISTED}
+    assert set(result.bounds) == {speed.IDEAL, speed.ROOFLINE}
+    assert "natural end of text" in result.title
+    assert "roofline, lockstep at 2.0 GB/s" in printed(result.bounded_table())
+    ratio = result.ratios_cpu["q* speculative / Transformers assisted generation"]
+    rates = result.per_cpu_second
+    assert ratio == rates[speed.AUTO] / rates[speed.ASSISTED]
+    many = speed.Setting(2, 3, False, (*ROWS, *speed.BASELINES))
+    result = speed.measure_setting(shipped, many, 1, SILENT)
+    assert set(result.per_cpu_second) == {*ROWS, speed.HF, speed.HF_MIX}
+    assert "4 tokens each" in result.title
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_logits_processor_row_of_a_large_vocabulary(monkeypatch):
+    """Guards: "Inplace update to inference tensor", in buffers that the engine left."""
+    wide = Architecture("qwen3", 64, 2, 4, 2, 128, 40_000, 4096, head_dim=16)
+    monkeypatch.setitem(ARCHITECTURES, "wide", wide)
+    pair = RandomPair(ModelConfig(device="cpu"), "wide", "wide", prompt_tokens=5)
+    pair.equal_tokens, pair.bandwidth = 3, 1e9
+    rows = (speed.LOCKSTEP, speed.HF_MIX)
+    result = speed.measure_setting(pair, speed.Setting(2, 2, False, rows), 1, SILENT)
+    assert all(rate > 0 for rate in result.per_wall_second.values())
+    assert set(result.per_wall_second) == set(rows)
+
+
+def test_self_distillation_shows_what_became_of_the_drafts(shipped):
+    """Guards: drafts that are not counted; a solution that the student reads as well."""
+    pair = ModelPair(ModelConfig(device="cpu", student="toy-teacher"))
+    pair.most_tokens = 30
+    rows = {selfdistil.ALONE: Variant(mode="teacher"), "q* drafts": Variant(draft_tokens=2)}
+    work = pair.workload(8, prompt=selfdistil.PRIVILEGED)
+    result = selfdistil.measure(pair, work, rows, 1, SILENT)
+    assert "shown the solution" in result.title
+    assert 0 < result.drafts["q* drafts"]["accepted"] <= 1
+    assert 1 <= result.drafts["q* drafts"]["tokens_per_round"] <= 3
+    assert "q* drafts: drafts accepted" in printed(result.table())
+    equal = selfdistil.measure(pair, pair.workload(8), rows, 1, SILENT)
+    assert "equal prompts" in equal.title
+
+
+def test_the_mixture_alone_has_a_column_per_method():
+    """Guards: a method that is not timed; a table that cannot be made."""
+    cost = mixture_cost.measure_cost((50, 2, 1), 1)
+    assert set(cost.milliseconds) == {"noise", *mixture_cost.MIXTURES}
+    assert all(x > 0 for x in cost.milliseconds.values())
+    assert 0 <= cost.clamped <= 1
+    assert "KL" in printed(mixture_cost.cost_table([cost]))
+
+
+def run_line(capsys, *arguments):
+    """Run a command line; what it printed, and its line of JSON."""
+    assert main(["bench", *arguments]) == 0
+    text = capsys.readouterr().out
+    return text, json.loads(text.splitlines()[-1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("speed", [*TINY, "--num-prompts", "8", "--new-tokens", "2", "--repeats", "1"]),
+        pytest.param(
+            "drafts",
+            [*TINY, "--num-prompts", "8", "--new-tokens", "2", "--repeats", "1"],
+            marks=pytest.mark.slow,
+        ),
+        ("selfdistil", [*ONE_SHAPE, "--num-prompts", "8", "--repeats", "1"]),
+        ("scaling", [*TINY, "--num-prompts", "8", "--new-tokens", "2"]),
+        ("memory", [*TINY, "--sizes", "2x4", "8x4"]),
+        ("identity", [*TINY, "--num-prompts", "8", "--new-tokens", "4"]),
+        ("solver", ["--repeats", "1"]),
+    ],
+)
+def test_every_subcommand_ends_with_one_line_of_json(name, options, tmp_path, capsys):
+    """Guards: a benchmark that breaks unnoticed; figures that no program can read."""
+    path = tmp_path / "line.json"
+    text, line = run_line(capsys, name, *options, "--output", str(path))
+    assert json.loads(path.read_text()) == line
+    assert line["benchmark"] == name
+    assert line["hardware"]["torch"]
+    assert line["results"]
+    if name != "solver":
+        assert "random weights" in line["models"]["teacher"]
+    if name in ("speed", "drafts", "memory"):
+        assert line["models"]["emulated_acceptance"] == 0.9
+        assert "emulated acceptance 0.9" in text
+
+
+def test_speed_has_the_rows_that_are_documented(shipped):
+    """Guards: a system that is dropped; assisted generation where it cannot run."""
+    names = {row for setting in speed.speed_settings(64) for row in setting.rows}
+    assert {speed.HF, speed.HF_MIX, speed.ASSISTED, speed.AUTO} <= names
+    assert set(map(speed.fixed_drafts, (1, 2, 4, 8))) <= names
+    names = [speed.ASSISTED, speed.TEACHER]
+    made = speed.systems(names, shipped, shipped.workload(1), batch_size=8)
+    assert [system.name for system in made] == [speed.TEACHER]
+    assert [s.batch_size for s in speed.draft_settings(128)] == [1, 8, 32, 128]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["gpu", "--acceptance", "0.2"], "--acceptance"),
+        (["gpu", "--repeats", "50"], "--repeats"),
+        (["gpu", "--teacher", "a-folder"], "--teacher"),
+        (["memory", "--num-prompts", "256"], "--num-prompts"),
+        (["scaling", "--repeats", "3"], "--repeats"),
+        (["identity", "--acceptance", "0.5"], "--acceptance"),
+        (["solver", "--teacher", "a-folder"], "--teacher"),
+        (["selfdistil", "--student-shape", "tiny"], "--student-shape"),
+        (["speed", "--budget", "20"], "--budget"),
+        (["--sizes", "2x2"], "--sizes"),
+    ],
+)
+def test_an_option_of_another_subcommand_is_refused(arguments, name, capsys):
+    """Guards: options that are accepted and ignored."""
+    with pytest.raises(SystemExit) as refused:
+        main(["bench", *arguments])
+    assert refused.value.code == 2
+    assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed", "--repeats", "0"], "repeats must be at least 1"),
+        (["speed", "--num-prompts", "0"], "num_prompts must be at least 1"),
+        (["speed", *TINY, "--acceptance", "1.5"], "acceptance must lie in [0, 1]"),
+        (["speed", "--acceptance", "0.5"], "acceptance has no effect without"),
+        (["speed", "--new-tokens", "7"], "new_tokens has no effect without"),
+        (["identity", "--same-weights"], "same_weights has no effect without"),
+        (["speed", *TINY, "--same-weights", "--acceptance", "0.5"], "no effect with same_weights"),
+        (["gpu", "--budget", "0"], "budget must be larger than 0"),
+        (["memory", "--sizes", "8*256"], "'8*256'"),
+        (["gpu", "--huge", "0x4"], "'0x4'"),
+        (["solver", "--output", "/nowhere/at/all.json"], "/nowhere/at"),
+        (["speed", "--teacher-shape", "tiny"], "give both or none"),
+        (["speed", *TINY, "--teacher", "a-folder"], "exclude each other"),
+        (["speed", *TINY, "--load-in-4bit"], "exclude each other"),
+        (["drafts", *TINY[:-1], "Qwen3-0.6B", "--same-weights"], "needs the same shape"),
+        (["selfdistil", "--student", "a-folder"], "leave --student out"),
+        (["identity", "--dtype", "bfloat16"], "--dtype float32"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(arguments, message, capsys):
+    """Guards: a division by zero, or a figure of something else, after minutes of measuring."""
+    with pytest.raises(SystemExit) as refused:
+        raise SystemExit(main(["bench", *arguments]))
+    assert refused.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_a_subcommand_it_is_speed():
+    """Guards: `optimal-sampling bench` and `bench --threads 1` that stop working."""
+    assert parse_bench([], "bench") == SUBCOMMANDS["speed"]()
+    assert parse_bench(["--repeats", "3"], "bench") == SUBCOMMANDS["speed"](repeats=3)
+    assert type(parse_bench(["drafts"], "bench")) is SUBCOMMANDS["drafts"]
+
+
+def test_options_reach_the_pair():
+    """Guards: an option that is parsed and not used."""
+    options = parse_bench(["speed", *TINY, "--new-tokens", "7", "--acceptance", "0.25"], "bench")
+    pair = make_pair(options)
+    assert (pair.prompt_tokens, pair.equal_tokens, pair.acceptance) == (5, 7, 0.25)
+    options = parse_bench(["speed", *TINY, "--same-weights"], "bench")
+    assert make_pair(options).acceptance is None
+
+
+def test_sizes_are_batch_times_tokens():
+    """Guards: the two numbers swapped."""
+    assert parse_sizes(["32x512", "2x3"]) == (Size(batch=32, tokens=512), Size(2, 3))
+
+
+def test_the_hardware_is_named():
+    """Guards: a figure that nobody knows the origin of."""
+    facts = hardware.hardware(ModelConfig(device="cpu"))
+    assert facts["cores"] >= 1
+    assert "gpu" not in facts
+
+
+def test_sections_of_a_table_are_separated():
+    """Guards: ratios that read as rates."""
+    lines = printed(make_table("t", ("a", "b"), [("x", "1"), (), ("y", "2")])).splitlines()
+    assert sum(line.startswith("├") for line in lines) == 1
+
+
+def test_importing_the_benchmark_is_left_to_the_command():
+    """Guards: `--help` that takes seconds because it loads torch."""
+    code = (
+        "import sys, optimal_sampling.bench, optimal_sampling.cli as c\n"
+        "sys.exit(c.main(['--help']) or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

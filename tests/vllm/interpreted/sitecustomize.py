@@ -1,5 +1,0 @@
-"""Python imports this at its start, because the tests put this folder on PYTHONPATH: processes that vLLM starts."""
-
-from tests.vllm.interpreter import install
-
-install()
