@@ -1,6 +1,8 @@
 """Which token ids mean the same to both models.
 
     tokens   a model by name: its folder, tokenizer, end tokens and sizes, without its weights
+    model_folder  what the folder of a model has to hold
+    turn_end  the token with which a chat template ends turns
     shared   `Vocabulary`: the ids that both models share
 
 Transformers is imported when a tokenizer is loaded.
