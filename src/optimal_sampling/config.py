@@ -188,6 +188,8 @@ class ModelConfig(Checked):
     """`cpu`, `cuda`, `cuda:1` ...; auto: the first GPU if there is one."""
     load_in_4bit: bool = False
     """Load the weights in 4 bits (needs the extra `4bit`)."""
+    allow_unused_weights: bool = False
+    """Load a model whose files hold weights that its architecture does not use."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model. Off unless you have read that code."""
 

@@ -37,7 +37,8 @@ MAY_DIFFER = frozenset(
     {
         "output_dir",  # the folder may have been moved
         "device",  # other rounding, the same distribution; `dtype` is compared
-        "trust_remote_code",  # permission, not content
+        "allow_unused_weights",  # permission, not content
+        "trust_remote_code",
         "num_examples",  # more or fewer of the same prompts
         "data_slice",
         "samples_per_prompt",

@@ -91,6 +91,7 @@ class Vocabulary:
         size, notes = _shared_size(student, teacher)
         notes += _check_end_is_shared(student, "student", size)
         notes += _check_end_is_shared(teacher, "teacher", size)
+        notes += [*_turn_end_note(student), *_turn_end_note(teacher)]
         notes += _splitting_note(student.tokenizer, teacher.tokenizer)
         stop_ids = frozenset(index for index in student.end_ids | teacher.end_ids if index < size)
         return cls(
@@ -228,6 +229,16 @@ def _check_end_is_shared(model: ModelTokens, role: str, size: int) -> list[str]:
     return [
         f"end tokens of {role} {model.name!r} that the other model does not know are left out: "
         f"ids {_listed(lost)}"
+    ]
+
+
+def _turn_end_note(model: ModelTokens) -> list[str]:
+    if model.turn_end is None:
+        return []
+    token = model.id_map.get(model.turn_end, "")
+    return [
+        f"the chat template of {model.name!r} ends turns with {token!r} (id {model.turn_end}), "
+        "which no config calls an end token: it ends completions too"
     ]
 
 

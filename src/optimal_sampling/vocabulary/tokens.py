@@ -12,6 +12,8 @@ from typing import Any
 
 from optimal_sampling import toy_pair
 from optimal_sampling.errors import MissingDependencyError, ModelError
+from optimal_sampling.vocabulary.model_folder import check_model_folder
+from optimal_sampling.vocabulary.turn_end import turn_end
 
 __all__ = ["ModelTokens", "load_tokens", "resolve_model"]
 
@@ -45,7 +47,9 @@ class ModelTokens:
     name: str
     tokenizer: Any = field(repr=False, compare=False)
     end_ids: frozenset[int] = frozenset()
-    """Ids at which the model ends a text, of tokenizer, config and generation config together."""
+    """Ids at which the model ends a text: of tokenizer, configs and chat template together."""
+    turn_end: int | None = None
+    """The one of them that only the chat template names."""
     context: int | None = None
     """Most tokens of prompt and completion together; None where the config does not say."""
     rows: int | None = None
@@ -111,10 +115,7 @@ def _resolve_name(name: str) -> str:
 
 
 def _model_folder(name: str, folder: Path) -> str:
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"the folder of model {name!r} is not complete: there is no {folder / 'config.json'}"
-        )
+    check_model_folder(name, folder)
     return str(folder)
 
 
@@ -133,25 +134,34 @@ def load_tokens(
         tokenizer = _load_tokenizer(name, folder, trust_remote_code, model_type)
         generation = _load_generation_config(folder)
     text_config = config.get_text_config()
-    end_ids = _ids(tokenizer.eos_token_id)
-    for source in (config, text_config, generation):
-        end_ids |= _ids(getattr(source, "eos_token_id", None))
+    sources = {"tokenizer": tokenizer, "config.json": config, "text_config": text_config}
+    sources["generation_config.json"] = generation
+    end_ids: set[int] = set()
+    for source, settings in sources.items():
+        end_ids |= _end_ids(name, source, getattr(settings, "eos_token_id", None))
+    end_of_turn = turn_end(tokenizer, end_ids)
     return ModelTokens(
         name=name,
         tokenizer=tokenizer,
-        end_ids=frozenset(end_ids),
+        end_ids=frozenset(end_ids if end_of_turn is None else {*end_ids, end_of_turn}),
+        turn_end=end_of_turn,
         context=_first_int(text_config, _CONTEXT_NAMES),
         rows=_first_int(text_config, ("vocab_size",)),
     )
 
 
-def _ids(value: object) -> set[int]:
-    """End ids as configs write them: none, one id, or a list of ids."""
-    if value is None:
-        return set()
-    if isinstance(value, int):
-        return {value} if value >= 0 else set()
-    return {int(item) for item in value} if isinstance(value, (list, tuple, set)) else set()
+def _end_ids(name: str, source: str, value: Any) -> set[int]:
+    """End ids as configs write them: none, one id, or a list of ids; -1 stands for none.
+
+    Raises ModelError for other values: an end that is not noticed makes every text run on.
+    """
+    items = value if isinstance(value, (list, tuple, set)) else [] if value is None else [value]
+    if any(type(item) not in (int, float) or item % 1 for item in items):
+        raise ModelError(
+            f"eos_token_id of model {name!r} is {value!r} in its {source}: "
+            "it has to be an id or a list of ids"
+        )
+    return {int(item) for item in items if item >= 0}
 
 
 def _first_int(config: object, names: tuple[str, ...]) -> int | None:

@@ -122,7 +122,8 @@ def test_costs_are_a_line_and_follow_the_machine():
     assert cost(16) == pytest.approx(22.0, rel=0.05)
     for size in (8, 1) * 60:
         cost.observe(size, 1.0 if size == 8 else 5.0)
-    assert cost(20) >= 0
+    assert cost(20) == pytest.approx(3.0, rel=0.3), "seconds that fall with the size: their mean"
+    assert cost(20) == pytest.approx(cost(1), rel=1e-6)
 
 
 @given(
@@ -145,6 +146,8 @@ def test_lookup_proposes_what_followed(prompt, output, count):
             if text[i - size : i] == text[-size:] and text[i : i + len(proposed)] == proposed
         ]
         assert places
+    elif len(text) > 2 and output:
+        assert text[-2:] not in [text[i - 2 : i] for i in range(2, len(text))]
 
 
 def test_lookup_continues_a_solution():

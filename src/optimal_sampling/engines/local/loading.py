@@ -8,6 +8,7 @@ its own stock forward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,9 @@ from optimal_sampling.engines.local.scheduler import Chunk
 from optimal_sampling.engines.local.shrinking import text_model
 from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
 from optimal_sampling.engines.local.stock_runner import StockRunner
+from optimal_sampling.engines.local.weights import check_weights, merge_adapter, takes_adapter
 from optimal_sampling.errors import MissingDependencyError, ModelError
+from optimal_sampling.vocabulary.model_folder import check_weight_files
 
 __all__ = ["check_architecture", "load_model", "prepare_pair"]
 
@@ -51,7 +54,7 @@ def load_model(
 
     Raises ModelError, MissingDependencyError.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of tensors; it would tear the display of the job
@@ -66,18 +69,24 @@ def load_model(
         kwargs["quantization_config"] = _four_bit(kwargs)
     if "quantization_config" in kwargs:
         kwargs.setdefault("device_map", {"": device})
+    name = f"the {role} model {path!r}"
+    check_weight_files(name, Path(path))
+    adapted = takes_adapter(path, name)
+    if adapted:  # it is added once the model itself has been checked
+        kwargs["adapter_kwargs"] = {"subfolder": "none"}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        settings._attn_implementation = "eager"  # ours is plugged in: another need not be installed
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=settings, output_loading_info=True, **kwargs
+        )
     except Exception as error:  # every architecture and every broken folder has errors of its own
         lines = [line for line in str(error).splitlines() if line.strip()]
         first = lines[0] if lines else type(error).__name__
-        raise ModelError(f"the {role} model {path!r} could not be loaded: {first}") from error
-    absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
-    if absent:  # Transformers would go on with random weights
-        names = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
-        raise ModelError(
-            f"the weights of the {role} model {path!r} lack, or have in another shape: {names}"
-        )
+        raise ModelError(f"{name} could not be loaded: {first}") from error
+    check_weights(model, info, name, config.allow_unused_weights)
+    if adapted:
+        merge_adapter(model, path, name)
     if "quantization_config" not in kwargs:
         model = model.to(device)
     return model.eval().requires_grad_(False)
