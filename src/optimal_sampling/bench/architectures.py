@@ -5,13 +5,13 @@ Sizes are those of the published configurations.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from optimal_sampling.bench.instruments import MeasuredEngine
-from optimal_sampling.bench.subcommands import PairOptions
+from optimal_sampling.bench.subcommands import ModelOptions, PairOptions
 from optimal_sampling.bench.workload import ModelPair, Workload
 from optimal_sampling.config import LocalOptions, ModelConfig, PromptConfig
 from optimal_sampling.engines.device import resolve_device, resolve_dtype
@@ -126,7 +126,6 @@ class RandomPair(ModelPair):
     """Two architectures instead of two models: prompts of random ids, texts of equal length."""
 
     natural = False
-    has_assistant = False
 
     def __init__(
         self,
@@ -150,16 +149,18 @@ class RandomPair(ModelPair):
         return {**found, "same_weights": self.same_weights, "dtype": self.models.dtype, **rate}
 
     def twin(self) -> RandomPair:
-        """The teacher's architecture as its own student, with the loaded engines."""
-        name = self.names_by_role["teacher"]
-        twin = RandomPair(
-            self.models, name, name, same_weights=True, prompt_tokens=self.prompt_tokens
-        )
-        twin.equal_tokens, twin.kv_memory_gib = self.equal_tokens, self.kv_memory_gib
-        twin._engines = {
-            key: _with_teacher_alone(engine, twin.vocabulary)
-            for key, engine in self._engines.items()
-        }
+        """The loaded teacher as its own student, without a copy of it."""
+        twin = copy.copy(self)
+        twin.same_weights = True
+        twin._engines = {}
+        for key, engine in self._engines.items():
+            pair = engine.pair
+            for runner in pair.runners.values():
+                # the student's caches would stay, but the twin counts on all of the memory
+                runner.drop_caches()
+            runners = dict.fromkeys(pair.runners, pair.runners["teacher"])
+            twin._engines[key] = engine.view()
+            twin._engines[key].pair = replace(pair, runners=runners, shared=True)
         return twin
 
     def workload(
@@ -202,31 +203,20 @@ def _shared_vocabulary(teacher: str, student: str) -> Vocabulary:
     )
 
 
-def _with_teacher_alone(engine: MeasuredEngine, vocabulary: Vocabulary) -> MeasuredEngine:
-    """The loaded teacher in both roles, without a copy."""
-    for runner in engine.pair.runners.values():
-        # the student's caches would stay, but the new engine counts on all of the memory
-        runner.drop_caches()
-    runners = dict.fromkeys(engine.pair.runners, engine.pair.runners["teacher"])
-    pair = replace(engine.pair, runners=runners, shared=True)
-    return MeasuredEngine(pair, engine.mixture, engine.options, vocabulary)
-
-
-def make_pair(options: PairOptions) -> ModelPair:
+def make_pair(options: ModelOptions) -> ModelPair:
     """The models or shapes that the options name; weights are loaded at the first use.
 
-    Raises ConfigError, ModelError.
+    Options without `student_shape` name one model for both roles. Raises ConfigError, ModelError.
     """
-    if options.teacher_shape is None or options.student_shape is None:
-        return ModelPair(options.models)
-    pair = RandomPair(
-        options.models,
-        options.teacher_shape,
-        options.student_shape,
-        same_weights=options.same_weights,
-        prompt_tokens=options.prompt_tokens,
-    )
+    models, teacher = options.models, options.teacher_shape
+    if teacher is None:
+        one = not isinstance(options, PairOptions)
+        return ModelPair(replace(models, student=models.teacher) if one else models)
+    student = getattr(options, "student_shape", teacher)
+    same = getattr(options, "same_weights", True)
+    tokens = options.prompt_tokens
+    pair = RandomPair(models, teacher, student, same_weights=same, prompt_tokens=tokens)
     pair.equal_tokens = getattr(options, "new_tokens", pair.equal_tokens)
-    if not options.same_weights:
+    if not same:
         pair.acceptance = getattr(options, "acceptance", None)
     return pair
