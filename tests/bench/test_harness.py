@@ -21,7 +21,7 @@ from optimal_sampling.bench.harness import (
     quotients,
 )
 from optimal_sampling.bench.subcommands import SUBCOMMANDS, Size, parse_size
-from optimal_sampling.bench.workload import ModelPair, Variant
+from optimal_sampling.bench.workload import ModelPair
 from optimal_sampling.cli import main
 from optimal_sampling.config import ModelConfig
 
@@ -158,15 +158,16 @@ def test_self_distillation_shows_what_became_of_the_drafts():
     """Guards: drafts that are not counted; a solution that the student reads as well."""
     pair = ModelPair(ModelConfig(device="cpu", student="toy-teacher"))
     pair.most_tokens = 30
-    rows = {speed.ALONE: Variant(mode="teacher"), "q* drafts": Variant(draft_tokens=2)}
-    work = pair.workload(8, prompt=speed.PRIVILEGED)
-    result, text = table_of(speed.measure_selfdistil, pair, work, rows)
+    result, text = table_of(speed.measure_selfdistil, pair, 8, speed.PRIVILEGED)
     assert "shown the solution" in result["title"]
-    assert 0 < result["drafts"]["q* drafts"]["accepted"] <= 1
-    assert 1 <= result["drafts"]["q* drafts"]["tokens_per_round"] <= 3
-    assert "q* drafts: drafts accepted" in text
-    equal, _ = table_of(speed.measure_selfdistil, pair, pair.workload(8), rows)
+    assert result["drafts"].keys() == speed.LOOKUP_ROWS.keys()
+    facts = result["drafts"]["q* prompt lookup, 2"]
+    assert 0 < facts["accepted"] <= 1
+    assert 1 <= facts["tokens_per_round"] <= 3
+    assert "q* prompt lookup, 2: drafts accepted" in text
+    equal, _ = table_of(speed.measure_selfdistil, pair, 8, None)
     assert "equal prompts" in equal["title"]
+    assert equal["drafts"] == {}
 
 
 def test_the_mixture_alone_has_a_column_per_method():

@@ -149,7 +149,9 @@ def test_the_recorder_sees_every_round(pair):
 def test_the_recorder_ends_a_run(pair):
     """Guards: a budget of time that is not kept."""
     work = pair.workload(2)
-    recorder = pair.engine(work, 2, stop=lambda rounds: True).record(work.requests)
+    engine = pair.engine(work, 2)
+    engine.stop = lambda rounds: True
+    recorder = engine.record(work.requests)
     assert (recorder.rounds, recorder.whole.tokens, recorder.lengths) == (0, 0, {})
     # the models can be used again
     assert len(pair.engine(work, 2).record(work.requests).lengths) == 2

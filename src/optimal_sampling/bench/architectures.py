@@ -22,7 +22,6 @@ from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["ARCHITECTURES", "Architecture", "RandomPair", "architecture_named", "make_pair"]
 
-CONFIG_CLASSES = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "LlamaConfig"}
 LLAMA_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -57,11 +56,12 @@ class Architecture:
 
     def config(self) -> Any:
         """The Transformers configuration, without an end of text."""
-        import transformers
+        from transformers import AutoConfig
 
         llama = self.family == "llama"
         head_dim = {"head_dim": self.head_dim} if self.head_dim else {}
-        return getattr(transformers, CONFIG_CLASSES[self.family])(
+        return AutoConfig.for_model(
+            self.family,
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
@@ -144,9 +144,14 @@ class RandomPair(ModelPair):
     @property
     def names(self) -> dict[str, Any]:
         """The models, for the line of JSON."""
-        found = {role: f"{name} shape, random weights" for role, name in self.names_by_role.items()}
-        rate = {} if self.acceptance is None else {"emulated_acceptance": self.acceptance}
-        return {**found, "same_weights": self.same_weights, "dtype": self.models.dtype, **rate}
+        names: dict[str, Any] = {}
+        for role, name in self.names_by_role.items():
+            names[role] = f"{name} shape, random weights"
+        names["same_weights"] = self.same_weights
+        names["dtype"] = self.models.dtype
+        if self.acceptance is not None:
+            names["emulated_acceptance"] = self.acceptance
+        return names
 
     def twin(self) -> RandomPair:
         """The loaded teacher as its own student, without a copy of it."""

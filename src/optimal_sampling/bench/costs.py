@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 
 from optimal_sampling.bench.architectures import make_pair
-from optimal_sampling.bench.harness import Report, interleave, make_table
+from optimal_sampling.bench.harness import Report, interleave, make_table, per_second
 from optimal_sampling.bench.instruments import Recorder, resident_bytes
 from optimal_sampling.bench.subcommands import (
     MemoryOptions,
@@ -19,11 +18,11 @@ from optimal_sampling.bench.subcommands import (
     SolverOptions,
     parse_size,
 )
-from optimal_sampling.bench.workload import ModelPair, Variant, Workload
+from optimal_sampling.bench.workload import ModelPair, Workload
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import gumbel, keys_tensor, step
 
-__all__ = ["measure_memory", "measure_solver", "predicted_bytes", "run_memory"]
+__all__ = ["predicted_bytes", "run_memory", "run_scaling", "run_solver"]
 
 OVERSIZE = 8
 """The last row of `memory` has this fraction of the memory that its batch took."""
@@ -43,14 +42,12 @@ def predicted_bytes(pair: ModelPair, workload: Workload) -> int:
     return total
 
 
-def _record(
-    pair: ModelPair, workload: Workload, batch: int, budget_gib: float | None = None
-) -> tuple[Recorder, dict[str, float]]:
+def _record(pair: ModelPair, workload: Workload, batch: int) -> tuple[Recorder, dict[str, float]]:
     """One run, the largest size of its caches, and the peak of memory over that before it.
 
     That is resident memory on a CPU, and what is allocated on a GPU.
     """
-    engine = pair.engine(workload, batch, Variant(kv_memory_gib=budget_gib))
+    engine = pair.engine(workload, batch)
     cuda, device = torch.cuda, engine.device
     if device.type == "cpu":
         before = resident_bytes()
@@ -62,11 +59,10 @@ def _record(
     return done, {"kv_mib": done.kv_bytes / MIB, "grown_mib": (peak - before) / MIB}
 
 
-def _footprint(pair: ModelPair, size: Size, budget_mib: float | None = None) -> dict[str, Any]:
-    """One row of `memory`, in MiB; without a budget for the caches, the engine's own choice."""
+def _footprint(pair: ModelPair, size: Size, budget_mib: float | None) -> dict[str, Any]:
+    """One row of `memory`, in MiB. `budget_mib`: that of the pair, if it has one."""
     workload = pair.workload(size.batch, size.tokens)
-    budget_gib = None if budget_mib is None else budget_mib / 1024
-    done, memory = _record(pair, workload, size.batch, budget_gib)
+    done, memory = _record(pair, workload, size.batch)
     return {
         "batch": size.batch,
         "tokens": size.tokens,
@@ -94,9 +90,10 @@ def measure_memory(pair: ModelPair, sizes: Sequence[Size], report: Report) -> No
     found = report.results
     for size in sizes:
         report.status(f"batch {size}")
-        found.append(_footprint(pair, size))
+        found.append(_footprint(pair, size, None))
     budget = found[-1]["kv_mib"] * max(1 / OVERSIZE, 2 / sizes[-1].batch)
     report.status(f"batch {sizes[-1]} in {budget:.0f} MiB")
+    pair.kv_memory_gib = budget / 1024
     found.append(_footprint(pair, sizes[-1], budget))
     columns = ("batch x tokens", "budget", "KV should", "KV took", "grown", "in flight")
     title = f"Memory of a batch of texts of equal length{pair.label}, MiB"
@@ -173,10 +170,7 @@ def measure_solver(size: tuple[int, int, int], repeats: int, report: Report) -> 
         "vocab": vocab,
         "batch": batch,
         "clamped": drawn.trace[:, 1].mean().item(),
-        "milliseconds": {
-            name: median(1e3 * spent.cpu / spent.tokens for spent in spents)
-            for name, spents in timings.items()
-        },
+        "milliseconds": {name: 1e3 / rate for name, rate in per_second(timings, "cpu").items()},
     }
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "RateTable",
     "Rates",
     "Report",
+    "Row",
     "Spent",
     "Systems",
     "hardware",
@@ -39,7 +40,6 @@ __all__ = [
     "per_second",
     "quotients",
     "run_bench",
-    "timed",
 ]
 
 
@@ -113,18 +113,12 @@ def interleave(
         for name in list(systems)[:: -1 if repeat % 2 else 1]:
             if repeat > most[name]:
                 continue
-            status(f"{name}: {f'repeat {repeat} of {repeats}' if repeat else 'warm-up'}")
-            spent = timed(systems[name])
-            if repeat:
-                timings[name].append(spent)
-    return timings
-
-
-def timed(work: Callable[[], int | Spent]) -> Spent:
-    """Tokens and seconds of one call; or what the call itself returns as `Spent`."""
-    started = Spent.until_now()
-    made = work()
-    return made if isinstance(made, Spent) else Spent.until_now(made) - started
+            status(f"{name}: repeat {repeat} of {repeats}")
+            started = Spent.until_now()
+            made = systems[name]()
+            spent = made if isinstance(made, Spent) else Spent.until_now(made) - started
+            timings[name].append(spent)
+    return {name: spent[1:] for name, spent in timings.items()}
 
 
 def per_second(timings: Timings, clock: Literal["wall", "cpu"]) -> dict[str, float]:
@@ -247,12 +241,9 @@ def _gpu(name: str) -> dict[str, Any]:
 
 
 def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.partition("\n")[0].strip() or "unknown"
+    command = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+    status, text = subprocess.getstatusoutput(command)
+    return "unknown" if status else text.partition("\n")[0]
 
 
 def run_bench(options: BenchOptions, console: Console) -> int:

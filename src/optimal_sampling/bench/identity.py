@@ -15,7 +15,7 @@ from optimal_sampling.bench.workload import ModelPair, Variant, Workload
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Completion, Request
 
-__all__ = ["Comparison", "differences", "measure", "run"]
+__all__ = ["run"]
 
 BATCH = 32
 CAPTURED = frozenset({"student_logits", "teacher_logits", "log_q"})
@@ -58,16 +58,15 @@ def differences(plain: Completion, other: Completion) -> tuple[bool, bool]:
 
     NaN equals NaN.
     """
-    tokens = [(text.token_ids, text.finish_reason) for text in (plain, other)]
-    return tokens[0] != tokens[1], _bits(plain) != _bits(other)
+    tokens = plain.token_ids != other.token_ids
+    ends = plain.finish_reason != other.finish_reason
+    return tokens or ends, _bits(plain) != _bits(other)
 
 
 def _bits(text: Completion) -> dict[str, bytes]:
-    columns = list(text.trace.columns.values())
-    bits = {"trace": np.array(columns).tobytes()}
-    for name, rows in text.captured.items():
-        bits[name] = rows.numpy().tobytes()
-    return bits
+    rows = {name: kept.numpy() for name, kept in text.captured.items()}
+    rows |= text.trace.columns
+    return {name: np.asarray(values).tobytes() for name, values in rows.items()}
 
 
 def compare(pair: ModelPair, prompts: int, report: Report) -> list[Comparison]:

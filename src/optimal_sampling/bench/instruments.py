@@ -5,6 +5,7 @@ The only file of the benchmarks that depends on how the engine's generation loop
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -107,22 +108,21 @@ class MeasuredEngine(LocalEngine):
     recorder: Recorder
     """Of the latest `generate` call."""
     stop: Callable[[int], bool] = staticmethod(lambda rounds: False)
-    """Whether a run ends after this many rounds."""
+    """Whether a run ends after this many rounds, before the texts do."""
     acceptance: float | None = None
     """Share of drafts that is accepted."""
 
     def record(self, requests: Iterable[Request]) -> Recorder:
         """Draw the texts, or as much as `stop` allows. Raises EngineError where one fails."""
         started = Spent.until_now()
-        try:
+        with contextlib.suppress(OutOfTime):
             for completion in self.generate(requests):
                 if completion.error:
                     raise EngineError(completion.error)
                 self.recorder.lengths[completion.request.id] = len(completion.token_ids)
-        except OutOfTime:
-            pass
-        self.recorder.whole = Spent.until_now(self.recorder.tokens()) - started
-        return self.recorder
+        recorder = self.recorder
+        recorder.whole = Spent.until_now(recorder.tokens()) - started
+        return recorder
 
     def _new_loop(self) -> GenerationLoop:
         loop = super()._new_loop()
@@ -155,13 +155,14 @@ class MeasuredSampler(Sampler):
         return sampled
 
     def _overwrite(self, sampled: SampledRound, rows: list[Sequence], rate: float) -> None:
-        keys = keys_tensor(s.request.noise_key for s in rows)
-        positions = torch.tensor([len(s.output) for s in rows])
         drafts = sampled.drafts
-        accepted = accepts(keys, positions, drafts.shape[1], rate).to(self.device)
+        count = sampled.width - 1
+        keys = keys_tensor(row.request.noise_key for row in rows)
+        lengths = torch.tensor([len(row.output) for row in rows])
+        accepted = accepts(keys, lengths, count, rate).to(self.device)
         other = (drafts + 1) % self.settings.vocab_size
-        tokens = sampled.step.token.view(len(rows), -1)
-        tokens[:, :-1] = torch.where(accepted, drafts, other)
+        tokens = sampled.step.token.view(-1, count + 1)
+        tokens[:, :count] = torch.where(accepted, drafts, other)
 
 
 def accepts(keys: Tensor, first: Tensor, drafts: int, rate: float) -> Bool[Tensor, "rows drafts"]:

@@ -1,7 +1,7 @@
 """A table of large shapes in one call that keeps to a budget of time; what does not fit is skipped.
 
 Every cell is one run, cut off when its share of the time is over; a share that is not used goes to
-the cells after it. Sizes with a target come first. Texts are of equal length, prompts of random
+the cells after it. Texts are of equal length, prompts of random
 ids.
 """
 
@@ -9,34 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from rich.table import Table
+from typing import Any, TypeAlias
 
 from optimal_sampling.bench.architectures import RandomPair
 from optimal_sampling.bench.costs import predicted_bytes
-from optimal_sampling.bench.harness import Rates, Report, make_table
+from optimal_sampling.bench.harness import Report, Row, make_table, quotients
 from optimal_sampling.bench.instruments import Recorder
-from optimal_sampling.bench.speed import IDEAL, LOCKSTEP, ROOFLINE, STUDENT, TEACHER, bounds
+from optimal_sampling.bench.speed import IDEAL, LOCKSTEP, STUDENT, TEACHER, bounds
 from optimal_sampling.bench.speed import VARIANTS as SPEED_VARIANTS
 from optimal_sampling.bench.subcommands import GpuOptions, Size, parse_size
 from optimal_sampling.bench.workload import Variant
 from optimal_sampling.engines.device import resolve_device
 from optimal_sampling.errors import ConfigError, EngineError
 
-__all__ = [
-    "FAST",
-    "VARIANTS",
-    "Budget",
-    "large_pairs",
-    "measure",
-    "measure_cell",
-    "measure_cells",
-    "run",
-    "targets",
-]
+__all__ = ["run"]
 
 FAST, SLOW = "q* speculative, emulated acceptance 0.9", "q* speculative, emulated acceptance 0.8"
 SELF = "self-distillation of the teacher, lockstep"
@@ -46,6 +35,10 @@ VARIANTS = {
     SLOW: Variant(acceptance=0.8),
     SELF: SPEED_VARIANTS[LOCKSTEP],
 }
+RATIOS = (
+    ("q* lockstep / ideal lockstep", LOCKSTEP, (IDEAL,)),
+    ("q* speculative at 0.9 / teacher alone", FAST, (TEACHER,)),
+)
 WARM_UP = Size(1, 32)
 FEWEST_ROUNDS = 16
 """Rounds that a run which is cut off must have for a figure."""
@@ -107,8 +100,7 @@ class Cell:
     def __str__(self) -> str:
         if self.skipped:
             return f"skipped: {self.size}, {self.row}: {self.skipped}"
-        whole = self.size.batch * self.size.tokens
-        part = "" if self.complete else f" of {whole}, as the time was up"
+        part = "" if self.complete else ", as the time was up"
         rate = f"{self.rate:.0f} tokens per second"
         return f"{self.size}, {self.row}: {rate} ({self.tokens} tokens{part})"
 
@@ -119,7 +111,8 @@ def _record(pair: RandomPair, size: Size, row: str, budget: Budget) -> Recorder:
         raise Skipped("no time left")
     workload = pair.workload(size.batch, size.tokens)
     try:
-        engine = pair.engine(workload, size.batch, VARIANTS[row], budget.over)
+        engine = pair.engine(workload, size.batch, VARIANTS[row])
+        engine.stop = budget.over
         return engine.record(workload.requests)
     except (EngineError, RuntimeError) as error:  # other cells can still be measured
         raise Skipped(f"failed: {str(error).splitlines()[0]}") from error
@@ -165,10 +158,10 @@ def measure_large_batch(pair: RandomPair, size: Size, budget: Budget) -> dict[st
         done = _record(pair, size, LOCKSTEP, budget)
     except Skipped as reason:
         return {"skipped": str(reason)}
-    workload = pair.workload(size.batch, size.tokens)
+    predicted = predicted_bytes(pair, pair.workload(size.batch, size.tokens))
     return {
         "prompt_tokens": pair.prompt_tokens,
-        "predicted_gib": predicted_bytes(pair, workload) / 2**30,
+        "predicted_gib": predicted / 2**30,
         "kv_gib": done.kv_bytes / 2**30,
         "most_rows": done.most_rows,
         "rounds": done.rounds,
@@ -179,41 +172,6 @@ def measure_large_batch(pair: RandomPair, size: Size, budget: Budget) -> dict[st
         "decoding": done.decoding.rate(),
         "skipped": "",
     }
-
-
-def targets(size: Size, rates: Rates) -> list[dict[str, Any]]:
-    """Figures that are required at a size, and what was found, where the rows are known.
-
-    `rates` holds ideal lockstep as well.
-    """
-    wanted = [("q* lockstep / ideal lockstep", 0.9, LOCKSTEP, IDEAL)]
-    if size.batch == 8:
-        wanted.append(("q* speculative at 0.9 / teacher alone", 1.2, FAST, TEACHER))
-    if size == Size(32, 512):
-        wanted.append(("q* lockstep, tokens per second", 3000, LOCKSTEP, ""))
-    known = {**rates, "": 1.0}
-    found = []
-    for what, least, over, under in wanted:
-        if over in known and under in known:
-            ratio = known[over] / known[under]
-            target = {"what": f"{size}: {what}", "wanted": least, "found": ratio}
-            found.append({**target, "met": ratio >= least})
-    return found
-
-
-def _shapes_table(cells: Iterable[Cell], limits: dict[Size, dict[str, float]]) -> Table:
-    """A row per system, a column per size."""
-    figures = {(cell.row, cell.size): cell.figure for cell in cells}
-    for size, found in limits.items():
-        figures |= {(name, size): f"{rate:.0f}" for name, rate in found.items()}
-    columns = ("tokens per second, batch x tokens", *map(str, limits))
-    sections = [
-        [(row, *(figures.get((row, size), "-") for size in limits)) for row in rows]
-        for rows in (VARIANTS, (IDEAL, ROOFLINE))
-    ]
-    table = make_table("Large shapes, random weights", columns, *sections)
-    table.caption = "* part of the texts, as the time was up, without their prompts; - skipped"
-    return table
 
 
 def large_pairs(options: GpuOptions) -> tuple[RandomPair, RandomPair]:
@@ -239,7 +197,7 @@ def run(options: GpuOptions, report: Report) -> None:
 
 
 def measure(options: GpuOptions, pair: RandomPair, large: RandomPair, report: Report) -> None:
-    """Measure and show the table, its targets, and the batch that memory does not hold."""
+    """Measure and show the table, and the batch that memory does not hold."""
     report.models = {**pair.names, "huge": large.names}
     budget = Budget(options.budget * (1 - MARGIN))
     kept = Budget(budget.left() - HUGE_SHARE * options.budget)
@@ -254,31 +212,46 @@ def measure(options: GpuOptions, pair: RandomPair, large: RandomPair, report: Re
         title = f"{size} tokens, {shape} shape as both models, lockstep"
         rows = [(name.replace("_", " "), value) for name, value in facts.items() if value != ""]
         report.show(make_table(title, ("by admission", ""), rows))
-    admission = {"size": asdict(size), "shape": shape, **facts}
-    report.results.append({**result, "admission": admission})
+    result["admission"] = {"size": asdict(size), "shape": shape, **facts}
+    report.results.append(result)
+
+
+Figures: TypeAlias = dict[str, dict[str, Any]]
+"""By row and size."""
 
 
 def _measure_table(
-    pair: RandomPair, sizes: Sequence[Size], budget: Budget, report: Report
+    pair: RandomPair, sizes: list[Size], budget: Budget, report: Report
 ) -> dict[str, Any]:
+    """A row per system, bound and ratio, a column per size."""
     cells = measure_cells(pair, sizes, budget, report)
-    limits, reached = {}, []
+    measured: Figures = defaultdict(dict)
+    limits: Figures = defaultdict(dict)
+    ratios: Figures = defaultdict(dict)
+    for cell in cells:
+        measured[cell.row][str(cell.size)] = cell.figure
     for size in sizes:
         rates = {cell.row: cell.rate for cell in cells if cell.size == size and cell.tokens}
-        limits[size] = bounds(pair, rates, size.batch, pair.prompt_tokens + size.tokens / 2)
-        reached += targets(size, rates | limits[size])
-    report.show(_shapes_table(cells, limits))
-    rows = [(*list(t.values())[:3], "yes" if t["met"] else "no") for t in reached]
-    report.show(make_table("Targets", ("target", "wanted", "found", "met"), rows))
+        found = bounds(pair, rates, size.batch, pair.prompt_tokens + size.tokens / 2)
+        for name, rate in found.items():
+            limits[name][str(size)] = round(rate)
+        for name, ratio in quotients(rates | found, RATIOS).items():
+            ratios[name][str(size)] = ratio
+    columns = ("tokens per second, batch x tokens", *map(str, sizes))
+    sections = [_section(figures, columns[1:]) for figures in (measured, limits, ratios)]
+    table = make_table("Large shapes, random weights", columns, *sections)
+    table.caption = "* part of the texts, as the time was up, without their prompts; - skipped"
+    report.show(table)
     notes = pair.loaded().notes()
     report.show(", ".join(f"{name} {value}" for name, value in notes.items()))
     return {
         "engine": notes,
         "bandwidth": pair.bandwidth,
         "cells": [{**asdict(cell), "tokens_per_second": cell.rate} for cell in cells],
-        "bounds": {
-            name: {str(size): found[name] for size, found in limits.items() if name in found}
-            for name in (IDEAL, ROOFLINE)
-        },
-        "targets": reached,
+        "bounds": limits,
+        "ratios": ratios,
     }
+
+
+def _section(figures: Figures, sizes: Sequence[str]) -> list[Row]:
+    return [(name, *(row.get(size, "-") for size in sizes)) for name, row in figures.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean
@@ -22,20 +22,7 @@ from optimal_sampling.bench.subcommands import DraftsOptions, SelfDistilOptions,
 from optimal_sampling.bench.workload import ModelPair, Variant, Workload
 from optimal_sampling.config import PromptConfig
 
-__all__ = [
-    "LOCKSTEP",
-    "STUDENT",
-    "TEACHER",
-    "VARIANTS",
-    "Setting",
-    "bounds",
-    "draft_settings",
-    "measure_selfdistil",
-    "measure_setting",
-    "run_selfdistil",
-    "run_speed",
-    "speed_settings",
-]
+__all__ = ["IDEAL", "LOCKSTEP", "STUDENT", "TEACHER", "VARIANTS", "bounds", "run_speed"]
 
 STUDENT, TEACHER = "student alone", "teacher alone"
 PLAIN_TEACHER = "teacher alone, shapes not padded"
@@ -185,16 +172,13 @@ SELF_BATCH = 8
 ALONE, PLAIN_ALONE = "the model alone", "the model alone, shapes not padded"
 PRIVILEGED = PromptConfig(teacher_template="{problem}\nHint: {solution}")
 """The form of solution that the shipped teacher was trained on."""
-EQUAL_ROWS = {
+SELF_ROWS = {
     ALONE: VARIANTS[TEACHER],
     PLAIN_ALONE: VARIANTS[PLAIN_TEACHER],
     LOCKSTEP: VARIANTS[LOCKSTEP],
 }
-PRIVILEGED_ROWS = {
-    **EQUAL_ROWS,
-    **{f"q* prompt lookup, {k}": Variant(draft_tokens=k) for k in (2, 4, 8, 16)},
-    "q* prompt lookup, auto": Variant(),
-}
+LOOKUP_ROWS = {f"q* prompt lookup, {k}": Variant(draft_tokens=k) for k in (2, 4, 8, 16)}
+LOOKUP_ROWS["q* prompt lookup, auto"] = Variant()
 
 
 def run_selfdistil(options: SelfDistilOptions, report: Report) -> None:
@@ -207,36 +191,35 @@ def run_selfdistil(options: SelfDistilOptions, report: Report) -> None:
     pair = make_pair(options)
     report.models = pair.names
     count = max(SELF_BATCH, options.num_prompts // 8)
-    measure_selfdistil(pair, pair.workload(count), EQUAL_ROWS, options.repeats, report)
+    measure_selfdistil(pair, count, None, options.repeats, report)
     if pair.natural:
-        workload = pair.workload(count, prompt=PRIVILEGED)
-        measure_selfdistil(pair, workload, PRIVILEGED_ROWS, options.repeats, report)
+        measure_selfdistil(pair, count, PRIVILEGED, options.repeats, report)
 
 
 def measure_selfdistil(
-    pair: ModelPair, workload: Workload, rows: Mapping[str, Variant], repeats: int, report: Report
+    pair: ModelPair, count: int, prompt: PromptConfig | None, repeats: int, report: Report
 ) -> None:
     """Time the rows in turn, and show the table with what became of the drafts.
 
-    Only rounds that read no prompt count, and the tokens that those drew.
+    Only rounds that read no prompt count, and the tokens that those drew. `prompt`: a form of
+    prompts that shows the teacher the solution; None: both models are given equal prompts.
     """
-    requests = workload.requests
+    workload = pair.workload(count, prompt=prompt)
+    contexts = "the teacher is shown the solution" if prompt else "equal prompts"
     drafts: dict[str, dict[str, float]] = {}
 
     def decode(name: str, variant: Variant) -> Spent:
-        done = pair.engine(workload, SELF_BATCH, variant).record(requests)
+        done = pair.engine(workload, SELF_BATCH, variant).record(workload.requests)
         if done.loop.counts.drafted:
             drafts[name] = done.drafts()
         return done.decoding
 
+    rows = SELF_ROWS | LOOKUP_ROWS if prompt else SELF_ROWS
     compared = {name: partial(decode, name, variant) for name, variant in rows.items()}
     if not pair.padded:
-        compared.pop(PLAIN_ALONE, None)
+        del compared[PLAIN_ALONE]
     timings = interleave(compared, repeats, report.status)
-    first = requests[0]
-    equal = first.student_prompt_ids == first.teacher_prompt_ids
-    contexts = "equal prompts" if equal else "the teacher is shown the solution"
-    batches = f"batch {SELF_BATCH}, {len(requests)} prompts"
+    batches = f"batch {SELF_BATCH}, {count} prompts"
     title = f"same weights, {contexts}: {batches}, rounds that read no prompt"
     rates = RateTable.of(title, timings, to_fastest_alone)
     more: list[tuple[str, str | float]] = []

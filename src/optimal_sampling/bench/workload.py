@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -42,7 +41,6 @@ class Variant:
     mode: Mode = "mixture"
     draft_tokens: int | Literal["auto"] = "auto"
     batch_invariant: bool = True
-    kv_memory_gib: float | None = None
     acceptance: float | None = None
     """Emulated acceptance of drafts; None: the pair's own."""
     capture: frozenset[str] = frozenset()
@@ -102,27 +100,19 @@ class ModelPair:
         return Workload(tuple(requests), natural_end=tokens is None)
 
     def engine(
-        self,
-        workload: Workload,
-        batch_size: int,
-        variant: Variant = Variant(),
-        stop: Callable[[int], bool] | None = None,
+        self, workload: Workload, batch_size: int, variant: Variant = Variant()
     ) -> MeasuredEngine:
-        """The local engine with these settings; its texts end as the workload says.
-
-        `stop`: whether a run ends after a number of rounds, before its texts do.
-        """
+        """The local engine with these settings; its texts end as the workload says."""
         loaded = self.loaded(variant.batch_invariant)
         options = replace(
             loaded.options,
             batch_size=batch_size,
             draft_tokens=variant.draft_tokens,
-            kv_memory_gib=variant.kv_memory_gib or self.kv_memory_gib,
+            kv_memory_gib=self.kv_memory_gib,
         )
         engine = loaded.view(mode=variant.mode, options=options, capture=variant.capture)
         given = variant.acceptance
         engine.acceptance = self.acceptance if given is None else given
-        engine.stop = stop or engine.stop
         if not workload.natural_end:
             engine.stop_ids = frozenset()
         return engine
