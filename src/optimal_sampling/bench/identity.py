@@ -64,9 +64,11 @@ def differences(plain: Completion, other: Completion) -> tuple[bool, bool]:
 
 
 def _bits(text: Completion) -> dict[str, bytes]:
-    rows = {name: kept.numpy() for name, kept in text.captured.items()}
-    rows |= text.trace.columns
-    return {name: np.asarray(values).tobytes() for name, values in rows.items()}
+    columns = list(text.trace.columns.values())
+    bits = {"trace": np.array(columns).tobytes()}
+    for name, rows in text.captured.items():
+        bits[name] = rows.numpy().tobytes()
+    return bits
 
 
 def compare(pair: ModelPair, prompts: int, report: Report) -> list[Comparison]:
