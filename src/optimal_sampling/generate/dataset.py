@@ -15,7 +15,6 @@ from typing import Any
 
 from optimal_sampling.config import DataConfig, parse_slice
 from optimal_sampling.errors import DatasetError, MissingDependencyError
-from optimal_sampling.generate.arrow_rows import parquet_shape, read_parquet, read_table
 from optimal_sampling.generate.json_rows import is_json, read_json
 from optimal_sampling.prompts import PROMPT_COLUMNS
 
@@ -184,6 +183,8 @@ def _synthetic(seed: int, rows: int) -> Source:
 
 def _file(path: Path) -> Source:
     if path.name.lower().endswith(".parquet"):
+        from optimal_sampling.generate.arrow_rows import parquet_shape, read_parquet
+
         rows, names = parquet_shape(path)
         return Source(str(path), lambda: read_parquet(path), _survey_of(rows, names))
     if is_json(path.name):
@@ -305,6 +306,8 @@ def _hub(config: DataConfig) -> Source:
         raise DatasetError(
             f"cannot load {name!r}: no such file or folder, and the hub says: {reason}"
         ) from error
+
+    from optimal_sampling.generate.arrow_rows import read_table
 
     def read() -> Iterator[Row]:
         # As Arrow, so that no image or sound is decoded.

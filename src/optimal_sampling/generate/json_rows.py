@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-import pyarrow
-
 from optimal_sampling.errors import DatasetError
 
 __all__ = ["JSON_SUFFIXES", "is_json", "read_json"]
@@ -26,6 +24,8 @@ _CHUNK = 1 << 16  # bytes of a list read at a time
 
 
 def _open_zstd(path: Path, mode: str) -> io.BufferedReader:
+    import pyarrow  # takes a second
+
     return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
 
 
@@ -43,7 +43,6 @@ _UNREADABLE = (
     UnicodeDecodeError,
     zlib.error,
     lzma.LZMAError,
-    pyarrow.ArrowException,
 )
 
 
