@@ -18,6 +18,7 @@ __all__ = [
     "GpuOptions",
     "IdentityOptions",
     "MemoryOptions",
+    "ModelOptions",
     "PairOptions",
     "ScalingOptions",
     "SelfDistilOptions",
