@@ -96,11 +96,11 @@ def text_model(model_class: Any, config: Any) -> tuple[Any, Any]:
 
 def small_model(model_class: Any, config: Any, dtype: torch.dtype = torch.float64) -> Any:
     """A model of `shrink_config`, with random weights, on the CPU."""
-    torch.manual_seed(0)
     small = shrink_config(config)
     small._experts_implementation = "eager"  # the fused ones have no float64
-    model = model_class(small).eval().to(dtype)
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = model_class(small).eval().to(dtype)
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.15)
