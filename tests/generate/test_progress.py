@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from optimal_sampling.generate import generate
@@ -13,6 +14,7 @@ from optimal_sampling.generate.progress import (
     TerminalProgress,
     progress_for,
 )
+from optimal_sampling.records import Totals
 
 RECORD = {
     "error": "",
@@ -23,6 +25,10 @@ RECORD = {
     "kl_student": 0.1,
     "kl_teacher": 0.1,
     "ess_ratio": None,
+    "ess_student": 0.5,
+    "ess_teacher": 0.25,
+    "curvature": 0.1,
+    "alpha_weighted": 0.75,
 }
 
 
@@ -93,3 +99,38 @@ def test_errors_are_shown_as_they_are(fake_engine, job):
     console = Console(file=io.StringIO(), width=100)
     console.print(generate(job([{"problem": "1+1=?"}])).table())
     assert "bad [/asy] [red]text :smile:" in console.file.getvalue()
+
+
+def test_the_ess_ratio_is_that_of_the_means():
+    """Guards: a mean of per-token ratios, which one token with a tiny ESS to the student makes
+    431."""
+    totals = Totals()
+    totals.add(RECORD | {"ess_student": 1e-3, "ess_teacher": 0.5, "ess_ratio": 4000.0})
+    totals.add(RECORD | {"ess_student": 0.5, "ess_teacher": 0.5, "ess_ratio": 1.0})
+    assert totals.means()["ess_ratio"] == pytest.approx(1.0 / 0.501)
+    assert Totals().means()["ess_ratio"] is None
+
+
+def test_tokens_where_the_models_agree_do_not_count():
+    """Guards: a mean alpha that is noise: a record whose models agree has any alpha."""
+    totals = Totals()
+    totals.add(RECORD | {"alpha_mean": 0.6, "alpha_weighted": 0.6, "curvature": 2.0})
+    totals.add(RECORD | {"alpha_mean": 1.0, "alpha_weighted": 1.0, "curvature": 1e-9})
+    totals.add(RECORD | {"alpha_mean": 1.0, "alpha_weighted": None, "curvature": 0.0})
+    means = totals.means()
+    assert means["alpha_weighted"] == pytest.approx(0.6)
+    assert means["alpha_mean"] == pytest.approx(2.6 / 3)
+
+
+def test_records_of_older_versions_are_counted():
+    """Guards: a folder of an older version that cannot be resumed for want of its new fields."""
+    totals = Totals()
+    new = ("ess_student", "ess_teacher", "curvature", "alpha_weighted")
+    totals.add({name: value for name, value in RECORD.items() if name not in new})
+    assert totals.means() == {
+        "alpha_mean": 0.75,
+        "clamped_share": 0.0,
+        "kl_student": 0.1,
+        "kl_teacher": 0.1,
+        **dict.fromkeys((*new, "ess_ratio")),
+    }

@@ -214,9 +214,12 @@ def _quantities(solved: Solved) -> dict[str, Array]:
     kl_student = at_least(moments.kl_student, 0.0)
     kl_teacher = at_least(moments.kl_teacher, 0.0)
     ess = solved.ess
+    curvature = at_least(moments.curvature, 0.0)
     if models.maybe_masked:
         kl_student = where(models.use_teacher, float("inf"), kl_student)
         kl_teacher = where(models.use_student, float("inf"), kl_teacher)
+        one_support = models.use_teacher | models.use_student
+        curvature = where(one_support, float("inf"), curvature)
     return {
         "alpha": moments.alpha,
         "clamped": solved.clamped,
@@ -225,7 +228,7 @@ def _quantities(solved: Solved) -> dict[str, Array]:
         "ess_student": models.full(float("nan")) if ess is None else ess[0],
         "ess_teacher": models.full(float("nan")) if ess is None else ess[1],
         "entropy": at_least(moments.entropy, 0.0),
-        "curvature": moments.curvature,
+        "curvature": curvature,
         "fallback": solved.fallback,
     }
 

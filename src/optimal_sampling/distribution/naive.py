@@ -93,6 +93,15 @@ def shannon(q: Sequence[float]) -> float:
     return -math.fsum(math.exp(a) * a for a in q if a > -_INF)
 
 
+def variance(q: Sequence[float], s: Sequence[float], t: Sequence[float]) -> float:
+    """Var_q[t - s]; infinite where only one of the models has a token of q."""
+    d = [(math.exp(q[i]), t[i] - s[i]) for i in range(len(q)) if q[i] > -_INF]
+    if any(math.isinf(each) for _, each in d):
+        return _INF
+    mean = math.fsum(p * each for p, each in d)
+    return math.fsum(p * (each - mean) ** 2 for p, each in d)
+
+
 def bisect(
     rising: Callable[[float], float], low: float = _EPSILON, high: float = 1 - _EPSILON
 ) -> float:
@@ -254,5 +263,6 @@ def naive_step(
         "log_p_teacher": t[token],
         "log_q": drawn[token],
         "fallback": float(fallback),
+        "curvature": variance(q, s, t),
     }
     return Naive(token, trace, drawn)

@@ -22,14 +22,32 @@ from rich.table import Table
 from rich.text import Text
 
 from optimal_sampling.records.files import write_atomically
-from optimal_sampling.records.ledger import MEANS, Totals
+from optimal_sampling.records.ledger import Totals
 from optimal_sampling.records.run_folder import RunFolder
 from optimal_sampling.records.schema import Record
 
-__all__ = ["LinesProgress", "Progress", "Summary", "Tally", "TerminalProgress", "progress_for"]
+__all__ = [
+    "MEANS_SHOWN",
+    "LinesProgress",
+    "Progress",
+    "Summary",
+    "Tally",
+    "TerminalProgress",
+    "progress_for",
+]
 
 _SECONDS_BETWEEN_LINES = 5.0
 _ERRORS_SHOWN = 5
+
+MEANS_SHOWN = {
+    "alpha_mean": "alpha mean",
+    "alpha_weighted": "alpha where the models differ",
+    "clamped_share": "clamped share",
+    "kl_student": "KL(q, student), nats/token",
+    "kl_teacher": "KL(q, teacher), nats/token",
+    "ess_ratio": "ESS ratio (teacher / student)",
+}
+"""Means over all tokens that the table shows, and their titles."""
 
 
 @dataclass
@@ -147,7 +165,7 @@ class Summary:
             tokens_per_second=round(tally.tokens_per_second, 1),
             folder_records=totals.records,
             folder_tokens=totals.tokens,
-            means={name: totals.mean(name) for name in MEANS},
+            means=totals.means(),
             finish_reasons=dict(totals.finish_reasons),
             errors=dict(tally.errors.most_common(_ERRORS_SHOWN)),
             notes=dict(notes),
@@ -185,8 +203,9 @@ class Summary:
         yield from ((name, str(count)) for name, count in optional.items() if count)
         made = f"{self.tokens} tokens in {self.seconds:.1f} s"
         yield "speed", f"{self.tokens_per_second:.1f} tokens/s ({made})"
-        for name, mean in self.means.items():
-            yield name.replace("_", " "), "-" if mean is None else f"{mean:.4f}"
+        for name, title in MEANS_SHOWN.items():
+            mean = self.means[name]
+            yield title, "-" if mean is None else f"{mean:.4f}"
         reasons = (f"{name} {count}" for name, count in sorted(self.finish_reasons.items()))
         yield "finish reasons", ", ".join(reasons)
         yield from ((f"{count} x failed", error) for error, count in self.errors.items())

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Annotated, Any, NotRequired, TypedDict, cast, get_type_hints
 
-from optimal_sampling.types import Completion, FinishReason, Request, TokenTrace, prompt_id
+from optimal_sampling.types import (
+    Completion,
+    FinishReason,
+    Request,
+    TokenTrace,
+    prompt_id,
+    weighted_mean,
+)
 
 __all__ = [
     "FIELDS",
@@ -79,6 +86,8 @@ class Field:
     take: Callable[[Sample], Any]
     is_mean: bool = False
     """A mean over the tokens of the completion; summaries average it over all tokens."""
+    weight: str = ""
+    """Field that is the weight of a token in this mean, beside 1."""
 
 
 def _finite(values: Iterable[float]) -> list[float]:
@@ -97,6 +106,10 @@ def _rounded(value: float) -> float | None:
 def _mean_of(column: str, meaning: str) -> Field:
     """The mean over tokens of a column of the trace, without NaN and infinities."""
     return Field(meaning, lambda s: _mean(s.trace[column]), is_mean=True)
+
+
+def _weighted_alpha(sample: Sample) -> float | None:
+    return _rounded(weighted_mean(sample.trace["alpha"], sample.trace["curvature"]))
 
 
 def _token_list(column: str, meaning: str) -> Field:
@@ -201,7 +214,27 @@ class Record(TypedDict):
         Field(
             "mean over tokens of the effective sample size to the teacher over that to the student",
             lambda s: _mean(s.trace.ess_ratio),
+        ),
+    ]
+    ess_student: Annotated[
+        float | None,
+        _mean_of("ess_student", "effective sample size to the student, a share, mean over tokens"),
+    ]
+    ess_teacher: Annotated[
+        float | None,
+        _mean_of("ess_teacher", "effective sample size to the teacher, a share, mean over tokens"),
+    ]
+    curvature: Annotated[
+        float | None,
+        _mean_of("curvature", "mean over tokens of Var_q[log p_teacher − log p_student], in nats²"),
+    ]
+    alpha_weighted: Annotated[
+        float | None,
+        Field(
+            "alpha where the models differ: mean over tokens, each with its `curvature` as weight",
+            _weighted_alpha,
             is_mean=True,
+            weight="curvature",
         ),
     ]
     error: Annotated[

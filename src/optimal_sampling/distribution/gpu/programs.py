@@ -167,12 +167,13 @@ class Origins(NamedTuple):
     _MIX_W,
     _MIX_W_X,
     _MIX_W_D,
+    _MIX_W_DD,
     _MIX_SQUARES_STUDENT,
     _MIX_SQUARES_TEACHER,
     _MIX_HIGHEST,
     _MIX_BEST_ID,
     MIXED,
-) = map(tl.constexpr, range(11))
+) = map(tl.constexpr, range(12))
 
 # of `draft`, per piece
 _DRAFT_HIGHEST, _DRAFT_BEST_ID, DRAFTED = map(tl.constexpr, range(3))
@@ -190,6 +191,7 @@ _DRAFT_HIGHEST, _DRAFT_BEST_ID, DRAFTED = map(tl.constexpr, range(3))
     _TRACE_LOG_P_TEACHER,
     _TRACE_LOG_Q,
     _TRACE_FALLBACK,
+    _TRACE_CURVATURE,
 ) = (tl.constexpr(TRACE_FIELDS.index(name)) for name in TRACED)
 _TRACE_WIDTH = tl.constexpr(len(TRACE_FIELDS))
 
@@ -679,6 +681,7 @@ def mix(
     w = zero
     w_x = zero
     w_d = zero
+    w_dd = zero
     w_s = zero
     w_t = zero
     best = zero + _NO_MAXIMUM
@@ -692,6 +695,7 @@ def mix(
         w_x = (w_x + w * (top - new)) * fade + p * (x - new)
         w = w * fade + p
         w_d = w_d * fade + p * d
+        w_dd = w_dd * fade + p * d * d
         top = new
         # q^2 / p_student = exp(2 x - s)
         p, top_s, fade = _weigh(_if_shared(d, x + alpha * d), top_s)
@@ -710,6 +714,7 @@ def mix(
     tl.store(out + _MIX_W * pieces, _total(w))
     tl.store(out + _MIX_W_X * pieces, _total(w_x))
     tl.store(out + _MIX_W_D * pieces, _total(w_d))
+    tl.store(out + _MIX_W_DD * pieces, _total(w_dd))
     tl.store(out + _MIX_SQUARES_STUDENT * pieces, _total(w_s))
     tl.store(out + _MIX_SQUARES_TEACHER * pieces, _total(w_t))
     tl.store(out + _MIX_HIGHEST * pieces, highest)
@@ -760,7 +765,10 @@ def finish(batch, solved, mixed, outputs, WIDTH: tl.constexpr):
     w = _sum(sums, _MIX_W, pieces, scales, WIDTH)
     w_x = _sum(sums, _MIX_W_X, pieces, scales, WIDTH)
     w_x += _sum(sums, _MIX_W, pieces, pulled, WIDTH)
-    slope = _sum(sums, _MIX_W_D, pieces, scales, WIDTH) / w - (log_z_t - log_z_s)
+    mean_d = _sum(sums, _MIX_W_D, pieces, scales, WIDTH) / w
+    slope = mean_d - (log_z_t - log_z_s)
+    variance = _sum(sums, _MIX_W_DD, pieces, scales, WIDTH) / w - mean_d * mean_d
+    curvature = tl.where(no_student | no_teacher, _INF, tl.maximum(variance, 0.0))
     log_sum = tl.log(w) + top
     F = log_sum - log_z_s - alpha * (log_z_t - log_z_s)
     squares_s = _log_squares(sums, _MIX_TOP_STUDENT, _MIX_SQUARES_STUDENT, pieces, WIDTH)
@@ -795,6 +803,7 @@ def finish(batch, solved, mixed, outputs, WIDTH: tl.constexpr):
     tl.store(out + _TRACE_LOG_P_TEACHER, log_p_t + nan)
     tl.store(out + _TRACE_LOG_Q, log_q + nan)
     tl.store(out + _TRACE_FALLBACK, tl.load(known + _FALLBACK) + nan)
+    tl.store(out + _TRACE_CURVATURE, curvature + nan)
 
 
 # Drafts
