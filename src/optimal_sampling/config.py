@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from optimal_sampling.errors import ConfigError, did_you_mean
-from optimal_sampling.types import AlphaMethod
+from optimal_sampling.types import AlphaMethod, Mode
 
 __all__ = [
     "ENGINES",
@@ -356,6 +356,9 @@ class RunConfig(Checked):
 
     output_dir: str = "outputs/run"
     """Run folder. A second call on the same folder goes on where the first one ended."""
+    mode: Mode = "mixture"
+    """What tokens are drawn from: the mixture, or as a baseline the student or the teacher alone.
+    One model alone is the only one that is loaded, and the options of alpha have no effect."""
     seed: int = 0
     """A token is a function of this seed, its prompt, sample and position, and the two models."""
     max_new_tokens: int = 256

@@ -12,7 +12,7 @@ import pytest
 from optimal_sampling import toy_pair
 from optimal_sampling.config import ModelConfig, PromptConfig, RunConfig
 from optimal_sampling.errors import ConfigError, DatasetError, EngineError, RunFolderError
-from optimal_sampling.generate import Interrupted, generate, preview
+from optimal_sampling.generate import Interrupted, dry_run, generate
 from optimal_sampling.records import RunFolder, load, merge
 from optimal_sampling.types import prompt_id
 
@@ -163,7 +163,7 @@ def test_failures_are_tried_again_until_they_are_not(fake_engine, job):
     """Guards: retrying for ever, never retrying, and losing count between calls."""
     fake_engine.fails = lambda request: "NaN logits" if request.id == bad else ""
     config = job(ROWS, max_attempts=2)
-    bad = prompt_id(*[next(preview(config, 1))[1].student_text] * 2)
+    bad = prompt_id(*[dry_run(config).first[0][1].student_text] * 2)
     first, second, third = generate(config), generate(config), generate(config)
     assert [s.failed for s in (first, second, third)] == [1, 1, 1]
     assert [s.generated for s in (first, second, third)] == [11, 0, 0]
@@ -237,10 +237,10 @@ def test_shards_together_are_the_whole(fake_engine, job, tmp_path):
         assert len(folder.ledger.good) == 12
 
 
-def test_preview_writes_nothing(job):
+def test_a_dry_run_writes_nothing(job):
     """Guards: a dry run that starts a folder or loads weights."""
     config = job([ROWS[0], {"problem": None}, *ROWS[1:]])
-    (first, rendered), (second, reason) = list(preview(config, 2))
+    (first, rendered), (second, reason) = dry_run(config, shown=2).first
     assert (first, second) == (0, 1)
     assert "0+1=?" in rendered.student_text
     assert len(rendered.student_ids) > 5

@@ -31,7 +31,7 @@ TYPE_NAMES = {
 """How docs/records.md writes a type."""
 
 WIDTH = len(TRACE_FIELDS)
-NEWER = {"ess_student", "ess_teacher", "curvature", "alpha_weighted"}
+NEWER = {"mode", "ess_student", "ess_teacher", "curvature", "alpha_weighted"}
 """Fields that version 0.1.0 did not write."""
 JSON = st.recursive(
     st.none()

@@ -252,7 +252,7 @@ def _hub(name: str) -> Source:
     except ImportError as error:
         raise MissingDependencyError(
             f"there is no file or folder {name!r}, and to look for it on the hub needs: "
-            "pip install 'optimal-sampling[hub]'"
+            "pip install 'datasets>=4'"
         ) from error
     try:
         table = datasets.load_dataset(name, split="train")

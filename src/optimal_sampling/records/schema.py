@@ -13,6 +13,7 @@ from typing import Annotated, Any, NotRequired, TypedDict, cast, get_type_hints
 from optimal_sampling.types import (
     Completion,
     FinishReason,
+    Mode,
     Request,
     TokenTrace,
     prompt_id,
@@ -66,6 +67,7 @@ class Sample:
     text: str
     """The completion, decoded."""
     attempts: int
+    mode: Mode = "mixture"
 
     @property
     def request(self) -> Request:
@@ -137,6 +139,10 @@ class Record(TypedDict):
         ),
     ]
     seed: Annotated[int, Field("the run's seed", attrgetter("request.seed"))]
+    mode: Annotated[
+        Mode,
+        Field("what tokens were drawn from: `mixture`, `student` or `teacher`", attrgetter("mode")),
+    ]
     row_index: Annotated[
         int,
         Field(

@@ -197,7 +197,7 @@ def _packaged() -> Choice:
         import flash_attn as package  # noqa: F401
     except ImportError as error:
         message = "attention 'flash_attn' needs the flash-attn package"
-        remedy = "pip install 'optimal-sampling[flash]'"
+        remedy = "pip install 'flash-attn>=2.8'"
         raise MissingDependencyError(f"{message}: {remedy}") from error
     return Choice(flash_attn, f"flash-attn {_version('flash-attn')}")
 
