@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+import optimal_sampling.engines.local.engine as engine_module
 from optimal_sampling import toy_pair
 from optimal_sampling.config import ModelConfig, PromptConfig, RunConfig
+from optimal_sampling.engines import load as load_engine
 from optimal_sampling.errors import ConfigError, DatasetError, EngineError, RunFolderError
 from optimal_sampling.generate import Interrupted, dry_run, generate
+from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.records import RunFolder, load, merge
-from optimal_sampling.types import prompt_id
+from optimal_sampling.records.run_folder import config_hash
+from optimal_sampling.types import Request, prompt_id
 
 ROWS = [{"problem": f"{n}+1=?", "answer": str(n + 1)} for n in range(12)]
 ODD_ROWS = [
@@ -291,3 +295,61 @@ def test_a_lost_request_is_no_success(fake_engine, job):
     fake_engine.generate = lambda requests: list(original(requests))[:-1]
     with pytest.raises(EngineError, match="ended without 1 of its requests"):
         generate(job(ROWS))
+
+
+@pytest.mark.parametrize("mode", ["student", "teacher"])
+def test_a_baseline_has_the_same_records(fake_engine, job, mode):
+    """Guards: a baseline without records, or records that do not say what they were drawn from."""
+    config = job(ROWS)
+    config = replace(config, run=replace(config.run, mode=mode))
+    summary = generate(config)
+    assert (summary.mode, summary.good) == (mode, 12)
+    assert {record["mode"] for record in records(config).values()} == {mode}
+    assert (
+        json.loads(Path(config.run.output_dir, "config.json").read_text())["compared"]["mode"]
+        == mode
+    )
+    assert f"drawn from the {mode} alone" in summary.notes["note 1"]
+
+
+def test_another_mode_is_refused(fake_engine, job):
+    """Guards: records of the student in a folder of q*, in a new folder or one of before modes."""
+    config = job(ROWS)
+    generate(config)
+    baseline = replace(config, run=replace(config.run, mode="student"))
+    with pytest.raises(RunFolderError, match="--mode: 'mixture' there, 'student' now"):
+        generate(baseline)
+    path = Path(config.run.output_dir, "config.json")
+    document = json.loads(path.read_text())
+    del document["compared"]["mode"]  # as version 0.1.0 wrote it
+    document["hash"] = config_hash(document["compared"])
+    path.write_text(json.dumps(document))
+    assert generate(config).good == 12
+    with pytest.raises(RunFolderError, match="--mode"):
+        generate(baseline)
+
+
+@pytest.mark.parametrize("student", ["toy-student", "toy-teacher"])
+@pytest.mark.parametrize("mode", ["student", "teacher"])
+def test_one_model_alone_is_loaded_and_drawn_from(job, monkeypatch, mode, student):
+    """Guards: a baseline that loads both models, or is drawn from the other one; and a model that
+    is named in both roles."""
+    loaded = []
+    original = engine_module.load_model
+
+    def load_model(path, models, role, *rest):
+        loaded.append(role)
+        return original(path, models, role, *rest)
+
+    monkeypatch.setattr(engine_module, "load_model", load_model)
+    config = replace(job(ROWS[:3]), models=ModelConfig(student=student))
+    generate(replace(config, run=replace(config.run, mode=mode)))
+    made = {key: record["completion_ids"] for key, record in records(config).items()}
+    assert loaded == ([mode] if student == "toy-student" else loaded[:1])
+    with load_engine(config.models) as engine:
+        renderer = PromptRenderer(config.prompt, engine.vocabulary)
+        for record in records(config).values():
+            prompt = renderer.render(record["row"])
+            request = Request(record["id"], 0, 0, prompt.student_ids, prompt.teacher_ids, 8)
+            [done] = engine.view(mode=mode).generate([request])
+            assert list(done.token_ids) == made[request.key]
