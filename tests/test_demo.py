@@ -1,9 +1,11 @@
 """`optimal-sampling demo`: the newcomer's first run."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,3 +51,16 @@ def test_the_demo_shows_what_it_promises(tmp_path):
     assert without_rates(again.stdout) == without_rates(first.stdout)  # whatever finishes first
     records.reverse()
     assert [json.loads(line) for line in file.read_text("utf-8").splitlines()] == records
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_the_demo_prints(tmp_path):
+    """Guards: a README that promises another first run: other numbers, other generations."""
+    command = [sys.executable, "-m", "optimal_sampling", "demo"]
+    environment = {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment
+    )
+    shown = (Path(__file__).parents[1] / "README.md").read_text().split("```\n")[1]
+    lines = [line.rstrip() for line in without_rates(done.stdout).splitlines()]
+    assert lines == without_rates(shown).splitlines()

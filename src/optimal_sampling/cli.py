@@ -469,8 +469,9 @@ def typed_command(words: Sequence[str]) -> str:
 
     An installed command is run as `python /path/to/optimal-sampling`, and is shown as itself.
     """
-    place = next((i for i, word in enumerate(words[:3]) if Path(word).name == PROGRAM), None)
-    if place is None:
+    names = [Path(word).name for word in words[:3]]
+    if PROGRAM not in names:
         return shlex.join(words)
+    place = names.index(PROGRAM)
     program = PROGRAM if shutil.which(PROGRAM) == words[place] else words[place]
     return shlex.join([program, *words[place + 1 :]])

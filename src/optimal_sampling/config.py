@@ -20,6 +20,7 @@ from optimal_sampling.types import AlphaMethod, Mode
 __all__ = [
     "ENGINES",
     "MIN_TEMPERATURE",
+    "Checked",
     "DataConfig",
     "EngineOptions",
     "GenerateConfig",
@@ -158,8 +159,8 @@ class MixtureConfig(Checked):
         if not MIN_TEMPERATURE <= self.temperature < math.inf:
             raise ConfigError(
                 f"temperature must be finite and at least {MIN_TEMPERATURE}, got "
-                f"{self.temperature}: float32 rounds probabilities away below it. For the likeliest "
-                "token of q use --top-k 1 (top_k=1)"
+                f"{self.temperature}: float32 rounds probabilities away below it. For the "
+                "likeliest token of q use --top-k 1 (top_k=1)"
             )
         for name in ("top_k", "teacher_support_top_k"):
             value = getattr(self, name)

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from optimal_sampling.records.schema import FIELDS, Prompt, Record, Sample, record_of, row_id
 from optimal_sampling.records.store import decode_line, encode_line
-from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Request, TokenTrace
+from optimal_sampling.types import (
+    TRACE_FIELDS,
+    Completion,
+    FinishReason,
+    Mode,
+    Request,
+    TokenTrace,
+)
 
 HERE = Path(__file__).parent
 TYPES = get_type_hints(Record)
@@ -23,6 +30,7 @@ TYPE_NAMES = {
     int: "int",
     float: "float",
     FinishReason: "text",
+    Mode: "text",
     float | None: "float or null",
     list[int]: "list of int",
     list[float | None]: "list of float or null",
@@ -144,8 +152,8 @@ def fits(value: Any, kind: Any) -> bool:
         return type(value) is list and all(fits(item, get_args(kind)[0]) for item in value)
     if get_origin(kind) is dict:
         return type(value) is dict
-    if kind is FinishReason:
-        return value in get_args(FinishReason)
+    if kind in (FinishReason, Mode):
+        return value in get_args(kind)
     return type(value) is (NoneType if kind is None else kind)
 
 

@@ -341,7 +341,8 @@ def _device(device: str) -> str:
             f"device={name!r} was asked for, but PyTorch finds no CUDA GPU here; pass device='cpu'"
         )
     warnings.warn(
-        "PyTorch finds no CUDA GPU here: running on the CPU, in float32 unless another dtype is given",
+        "PyTorch finds no CUDA GPU here: running on the CPU, "
+        "in float32 unless another dtype is given",
         stacklevel=3,
     )
     return "cpu"

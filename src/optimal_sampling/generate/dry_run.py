@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -48,16 +47,15 @@ class DryRun:
 
     def _problem(self, prompt: RenderedPrompt) -> str:
         """Why an engine would not take the prompts; "" where it would."""
-        size = self.vocabulary.size
-        contexts = [getattr(self.vocabulary, f"{role}_context") for role in self.roles]
-        rows = [getattr(self.vocabulary, f"{role}_rows") or size for role in self.roles]
+        known = self.vocabulary
+        contexts = [getattr(known, f"{role}_context") for role in self.roles]
+        rows = [getattr(known, f"{role}_rows") or known.size for role in self.roles]
         prompts = [getattr(prompt, f"{role}_ids") for role in self.roles]
         problem = prompt_problem(self.roles, prompts, contexts, rows)
-        room = min(
-            (limit - len(ids) for limit, ids in zip(contexts, prompts, strict=True) if limit),
-            default=math.inf,
-        )
-        self.cut_short += not problem and room < self.config.run.max_new_tokens
+        needed = self.config.run.max_new_tokens
+        pairs = zip(prompts, contexts, strict=True)
+        ends_early = any(limit and len(ids) + needed > limit for ids, limit in pairs)
+        self.cut_short += not problem and ends_early
         return problem
 
     def add(self, index: int, rendered: RenderedPrompt | str) -> None:
@@ -225,26 +223,15 @@ def _free_memory(device: Any) -> int:
 def _speeds(device: Any, dtype: Any) -> tuple[float, float]:
     """Bytes read per second, and operations of a product of matrices per second."""
     import torch
+    from torch.utils.benchmark import Timer
 
     numbers = torch.ones(1 << 25, device=device)
     matrix = torch.ones(1024, 1024, device=device, dtype=dtype)
-    read = _fastest(device, numbers.sum)
-    product = _fastest(device, lambda: matrix @ matrix)
-    return numbers.nbytes / read, 2 * 1024**3 / product
-
-
-def _fastest(device: Any, work: Callable[[], Any], repeats: int = 4) -> float:
-    """Least seconds of a few repeats."""
-    import torch
-
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times)
+    values = {"numbers": numbers, "matrix": matrix}
+    threads = torch.get_num_threads()
+    read = Timer("numbers.sum()", globals=values, num_threads=threads).timeit(5)
+    product = Timer("matrix @ matrix", globals=values, num_threads=threads).timeit(5)
+    return numbers.nbytes / read.mean, 2 * 1024**3 / product.mean
 
 
 def _gib(size: float) -> str:

@@ -34,6 +34,7 @@ __all__ = [
     "Summary",
     "Tally",
     "TerminalProgress",
+    "folder_status",
     "progress_for",
 ]
 
