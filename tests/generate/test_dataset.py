@@ -166,7 +166,7 @@ def test_the_hub_needs_its_extra(monkeypatch):
     """Guards: an ImportError, and a message that hides that a file of that name is missing."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        MissingDependencyError, match=r"no file or folder 'owner/name'.*optimal-sampling\[hub\]"
+        MissingDependencyError, match=r"no file or folder 'owner/name'.*pip install 'datasets>=4'"
     ):
         read("owner/name")
 
