@@ -11,8 +11,9 @@ import pytest
 
 import optimal_sampling.engines.local.engine as engine_module
 from optimal_sampling import toy_pair
-from optimal_sampling.config import ModelConfig, PromptConfig, RunConfig
+from optimal_sampling.config import ModelConfig, PromptConfig, RunConfig, ToyOptions
 from optimal_sampling.engines import load as load_engine
+from optimal_sampling.engines.toy import ToyEngine
 from optimal_sampling.errors import ConfigError, DatasetError, EngineError, RunFolderError
 from optimal_sampling.generate import Interrupted, dry_run, generate
 from optimal_sampling.prompts import PromptRenderer
@@ -353,3 +354,12 @@ def test_one_model_alone_is_loaded_and_drawn_from(job, monkeypatch, mode, studen
             request = Request(record["id"], 0, 0, prompt.student_ids, prompt.teacher_ids, 8)
             [done] = engine.view(mode=mode).generate([request])
             assert list(done.token_ids) == made[request.key]
+
+
+def test_a_mode_that_the_engine_lacks_is_refused_before_loading(job, monkeypatch):
+    """Guards: minutes of starting vLLM, which has no mode `student`, before the refusal."""
+    monkeypatch.setattr(ToyEngine, "modes", frozenset({"mixture", "teacher"}))
+    monkeypatch.setattr(ToyEngine, "load", None)
+    config = replace(job(ROWS), engine=ToyOptions())
+    with pytest.raises(ConfigError, match="toy has no mode 'student'; it has: mixture, teacher"):
+        generate(replace(config, run=replace(config.run, mode="student")))
