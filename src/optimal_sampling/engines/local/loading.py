@@ -96,7 +96,7 @@ def _four_bit(kwargs: dict[str, Any]) -> Any:
     try:
         import bitsandbytes  # noqa: F401 - Transformers asks for it late and less clearly
     except ImportError as error:
-        message = "load_in_4bit needs bitsandbytes: pip install 'optimal-sampling[4bit]'"
+        message = "load_in_4bit needs: pip install 'bitsandbytes>=0.48' 'accelerate>=1.10'"
         raise MissingDependencyError(message) from error
     from transformers import BitsAndBytesConfig
 
