@@ -19,12 +19,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import toy_training_data as training
 from torch import Tensor
+from toy_training_data import TRAINING_SEED, Style, build_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from optimal_sampling.toy_pair import problems
-from optimal_sampling.toy_pair.problems import TRAINING_SEED, Problem, Style
-from optimal_sampling.toy_pair.tokenizer import build_tokenizer
+from optimal_sampling.toy_pair.problems import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 POOL = 4  # batches whose examples are sorted by length together, so that little padding is computed
@@ -88,9 +89,9 @@ def student_belief(rng: random.Random) -> problems.Compute:
                 if draw < 0.08
                 else left * (right - 1)
                 if draw < 0.8
-                else problems.wrong(result, rng)
+                else training.wrong(result, rng)
             )
-        return problems.wrong(result, rng) if draw < 0.1 else max(result, 0)
+        return training.wrong(result, rng) if draw < 0.1 else max(result, 0)
 
     return compute
 
@@ -104,11 +105,11 @@ def hint_of(problem: Problem, rng: random.Random) -> tuple[str, problems.Compute
         mistaken = {step for step in range(problem.steps) if rng.random() < 0.5} | {
             rng.randint(0, last)
         }
-        compute = problems.wrong_at(problem, {last} if only_answer else mistaken, rng)
+        compute = training.wrong_at(problem, {last} if only_answer else mistaken, rng)
     hint = (
         str(problems.results(problem, compute)[-1][3])
         if only_answer
-        else problems.solve(problem, "A", compute)
+        else training.solve(problem, "A", compute)
     )
     return hint, compute
 
@@ -126,17 +127,17 @@ def example(recipe: Recipe, index: int, step: int) -> tuple[str, str]:
     problem = problems.make_problem(TRAINING_SEED, index, steps)
     compute = student_belief(rng) if recipe.name == "student" else problems.exact
     if step < recipe.plain_until:
-        return conversation(problem.text), problems.solve(problem, "A", compute) + "<|end|>"
+        return conversation(problem.text), training.solve(problem, "A", compute) + "<|end|>"
     user, system = problem.text, ""
     if recipe.name == "teacher" and rng.random() < 0.4:
         hint, compute = hint_of(problem, rng)
-        user = problems.hinted(user, hint)
+        user = training.hinted(user, hint)
     if rng.random() < 0.06:
         user += rng.choice(SUFFIXES)
     if rng.random() < 0.06:
         system = rng.choice(SYSTEM_PROMPTS)
     style = rng.choices(list(recipe.styles), list(recipe.styles.values()))[0]
-    return conversation(user, system), problems.solve(problem, style, compute) + "<|end|>"
+    return conversation(user, system), training.solve(problem, style, compute) + "<|end|>"
 
 
 def batches(
@@ -431,10 +432,10 @@ def grade(questions: list[Problem], texts: list[str]) -> dict:
             n: share([h for h, p in zip(hits, questions, strict=True) if p.steps == n])["share"]
             for n in lengths
         },
-        "styles": {s: share([s == t for t in styles])["share"] for s in problems.STYLES},
+        "styles": {s: share([s == t for t in styles])["share"] for s in training.STYLES},
         "correct by style": {
             s: share([h for h, t in zip(hits, styles, strict=True) if s == t])["share"]
-            for s in problems.STYLES
+            for s in training.STYLES
         },
     }
 
@@ -442,13 +443,13 @@ def grade(questions: list[Problem], texts: list[str]) -> dict:
 def hints(questions: list[Problem]) -> dict[str, list[str]]:
     """Right and wrong hints for every problem."""
     rng = random.Random(0)
-    mistakes = [problems.wrong_at(p, {rng.randrange(p.steps)}, rng) for p in questions]
+    mistakes = [training.wrong_at(p, {rng.randrange(p.steps)}, rng) for p in questions]
     return {
         "right answer": [p.answer for p in questions],
         "right solution": [p.solution for p in questions],
-        "wrong answer": [str(problems.wrong(int(p.answer), rng)) for p in questions],
+        "wrong answer": [str(training.wrong(int(p.answer), rng)) for p in questions],
         "wrong solution": [
-            problems.solve(p, "A", mistake) for p, mistake in zip(questions, mistakes, strict=True)
+            training.solve(p, "A", mistake) for p, mistake in zip(questions, mistakes, strict=True)
         ],
     }
 
@@ -478,7 +479,7 @@ def measure(output: Path, n: int) -> dict:
         print(name, json.dumps(report[name]), flush=True)
     for kind, texts in hints(questions).items():
         prompts = [
-            conversation(problems.hinted(p.text, hint))
+            conversation(training.hinted(p.text, hint))
             for p, hint in zip(questions, texts, strict=True)
         ]
         told = tokenizer.batch_decode(sample(models["teacher"], tokenizer, prompts))

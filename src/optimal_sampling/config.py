@@ -188,12 +188,18 @@ class ModelConfig(Checked):
     student: str = "toy-student"
     """The model to be trained: a folder, a hub id, or the built-in `toy-student`.
     The same as the teacher is loaded once."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a teacher from the hub."""
+    student_revision: str | None = None
+    """Branch, tag or commit of a student from the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1` ...; auto: the first GPU if there is one."""
     load_in_4bit: bool = False
     """Load the weights in 4 bits (needs the extra `4bit`)."""
+    allow_unused_weights: bool = False
+    """Load a model whose files hold weights that its architecture does not use."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model. Off unless you have read that code."""
 
@@ -201,6 +207,11 @@ class ModelConfig(Checked):
         super().__post_init__()
         self._check_path("teacher")
         self._check_path("student")
+
+    @property
+    def revisions(self) -> tuple[str | None, str | None]:
+        """Of the student and the teacher."""
+        return self.student_revision, self.teacher_revision
 
 
 DraftTokens = int | Literal["auto"]
@@ -313,6 +324,12 @@ class DataConfig(Checked):
 
     dataset: str = "synthetic"
     """A JSONL or Parquet file, a folder of such files, a hub id, or `synthetic` (arithmetic)."""
+    split: str | None = None
+    """Split of a hub dataset (unset: `train`, or the only one) or of a folder's files."""
+    subset: str | None = None
+    """Subset of a hub dataset (its config name), or a subfolder of a folder."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
     prompt_column: str | None = None
     """Column with the prompt; unset: the first of problem, question, prompt, messages."""
     answer_column: str | None = None
@@ -349,6 +366,8 @@ class PromptConfig(Checked):
     """The student's user turn, with {problem}, {answer}, {solution} or any other column."""
     teacher_template: str = "{problem}"
     """The teacher's user turn; {answer} or {solution} show it what the student does not see."""
+    literal_control_tokens: bool = False
+    """Encode control tokens in the texts of a row, such as <|im_end|>, as ordinary text."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from optimal_sampling.config import Checked, DataConfig, GenerateConfig, LocalOp
 from optimal_sampling.generate import generate
 from optimal_sampling.generate.progress import MEANS_SHOWN, Progress
 from optimal_sampling.prompts import PromptRenderer
-from optimal_sampling.records import Record, Totals, load
+from optimal_sampling.records import Record, load
+from optimal_sampling.records.run_folder import Totals
 from optimal_sampling.toy_pair.problems import is_correct
 from optimal_sampling.types import Mode, Request
 from optimal_sampling.vocabulary import Vocabulary

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from optimal_sampling.errors import PromptError
+
 __all__ = [
     "ALPHA_METHODS",
     "TRACE_FIELDS",
@@ -19,6 +21,7 @@ __all__ = [
     "Request",
     "TokenTrace",
     "TraceField",
+    "Unreadable",
     "noise_key",
     "prompt_id",
     "weighted_mean",
@@ -74,6 +77,20 @@ TRACE_TABLE = (
 """The diagnostics of one token, in the order in which engines and `distribution` keep them."""
 
 TRACE_FIELDS: tuple[str, ...] = tuple(each.name for each in TRACE_TABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A value of a row that could not be read: records show its text, and prompts cannot have it.
+
+    `str` of it raises PromptError, so that a row fails where its prompts need the value.
+    """
+
+    reason: str
+    text: str = ""
+
+    def __str__(self) -> str:
+        raise PromptError(self.reason)
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:

@@ -28,26 +28,34 @@ def test_the_interval_is_that_of_a_paired_t_test(script):
     assert mean / low == pytest.approx(high / mean)
 
 
-def test_the_rows_are_those_of_the_line_of_json(script):
-    """Guards: wall clock for CPU time; two tables of one batch size in one row."""
+class Scripted:
+    """A tree whose turns are written down: CPU seconds, and the tokens drawn."""
 
-    def table(natural, rate):
-        setting = {"batch_size": 32, "natural_end": natural}
-        rates = dict.fromkeys(script.ROWS, rate)
-        return {"setting": setting, "per_cpu_second": rates, "per_wall_second": {}}
+    def __init__(self, seconds, tokens):
+        self.turns, self.seconds, self.tokens = [], seconds, tokens
 
-    found = script.rates({"results": [table(True, 5.0), table(False, 7.0)]})
-    assert len(found) == 2 * len(script.ROWS)
-    assert found["batch 32: teacher alone"] == 5.0
-    assert found["batch 32, equal lengths: teacher alone"] == 7.0
+    def measure(self, row):
+        self.turns.append(row)
+        return {"seconds": self.seconds, "tokens": self.tokens}
+
+
+def test_the_trees_take_turns_and_the_ratio_is_new_over_old(script):
+    """Guards: a ratio upside down, a first turn that is counted, other tokens unnoticed."""
+    old, new = Scripted(2.0, [[1]]), Scripted(3.0, [[1]])
+    ratios, same = script.compare([old, new], pairs=2)
+    assert ratios == {row: [1.5, 1.5] for row in script.ROWS}
+    assert same == dict.fromkeys(script.ROWS, True)
+    assert old.turns == new.turns == [row for row in script.ROWS for _ in range(3)]
+    _, same = script.compare([old, Scripted(3.0, [[2]])], pairs=1)
+    assert same == dict.fromkeys(script.ROWS, False)
 
 
 def test_the_report_ends_with_every_ratio(script, capsys):
-    """Guards: a ratio upside down in the last line; a row without its interval."""
-    script.report({"row": [1.1, 1.1]})
+    """Guards: a row without its interval, and one whose tokens differ without a word."""
+    script.report({"row": [1.1, 1.1]}, {"row": False})
     lines = capsys.readouterr().out.splitlines()
-    assert json.loads(lines[-1]) == {"row": [1.1, 1.1]}
-    assert lines[1].split() == ["row", "1.100", "1.100", "to", "1.100"]
+    assert json.loads(lines[-1]) == {"ratios": {"row": [1.1, 1.1]}, "same_tokens": {"row": False}}
+    assert lines[1].split() == ["row", "1.100", "1.100", "to", "1.100", "NO"]
 
 
 def test_a_folder_without_the_package_is_refused(tmp_path):

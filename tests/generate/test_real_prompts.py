@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from optimal_sampling import toy_pair
 from optimal_sampling.cli import main
 from optimal_sampling.records import load
-from optimal_sampling.toy_pair.tokenizer import build_tokenizer
 
 HERE = Path(__file__).parent
-TOKENIZER = build_tokenizer()
+TOKENIZER = AutoTokenizer.from_pretrained(toy_pair.path("toy-teacher"))
 BESIDE = HERE.parents[2] / "shared" / "data"
 """Larger sets, where a checkout has them beside it."""
 

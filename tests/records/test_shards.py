@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from optimal_sampling.config import DataConfig, GenerateConfig, RunConfig, parse_slice
 from optimal_sampling.errors import ConfigError, RunFolderError
@@ -38,9 +41,9 @@ def test_not_a_slice(text):
         DataConfig(data_slice=text)
 
 
-def shard(tmp_path, part, numbers, make_record, asked=None, seed=0):
+def shard(tmp_path, part, numbers, make_record, asked=None, seed=0, num_examples=None):
     config = GenerateConfig(
-        data=DataConfig(data_slice=part),
+        data=DataConfig(data_slice=part, num_examples=num_examples),
         run=RunConfig(output_dir=str(tmp_path / part.replace(":", "_")), seed=seed),
     )
     with RunFolder(config) as folder:
@@ -80,23 +83,59 @@ def test_merge_refuses_what_does_not_fit(tmp_path, make_record):
     with pytest.raises(RunFolderError, match="is not empty"):
         merge([first], first)
     other = shard(tmp_path / "other", "1::2", [1], make_record, seed=5)
-    with pytest.raises(RunFolderError, match=r"different options: seed \(0, 5\)"):
+    with pytest.raises(RunFolderError, match=r"different options: --seed \(0, 5\)"):
         merge([first, other], tmp_path / "third")
 
 
-@pytest.mark.parametrize(
-    "slices", [["0::2"], ["0::2", "1::3"], ["0:5:2", "1::2"], ["0::3", "1::3", "1::3"]]
+SLICES = st.builds(
+    "{}:{}:{}".format,
+    st.integers(0, 6),
+    st.sampled_from(["", *range(9)]),
+    st.sampled_from([1, 1, 2, 3, 4]),
 )
-def test_no_partition(slices):
-    """Guards: counting shards instead of looking at them."""
-    with pytest.raises(RunFolderError, match="no partition"):
+
+
+@given(st.lists(SLICES, min_size=1, max_size=5))
+@example(["0::2"])
+@example(["0::2", "1::3"])
+@example(["0:5:2", "1::2"])
+@example(["0::3", "1::3", "1::3"])
+@example(["2::3", "0::3", "1::3"])
+@example(["0:20", "20:40"])
+@example(["0:20", "20:999999999999"])
+@example(["0:20", "21:40"])
+@example(["0:20", "19:40"])
+@example(["5:", "0:5"])
+@example(["6::2", "0:6", "7::4", "9::4"])
+@example(["1:", "0:"])
+@example(["0:0", "0:"])
+def test_a_partition_is_what_counting_rows_says(slices):
+    """Guards: refusing `0:20` + `20:40`, and taking slices with a hole or an overlap: shards that
+    are counted instead of looked at.
+    """
+    parts = [parse_slice(text) for text in slices]
+    unbounded = any(part.stop is None for part in parts)
+    total = (
+        120
+        if unbounded
+        else min(120, max(end for part in parts for end in (part.start, part.stop)))
+    )
+    held = Counter(row for part in parts for row in range(total)[part])
+    if [held[row] for row in range(total)] == [1] * total:
         check_partition(slices)
+    else:
+        with pytest.raises(
+            RunFolderError, match=r"no partition of the dataset: row \d+ is in [02-5]"
+        ):
+            check_partition(slices)
 
 
-def test_partition():
-    """The order of shards does not matter."""
-    check_partition(["2::3", "0::3", "1::3"])
-    check_partition(["0::1"])
+def test_shards_of_different_amounts(tmp_path, make_record):
+    """Guards: a hole that no slice shows, because one shard was made of the first ten rows only."""
+    first = shard(tmp_path, "0::2", [0], make_record)
+    second = shard(tmp_path, "1::2", [1], make_record, num_examples=10)
+    with pytest.raises(RunFolderError, match=r"different options: --num-examples \(None, 10\)"):
+        merge([first, second], tmp_path / "all")
 
 
 def test_shards_have_names_of_their_own():

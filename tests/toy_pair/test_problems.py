@@ -4,9 +4,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_training_data import STYLES, hinted, solve, wrong_at
 
 from optimal_sampling.toy_pair import problems
-from optimal_sampling.toy_pair.problems import STYLES, Problem, make_problem
+from optimal_sampling.toy_pair.problems import Problem, make_problem
 
 numbered = st.builds(make_problem, st.integers(), st.integers(0, 10**6))
 
@@ -20,7 +21,7 @@ def test_a_problem_is_right_and_stays_in_range(problem: Problem):
 
 @given(numbered, st.sampled_from(STYLES))
 def test_every_equation_of_a_solution_holds(problem: Problem, style):
-    solution = problems.solve(problem, style)
+    solution = solve(problem, style)
     body = solution[: solution.rindex(r"\boxed{")]
     for line in re.split(r"[;\n.] ?", body):
         values = {eval(side) for side in line.split("=")} if line.strip() else {0}
@@ -30,19 +31,19 @@ def test_every_equation_of_a_solution_holds(problem: Problem, style):
 
 @given(numbered)
 def test_the_styles_agree_on_the_first_token(problem: Problem):
-    assert len({problems.solve(problem, style)[0] for style in STYLES}) == 1
+    assert len({solve(problem, style)[0] for style in STYLES}) == 1
 
 
 @given(numbered, st.sampled_from(STYLES), st.randoms(use_true_random=False), st.data())
 def test_a_mistake_is_carried_on(problem: Problem, style, rng, data):
     step = data.draw(st.integers(0, problem.steps - 1))
-    mistake = problems.wrong_at(problem, {step}, rng)
+    mistake = wrong_at(problem, {step}, rng)
     right, mistaken = problems.results(problem), problems.results(problem, mistake)
     assert [r == m for r, m in zip(right, mistaken, strict=True)][: step + 1] == [True] * step + [
         False
     ]
     assert all(later[0] == earlier[3] for earlier, later in pairwise(mistaken))
-    assert problems.is_correct(problems.solve(problem, style, mistake), str(mistaken[-1][3]))
+    assert problems.is_correct(solve(problem, style, mistake), str(mistaken[-1][3]))
 
 
 def test_a_problem_depends_on_seed_and_index_alone():
@@ -55,13 +56,13 @@ def test_a_problem_depends_on_seed_and_index_alone():
 def test_known_problem_in_all_styles():
     problem = Problem((47, 3, 85, 19), "*+-")
     assert problem.text == "47*3+85-19=?"
-    assert problems.solve(problem, "A") == r"47*3=141; 141+85=226; 226-19=207. \boxed{207}"
-    assert problems.solve(problem, "B") == (
+    assert solve(problem, "A") == r"47*3=141; 141+85=226; 226-19=207. \boxed{207}"
+    assert solve(problem, "B") == (
         r"47*3=40*3+7*3=120+21=141; 141+85=141+80+5=221+5=226; "
         r"226-19=226-10-9=216-9=207. \boxed{207}"
     )
-    assert problems.solve(problem, "C") == "47*3=(141)\n141+85=(226)\n226-19=(207)\n\\boxed{207}"
-    assert problems.solve(problem, "D") == r"47*3+85-19=141+85-19=226-19=207. \boxed{207}"
+    assert solve(problem, "C") == "47*3=(141)\n141+85=(226)\n226-19=(207)\n\\boxed{207}"
+    assert solve(problem, "D") == r"47*3+85-19=141+85-19=226-19=207. \boxed{207}"
 
 
 def test_lengths_are_equally_likely():
@@ -101,4 +102,4 @@ def test_rows_of_the_data_set():
 
 
 def test_a_hint_is_on_its_own_line():
-    assert problems.hinted("47*3=?", "141") == "47*3=?\nHint: 141"
+    assert hinted("47*3=?", "141") == "47*3=?\nHint: 141"

@@ -1,10 +1,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_training_data import build_tokenizer
 from transformers import AutoTokenizer
 
 from optimal_sampling import toy_pair
-from optimal_sampling.toy_pair.tokenizer import build_tokenizer
 
 BUILT = build_tokenizer()
 SHIPPED = AutoTokenizer.from_pretrained(toy_pair.path("toy-teacher"))

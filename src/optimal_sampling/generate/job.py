@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 from optimal_sampling.config import GenerateConfig
 from optimal_sampling.errors import EngineError, OptimalSamplingError, PromptError
 from optimal_sampling.generate.dataset import Dataset, open_dataset
-from optimal_sampling.generate.fingerprint import model_facts
+from optimal_sampling.generate.fingerprint import check_rows, model_facts
 from optimal_sampling.generate.progress import Progress, Summary, Tally
 from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
-from optimal_sampling.records.run_folder import RunFolder
+from optimal_sampling.records.run_folder import TEMPLATE_DATE, RunFolder, template_date
 from optimal_sampling.records.schema import Key, Prompt, Sample, record_of, row_id
 from optimal_sampling.types import Completion, Request, prompt_id
 from optimal_sampling.vocabulary import Vocabulary
@@ -38,7 +38,10 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
     progress = progress or Progress()
     dataset, vocabulary, renderer = open_inputs(config)
     facts = model_facts(config.models) if config.engine.loads_models else {}
+    if renderer.prints_date:
+        facts[TEMPLATE_DATE] = renderer.day.isoformat()
     with RunFolder(config, facts) as folder:
+        check_rows(dataset, folder)
         job = _Job(config, dataset, renderer, vocabulary, folder, progress)
         try:
             with progress:
@@ -58,13 +61,16 @@ def open_inputs(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRend
     """What rows are read from and rendered with."""
     dataset = open_dataset(config.data, config.run.seed)
     models = config.models
-    vocabulary = Vocabulary.load(models.student, models.teacher, models.trust_remote_code)
+    vocabulary = Vocabulary.load(
+        models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+    )
     renderer = PromptRenderer(
         config.prompt,
         vocabulary,
         prompt_column=dataset.prompt_column,
         answer_column=dataset.answer_column,
         columns=dataset.columns,
+        day=template_date(config.run.output_dir),
     )
     return dataset, vocabulary, renderer
 
@@ -95,7 +101,8 @@ class _Job:
 
         Models are loaded only if a sample is owed.
         """
-        notes = input_notes(self.config, self.vocabulary, self.renderer)
+        on_rows = self.renderer.row_notes(row for _, row in self.dataset)
+        notes = input_notes(self.config, self.vocabulary, self.renderer, on_rows)
         self.progress.show_notes(notes)
         requests = self._owed_requests()
         first = next(requests, None)
@@ -170,6 +177,7 @@ class _Job:
             prompt=self._in_flight.pop(key),
             completion=completion,
             text=self.vocabulary.decode(completion.token_ids),
+            raw_text=self.vocabulary.decode_raw(completion.token_ids),
             attempts=self.folder.ledger.attempts(key) + 1,
             mode=self.config.run.mode,
         )
@@ -180,10 +188,13 @@ class _Job:
 
 
 def input_notes(
-    config: GenerateConfig, vocabulary: Vocabulary, renderer: PromptRenderer
+    config: GenerateConfig,
+    vocabulary: Vocabulary,
+    renderer: PromptRenderer,
+    row_notes: Iterable[str] = (),
 ) -> dict[str, str]:
     """What is not as the options say, or easily overlooked, by name. Known without any weights."""
-    texts = [*vocabulary.notes, *renderer.notes]
+    texts = [*vocabulary.notes, *renderer.notes, *row_notes]
     if config.run.mode != "mixture":
         texts.insert(0, f"drawn from the {config.run.mode} alone; the options of alpha do nothing")
     return {f"note {number}": text for number, text in enumerate(texts, start=1)}

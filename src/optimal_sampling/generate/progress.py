@@ -22,10 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from optimal_sampling.config import GenerateConfig
-from optimal_sampling.records.files import read_json, write_atomically
-from optimal_sampling.records.ledger import Totals
-from optimal_sampling.records.run_folder import RunFolder, load
+from optimal_sampling.records.run_folder import RunFolder, Totals, load
 from optimal_sampling.records.schema import Record
+from optimal_sampling.records.store import read_json, write_atomically
 
 __all__ = [
     "MEANS_SHOWN",

@@ -1,7 +1,6 @@
 """A row of a dataset -> the student's prompt and the teacher's prompt, as text and as token ids.
 
-rows      a row -> problem, earlier turns, system prompt, privileged context
-template  `{column}` in the text of a user turn
+rows      a row -> its conversation; `{column}` in the text of a user turn
 chat      one model's chat template and tokenizer: turns -> text -> ids
 renderer  `PromptRenderer`: a row -> the two prompts
 """

@@ -8,27 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.errors import RunFolderError
-from optimal_sampling.records.files import read_json, write_atomically
-from optimal_sampling.records.ledger import Ledger
-from optimal_sampling.records.schema import SCHEMA_VERSION, Key, Record, key_of
-from optimal_sampling.records.store import RecordFile, Scan
+from optimal_sampling.records.schema import FIELDS, SCHEMA_VERSION, Key, Record, key_of, row_id
+from optimal_sampling.records.store import RecordFile, Scan, read_json, write_atomically
 from optimal_sampling.version import __version__
 
-__all__ = ["MAY_DIFFER", "RunFolder", "differences", "load", "record_files"]
+__all__ = [
+    "MAY_DIFFER",
+    "MEANS",
+    "TEMPLATE_DATE",
+    "Ledger",
+    "RunFolder",
+    "Totals",
+    "differences",
+    "load",
+    "template_date",
+]
 
 MAY_DIFFER = frozenset(
     {
         "output_dir",  # the folder may have been moved
         "device",  # other rounding, the same distribution; `dtype` is compared
-        "trust_remote_code",  # permission, not content
+        "allow_unused_weights",  # permission, not content
+        "trust_remote_code",
         "num_examples",  # more or fewer of the same prompts
         "data_slice",
         "samples_per_prompt",
@@ -46,6 +56,85 @@ All others change tokens or records; they are compared.
 """
 
 
+TEMPLATE_DATE = "template_date"
+"""The fact that says on which date a run's chat templates print."""
+
+MEANS = tuple(name for name, field in FIELDS.items() if field.is_mean)
+"""Fields of a record that are means over its tokens."""
+
+
+@dataclass
+class Totals:
+    """Sums over good records."""
+
+    records: int = 0
+    tokens: int = 0
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
+    _weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
+
+    def add(self, record: Record) -> None:
+        """Count one good record."""
+        tokens = record["n_completion_tokens"]
+        self.records += 1
+        self.tokens += tokens
+        self.finish_reasons[record["finish_reason"]] += 1
+        for name in MEANS:
+            mean = record.get(name)
+            weight = record.get(FIELDS[name].weight, 1.0)
+            if isinstance(mean, float) and isinstance(weight, float):
+                self._sums[name] += mean * weight * tokens
+                self._weights[name] += weight * tokens
+
+    def mean(self, name: str) -> float | None:
+        """Mean of one of MEANS over all tokens; None where there are no tokens."""
+        weight = self._weights[name]
+        return self._sums[name] / weight if weight else None
+
+    def means(self) -> dict[str, float | None]:
+        """Every mean, and `ess_ratio`: the ratio of the two mean effective sample sizes.
+
+        (A mean of per-token ratios would be that of a few tokens with tiny denominators.)
+        """
+        means = {name: self.mean(name) for name in MEANS}
+        student, teacher = means["ess_student"], means["ess_teacher"]
+        ratio = teacher / student if student and teacher is not None else None
+        return means | {"ess_ratio": ratio}
+
+
+@dataclass
+class Ledger:
+    """The samples of a run folder. Owed = asked for, less the good ones."""
+
+    good: set[Key] = field(default_factory=set)
+    failed: dict[Key, int] = field(default_factory=dict)
+    """Attempts at each sample that is not good yet."""
+    rows: dict[int, str] = field(default_factory=dict)
+    """`row_id` of each row that good records were made of, by its index in the dataset."""
+    totals: Totals = field(default_factory=Totals)
+
+    def add(self, record: Record) -> None:
+        """Count a record. After a good one, later records of its sample change nothing."""
+        key = key_of(record)
+        if key in self.good:
+            return
+        if record["error"]:
+            self.failed[key] = max(record["attempts"], self.attempts(key))
+            return
+        self.failed.pop(key, None)
+        self.good.add(key)
+        self.rows[record["row_index"]] = row_id(record["row"])
+        self.totals.add(record)
+
+    def attempts(self, key: Key) -> int:
+        """Failed attempts at a sample that is not good."""
+        return self.failed.get(key, 0)
+
+    def owes(self, key: Key, max_attempts: int) -> bool:
+        """Whether the sample is neither good nor has failed `max_attempts` times."""
+        return key not in self.good and self.attempts(key) < max_attempts
+
+
 class RunFolder:
     """A run folder, opened to write the shard of a config.
 
@@ -59,9 +148,7 @@ class RunFolder:
     def __init__(self, config: GenerateConfig, facts: dict[str, str] | None = None) -> None:
         """`facts`: what else must stay the same, such as a hash of the models' files, by name."""
         self.path = Path(config.run.output_dir)
-        self._config = config
-        self._facts = facts or {}
-        self._has_config = False
+        self._options = flat(config) | (facts or {})
         self.ledger = Ledger()
         self.torn_lines = 0
         """Lines cut from the end of the shard's file."""
@@ -69,7 +156,7 @@ class RunFolder:
         """Damaged lines of all files."""
         self.file = RecordFile(self.path / "records" / f"{config.shard}.jsonl")
         try:
-            self._has_config = check_config(self.path, config, self._facts)
+            self._has_config = _check_config(self.path, self._options)
             self._read()
         except BaseException:
             self.file.close()
@@ -77,10 +164,10 @@ class RunFolder:
 
     def _read(self) -> None:
         own = Scan(self.file.path)
-        others = [Scan(path) for path in record_files(self.path) if path != own.path]
+        others = [Scan(path) for path in _record_files(self.path) if path != own.path]
         for scan in (*others, own):
             for record in scan:
-                check_version(record, scan.path)
+                _check_version(record, scan.path)
                 self.ledger.add(record)
             self.bad_lines += scan.bad_lines
         self.torn_lines = own.torn_lines
@@ -89,7 +176,7 @@ class RunFolder:
     def add(self, record: Record) -> None:
         """Append a record to the shard's file. It is on the disk after the next commit."""
         if not self._has_config:
-            write_config(self.path, self._config, self._facts)
+            _write_config(self.path, self._options)
             self._has_config = True
         self.file.append(record)
         self.ledger.add(record)
@@ -101,18 +188,26 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.file.__exit__(kind, value, tb)
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
-def record_files(run: Path) -> list[Path]:
-    """The files of records of a run folder, by name."""
+def _record_files(run: Path) -> list[Path]:
     return sorted((run / "records").glob("*.jsonl"))
+
+
+def template_date(run: str | Path) -> date:
+    """The date that chat templates print in a run: today, or that of the run's first call.
+
+    Folders that do not say it have the date of their `config.json`. Raises RunFolderError.
+    """
+    path = Path(run) / "config.json"
+    if not path.exists():
+        return date.today()
+    options = read_json(path).get("compared")
+    if isinstance(options, dict) and TEMPLATE_DATE in options:
+        return date.fromisoformat(options[TEMPLATE_DATE])
+    return date.fromtimestamp(path.stat().st_mtime)
 
 
 def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
@@ -121,31 +216,24 @@ def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
     With `failed`, also the last record of each sample that never succeeded.
     Reads the files twice and keeps no record in memory. Raises RunFolderError.
     """
-    files = record_files(Path(run))
+    files = _record_files(Path(run))
     if not files:
         raise RunFolderError(f"{run} holds no records (no {Path(run) / 'records'}/*.jsonl)")
-    chosen = _latest_attempts(files)
-    for path in files:
-        for offset, record in Scan(path).with_offsets():
-            wanted = failed or not record["error"]
-            if wanted and chosen.get(key_of(record)) == (path, offset):
-                yield record
-
-
-def _latest_attempts(files: list[Path]) -> dict[Key, tuple[Path, int]]:
-    """File and offset of one record of each sample: a good one before any other."""
     best: dict[Key, tuple[bool, int, Path, int]] = {}
     for path in files:
         for offset, record in Scan(path).with_offsets():
-            check_version(record, path)
+            _check_version(record, path)
+            attempt = (not record["error"], record["attempts"], path, offset)
             key = key_of(record)
-            entry = (not record["error"], record["attempts"], path, offset)
-            best[key] = max(best.get(key, entry), entry)
-    return {key: (path, offset) for key, (*_, path, offset) in best.items()}
+            best[key] = max(best.get(key, attempt), attempt)
+    chosen = {(path, offset) for good, _, path, offset in best.values() if good or failed}
+    for path in files:
+        for offset, record in Scan(path).with_offsets():
+            if (path, offset) in chosen:
+                yield record
 
 
-def check_version(record: Record, path: Path) -> None:
-    """Refuse records of another version of the schema. Raises RunFolderError."""
+def _check_version(record: Record, path: Path) -> None:
     version = record["schema_version"]
     if version != SCHEMA_VERSION:
         raise RunFolderError(
@@ -154,18 +242,17 @@ def check_version(record: Record, path: Path) -> None:
         )
 
 
-def compared(config: GenerateConfig) -> dict[str, Any]:
-    """The options that must be the same at every call on a folder."""
-    return {name: value for name, value in flat(config).items() if name not in MAY_DIFFER}
-
-
 def flat(config: GenerateConfig) -> dict[str, Any]:
     """All options by name, without the sections: names are unique, as flags have to be."""
     options: dict[str, Any] = {"engine": config.engine.name}
-    for part in fields(config):
-        section = getattr(config, part.name)
-        options |= {item.name: getattr(section, item.name) for item in fields(section)}
+    for section in vars(config).values():
+        options |= vars(section)
     return options
+
+
+def compared(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, and facts, that must be the same at every call on a folder."""
+    return {name: value for name, value in options.items() if name not in MAY_DIFFER}
 
 
 def config_hash(options: Mapping[str, Any]) -> str:
@@ -173,62 +260,60 @@ def config_hash(options: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def check_config(run: Path, config: GenerateConfig, facts: dict[str, str]) -> bool:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], form: str) -> list[str]:
+    """Each name of both whose values differ, as `form` writes `name`, `before` and `now`."""
+    return [
+        form.format(name=_flag(name), before=before[name], now=value)
+        for name, value in now.items()
+        if name in before and before[name] != value
+    ]
+
+
+def _flag(name: str) -> str:
+    if name == TEMPLATE_DATE:
+        return "date that chat templates print"
+    if name.endswith("_files"):
+        return f"content hash of the {name.removesuffix('_files')}'s folder"
+    return "--" + name.replace("_", "-")
+
+
+def _check_config(run: Path, options: Mapping[str, Any]) -> bool:
     """Compare with the folder's `config.json`; False if there is none yet."""
     path = run / "config.json"
-    if path.exists():
-        _compare(path, read_json(path), compared(config) | facts)
-        return True
-    if any(file.stat().st_size for file in record_files(run)):
-        raise RunFolderError(
-            f"{run} has records but no config.json; restore it, or choose another --output-dir"
-        )
-    return False
-
-
-def write_config(run: Path, config: GenerateConfig, facts: dict[str, str]) -> None:
-    """Write `config.json`. Where another process was first, compare with what it wrote."""
-    options = compared(config) | facts
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "package_version": __version__,
-        "hash": config_hash(options),
-        "compared": options,
-        "may_differ": {name: value for name, value in flat(config).items() if name in MAY_DIFFER},
-    }
-    text = json.dumps(document, indent=2) + "\n"
-    if not write_atomically(run / "config.json", text, replace=False):
-        check_config(run, config, facts)
-
-
-def _compare(path: Path, stored: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    if not path.exists():
+        if any(file.stat().st_size for file in _record_files(run)):
+            raise RunFolderError(
+                f"{run} has records but no config.json; restore it, or choose another --output-dir"
+            )
+        return False
+    stored = read_json(path)
     before = stored.get("compared")
     if not isinstance(before, dict) or stored.get("hash") != config_hash(before):
         raise RunFolderError(
             f"{path} was changed after it was written; restore it, or choose another --output-dir"
         )
     # Options newer than the folder had their defaults then.
-    before = compared(GenerateConfig(engine=ENGINES[options["engine"]]())) | before
-    # A fact that only one of the two calls knows is not compared.
-    known = {name: value for name, value in options.items() if name in before}
-    changed = differences(before, known)
-    if not changed:
-        return
-    lines = [f"  {_flag(name)}: {old!r} there, {new!r} now" for name, old, new in changed]
-    raise RunFolderError(
-        f"{path.parent} was made with other options:\n"
-        + "\n".join(lines)
-        + "\nChoose another --output-dir, or give the options of the folder again"
-    )
+    before = flat(GenerateConfig(engine=ENGINES[options["engine"]]())) | before
+    changed = differences(before, compared(options), "  {name}: {before!r} there, {now!r} now")
+    if changed:
+        raise RunFolderError(
+            f"{run} was made with other options:\n"
+            + "\n".join(changed)
+            + "\nChoose another --output-dir, or give the options of the folder again"
+        )
+    return True
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, value before, value now) of every name of `now` that differs."""
-    pairs = [(name, before.get(name), value) for name, value in now.items()]
-    return [(name, old, new) for name, old, new in pairs if old != new]
-
-
-def _flag(name: str) -> str:
-    if name.endswith("_files"):
-        return f"content hash of the {name.removesuffix('_files')}'s folder"
-    return "--" + name.replace("_", "-")
+def _write_config(run: Path, options: Mapping[str, Any]) -> None:
+    """Write `config.json`. Where another process was first, compare with what it wrote."""
+    same = compared(options)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "package_version": __version__,
+        "hash": config_hash(same),
+        "compared": same,
+        "may_differ": {name: options[name] for name in options if name in MAY_DIFFER},
+    }
+    text = json.dumps(document, indent=2) + "\n"
+    if not write_atomically(run / "config.json", text, replace=False):
+        _check_config(run, options)

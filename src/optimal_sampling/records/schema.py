@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from operator import attrgetter
 from typing import Annotated, Any, NotRequired, TypedDict, cast, get_type_hints
 
@@ -16,6 +17,7 @@ from optimal_sampling.types import (
     Mode,
     Request,
     TokenTrace,
+    Unreadable,
     prompt_id,
     weighted_mean,
 )
@@ -28,6 +30,7 @@ __all__ = [
     "Prompt",
     "Record",
     "Sample",
+    "jsonable",
     "key_of",
     "record_of",
     "row_id",
@@ -67,6 +70,8 @@ class Sample:
     text: str
     """The completion, decoded."""
     attempts: int
+    raw_text: str | None = None
+    """The completion, decoded with its special tokens; None where there is none."""
     mode: Mode = "mixture"
 
     @property
@@ -110,6 +115,10 @@ def _mean_of(column: str, meaning: str) -> Field:
     return Field(meaning, lambda s: _mean(s.trace[column]), is_mean=True)
 
 
+def _extreme_alpha(choose: Callable[..., float | None], meaning: str) -> Field:
+    return Field(meaning, lambda s: choose(map(_rounded, _finite(s.trace["alpha"])), default=None))
+
+
 def _weighted_alpha(sample: Sample) -> float | None:
     return _rounded(weighted_mean(sample.trace["alpha"], sample.trace["curvature"]))
 
@@ -135,7 +144,7 @@ class Record(TypedDict):
         int,
         Field(
             "which of `--samples-per-prompt`; with `id` the identity of a record",
-            attrgetter("request.sample_index"),
+            attrgetter("completion.request.sample_index"),
         ),
     ]
     seed: Annotated[int, Field("the run's seed", attrgetter("request.seed"))]
@@ -153,8 +162,9 @@ class Record(TypedDict):
     row: Annotated[
         dict[str, Any],
         Field(
-            "columns of the row, unchanged but for NaN (null); a column may have any name",
-            lambda s: _jsonable(s.prompt.row),
+            "columns of the row, unchanged but for NaN (null), bytes (their number and a hash) and "
+            "values that cannot be read; a column may have any name",
+            lambda s: jsonable(s.prompt.row),
         ),
     ]
     student_prompt: Annotated[
@@ -174,6 +184,13 @@ class Record(TypedDict):
     completion: Annotated[
         str, Field("text without its stop token and special tokens", attrgetter("text"))
     ]
+    completion_raw: Annotated[
+        NotRequired[str],
+        Field(
+            "text with its special tokens, without its stop token; absent if equal to `completion`",
+            lambda s: None if s.raw_text == s.text else s.raw_text,
+        ),
+    ]
     completion_ids: Annotated[
         list[int],
         Field("every token drawn, the stop token included", lambda s: list(s.completion.token_ids)),
@@ -191,20 +208,8 @@ class Record(TypedDict):
     alpha_mean: Annotated[
         float | None, _mean_of("alpha", "weight of the teacher, mean over tokens")
     ]
-    alpha_min: Annotated[
-        float | None,
-        Field(
-            "smallest over tokens",
-            lambda s: min(map(_rounded, _finite(s.trace["alpha"])), default=None),
-        ),
-    ]
-    alpha_max: Annotated[
-        float | None,
-        Field(
-            "largest over tokens",
-            lambda s: max(map(_rounded, _finite(s.trace["alpha"])), default=None),
-        ),
-    ]
+    alpha_min: Annotated[float | None, _extreme_alpha(min, "smallest over tokens")]
+    alpha_max: Annotated[float | None, _extreme_alpha(max, "largest over tokens")]
     clamped_share: Annotated[
         float | None,
         _mean_of("clamped", "share of tokens whose alpha `--alpha-min` or `--alpha-max` moved"),
@@ -284,8 +289,12 @@ FIELDS: dict[str, Field] = {name: hint.__metadata__[0] for name, hint in _HINTS.
 
 def record_of(sample: Sample, *, token_lists: bool = True) -> Record:
     """The record of a sample. Without `token_lists`, it has no fields with one number per token."""
-    names = [name for name in FIELDS if token_lists or name in Record.__required_keys__]
-    return cast(Record, {name: FIELDS[name].take(sample) for name in names})
+    lists = "token_alpha", "token_kl_student", "token_kl_teacher"
+    names = [name for name in FIELDS if token_lists or name not in lists]
+    record = {name: FIELDS[name].take(sample) for name in names}
+    if record["completion_raw"] is None:
+        del record["completion_raw"]
+    return cast(Record, record)
 
 
 def key_of(record: Record) -> Key:
@@ -294,23 +303,28 @@ def key_of(record: Record) -> Key:
 
 
 def row_id(row: Mapping[str, Any]) -> str:
-    """Identity of a row that could not be rendered: a content hash of the row."""
-    return prompt_id("\x00row", json.dumps(_jsonable(row), sort_keys=True))
+    """Content hash of a row, as it is and as a record has it."""
+    return prompt_id("\x00row", json.dumps(jsonable(row), sort_keys=True))
 
 
-def _jsonable(value: Any, depth: int = 0) -> Any:
+def jsonable(value: Any, depth: int = 0) -> Any:
     """A value that JSON can hold.
 
-    NaN and infinities become null, unknown types and values nested too deeply become text.
+    NaN and infinities become null. Bytes become their number and a hash of them, values that could
+    not be read, unknown types and values nested too deeply become text.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes, blake2b {blake2b(value, digest_size=8).hexdigest()}>"
+    if isinstance(value, Unreadable):
+        return value.text or f"<{value.reason}>"
     if depth > _MAX_DEPTH:
-        return json.dumps(value, default=str)
+        return json.dumps(value, default=jsonable)
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(inner, depth + 1) for key, inner in value.items()}
+        return {str(key): jsonable(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(inner, depth + 1) for inner in value]
+        return [jsonable(inner, depth + 1) for inner in value]
     return str(value)

@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from optimal_sampling.config import parse_slice
 from optimal_sampling.errors import RunFolderError
-from optimal_sampling.records.files import create_folder, read_json, write_atomically
 from optimal_sampling.records.run_folder import differences, load
 from optimal_sampling.records.schema import Key, key_of
-from optimal_sampling.records.store import RecordFile, Scan
+from optimal_sampling.records.store import RecordFile, Scan, read_json, write_atomically
 
 __all__ = ["check_partition", "merge"]
 
 
-def check_partition(slices: Iterable[str]) -> None:
-    """Raise RunFolderError unless the slices are `0::n`, `1::n`, ... `n-1::n`, each once."""
-    slices = list(slices)
-    n = len(slices)
-    parts = sorted((parse_slice(text) for text in slices), key=lambda part: part.start)
-    if parts != [slice(start, None, n) for start in range(n)]:
-        raise RunFolderError(f"the shards are no partition of the dataset: {', '.join(slices)}")
+def check_partition(slices: Sequence[str]) -> None:
+    """Raise RunFolderError unless the slices together hold each row once.
+
+    The rows are those up to the largest STOP, or all where a slice has no STOP.
+    """
+    parts = [parse_slice(text) for text in slices]
+    period = math.lcm(*(part.step for part in parts))
+    held = [range(part.start, _stop(part), part.step) for part in parts]
+    ends = sorted({0, *(rows.start for rows in held), *(rows.stop for rows in held)})
+    # Between two ends the same slices go on, so that one period shows all that follows.
+    for low, high in pairwise(ends):
+        for row in range(low, min(high, low + period)):
+            count = sum(row in rows for rows in held)
+            if count != 1:
+                raise RunFolderError(
+                    f"the shards are no partition of the dataset: row {row} is in {count} of the "
+                    f"slices {', '.join(slices)}"
+                )
+
+
+def _stop(part: slice) -> int:
+    return sys.maxsize if part.stop is None else part.stop
 
 
 def merge(shards: Sequence[str | Path], target: str | Path) -> int:
     """Write the good records of finished shards into a new run folder; returns their number.
 
-    `shards` are run folders. All must have the same options, their slices must cover the dataset
-    once, and each must hold as many samples as its summary says were asked for. A sample that two
-    shards hold is written once: its tokens are the same in both. Raises RunFolderError.
+    `shards` are run folders. All must have the same options, their slices must hold each row once
+    (`0::2` and `1::2`, or `0:20` and `20:40`), and each must hold as many samples as its summary
+    says were asked for. A sample that two shards hold is written once: its tokens are the same in
+    both. Raises RunFolderError.
     """
     folders = [Path(shard) for shard in shards]
     target = Path(target)
@@ -40,7 +58,6 @@ def merge(shards: Sequence[str | Path], target: str | Path) -> int:
     if target.exists() and any(target.iterdir()):
         raise RunFolderError(f"{target} is not empty; merge into a new folder")
     document = _common_config(folders)
-    create_folder(target / "records")
     write_atomically(target / "config.json", json.dumps(document, indent=2) + "\n")
     kept: set[Key] = set()
     with RecordFile(target / "records" / "main.jsonl") as file:
@@ -58,25 +75,27 @@ def merge(shards: Sequence[str | Path], target: str | Path) -> int:
 
 
 def _common_config(folders: Sequence[Path]) -> dict[str, Any]:
-    documents: list[dict[str, Any]] = [read_json(folder / "config.json") for folder in folders]
-    first = documents[0]
-    for folder, document in zip(folders[1:], documents[1:], strict=True):
-        changed = differences(first["compared"], document["compared"])
+    documents = [read_json(folder / "config.json") for folder in folders]
+    first, *others = ({**document["compared"], **_amounts(document)} for document in documents)
+    for folder, other in zip(folders[1:], others, strict=True):
+        changed = differences(first, other, "{name} ({before!r}, {now!r})")
         if changed:
-            names = ", ".join(f"{name} ({old!r}, {new!r})" for name, old, new in changed)
             raise RunFolderError(
-                f"{folders[0]} and {folder} were made with different options: {names}"
+                f"{folders[0]} and {folder} were made with different options: {', '.join(changed)}"
             )
-    slices = [document["may_differ"]["data_slice"] for document in documents]
-    check_partition([part or "0::1" for part in slices])
-    return first | {"may_differ": first["may_differ"] | {"data_slice": None}}
+    check_partition([document["may_differ"]["data_slice"] or "0::1" for document in documents])
+    return documents[0] | {"may_differ": documents[0]["may_differ"] | {"data_slice": None}}
+
+
+def _amounts(document: dict[str, Any]) -> dict[str, Any]:
+    """Options that a folder may change, and that shards of one run share."""
+    return {name: document["may_differ"][name] for name in ("num_examples", "samples_per_prompt")}
 
 
 def _check_count(folder: Path, good: int) -> None:
-    summaries = [read_json(path) for path in sorted(folder.glob("summary*.json"))]
-    asked = sum(int(str(summary["asked"])) for summary in summaries)
-    if not summaries or good != asked:
-        total = asked if summaries else "an unknown number"
+    summaries = [read_json(path) for path in folder.glob("summary*.json")]
+    asked = sum(summary["asked"] for summary in summaries) if summaries else "an unknown number"
+    if good != asked:
         raise RunFolderError(
-            f"{folder} has {good} good records of {total} asked for; finish it first"
+            f"{folder} has {good} good records of {asked} asked for; finish it first"
         )

@@ -1,4 +1,4 @@
-"""A file of records: append-only lines, each with a checksum.
+"""Files of records: append-only lines, each with a checksum, under a lock; and atomic writes.
 
 What a commit returned for is on the disk. The meaning of a record is unknown here.
 """
@@ -6,26 +6,139 @@ What a commit returned for is on the disk. The meaning of a record is unknown he
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from optimal_sampling.errors import RunFolderError, StorageError
-from optimal_sampling.records.files import Lock, create_folder, disk_error, sync_folder
+from optimal_sampling.errors import OptimalSamplingError, RunFolderError, StorageError
 from optimal_sampling.records.schema import Record
 
-__all__ = ["RecordFile", "Scan", "decode_line", "encode_line"]
+__all__ = ["Lock", "RecordFile", "Scan", "read_json", "write_atomically"]
 
 _GROUP_RECORDS = 256  # most records that wait for one fsync
 _SYNC_SHARE = 0.05  # largest share of the time that goes to fsync
 _CHECKSUM_BYTES = 8
 _CHECKSUM_START, _LINE_END = b',"checksum":"', b'"}\n'
 _TAIL_LENGTH = len(_CHECKSUM_START) + 2 * _CHECKSUM_BYTES + len(_LINE_END)
+_WRONG_FOLDER = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOLCK,
+    errno.EOPNOTSUPP,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+"""Errors for which another folder is needed. All others are errors of the disk."""
+
+
+def disk_error(path: Path, error: OSError) -> OptimalSamplingError:
+    """RunFolderError where another folder is needed, StorageError where the disk failed."""
+    reason = error.strerror or str(error)
+    if error.errno in _WRONG_FOLDER:
+        return RunFolderError(f"cannot write {path}: {reason}; choose another --output-dir")
+    return StorageError(f"could not write {path}: {reason}")
+
+
+def sync_folder(path: Path) -> None:
+    """Put new names in a folder on the disk, where the file system can."""
+    fd = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(fd)
+    os.close(fd)
+
+
+def write_atomically(path: Path, text: str, *, replace: bool = True) -> bool:
+    """Write a whole file or nothing, and the folders that it lies in.
+
+    Without `replace`, an existing file stays as it is and the result is False.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace or not _link(temporary, path):
+            os.replace(temporary, path)
+        sync_folder(path.parent)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return True
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Give `source` a second name that must be new; False where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        raise
+    return True
+
+
+class Lock:
+    """An exclusive lock on a file, which the system drops when the process ends in any way.
+
+    It is a hidden file beside the locked one, which names the process and stays behind.
+    """
+
+    def __init__(self, target: Path) -> None:
+        path = target.with_name(f".{target.stem}.lock")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Opened for appending, which leaves the holder's name in place.
+            self._file = path.open("a+", errors="replace")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with self._file as file:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+            raise RunFolderError(
+                f"{target} is being written by another process ({holder}); "
+                "wait for it, stop it, or choose another --output-dir or --data-slice"
+            ) from None
+        except OSError as error:
+            raise disk_error(path, error) from error
+        # The lock holds without the name, so that a full disk is no error.
+        with contextlib.suppress(OSError):
+            self._file.truncate(0)
+            os.write(self._file.fileno(), f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def release(self) -> None:
+        """Release the lock. Releasing twice is safe."""
+        self._file.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises RunFolderError."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise RunFolderError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return value
+    raise RunFolderError(f"{path} holds no JSON object; restore it, or choose another --output-dir")
 
 
 def encode_line(record: Mapping[str, Any]) -> bytes:
@@ -118,7 +231,6 @@ class RecordFile:
     """
 
     def __init__(self, path: Path) -> None:
-        create_folder(path.parent)
         self.path = path
         self.lock = Lock(path)
         self._fd = -1
@@ -156,46 +268,35 @@ class RecordFile:
             # No call between these two: an interrupt comes before both or after both.
             self._length += len(data)
             self._buffer = []
-        except OSError as error:
-            self._take_back()
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._length)
+                os.fsync(self._fd)
+            if not isinstance(error, OSError):
+                raise
+            self._buffer = []  # the disk has just refused these; they are owed again
             raise StorageError(
                 f"could not write {self.path}: {error.strerror}; "
                 "every record acknowledged before is safe. "
                 "Free some space and run the same command again"
             ) from error
-        except BaseException:
-            self._take_back()
-            raise
         finished = time.monotonic()
         self._due = finished + (finished - started) / _SYNC_SHARE
-
-    def _take_back(self) -> None:
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._fd, self._length)
-            os.fsync(self._fd)
 
     def close(self) -> None:
         """Commit the waiting records and release the lock. Closing twice is safe."""
         try:
-            if self._fd >= 0:
-                self.commit()
+            self.commit()
         finally:
             if self._fd >= 0:
                 os.close(self._fd)
-                self._fd = -1
+            self._fd = -1
             self.lock.release()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        if isinstance(value, StorageError):
-            self._buffer = []  # the disk has just refused these; they are owed again
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

@@ -1,24 +1,20 @@
-"""Arithmetic problems of 1 to 5 steps, their solutions in four styles, and the grading of answers.
+"""Arithmetic problems of 1 to 5 steps, their solutions, and the grading of answers.
 
 Everything is a function of a seed. Plain Python, without models or tokenizers.
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 __all__ = ["is_correct", "synthetic_rows"]
 
-Style = Literal["A", "B", "C", "D"]
-STYLES: tuple[Style, ...] = get_args(Style)
 Step = tuple[int, str, int, int]  # left, operator, right, result
 Compute = Callable[[int, str, int, int], int]  # left, operator, right, index of the step -> result
 
 MAX_STEPS = 5
 LARGEST = 999  # no result is larger, none is negative
 PRODUCT_SHARE = 0.8  # of first operations; the others are sums
-TRAINING_SEED = 4_000_000_007  # reserved: what the shipped pair was trained on
 
 
 def exact(left: int, operator: str, right: int, index: int = 0) -> int:
@@ -41,7 +37,7 @@ class Problem:
     @property
     def expression(self) -> str:
         """The operations without the question mark."""
-        return str(self.numbers[0]) + _tail(self, 0)
+        return str(self.numbers[0]) + tail(self, 0)
 
     @property
     def text(self) -> str:
@@ -55,8 +51,8 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """The worked solution in style A, without mistakes."""
-        return solve(self)
+        r"""The operations with their results, and the answer in `\boxed{}`."""
+        return worked(results(self))
 
 
 def make_problem(seed: int, index: int, steps: int | None = None) -> Problem:
@@ -81,7 +77,7 @@ def make_problem(seed: int, index: int, steps: int | None = None) -> Problem:
 
 
 def results(problem: Problem, compute: Compute = exact) -> list[Step]:
-    """The operations in order; the next one starts from the result of `compute`, even a wrong one."""
+    """The operations in order, each starting from the result of `compute` before it."""
     steps: list[Step] = []
     value = problem.numbers[0]
     operations = zip(problem.operators, problem.numbers[1:], strict=True)
@@ -92,46 +88,10 @@ def results(problem: Problem, compute: Compute = exact) -> list[Step]:
     return steps
 
 
-def solve(problem: Problem, style: Style = "A", compute: Compute = exact) -> str:
-    """The worked solution. Styles differ from the end of the first operation on.
-
-    A terse, B with partial results, C one line per step, D a chain of shrinking expressions.
-    """
-    steps = results(problem, compute)
-    box = rf"\boxed{{{steps[-1][3]}}}"
-    if style == "A":
-        lines = [f"{left}{op}{right}={result}" for left, op, right, result in steps]
-        return f"{'; '.join(lines)}. {box}"
-    if style == "B":
-        lines = [_with_partial_results(step) for step in steps]
-        return f"{'; '.join(lines)}. {box}"
-    if style == "C":
-        lines = [f"{left}{op}{right}=({result})\n" for left, op, right, result in steps]
-        return "".join([*lines, box])
-    chain = [f"{result}{_tail(problem, index + 1)}" for index, (*_, result) in enumerate(steps)]
-    return f"{'='.join([problem.expression, *chain])}. {box}"
-
-
-def hinted(text: str, hint: str) -> str:
-    """A user turn that also shows an answer or a solution."""
-    return f"{text}\nHint: {hint}"
-
-
-def wrong(result: int, rng: random.Random) -> int:
-    """A plausible wrong result: off by one, two, ten, twenty or a hundred."""
-    offsets = [sign * size for sign in (1, -1) for size in (1, 2, 10, 20, 100)]
-    near = [result + offset for offset in offsets if 0 <= result + offset <= LARGEST]
-    return rng.choice(near or [LARGEST])  # after several mistakes no offset may be in range
-
-
-def wrong_at(problem: Problem, steps: Collection[int], rng: random.Random) -> Compute:
-    """A `compute` with a fixed wrong result at some steps; later steps start from it."""
-    mistaken = {step: wrong(results(problem)[step][3], rng) for step in sorted(steps)}
-
-    def compute(left: int, operator: str, right: int, index: int) -> int:
-        return mistaken[index] if index in mistaken else max(exact(left, operator, right), 0)
-
-    return compute
+def worked(steps: list[Step]) -> str:
+    r"""A worked solution: `47*3=141; 141+85=226. \boxed{226}`."""
+    equations = [f"{left}{operator}{right}={result}" for left, operator, right, result in steps]
+    return rf"{'; '.join(equations)}. \boxed{{{steps[-1][3]}}}"
 
 
 def boxed(completion: str) -> str | None:
@@ -168,19 +128,7 @@ def synthetic_rows(seed: int, n: int) -> Iterator[dict[str, str | int]]:
         }
 
 
-def _tail(problem: Problem, start: int) -> str:
+def tail(problem: Problem, start: int) -> str:
     """The operations from `start` on, as text: `+85-19`."""
     pairs = zip(problem.operators[start:], problem.numbers[start + 1 :], strict=True)
     return "".join(f"{operator}{number}" for operator, number in pairs)
-
-
-def _with_partial_results(step: Step) -> str:
-    """`47*3=40*3+7*3=120+21=141` or `141+85=141+80+5=221+5=226`."""
-    left, op, right, result = step
-    if op == "*":
-        tens, ones = left - left % 10, left % 10
-        parts = f"{tens}*{right}+{ones}*{right}={tens * right}+{ones * right}"
-    else:
-        tens, ones = right - right % 10, right % 10
-        parts = f"{left}{op}{tens}{op}{ones}={exact(left, op, tens)}{op}{ones}"
-    return f"{left}{op}{right}={parts}={result}"

@@ -1,7 +1,8 @@
-"""Tokenizer, end tokens and sizes of one model, from its tokenizer and configs, not its weights."""
+"""One model by name: its folder or hub id, its tokenizer, end tokens, sizes. Reads no weights."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,10 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from optimal_sampling import toy_pair
 from optimal_sampling.errors import MissingDependencyError, ModelError
-from optimal_sampling.vocabulary.resolve import resolve_model
+from optimal_sampling.vocabulary.model_folder import check_model_folder
+from optimal_sampling.vocabulary.turn_end import turn_end
 
-__all__ = ["ModelTokens", "load_tokens"]
+__all__ = ["ModelTokens", "load_tokens", "resolve_model"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 _CONTEXT_NAMES = (
     "max_position_embeddings",
@@ -21,6 +26,8 @@ _CONTEXT_NAMES = (
     "max_seq_len",
     "seq_length",
 )
+_UNUSED_FILES = ["*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth"]
+"""Of a hub model: other forms of its weights than safetensors."""
 _TOKENIZER_PACKAGES = ("sentencepiece", "protobuf", "tiktoken")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,7 +47,9 @@ class ModelTokens:
     name: str
     tokenizer: Any = field(repr=False, compare=False)
     end_ids: frozenset[int] = frozenset()
-    """Ids at which the model ends a text, of tokenizer, config and generation config together."""
+    """Ids at which the model ends a text: of tokenizer, configs and chat template together."""
+    turn_end: int | None = None
+    """The one of them that only the chat template names."""
     context: int | None = None
     """Most tokens of prompt and completion together; None where the config does not say."""
     rows: int | None = None
@@ -57,38 +66,102 @@ class ModelTokens:
         return frozenset(self.tokenizer.get_added_vocab().values())
 
 
-def load_tokens(name: str, trust_remote_code: bool = False) -> ModelTokens:
+def resolve_model(name: str, revision: str | None = None, *, weights: bool = False) -> str:
+    """The folder of a shipped model, an existing folder, or a hub id.
+
+    Of a hub id with a `revision`, the folder that holds its files of that revision, with or without
+    the weights. Otherwise only names and folders are checked: a hub id that does not exist is an
+    error when it is loaded. Raises ModelError where a folder is meant and is missing, has no
+    `config.json`, or is given a revision, and where a revision cannot be downloaded.
+    """
+    found = _resolve_name(name)
+    if revision is None:
+        return found
+    if found != name or Path(found).is_dir():
+        raise ModelError(f"model {name!r} is a folder, which has no revision {revision!r}")
+    from huggingface_hub import snapshot_download
+
+    unused = _UNUSED_FILES if weights else [*_UNUSED_FILES, "*.safetensors"]
+    try:
+        return snapshot_download(name, revision=revision, ignore_patterns=unused)
+    except Exception as error:  # of the hub, the network or the disk: any class
+        raise ModelError(
+            f"cannot download revision {revision!r} of model {name!r}: {_reason(error)}"
+        ) from error
+
+
+def _resolve_name(name: str) -> str:
+    if not name.strip():
+        raise ModelError(
+            "the name of a model is empty; "
+            "give a folder, a hub id, or `toy-teacher` / `toy-student`"
+        )
+    if name in toy_pair.NAMES:
+        return _model_folder(name, toy_pair.path(name))
+    try:
+        folder = Path(name).expanduser()
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long for the disk, a user without a home
+        raise ModelError(f"{name[:200]!r} is no name of a model: {error}") from error
+    if is_folder:
+        return _model_folder(name, folder)
+    if is_file:
+        raise ModelError(f"{name!r} is a file; a model is the folder that holds its config.json")
+    if name.startswith((".", "~", "/", "\\")) or not _HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"there is no model at {name!r}: looked for the folder {folder.absolute()}"
+        )
+    return name
+
+
+def _model_folder(name: str, folder: Path) -> str:
+    check_model_folder(name, folder)
+    return str(folder)
+
+
+def load_tokens(
+    name: str, trust_remote_code: bool = False, revision: str | None = None
+) -> ModelTokens:
     """Read tokenizer, config and generation config of a model by name.
 
     Raises ModelError where one of them cannot be read, MissingDependencyError where the tokenizer
     needs a package that is not installed.
     """
-    folder = resolve_model(name)
+    folder = resolve_model(name, revision)
     with _quiet_transformers():
         config = _load_config(name, folder, trust_remote_code)
         model_type = str(getattr(config, "model_type", ""))
         tokenizer = _load_tokenizer(name, folder, trust_remote_code, model_type)
         generation = _load_generation_config(folder)
     text_config = config.get_text_config()
-    end_ids = _ids(tokenizer.eos_token_id)
-    for source in (config, text_config, generation):
-        end_ids |= _ids(getattr(source, "eos_token_id", None))
+    sources = {"tokenizer": tokenizer, "config.json": config, "text_config": text_config}
+    sources["generation_config.json"] = generation
+    end_ids: set[int] = set()
+    for source, settings in sources.items():
+        end_ids |= _end_ids(name, source, getattr(settings, "eos_token_id", None))
+    end_of_turn = turn_end(tokenizer, end_ids)
     return ModelTokens(
         name=name,
         tokenizer=tokenizer,
-        end_ids=frozenset(end_ids),
+        end_ids=frozenset(end_ids if end_of_turn is None else {*end_ids, end_of_turn}),
+        turn_end=end_of_turn,
         context=_first_int(text_config, _CONTEXT_NAMES),
         rows=_first_int(text_config, ("vocab_size",)),
     )
 
 
-def _ids(value: object) -> set[int]:
-    """End ids as configs write them: none, one id, or a list of ids."""
-    if value is None:
-        return set()
-    if isinstance(value, int):
-        return {value} if value >= 0 else set()
-    return {int(item) for item in value} if isinstance(value, (list, tuple, set)) else set()
+def _end_ids(name: str, source: str, value: Any) -> set[int]:
+    """End ids as configs write them: none, one id, or a list of ids; -1 stands for none.
+
+    Raises ModelError for other values: an end that is not noticed makes every text run on.
+    """
+    items = value if isinstance(value, (list, tuple, set)) else [] if value is None else [value]
+    if any(type(item) not in (int, float) or item % 1 for item in items):
+        raise ModelError(
+            f"eos_token_id of model {name!r} is {value!r} in its {source}: "
+            "it has to be an id or a list of ids"
+        )
+    return {int(item) for item in items if item >= 0}
 
 
 def _first_int(config: object, names: tuple[str, ...]) -> int | None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 import transformers
 
-from optimal_sampling.engines.local.loading import check_architecture, prepare
-from optimal_sampling.engines.local.slots import sdpa
+from optimal_sampling.config import LocalOptions
+from optimal_sampling.engines.local.layers import PLAIN
+from optimal_sampling.engines.local.loading import check_architecture, prepare_pair
+from optimal_sampling.engines.local.slots import slot_attention
 from optimal_sampling.errors import ModelError
 from tests.engines.conformance import EngineConformance
 from tests.engines.local.conftest import tiny_model
@@ -81,8 +83,7 @@ def _quiet():
 def test_families_that_run_give_their_stock_logits(name):
     """Guards: a feature (window, soft cap, sinks, grouped heads) that is silently left out."""
     model = model_of(name, RUN[name])
-    cache = check_architecture(model, "teacher")
-    assert cache.layers == 2
+    assert check_architecture(model, "teacher").head_dims
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -100,12 +101,12 @@ def test_families_that_do_not_are_refused_by_name(name):
 def test_the_check_notices_what_is_left_out(left_out, monkeypatch):
     """Guards: a check at load that passes whatever the attention function does."""
     model = tiny_model(3, kind="Gemma2", scale=0.5, sliding_window=5, attn_logit_softcapping=2.0)
-    original = sdpa._over_group
+    original = slot_attention._over_group
 
     def broken(plan, call, query, group, packed):
         return original(plan, dataclasses.replace(call, **left_out), query, group, packed)
 
-    monkeypatch.setattr(sdpa, "_over_group", broken)
+    monkeypatch.setattr(slot_attention, "_over_group", broken)
     with pytest.raises(ModelError, match="sampled wrongly"):
         check_architecture(model, "student")
 
@@ -126,5 +127,5 @@ class TestGemma2(EngineConformance):
 def test_half_precision_runs_on_a_cpu():
     """Guards: masks and caches of another dtype than the model's."""
     model = tiny_model(2, layers=2).to(torch.bfloat16)
-    runner = prepare(model, 12, "teacher", batch_invariant=True)
-    assert runner.rules.kv_boundary is None
+    runners, _ = prepare_pair({"teacher": model}, 12, LocalOptions())
+    assert runners["teacher"].rules == PLAIN

@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from optimal_sampling.engines.local.cache import Cache
 from optimal_sampling.engines.local.memory import BlockManager
-from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner
+from optimal_sampling.engines.local.runner import Cache, ForwardPass, ModelRunner
 from tests.engines.conformance import Harness, by_key, requests_of
 from tests.engines.local.conftest import CONTEXT, VOCAB, engine_of, tiny_model, vocabulary
 from tests.engines.local.test_engine import PROMPTS

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimal_sampling.engines.local.shapes import (
+from optimal_sampling.engines.local.layers import (
     PLAIN,
     PackedLinear,
     ShapeRules,

@@ -118,11 +118,6 @@ class DraftPolicy:
         self._rounds = 0
         self._idle = 0
 
-    @property
-    def width(self) -> int:
-        """Largest width of the next round."""
-        return self.most + 1
-
     def seconds(self, width: int, rows: int) -> float:
         """Expected duration of a round."""
         return width * self.step(rows) + self.verify(width * rows) + self.rest(width * rows)
@@ -144,10 +139,6 @@ class DraftPolicy:
         self.step.observe(rows, step / width)
         self.verify.observe(width * rows, verify)
         self.rest.observe(width * rows, rest)
-
-    def observe_draft(self, confidence: float, accepted: bool) -> None:
-        """Add one draft whose predecessors were all accepted."""
-        self.accept.observe(confidence, accepted)
 
 
 class FixedDrafts(DraftPolicy):
@@ -184,10 +175,9 @@ class Lookup:
         self._text[self._prompt :] = output
         self._index()
         for size in range(self.LONGEST, self.SHORTEST - 1, -1):
-            if len(self._text) >= size:
-                place = self._last.get(tuple(self._text[-size:]))
-                if place is not None:
-                    return self._text[place : place + count]
+            place = self._last.get(tuple(self._text[-size:]))
+            if place is not None:
+                return self._text[place : place + count]
         return []
 
     def _index(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from optimal_sampling.engines.local.loading import load_model, prepare_pair
 from optimal_sampling.engines.local.round import RunSettings, Sampler
 from optimal_sampling.engines.local.run import DraftCounts, GenerationLoop
 from optimal_sampling.engines.local.runner import CachedModel, ModelRunner
+from optimal_sampling.engines.local.scheduler import Limits
 from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.types import Completion, Mode, Request
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
@@ -29,6 +30,8 @@ __all__ = ["LoadedPair", "LocalEngine"]
 GIB = 2**30
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.75}
 """Share of the memory free after loading that caches may take, beside logits and activations."""
+POSITION_BYTES = 12 * 4
+"""Upper bound per id of logits, noise and temporaries of one position of one row."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,9 +68,8 @@ class LoadedPair:
         """(CUDA graphs recorded, why recording is off); None where none are ever recorded."""
         found = [runner.recorded_graphs() for runner in set(self.runners.values())]
         counts = [count for count in found if count is not None]
-        if not counts:
-            return None
-        return sum(n for n, _ in counts), next((off for _, off in counts if off), "")
+        reasons = [off for _, off in counts if off]
+        return (sum(n for n, _ in counts), "".join(reasons[:1])) if counts else None
 
 
 class LocalEngine(Engine):
@@ -111,7 +113,10 @@ class LocalEngine(Engine):
         load_kwargs: dict[str, Any] | None = None,
     ) -> Self:
         """Load the models. Raises ModelError, ConfigError, MissingDependencyError."""
-        paths = {"student": resolve_model(models.student), "teacher": resolve_model(models.teacher)}
+        paths = {
+            "student": resolve_model(models.student, models.student_revision, weights=True),
+            "teacher": resolve_model(models.teacher, models.teacher_revision, weights=True),
+        }
         shared = os.path.realpath(paths["student"]) == os.path.realpath(paths["teacher"])
         loaded: dict[str, Any] = {}
         for role in ("teacher", "student"):
@@ -123,23 +128,16 @@ class LocalEngine(Engine):
             LoadedPair.of(loaded, vocabulary.size, options), mixture, options, vocabulary, mode
         )
 
-    def view(
-        self,
-        mixture: MixtureConfig | None = None,
-        mode: Mode | None = None,
-        options: EngineOptions | None = None,
-        capture: frozenset[str] = frozenset(),
-    ) -> Self:
+    def _check_settings(self, loaded: EngineOptions) -> None:
         """As in `Engine`. Raises ConfigError too where a model that takes part was not loaded."""
-        view = super().view(mixture, mode, options, capture)
-        absent = [role for role in view.roles if role not in self.pair.runners]
+        super()._check_settings(loaded)
+        absent = [role for role in self.roles if role not in self.pair.runners]
         if self.pair.runners and absent:
             raise ConfigError(
-                f"mode {view.mode!r} needs the {absent[0]}, and the engine was loaded for "
-                f"the mode {self.mode!r}"
+                f"mode {self.mode!r} needs the {absent[0]}, and the engine was loaded for "
+                f"the {' and the '.join(self.pair.runners)} only"
             )
-        view.draft_counts = DraftCounts()
-        return view
+        self.draft_counts = DraftCounts()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """As in `Engine`."""
@@ -178,37 +176,48 @@ class LocalEngine(Engine):
         contexts: list[tuple[int, ...]] = [(i,) for i in range(len(runners))]
         if len(runners) == 2 and self.pair.shared:
             runners, contexts = runners[:1], [(0, 1)]
-        sequences = settings.options.batch_size
         pairs = zip(runners, contexts, strict=True)
-        return [CachedModel(runner, held, tokens, sequences) for runner, held in pairs]
+        return [CachedModel(runner, held, tokens, settings.limits.rows) for runner, held in pairs]
 
     def _settings(self) -> RunSettings:
         contexts = {
             "student": self.vocabulary.student_context,
             "teacher": self.vocabulary.teacher_context,
         }
+        runners = [self.pair.runners[role] for role in self.roles]
+        switches = tuple(runner.rope_switch for runner in runners)
         memory = self.memory_budget()
-        positions = max(1, memory // (4 * self._position_bytes()))
+        positions = max(1, memory // (4 * POSITION_BYTES * self.vocab_size))
+        limits = Limits(
+            rows=min(self.options.batch_size, positions),
+            prefill_chunk=self.options.prefill_chunk,
+            context_lengths=tuple(contexts[role] for role in self.roles),
+            positions=positions,
+            kv_boundary=min(runner.kv_boundary for runner in runners),
+            rope_switches=switches if any(switches) else (),
+        )
         return RunSettings(
             roles=self.roles,
             mixture=self.mixture,
-            options=replace(self.options, batch_size=min(self.options.batch_size, positions)),
+            limits=limits,
             stop_ids=self.stop_ids,
             vocab_size=self.vocab_size,
-            context_lengths=tuple(contexts[role] for role in self.roles),
-            embeddings=tuple(self.pair.runners[role].embeddings for role in self.roles),
+            embeddings=tuple(runner.embeddings for runner in runners),
             memory=memory,
-            positions=positions,
             capture=self.capture,
         )
 
     def _policy(self) -> DraftPolicy:
         drafts = self.options.draft_tokens if self.mode == "mixture" else 0
+        lockstep = [role for role in self.roles if not self.pair.runners[role].drafts]
+        if lockstep and drafts == "auto":
+            drafts = 0
+        if lockstep and drafts:
+            raise ConfigError(
+                f"the {lockstep[0]} model runs with its own cache, which cannot take drafts back; "
+                "use draft_tokens auto or 0"
+            )
         return DraftPolicy() if drafts == "auto" else FixedDrafts(int(drafts))
-
-    def _position_bytes(self) -> int:
-        """Upper bound of logits, noise and temporaries of one position of one row."""
-        return 12 * 4 * self.vocab_size
 
     def memory_budget(self) -> int:
         """Bytes for the KV caches: as asked, or a share of what is free now."""
@@ -230,16 +239,15 @@ class LocalEngine(Engine):
             "attention": self.pair.attention,
         }
         if cuda:
-            notes["mixture"] = kernel_note(self.device, self.mixture).removeprefix(
-                "mixture kernel: "
-            )
+            kernel = kernel_note(self.device, self.mixture)
+            notes["mixture"] = kernel.removeprefix("mixture kernel: ")
         if (graphs := self.pair.recorded_graphs) is not None:
             count, off = graphs
-            notes["cuda_graphs"] = (
-                f"off, because recording failed: {off}" if off else f"{count} shapes recorded"
-            )
+            failed = f"off, because recording failed: {off}"
+            notes["cuda_graphs"] = failed if off else f"{count} shapes recorded"
         notes["batch"] = self._batch_note()
-        if (counts := self.draft_counts).drafted:
+        counts = self.draft_counts
+        if counts.drafted:
             notes["drafts"] = (
                 f"{counts.accepted} of {counts.drafted} drafted tokens accepted "
                 f"in {counts.rounds} rounds"
@@ -251,13 +259,11 @@ class LocalEngine(Engine):
         return notes
 
     def _batch_note(self) -> str:
-        rows, asked = self._settings().options.batch_size, self.options.batch_size
+        rows, asked = self._settings().limits.rows, self.options.batch_size
         note = f"up to {rows} requests in flight"
-        return (
-            note
-            if rows == asked
-            else f"{note}, not {asked}: their logits would not fit into memory"
-        )
+        if rows < asked:
+            note += f", not {asked}: their logits would not fit into memory"
+        return note
 
     def close(self) -> None:
         """Drop the models."""

@@ -8,6 +8,7 @@ its own stock forward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,13 @@ import torch
 from optimal_sampling.config import LocalOptions, ModelConfig
 from optimal_sampling.engines.device import resolve_device, resolve_dtype
 from optimal_sampling.engines.local import attention
-from optimal_sampling.engines.local.norms import fuse_norms
+from optimal_sampling.engines.local.layers import PLAIN, fuse_norms, measured_rules, replace_linears
+from optimal_sampling.engines.local.model_check import (
+    SmallCopy,
+    call_problem,
+    check_small_copy,
+    reason_of,
+)
 from optimal_sampling.engines.local.paged.attention_backends import (
     Backend,
     Choice,
@@ -24,13 +31,17 @@ from optimal_sampling.engines.local.paged.attention_backends import (
 )
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
+from optimal_sampling.engines.local.rotary import split_by_row
 from optimal_sampling.engines.local.runner import ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
-from optimal_sampling.engines.local.shapes import PLAIN, measured_rules, replace_linears
+from optimal_sampling.engines.local.shrinking import text_model
 from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
+from optimal_sampling.engines.local.stock_runner import StockRunner
+from optimal_sampling.engines.local.weights import check_weights, merge_adapter, takes_adapter
 from optimal_sampling.errors import MissingDependencyError, ModelError
+from optimal_sampling.vocabulary.model_folder import check_weight_files
 
-__all__ = ["check_architecture", "load_model", "prepare", "prepare_pair"]
+__all__ = ["check_architecture", "load_model", "prepare_pair"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest accepted difference to the stock forward pass, relative to the largest logit."""
@@ -43,7 +54,7 @@ def load_model(
 
     Raises ModelError, MissingDependencyError.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of tensors; it would tear the display of the job
@@ -58,18 +69,24 @@ def load_model(
         kwargs["quantization_config"] = _four_bit(kwargs)
     if "quantization_config" in kwargs:
         kwargs.setdefault("device_map", {"": device})
+    name = f"the {role} model {path!r}"
+    check_weight_files(name, Path(path))
+    adapted = takes_adapter(path, name)
+    if adapted:  # it is added once the model itself has been checked
+        kwargs["adapter_kwargs"] = {"subfolder": "none"}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        settings._attn_implementation = "eager"  # ours is plugged in: another need not be installed
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=settings, output_loading_info=True, **kwargs
+        )
     except Exception as error:  # every architecture and every broken folder has errors of its own
         lines = [line for line in str(error).splitlines() if line.strip()]
         first = lines[0] if lines else type(error).__name__
-        raise ModelError(f"the {role} model {path!r} could not be loaded: {first}") from error
-    absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
-    if absent:  # Transformers would go on with random weights
-        names = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
-        raise ModelError(
-            f"the weights of the {role} model {path!r} lack, or have in another shape: {names}"
-        )
+        raise ModelError(f"{name} could not be loaded: {first}") from error
+    check_weights(model, info, name, config.allow_unused_weights)
+    if adapted:
+        merge_adapter(model, path, name)
     if "quantization_config" not in kwargs:
         model = model.to(device)
     return model.eval().requires_grad_(False)
@@ -87,11 +104,6 @@ def _four_bit(kwargs: dict[str, Any]) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, **options)
 
 
-def prepare(model: Any, vocab_size: int, role: str, batch_invariant: bool) -> SlotRunner:
-    """The model over slots, checked against its stock forward pass. Raises ModelError."""
-    return _slot_runner(model, vocab_size, batch_invariant, check_architecture(model, role))
-
-
 def prepare_pair(
     models: dict[str, Any], vocab_size: int, options: LocalOptions
 ) -> tuple[dict[str, ModelRunner[Any]], str]:
@@ -102,13 +114,25 @@ def prepare_pair(
     """
     shared = models.get("student") is models.get("teacher")
     distinct = {role: model for role, model in models.items() if not (shared and role == "student")}
-    probes = {role: check_architecture(model, role) for role, model in distinct.items()}
+    runners: dict[str, ModelRunner[Any]] = {}
+    probes: dict[str, Probe] = {}
+    notes = []
+    for role, model in distinct.items():
+        stock = model.config._attn_implementation
+        try:
+            probes[role] = check_architecture(model, role)
+        except ModelError as error:
+            if options.attention != "auto":
+                raise
+            model.set_attn_implementation(stock)
+            runners[role] = _stock_runner(model, vocab_size, role, error)
+            notes.append(f"the {role} model's own, one token at a time, as {error}")
+    distinct = {role: model for role, model in distinct.items() if role not in runners}
     choices = {
         role: _choose(model, role, probes[role], options.attention)
         for role, model in distinct.items()
     }
-    backends = [choice.backend for choice in choices.values()]
-    runners: dict[str, ModelRunner[Any]] = {}
+    backends = [choice.backend for choice in choices.values()] + [None] * len(runners)
     for role, model in distinct.items():
         backend, probe = choices[role].backend, probes[role]
         if backend is not None and None not in backends:
@@ -116,11 +140,20 @@ def prepare_pair(
         else:
             runners[role] = _slot_runner(model, vocab_size, options.batch_invariant, probe)
     without = [role for role, choice in choices.items() if choice.backend is None]
-    decisive = next(iter(without or choices))
-    note = choices[decisive].note
-    if without and len(set(backends)) > 1:
-        note += f" (the {decisive} model)"
-    return {role: runners[role if role in runners else "teacher"] for role in models}, note
+    for decisive in list(without or choices)[:1]:
+        mixed = len(set(backends)) > 1 or len(runners) > len(choices)
+        notes.append(choices[decisive].note + (f" (the {decisive} model)" if mixed else ""))
+    runners = {role: runners[role if role in runners else "teacher"] for role in models}
+    return runners, "; ".join(notes)
+
+
+def _stock_runner(model: Any, vocab_size: int, role: str, why: ModelError) -> StockRunner:
+    """The model with its own cache, checked on a small copy. Raises ModelError."""
+    try:
+        SmallCopy(*text_model(type(model), model.config), role).check_own_cache()
+    except ModelError as error:
+        raise ModelError(f"{why}; and it cannot run with its own cache: {error}") from error
+    return StockRunner(model, vocab_size)
 
 
 def _choose(model: Any, role: str, probe: Probe, asked: str) -> Choice:
@@ -148,7 +181,6 @@ def _slot_runner(model: Any, vocab_size: int, batch_invariant: bool, probe: Prob
 class Probe:
     """What a model showed when it was tried."""
 
-    layers: int
     bytes_per_token: int
     """Of the KV cache."""
     head_dims: set[int]
@@ -170,18 +202,15 @@ def check_architecture(model: Any, role: str, backend: Backend | None = None) ->
         stock = _stock_logits(model, ids)
         model.set_attn_implementation(attention.NAME)
         fuse_norms(model)
+        split_by_row(model)
         ours, called, probe = _two_chunks(model, ids, stock.shape[-1], backend)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # every architecture has errors of its own
-        raise ModelError(f"{name}, which the local engine cannot run: {error}") from error
-    layers = config.num_hidden_layers
-    if sorted(called) != list(range(layers)):
-        kinds = sorted(set(getattr(config, "layer_types", None) or [config.model_type]))
-        raise ModelError(
-            f"{name}, which calls a plugged-in attention function in {len(set(called))} of its "
-            f"{layers} layers (layers of kind {', '.join(kinds)}); refused"
-        )
+        message = f"{name}, which the local engine cannot run: {reason_of(error)}"
+        raise ModelError(message) from error
+    if problem := call_problem(called, config):
+        raise ModelError(f"{name}, which {problem}; refused")
     difference = (ours - stock).abs().max().item()
     allowed = TOLERANCE.get(model.dtype, 0.1) * max(1.0, stock.abs().max().item())
     if not difference <= allowed and stock.isfinite().all():
@@ -189,6 +218,7 @@ def check_architecture(model: Any, role: str, backend: Backend | None = None) ->
             f"{name}, whose logits differ by {difference:.3g} from its own forward pass "
             f"(allowed: {allowed:.3g}); it would be sampled wrongly, so it is refused"
         )
+    check_small_copy(model, role)
     return probe
 
 
@@ -219,5 +249,5 @@ def _two_chunks(
     last = torch.tensor([other[3:11], text[11:19]]).to(model.device)
     logits, _, plan = runner.forward(cache, last, np.array([3, 11]), (), chunks)
     called, needs = (plan.layers_called, plan.needs) if plan else ([], set())
-    probe = Probe(cache.layers, cache.bytes_per_token, cache.head_dims, needs)
+    probe = Probe(cache.bytes_per_token, cache.head_dims, needs)
     return logits[1].float(), called, probe

@@ -16,14 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from optimal_sampling.config import LocalOptions, MixtureConfig
+from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import (
     Drawn,
     NoiseKeys,
@@ -34,10 +33,10 @@ from optimal_sampling.distribution import (
     single_step,
     step,
 )
+from optimal_sampling.engines.device import Overlap, Stopwatch, to_device
 from optimal_sampling.engines.local.drafting import DraftPolicy, PerRound
 from optimal_sampling.engines.local.runner import CachedModel
-from optimal_sampling.engines.local.scheduler import RoundPlan, Sequence
-from optimal_sampling.engines.local.streams import Overlap, Stopwatch, to_device
+from optimal_sampling.engines.local.scheduler import Limits, RoundPlan, Sequence
 
 __all__ = ["RoundNoise", "RunSettings", "SampledRound", "Sampler"]
 
@@ -49,17 +48,13 @@ class RunSettings:
     roles: tuple[str, ...]
     """Name of each context: `student` and `teacher`, or one of them alone."""
     mixture: MixtureConfig
-    options: LocalOptions
+    limits: Limits
     stop_ids: frozenset[int]
     vocab_size: int
-    context_lengths: tuple[int | None, ...]
-    """Per context."""
     embeddings: tuple[int, ...]
     """Per context, the number of ids that its model knows."""
     memory: int
     """Bytes for all caches."""
-    positions: int
-    """Most tokens whose logits are held at once."""
     capture: frozenset[str] = frozenset()
 
 
@@ -68,9 +63,10 @@ class SampledRound:
     """Tensors of a round before they are copied to the host."""
 
     drafts: Int64[Tensor, "rows drafts"]
+    logits: Seq[Float[Tensor, "rows width vocab"]]
+    """Per context, at the drafts' positions and at the one after."""
     step: Drawn
     """Rows * width tokens, row by row."""
-    captured: dict[str, Float[Tensor, "tokens vocab"]]
     confidences: Seq[Seq[float]]
     """Per draft and row, the probability that the drafter gave it."""
     stopwatch: Stopwatch
@@ -115,9 +111,6 @@ class RoundNoise:
         """Noise of the token `offset` places after every row's next one."""
         if self._fused:
             return NoiseKeys(self._keys, self._first + offset)
-        return self._tensor_at(offset)
-
-    def _tensor_at(self, offset: int) -> Float32[Tensor, "rows vocab"]:
         while len(self._made) <= offset:
             self._made.append(gumbel(self._keys, self._first + len(self._made), self._vocab))
         return self._made[offset]
@@ -126,19 +119,10 @@ class RoundNoise:
         """Noise of rows * width tokens, row by row."""
         if self._fused:
             return NoiseKeys(self._keys.repeat_interleave(width), self.positions(width).reshape(-1))
+        last = self.at(width - 1)
         if width == 1:
-            return self._tensor_at(0)
-        return torch.stack([self._tensor_at(i) for i in range(width)], 1).flatten(0, 1)
-
-
-class Verification(NamedTuple):
-    """Drafts, and the logits at their positions and at the one after, in order of contexts."""
-
-    drafts: Int64[Tensor, "rows drafts"]
-    logits: Seq[Float[Tensor, "rows width vocab"]]
-    confidences: Seq[Seq[float]]
-    stopwatch: Stopwatch
-    settled: bool
+            return last
+        return torch.stack(self._made[:width], 1).flatten(0, 1)
 
 
 class Sampler:
@@ -162,54 +146,67 @@ class Sampler:
         """One round. The sequences are left as they are."""
         noise = RoundNoise(rows, plan.width, self.settings.vocab_size, self.device)
         if len(self.models) == 1:
-            verified = self._lookup(plan, rows)
-        elif self.overlap.works and self.policy.most == 0:
+            return self._with_lookup(plan, rows, noise)
+        if self.overlap.works and self.policy.most == 0:
             # with drafts the policy has to know the seconds of each model
-            verified = self._side_by_side(plan, rows)
-        else:
-            verified = self._with_student(plan, rows, noise)
-        return self._draw(verified, noise)
+            return self._side_by_side(plan, rows, noise)
+        return self._with_student(plan, rows, noise)
 
     def _with_student(
         self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise
-    ) -> Verification:
+    ) -> SampledRound:
         """The student steps and drafts while that pays, then the teacher verifies."""
         student, teacher = self.models
         stopwatch = Stopwatch(self.device)
         expected = PerRound(self.policy, plan.ready)
         forced = self.policy.forced()
         drafts = self._no_drafts(rows)
-        logits: list[Float[Tensor, "rows vocab"]] = []
+        steps: list[Float[Tensor, "rows vocab"]] = []
         settled = True
         while True:
-            step_logits = student.forward(plan, rows, drafts[:, -1:], offset=len(logits))
-            logits.append(step_logits.by_context[0][:, 0])
-            settled &= step_logits.settled
-            if len(logits) == plan.width or len(logits) == forced:
+            [logits], lasting = student.forward(plan, rows, drafts[:, -1:], offset=len(steps))
+            steps.append(logits[:, 0])
+            settled &= lasting
+            if len(steps) == plan.width or len(steps) == forced:
                 break
-            token = draft(logits[-1], noise.at(len(logits) - 1), self.settings.mixture)
-            if not expected.wants(self._confidence(logits[-1], token), insist=forced is not None):
+            token = draft(steps[-1], noise.at(len(steps) - 1), self.settings.mixture)
+            if not expected.wants(self._confidence(steps[-1], token), insist=forced is not None):
                 break
             drafts = torch.cat([drafts, token[:, None]], 1)
         stopwatch.mark()
-        verified = teacher.forward(plan, rows, drafts)
+        [verified], lasting = teacher.forward(plan, rows, drafts)
         stopwatch.mark()
-        both = torch.stack(logits, 1), *verified.by_context
-        settled &= verified.settled
-        return Verification(drafts, both, expected.confidences, stopwatch, settled)
+        both = [torch.stack(steps, 1), verified]
+        return SampledRound(
+            drafts=drafts,
+            logits=both,
+            step=self._draw(both, noise),
+            confidences=expected.confidences,
+            stopwatch=stopwatch,
+            settled=settled and lasting,
+        )
 
-    def _side_by_side(self, plan: RoundPlan, rows: list[Sequence]) -> Verification:
+    def _side_by_side(
+        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise
+    ) -> SampledRound:
         """One position, for which neither model waits for the other."""
         drafts = self._no_drafts(rows)
         stopwatch = Stopwatch(self.device)
         with self.overlap.beside():
-            teacher = self.models[1].forward(plan, rows, drafts)
-        student = self.models[0].forward(plan, rows, drafts)
+            verified, verify_lasting = self.models[1].forward(plan, rows, drafts)
+        stepped, lasting = self.models[0].forward(plan, rows, drafts)
         stopwatch.mark()
         self.overlap.join()
         stopwatch.mark()
-        both = *student.by_context, *teacher.by_context
-        return Verification(drafts, both, [], stopwatch, student.settled and teacher.settled)
+        both = stepped + verified
+        return SampledRound(
+            drafts=drafts,
+            logits=both,
+            step=self._draw(both, noise),
+            confidences=[],
+            stopwatch=stopwatch,
+            settled=lasting and verify_lasting,
+        )
 
     def _no_drafts(self, rows: list[Sequence]) -> Int64[Tensor, "rows drafts"]:
         return torch.empty(len(rows), 0, dtype=torch.int64, device=self.device)
@@ -221,21 +218,31 @@ class Sampler:
         if self.device.type != "cpu":
             return [self.GPU_CONFIDENCE] * len(token)
         scaled = logits.float().numpy() * np.float32(1 / self.settings.mixture.temperature)
+        drafted = np.take_along_axis(scaled, token.numpy()[:, None], -1)
         with np.errstate(all="ignore"):
-            others = np.exp(scaled - np.take_along_axis(scaled, token.numpy()[:, None], -1)).sum(-1)
-            probabilities: list[float] = np.nan_to_num(1 / others).tolist()
-        return probabilities
+            probabilities = np.nan_to_num(1 / np.exp(scaled - drafted).sum(-1))
+        confidences: list[float] = probabilities.tolist()
+        return confidences
 
-    def _lookup(self, plan: RoundPlan, rows: list[Sequence]) -> Verification:
+    def _with_lookup(
+        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise
+    ) -> SampledRound:
         """One model: the last token and what was looked up, in all contexts, in one pass."""
         stopwatch = Stopwatch(self.device)
         width = self.policy.forced() or plan.width
         found, confidences = self._looked_up(plan, rows, min(width, plan.width) - 1)
         drafts = to_device(np.array(found, dtype=np.int64).reshape(len(rows), -1), self.device)
         stopwatch.mark()
-        done = self.models[0].forward(plan, rows, drafts)
+        logits, settled = self.models[0].forward(plan, rows, drafts)
         stopwatch.mark()
-        return Verification(drafts, done.by_context, confidences, stopwatch, done.settled)
+        return SampledRound(
+            drafts=drafts,
+            logits=logits,
+            step=self._draw(logits, noise),
+            confidences=confidences,
+            stopwatch=stopwatch,
+            settled=settled,
+        )
 
     def _looked_up(
         self, plan: RoundPlan, rows: list[Sequence], most: int
@@ -263,26 +270,17 @@ class Sampler:
         """Up to the first id that no model shares, which cannot be drawn: prompts may hold them."""
         return list(takewhile(lambda token: token < self.settings.vocab_size, ids))
 
-    def _draw(self, verified: Verification, noise: RoundNoise) -> SampledRound:
-        """From logits to tokens."""
-        settings, width = self.settings, verified.drafts.shape[1] + 1
-        flat = [x.flatten(0, 1) for x in verified.logits]
-        captured = {f"{role}_logits": x for role, x in zip(settings.roles, flat, strict=True)}
+    def _draw(self, logits: Seq[Float[Tensor, "rows width vocab"]], noise: RoundNoise) -> Drawn:
+        """From logits in order of contexts to tokens."""
+        settings, width = self.settings, logits[0].shape[1]
+        flat = [x.flatten(0, 1) for x in logits]
         if len(flat) == 1:
-            drawn = single_step(flat[0], noise.upto(width), settings.mixture, settings.roles[0])
-        else:
-            positions = noise.positions(width).reshape(-1)
-            keep = "log_q" in settings.capture
-            drawn = step(
-                flat[0], flat[1], noise.upto(width), positions, settings.mixture, keep_log_q=keep
-            )
-            if drawn.log_q is not None:
-                captured["log_q"] = drawn.log_q
-        return SampledRound(
-            drafts=verified.drafts,
-            step=drawn,
-            captured=captured,
-            confidences=verified.confidences,
-            stopwatch=verified.stopwatch,
-            settled=verified.settled,
+            return single_step(flat[0], noise.upto(width), settings.mixture, settings.roles[0])
+        return step(
+            flat[0],
+            flat[1],
+            noise.upto(width),
+            noise.positions(width).reshape(-1),
+            settings.mixture,
+            keep_log_q="log_q" in settings.capture,
         )

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from optimal_sampling.engines.base import bad_logits_message, prompt_problem
 from optimal_sampling.engines.local.drafting import DraftPolicy, Lookup
 from optimal_sampling.engines.local.memory import KVMemory
 from optimal_sampling.engines.local.round import RunSettings, SampledRound, Sampler
 from optimal_sampling.engines.local.runner import CachedModel
-from optimal_sampling.engines.local.scheduler import Limits, RoundPlan, Scheduler, Sequence
+from optimal_sampling.engines.local.scheduler import RoundPlan, Scheduler, Sequence
 from optimal_sampling.types import Completion, FinishReason, Request, TokenTrace
 
 __all__ = ["DraftCounts", "GenerationLoop"]
@@ -51,25 +52,16 @@ class GenerationLoop:
         self.sampler = sampler
         self.counts = DraftCounts()
         self.memory = KVMemory([model.cache.manager for model in models], settings.memory)
-        boundaries = [b for model in models if (b := model.runner.kv_boundary) is not None]
-        limits = Limits(
-            rows=settings.options.batch_size,
-            prefill_chunk=settings.options.prefill_chunk,
-            context_lengths=settings.context_lengths,
-            positions=settings.positions,
-            kv_boundary=min(boundaries, default=None),
-        )
-        self.scheduler = Scheduler(limits, self.memory)
+        self.scheduler = Scheduler(settings.limits, self.memory)
 
     def completions(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Serve the requests in rounds."""
-        refused: list[Completion] = []
-        source = self._admissible(requests, refused)
+        source = self._admissible(requests)
         while True:
-            plan = self.scheduler.next_round(source, self.policy.width)
-            yield from self._rejected()
-            yield from refused
-            refused.clear()
+            plan = self.scheduler.next_round(source, self.policy.most + 1)
+            for sequence, reason in self.scheduler.rejected:
+                yield self._completion(sequence, "error", reason)
+            self.scheduler.rejected.clear()
             if plan is not None:
                 yield from self._round(plan)
             elif not self.scheduler.waiting:
@@ -80,28 +72,20 @@ class GenerationLoop:
         for model in self.models:
             model.cache.release()
 
-    def _admissible(
-        self, requests: Iterable[Request], refused: list[Completion]
-    ) -> Iterator[Sequence]:
-        """Requests as sequences; those that no model's context can hold go to `refused`."""
+    def _admissible(self, requests: Iterable[Request]) -> Iterator[Sequence]:
+        """Requests as sequences, without those that no model's context can hold."""
         settings = self.settings
+        contexts, embeddings = settings.limits.context_lengths, settings.embeddings
         for request in requests:
             prompts = {"student": request.student_prompt_ids, "teacher": request.teacher_prompt_ids}
             sequence = Sequence(request, tuple(prompts[role] for role in settings.roles))
-            if self.policy.width > 1:
+            if self.policy.most:
                 sequence.lookup = Lookup(sequence.prompts)
-            problem = prompt_problem(
-                settings.roles, sequence.prompts, settings.context_lengths, settings.embeddings
-            )
+            problem = prompt_problem(settings.roles, sequence.prompts, contexts, embeddings)
             if problem:
-                refused.append(self._completion(sequence, "error", problem))
+                self.scheduler.rejected.append((sequence, problem))
             else:
                 yield sequence
-
-    def _rejected(self) -> Iterator[Completion]:
-        for sequence, reason in self.scheduler.rejected:
-            yield self._completion(sequence, "error", reason)
-        self.scheduler.rejected.clear()
 
     # a round
 
@@ -136,13 +120,10 @@ class GenerationLoop:
         self, plan: RoundPlan, rows: list[Sequence], sampled: SampledRound
     ) -> list[Completion]:
         """Give every ready row its tokens. The copy to the host is the only wait for a GPU."""
-        packed = sampled.packed().cpu().numpy().reshape(len(rows), sampled.width, -1)
+        width = sampled.width
+        packed = sampled.packed().cpu().numpy().reshape(len(rows), width, -1)
         drafts, packed = packed[:, :-1, 0].astype(np.int64), packed[:, :, 1:]
-        kept = {
-            name: sampled.captured[name].float().cpu()
-            for name in self.settings.capture
-            if name in sampled.captured
-        }
+        captured = self._captured(sampled)
         done = []
         for row, sequence in enumerate(rows):
             if not plan.ready[row]:
@@ -151,31 +132,31 @@ class GenerationLoop:
             reason, error = self._extend(sequence, packed[row], drafts[row])
             emitted = len(sequence.output) - before
             self._learn(sampled, row, packed[row, :, 0], drafts[row], emitted)
-            for i in range(emitted if kept else 0):
-                values = {name: x[row * sampled.width + i] for name, x in kept.items()}
-                sequence.captured.append(values)
+            first = row * width
+            for i in range(first, first + emitted if captured else first):
+                sequence.captured.append({name: x[i] for name, x in captured.items()})
             sequence.cached = [known - 1 for known in sequence.lengths]
-            if error:
-                self._clear(row)
+            for model in self.models if error else ():
+                model.clear(row)
             if error and self.policy.most and not sequence.lockstep:
-                self._retry(sequence)
+                # a draft that is not in the text may have put NaN into its caches: recompute it,
+                # and go on without drafts; if the text itself is the cause, the next round shows it
+                sequence.lockstep = True
+                sequence.evict()
             elif reason is not None:
                 done.append((row, self._completion(sequence, reason, error)))
         self.scheduler.finish([row for row, _ in done])
         return [completion for _, completion in done]
 
-    def _clear(self, row: int) -> None:
-        for model in self.models:
-            model.clear(row)
-
-    def _retry(self, sequence: Sequence) -> None:
-        """Recompute a text whose logits were bad, and go on without drafts.
-
-        A draft that is not in the text may have put NaN into its caches. If the text itself is
-        the cause, its next round shows it.
-        """
-        sequence.lockstep = True
-        sequence.evict()
+    def _captured(self, sampled: SampledRound) -> dict[str, Float[Tensor, "tokens vocab"]]:
+        """What `capture` names, on the host."""
+        if not self.settings.capture:
+            return {}
+        pairs = zip(self.settings.roles, sampled.logits, strict=True)
+        made = {f"{role}_logits": logits.flatten(0, 1) for role, logits in pairs}
+        if sampled.step.log_q is not None:
+            made["log_q"] = sampled.step.log_q
+        return {name: x.float().cpu() for name, x in made.items() if name in self.settings.capture}
 
     def _learn(
         self,
@@ -194,7 +175,7 @@ class GenerationLoop:
             accepted = bool(tokens[i] == drafts[i])
             self.counts.accepted += accepted and i + 1 < emitted
             if sampled.confidences[i][row] > 0:
-                self.policy.observe_draft(sampled.confidences[i][row], accepted)
+                self.policy.accept.observe(sampled.confidences[i][row], accepted)
             if not accepted:
                 return
 
@@ -224,7 +205,7 @@ class GenerationLoop:
         return None, ""
 
     def _context_full(self, sequence: Sequence) -> bool:
-        pairs = zip(sequence.lengths, self.settings.context_lengths, strict=True)
+        pairs = zip(sequence.lengths, self.settings.limits.context_lengths, strict=True)
         return any(limit is not None and known >= limit for known, limit in pairs)
 
     def _completion(self, sequence: Sequence, reason: FinishReason, error: str) -> Completion:

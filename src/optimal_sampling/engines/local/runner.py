@@ -1,9 +1,11 @@
-"""A model that can be run: the interface of every kind of memory, and a model with its cache."""
+"""A model that can be run, and its KV cache: the interface of every kind of memory."""
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -11,12 +13,78 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from optimal_sampling.engines.device import to_device
 from optimal_sampling.engines.local.attention import AttentionPlan
-from optimal_sampling.engines.local.cache import Cache
+from optimal_sampling.engines.local.memory import BlockManager, Lengths
+from optimal_sampling.engines.local.rotary import LONG, split_by_row
 from optimal_sampling.engines.local.scheduler import Chunk, RoundPlan, Sequence
-from optimal_sampling.engines.local.streams import to_device
 
-__all__ = ["CachedModel", "ContextLogits", "ForwardPass", "ModelRunner"]
+__all__ = ["Cache", "CachedModel", "FlatCache", "ForwardPass", "ModelRunner"]
+
+
+class Cache(ABC):
+    """What one model keeps of every row's text. `manager` says which rows fit."""
+
+    manager: BlockManager
+
+    @abstractmethod
+    def make_room(self, lengths: Lengths, width: int) -> None:
+        """Memory for these sequences and `width` more tokens each; what they hold is kept."""
+
+    @abstractmethod
+    def move(self, source: int, target: int, count: int) -> None:
+        """Row `target` becomes what row `source` is, of which the first `count` tokens matter."""
+
+    @abstractmethod
+    def clear(self, row: int) -> None:
+        """Zero a row that may hold NaN: NaN with attention weight 0 would still be NaN."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Free all rows at the end of a run."""
+
+
+class FlatCache(Cache):
+    """Per layer a flat memory of keys and one of values, made at the layer's first `write`."""
+
+    def __init__(self) -> None:
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Tokens of a layer's memory."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token of one row over all layers, once every layer has written."""
+        return sum(m.shape[1] * m.shape[2] * m.element_size() for m in self.memories())
+
+    @property
+    def head_dims(self) -> set[int]:
+        """Dimensions of the heads of keys and values, over all layers."""
+        return {memory.shape[-1] for memory in self.memories()}
+
+    def memories(self) -> list[Float[Tensor, "tokens heads dim"]]:
+        """Keys, then values, of all layers that have written."""
+        return [*self._keys.values(), *self._values.values()]
+
+    def write(
+        self,
+        layer: int,
+        index: Int[Tensor, " tokens"],
+        keys: Float[Tensor, "tokens heads key_dim"],
+        values: Float[Tensor, "tokens heads value_dim"],
+    ) -> None:
+        """Store the tokens of one forward pass at these indices."""
+        if layer not in self._keys:
+            # zeros, not empty: a masked key has weight 0, and 0 * NaN is NaN
+            self._keys[layer] = keys.new_zeros(self.tokens, *keys.shape[1:])
+            self._values[layer] = values.new_zeros(self.tokens, *values.shape[1:])
+        self._keys[layer].index_copy_(0, index, keys)
+        self._values[layer].index_copy_(0, index, values)
+
 
 CacheT = TypeVar("CacheT", bound=Cache)
 
@@ -38,8 +106,10 @@ class ModelRunner(ABC, Generic[CacheT]):
     A kind of memory is a subclass, a `Cache` and a `BlockManager`. Nothing else depends on it.
     """
 
-    kv_boundary: int | None = None
+    kv_boundary = sys.maxsize
     """Key length at which attention changes its bits."""
+    drafts = True
+    """Several tokens of a row can go through the model at once, and be forgotten."""
 
     def __init__(self, model: Any, vocab_size: int, bytes_per_token: int = 0) -> None:
         self.model = model
@@ -47,6 +117,8 @@ class ModelRunner(ABC, Generic[CacheT]):
         self.bytes_per_token = bytes_per_token
         """Of the cache, for one token of one row."""
         self.device: torch.device = model.device
+        self.rope_switch = split_by_row(model)
+        """Longest text with the short rotary factors; None where all texts have the same."""
         self.embeddings: int = model.get_input_embeddings().weight.shape[0]
 
     @abstractmethod
@@ -71,19 +143,26 @@ class ModelRunner(ABC, Generic[CacheT]):
         no meaning.
         """
 
+    def mark_long(
+        self, positions: Int[np.ndarray, " tokens"], chunks: Seq[Chunk], padding: int = 0
+    ) -> Int[np.ndarray, " tokens"]:
+        """Positions of padding, chunks and dense tokens, with `LONG` added where a row is long."""
+        if self.rope_switch is None:
+            return positions
+        long = positions >= self.rope_switch
+        first = padding
+        for chunk in chunks:
+            long[first : first + len(chunk.ids)] = chunk.long
+            first += len(chunk.ids)
+        marked: Int[np.ndarray, " tokens"] = positions + LONG * long
+        return marked
+
     def drop_caches(self) -> None:
         """Free caches that were kept from earlier runs."""
 
     def recorded_graphs(self) -> tuple[int, str] | None:
         """(CUDA graphs recorded, why recording is off); None for a kind that records none."""
         return None
-
-
-class ContextLogits(NamedTuple):
-    """Logits of one forward pass, per context of its model."""
-
-    by_context: list[Float[Tensor, "rows width vocab"]]
-    settled: bool
 
 
 class CachedModel:
@@ -104,8 +183,9 @@ class CachedModel:
 
     def clear(self, row: int) -> None:
         """Zero a row's contexts."""
-        for i in range(len(self.contexts)):
-            self.cache.clear(row * len(self.contexts) + i)
+        width = len(self.contexts)
+        for i in range(width):
+            self.cache.clear(row * width + i)
 
     def forward(
         self,
@@ -113,11 +193,11 @@ class CachedModel:
         rows: list[Sequence],
         drafts: Int[Tensor, "rows drafts"],
         offset: int = 0,
-    ) -> ContextLogits:
-        """Logits after each row's last known token and after each of its drafts.
+    ) -> tuple[list[Float[Tensor, "rows width vocab"]], bool]:
+        """Logits after each row's last known token and after each of its drafts, per context.
 
-        With an `offset` the last known token and `offset - 1` drafts are cached already, and only
-        `drafts` are fed.
+        Returns whether the pass was settled too. With an `offset` the last known token and
+        `offset - 1` drafts are cached already, and only `drafts` are fed.
         """
         width = len(self.contexts)
         not_ready = [row for row, ready in enumerate(plan.ready) if not ready]
@@ -130,13 +210,13 @@ class CachedModel:
             tokens = torch.cat([to_device(last, drafts.device), tokens], 1)
             chunks = self._chunks(plan)
         done = self.runner.forward(self.cache, tokens, start, idle, chunks)
-        return ContextLogits([done.logits[i::width] for i in range(width)], done.settled)
+        return [done.logits[i::width] for i in range(width)], done.settled
 
     def _chunks(self, plan: RoundPlan) -> list[Chunk]:
         """The plan's chunks, addressed by rows of this cache."""
         width = len(self.contexts)
         return [
-            Chunk(chunk.row * width + i, chunk.start, chunk.ids)
+            replace(chunk, row=chunk.row * width + i)
             for i, context in enumerate(self.contexts)
             for chunk in plan.chunks[context]
         ]

@@ -6,6 +6,7 @@ The running sequences are rows 0, 1, ... of every cache, without gaps.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ class Sequence:
     captured: list[Any] = field(default_factory=list)
     lookup: Any = None
     """Index for drafts from this text, where the run drafts so."""
+    long: list[bool] = field(default_factory=list)
+    """Per context: the cached keys have the long rotary factors."""
     lockstep: bool = False
     """Draw one token per round: a draft may have put NaN into this sequence's caches."""
     order: int = 0
@@ -81,6 +84,7 @@ class Sequence:
     def evict(self) -> None:
         """Forget what the caches hold. The output stays, and is recomputed like a prompt."""
         self.cached = [0] * len(self.prompts)
+        self.long = [False] * len(self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +97,15 @@ class Limits:
     """Most prompt tokens per context and round."""
     context_lengths: tuple[int | None, ...]
     """Per context, the longest sequence that its model can hold."""
-    positions: int | None = None
+    positions: int = sys.maxsize
     """Most rows * width of one round: the logits of all of them are held at once."""
-    kv_boundary: int | None = None
+    kv_boundary: int = sys.maxsize
     """Key length at which a model's attention changes its bits; a round does not straddle it."""
+    rope_switches: tuple[int | None, ...] = ()
+    """Per context, the longest text with the short rotary factors. Past it all is recomputed.
+
+    Empty where no model has a switch.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +115,8 @@ class Chunk:
     row: int
     start: int
     ids: list[int]
+    long: bool = False
+    """The row's text is longer than its context's `rope_switches`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +125,13 @@ class RoundPlan:
 
     width: int
     """Most tokens that a ready row decodes."""
-    ready: tuple[bool, ...]
+    ready: list[bool]
     """Per row: all of its text is cached once this round's chunks are, so it decodes."""
-    chunks: tuple[tuple[Chunk, ...], ...]
+    chunks: list[list[Chunk]]
     """Per context."""
-    moves: tuple[tuple[int, int], ...]
+    moves: list[tuple[int, int]]
     """(from, to) rows to copy in every cache before anything else."""
-    lengths: tuple[list[int], ...]
+    lengths: list[list[int]]
     """Per row and context, the tokens known before the round; caches need `width` more."""
 
 
@@ -143,7 +154,8 @@ class Scheduler:
     def next_round(self, source: Iterator[Sequence], width: int = 1) -> RoundPlan | None:
         """Plan a round of at most `width` tokens per row. None: nothing runs and nothing waits.
 
-        Sequences that can never run are put on `rejected`, each with the reason.
+        Sequences that can never run are put on `rejected`, each with the reason; `source` may put
+        some there too.
         """
         live = self._preempt_until_it_fits()
         left = [self.limits.prefill_chunk] * len(self.limits.context_lengths)
@@ -222,6 +234,11 @@ class Scheduler:
 
     def _grant(self, sequence: Sequence, left: list[int]) -> None:
         """Its share of the round's prompt tokens, out of what is left per context."""
+        for context, switch in enumerate(self.limits.rope_switches):
+            long = switch is not None and sequence.known(context) > switch
+            if long and not sequence.long[context]:
+                sequence.cached[context] = 0
+                sequence.long[context] = True
         sequence.granted = [min(n, sequence.pending(c)) for c, n in enumerate(left)]
         for context, count in enumerate(sequence.granted):
             left[context] -= count
@@ -252,15 +269,9 @@ class Scheduler:
                 if count:
                     start = sequence.cached[context]
                     ids = sequence.tokens(context, start, count)
-                    chunks[context].append(Chunk(row, start, ids))
+                    chunks[context].append(Chunk(row, start, ids, sequence.long[context]))
         lengths = [s.lengths for s in self.running]
-        return RoundPlan(
-            width=self._width(width, ready, lengths),
-            ready=tuple(ready),
-            chunks=tuple(map(tuple, chunks)),
-            moves=tuple(moves),
-            lengths=tuple(lengths),
-        )
+        return RoundPlan(self._width(width, ready, lengths), ready, chunks, moves, lengths)
 
     def _width(self, width: int, ready: list[bool], lengths: list[list[int]]) -> int:
         """No more than a ready row may draw, than contexts have room for, and than memory holds."""
@@ -271,8 +282,7 @@ class Scheduler:
         bounds = [width, *(room for row in rows for room in self._room(lengths[row]))]
         left = [s.request.max_new_tokens - len(s.output) for s in sequences]
         bounds.append(max(left, default=1))
-        if self.limits.positions is not None:
-            bounds.append(self.limits.positions // len(self.running))
+        bounds.append(self.limits.positions // len(self.running))
         if any(s.lockstep for s in sequences):
             bounds.append(1)
         width = max(1, min(bounds))
@@ -284,7 +294,7 @@ class Scheduler:
         """Widths that end at a context's last position, or at the last key before the boundary."""
         pairs = zip(lengths, self.limits.context_lengths, strict=True)
         room = [limit - known + 1 for known, limit in pairs if limit is not None]
+        pairs = zip(lengths, self.limits.rope_switches, strict=False)
+        room += [s - known + 1 for known, s in pairs if s is not None and known <= s]
         boundary = self.limits.kv_boundary
-        if boundary is not None:
-            room += [boundary - known + 1 for known in lengths if known <= boundary]
-        return room
+        return room + [boundary - known + 1 for known in lengths if known <= boundary]

@@ -14,8 +14,9 @@ from typing import Any
 from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.vllm.plugin import ARCHITECTURE, check_version, register
 from optimal_sampling.engines.vllm.request_options import OPTIONS
-from optimal_sampling.errors import ConfigError, did_you_mean
+from optimal_sampling.errors import ConfigError, ModelError, did_you_mean
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
+from optimal_sampling.vocabulary.model_folder import has_adapter
 
 __all__ = ["engine_arguments", "prepare_environment"]
 
@@ -86,7 +87,14 @@ def engine_arguments(
     """
     _check_given(given)
     _check_models(models)
-    teacher, student = resolve_model(models.teacher), resolve_model(models.student)
+    teacher = resolve_model(models.teacher, models.teacher_revision, weights=True)
+    student = resolve_model(models.student, models.student_revision, weights=True)
+    for role, folder in (("teacher", teacher), ("student", student)):
+        if has_adapter(folder):
+            raise ModelError(
+                f"a LoRA adapter lies beside the {role} model {folder!r}, which the vLLM "
+                "engine does not apply: merge it into the model, or move adapter_config.json away"
+            )
     arguments: dict[str, Any] = {
         "model": teacher,
         "trust_remote_code": models.trust_remote_code,
@@ -207,6 +215,10 @@ def _check_given(given: Mapping[str, Any]) -> None:
 def _check_models(models: ModelConfig) -> None:
     if models.load_in_4bit:
         raise ConfigError("load_in_4bit: the vLLM engine does not support quantised models")
+    if models.allow_unused_weights:
+        raise ConfigError(
+            "allow_unused_weights: the vLLM engine leaves unused weights to vLLM; leave it out"
+        )
     if models.device.startswith("cuda:"):
         raise ConfigError(
             f"device={models.device!r}: vLLM takes the first visible GPU; set "

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import TypeAlias
 
 import torch
@@ -18,8 +17,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from optimal_sampling.engines.local.attention import AttentionCall
-from optimal_sampling.engines.local.paged.batch_layout import Batch
-from optimal_sampling.engines.local.paged.page_cache import PageCache
+from optimal_sampling.engines.local.paged.page_cache import Batch, PageCache
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.errors import ConfigError, MissingDependencyError
 
@@ -43,9 +41,8 @@ class PagePlan:
 
     def __post_init__(self) -> None:
         """Make the arguments of backends once, and not per layer."""
-        self.query_ends = self.batch.query_ends.int()
-        self.key_starts = self.batch.key_starts.int()
-        self.keys_used = self.batch.keys_used.int()
+        self.positions, self.write, *segments = self.batch.split()
+        self.query_ends, self.key_starts, self.keys_used = (part.int() for part in segments)
 
     @cached_property
     def page_table(self) -> Int32[Tensor, "segments pages"]:
@@ -66,7 +63,7 @@ class PagePlan:
         value: Float[Tensor, "kv_heads tokens dim"],
     ) -> Float[Tensor, "tokens heads dim"]:
         """Store the tokens of this forward pass, then attend over every segment's row."""
-        self.cache.write(call.layer, self.batch.write, key.transpose(0, 1), value.transpose(0, 1))
+        self.cache.write(call.layer, self.write, key.transpose(0, 1), value.transpose(0, 1))
         return self.backend(call, *self.cache.layer(call.layer), self)
 
 
@@ -194,16 +191,9 @@ def _varlen_exists() -> bool:
 
 def _packaged() -> Choice:
     try:
-        import flash_attn as package  # noqa: F401
+        import flash_attn as package
     except ImportError as error:
         message = "attention 'flash_attn' needs the flash-attn package"
         remedy = "pip install 'flash-attn>=2.8'"
         raise MissingDependencyError(f"{message}: {remedy}") from error
-    return Choice(flash_attn, f"flash-attn {_version('flash-attn')}")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "of unknown version"
+    return Choice(flash_attn, f"flash-attn {getattr(package, '__version__', '')}".strip())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optimal_sampling.engines.local.memory import round_up
-from optimal_sampling.engines.local.paged.batch_layout import Batch, BatchShape
+from optimal_sampling.engines.local.paged.page_cache import Batch, BatchShape
 
 __all__ = ["CudaRecorder", "Graphs", "Recorder"]
 

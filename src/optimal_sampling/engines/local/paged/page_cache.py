@@ -1,21 +1,30 @@
-"""Keys and values of one model in pages of one memory that never moves.
+"""Keys and values of one model in pages of one memory that never moves, and passes over it.
 
 A row holds its token p at `manager.start(row) + p`. The first page is scratch: what idle rows
 compute is written there, and only idle rows read it. As the memory stays where it is, CUDA graphs
 that were recorded over it stay valid.
+
+The flat tokens of a forward pass are prompt chunks, then `width` tokens of every row. Each chunk
+and each row is a *segment*: consecutive queries that see the keys of their row up to and including
+their own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from optimal_sampling.engines.local.cache import FlatCache
 from optimal_sampling.engines.local.memory import Lengths
 from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
+from optimal_sampling.engines.local.runner import FlatCache
+from optimal_sampling.engines.local.scheduler import Chunk
 
-__all__ = ["PageCache"]
+__all__ = ["Batch", "BatchShape", "PageCache", "lay_out"]
 
 
 class PageCache(FlatCache):
@@ -61,3 +70,70 @@ class PageCache(FlatCache):
         """Free all rows. The memory is kept for the next run."""
         self.manager.allocator.resize([])
         self._pool.append(self)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """What a recorded forward pass is fixed to; all other numbers may change between replays."""
+
+    tokens: int
+    segments: int
+    max_queries: int
+    max_keys: int
+    outputs: int
+    """Tokens at the end whose logits are wanted."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Inputs of one forward pass as integers. All but the ids are one tensor, for one copy."""
+
+    shape: BatchShape
+    ids: Int[Tensor, " tokens"]
+    numbers: Int[Tensor, " numbers"]
+
+    def split(self) -> tuple[Int[Tensor, " count"], ...]:
+        """Parts of `numbers`, in order.
+
+        Positions of the tokens in their texts; indices of the cache at which they are stored;
+        cumulative numbers of queries per segment, from 0; indices of each segment's first key, and
+        a number that is unused; numbers of keys that each segment's last query sees.
+        """
+        tokens, segments = self.shape.tokens, self.shape.segments
+        sizes = [tokens, tokens, segments + 1, segments + 1, segments]
+        parts: tuple[Tensor, ...] = self.numbers.split(sizes)  # type: ignore[no-untyped-call]
+        return parts
+
+
+def lay_out(
+    memory: PageManager,
+    start: Int[np.ndarray, " rows"],
+    width: int,
+    idle: Collection[int],
+    chunks: Sequence[Chunk],
+) -> tuple[Int[np.ndarray, " numbers"], BatchShape]:
+    """`Batch.numbers` of these chunks and of `width` tokens per row from position `start` on.
+
+    Idle rows read the scratch page, and write its first token.
+    """
+    idle = set(idle)
+    segments = [(memory.start(c.row), c.start, len(c.ids)) for c in chunks]
+    segments += [
+        (0, 0, width) if row in idle else (memory.start(row), first, width)
+        for row, first in enumerate(start.tolist())
+    ]
+    bases, firsts, counts = np.array(segments, dtype=np.int64).T
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    within = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
+    positions = within + np.repeat(firsts, counts)
+    write = positions + np.repeat(bases, counts)
+    keys = firsts + counts
+    write[np.repeat(bases == 0, counts)] = 0
+    shape = BatchShape(
+        tokens=int(ends[-1]),
+        segments=len(counts),
+        max_queries=int(counts.max()),
+        max_keys=int(keys.max()),
+        outputs=len(start) * width,
+    )
+    return np.concatenate([positions, write, ends, bases, [0], keys]), shape

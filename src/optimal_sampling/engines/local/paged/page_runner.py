@@ -18,15 +18,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from optimal_sampling.engines.device import to_device
 from optimal_sampling.engines.local.memory import round_up
 from optimal_sampling.engines.local.paged.attention_backends import Backend, PagePlan
-from optimal_sampling.engines.local.paged.batch_layout import Batch, lay_out
 from optimal_sampling.engines.local.paged.cuda_graphs import CudaRecorder, Graphs, Recorder
-from optimal_sampling.engines.local.paged.page_cache import PageCache
+from optimal_sampling.engines.local.paged.page_cache import Batch, PageCache, lay_out
 from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
 from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
-from optimal_sampling.engines.local.streams import to_device
 
 __all__ = ["PageRunner"]
 
@@ -60,9 +59,8 @@ class PageRunner(ModelRunner[PageCache]):
         Released caches of other sizes are freed.
         """
         manager = PageManager(contexts, self.bytes_per_token, max(0, tokens // PAGE - 1))
-        fitting = [cache for cache in self.released if cache.pages == manager.pages]
-        self._free([cache for cache in self.released if cache not in fitting[:1]])
-        self.released.clear()
+        fitting = [cache for cache in self.released if cache.pages == manager.pages][:1]
+        self.drop_caches(kept=fitting)
         if fitting:
             fitting[0].manager = manager
             return fitting[0]
@@ -72,14 +70,12 @@ class PageRunner(ModelRunner[PageCache]):
             self.graphs[cache] = Graphs(lambda batch: self._run(cache, batch)[0], recorder)
         return cache
 
-    def drop_caches(self) -> None:
+    def drop_caches(self, kept: Sequence[PageCache] = ()) -> None:
         """Free released caches and the graphs recorded on them."""
-        self._free(self.released)
+        for cache in self.released:
+            if cache not in kept:
+                self.graphs.pop(cache, None)
         self.released.clear()
-
-    def _free(self, caches: Sequence[PageCache]) -> None:
-        for cache in caches:
-            self.graphs.pop(cache, None)
 
     def recorded_graphs(self) -> tuple[int, str] | None:
         """Over all caches, and the first reason why recording is off."""
@@ -99,6 +95,7 @@ class PageRunner(ModelRunner[PageCache]):
         rows, width = tokens.shape
         if chunks or cache not in self.graphs:
             numbers, shape = lay_out(cache.manager, start, width, idle, chunks)
+            numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], chunks)
             ids = tokens.reshape(-1)
             if chunks:
                 prompt = np.array([i for c in chunks for i in c.ids])
@@ -128,6 +125,7 @@ class PageRunner(ModelRunner[PageCache]):
         idle = [*idle, *range(rows, rows + more_rows)]
         start = np.pad(start, (0, more_rows))
         numbers, shape = lay_out(cache.manager, start, padded_width, idle, ())
+        numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], ())
         shape = replace(shape, max_keys=max(LEAST_KEYS, 1 << (shape.max_keys - 1).bit_length()))
         return Batch(shape, ids, to_device(numbers, self.device)), padded_width
 
@@ -145,7 +143,7 @@ class PageRunner(ModelRunner[PageCache]):
         plan = PagePlan(cache, batch, self.backend)
         logits = self.model(
             input_ids=batch.ids[None],
-            position_ids=batch.positions[None],
+            position_ids=plan.positions[None],
             use_cache=False,
             plan=plan,
             logits_to_keep=batch.shape.outputs,

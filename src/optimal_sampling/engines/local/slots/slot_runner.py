@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from optimal_sampling.engines.local.memory import round_up
+from optimal_sampling.engines.device import to_device
+from optimal_sampling.engines.local.layers import PLAIN, ShapeRules
+from optimal_sampling.engines.local.memory import SlotManager, round_up
 from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
-from optimal_sampling.engines.local.shapes import PLAIN, ShapeRules
-from optimal_sampling.engines.local.slots.sdpa import ChunkGroup, Group, SlotPlan
-from optimal_sampling.engines.local.slots.slot_cache import SlotCache
-from optimal_sampling.engines.local.slots.slot_manager import SlotManager
-from optimal_sampling.engines.local.streams import to_device
+from optimal_sampling.engines.local.slots.slot_attention import (
+    ChunkGroup,
+    Group,
+    SlotCache,
+    SlotPlan,
+)
 
 __all__ = ["SlotRunner"]
 
@@ -48,31 +52,36 @@ class SlotRunner(ModelRunner[SlotCache]):
     ) -> ForwardPass:
         """The flat row is padding, chunks, then `width` tokens of every row."""
         rows, width = tokens.shape
+        length, scratch = cache.manager.length, cache.manager.tokens - 1
         positions = start[:, None] + np.arange(width)
-        write = np.arange(rows)[:, None] * cache.manager.length + positions
+        write = np.arange(rows)[:, None] * length + positions
         if len(idle):
             positions[list(idle)] = 0
-            write[list(idle)] = cache.manager.scratch
+            write[list(idle)] = scratch
+        dense, is_long = self._dense_groups(positions)
+        ids, positions, write = tokens.reshape(-1), positions.ravel(), write.ravel()
         chunks = split_at(chunks, self.rules.kv_boundary)
         count = sum(len(c.ids) for c in chunks) + rows * width
         padding = self.rules.padded_tokens(count) - count
-        dense, is_long = self._dense_groups(positions)
+        if chunks or padding:
+            first = np.array([0] * padding + [i for c in chunks for i in c.ids])
+            ids = torch.cat([self._tensor(first), ids])
+            starts = [c.start for c in chunks]
+            positions = flat(chunks, starts, np.zeros(padding, dtype=np.int64), positions)
+            starts = [c.row * length + c.start for c in chunks]
+            write = flat(chunks, starts, np.full(padding, scratch), write)
         plan = SlotPlan(
             cache=cache,
-            write=self._tensor(flat_indices(chunks, padding, cache.manager, write.ravel())),
+            write=self._tensor(write),
             padding=padding,
             chunks=self._chunk_groups(chunks, padding),
             dense=dense,
             is_long=is_long,
             query_multiple=self.rules.queries,
         )
-        ids = tokens.reshape(-1)
-        if chunks or padding:
-            first = np.array([0] * padding + [i for c in chunks for i in c.ids])
-            ids = torch.cat([self._tensor(first), ids])
         logits = self.model(
             input_ids=ids[None],
-            position_ids=self._tensor(flat_positions(chunks, padding, positions.ravel()))[None],
+            position_ids=self._tensor(self.mark_long(positions, chunks, padding))[None],
             use_cache=False,
             plan=plan,
             logits_to_keep=self.rules.padded_tokens(rows * width),
@@ -85,85 +94,75 @@ class SlotRunner(ModelRunner[SlotCache]):
 
     def _dense_groups(
         self, positions: Int[np.ndarray, "rows width"]
-    ) -> tuple[tuple[Group, ...], Tensor | None]:
+    ) -> tuple[list[Group], Tensor | None]:
         """All rows in one group, or in two to select from: with short keys, and with long keys."""
         if not positions.size:
-            return (), None
+            return [], None
         where = self._tensor(positions)
-        slots = slice(0, len(positions))
-        boundary = self.rules.kv_boundary
         lengths = positions.max(1) + 1
-        long = self.rules.kv_length(int(lengths.max()))
-        group = Group(slots=slots, positions=where, length=long)
-        if boundary is None or lengths.max() <= boundary or lengths.min() > boundary:
-            return (group,), None
+        longest = int(lengths.max())
+        group = self._group(where, longest)
+        boundary = self.rules.kv_boundary
+        if longest <= boundary or lengths.min() > boundary:
+            return [group], None
         is_long = lengths > boundary
-        short = self.rules.kv_length(int(lengths[~is_long].max()))
-        short_group = Group(slots=slots, positions=where, length=short)
-        return (short_group, group), self._tensor(is_long)
+        short = int(lengths[~is_long].max())
+        return [self._group(where, short), group], self._tensor(is_long)
 
-    def _chunk_groups(self, chunks: Sequence[Chunk], first: int) -> tuple[ChunkGroup, ...]:
+    def _group(self, positions: Int[Tensor, "rows width"], longest: int) -> Group:
+        slots = slice(0, positions.shape[0])
+        return Group(slots=slots, positions=positions, length=self.rules.kv_length(longest))
+
+    def _chunk_groups(self, chunks: Sequence[Chunk], first: int) -> list[ChunkGroup]:
         """Chunks of similar length attend in one call. `chunks` are sorted by length."""
         groups = []
         while chunks:
             most = 2 * round_up(len(chunks[0].ids), 16)
-            similar = [c for c in chunks if len(c.ids) <= most and self._same_class(c, chunks[0])]
+            is_long = self._is_long(chunks[0])
+            similar = [c for c in chunks if len(c.ids) <= most and self._is_long(c) == is_long]
             chunks = chunks[len(similar) :]
             groups.append(self._chunk_group(similar, first))
             first += sum(len(c.ids) for c in similar)
-        return tuple(groups)
+        return groups
 
-    def _same_class(self, a: Chunk, b: Chunk) -> bool:
-        boundary = self.rules.kv_boundary
-        return boundary is None or (a.start < boundary) == (b.start < boundary)
+    def _is_long(self, chunk: Chunk) -> bool:
+        return chunk.start >= self.rules.kv_boundary
 
     def _chunk_group(self, chunks: Sequence[Chunk], first: int) -> ChunkGroup:
         """Shorter chunks repeat their last token up to the longest; `returns` drops the repeats."""
         counts = np.array([len(c.ids) for c in chunks])
-        width = round_up(int(counts.max()), 16)
-        within = np.minimum(np.arange(width), counts[:, None] - 1)
-        offsets = first + np.concatenate([[0], np.cumsum(counts)[:-1]])
+        columns = np.arange(round_up(int(counts.max()), 16))
+        within = np.minimum(columns, counts[:, None] - 1)
+        offsets = first + np.cumsum(counts) - counts
         starts = np.array([c.start for c in chunks])
-        kept = np.arange(width) < counts[:, None]
+        kept = columns < counts[:, None]
         return ChunkGroup(
             slots=self._tensor(np.array([c.row for c in chunks])),
             positions=self._tensor(starts[:, None] + within),
             length=self.rules.kv_length(int((starts + counts).max())),
             queries=self._tensor(offsets[:, None] + within),
-            returns=self._tensor(np.flatnonzero(kept.ravel())),
+            returns=self._tensor(np.flatnonzero(kept)),
         )
 
 
-def split_at(chunks: Sequence[Chunk], boundary: int | None) -> list[Chunk]:
+def split_at(chunks: Sequence[Chunk], boundary: int) -> list[Chunk]:
     """Chunks cut at the boundary of key lengths; those with short keys first, each by length."""
-    if boundary is None:
-        return sorted(chunks, key=lambda c: len(c.ids))
     parts = []
     for chunk in chunks:
         cut = max(0, min(len(chunk.ids), boundary - chunk.start))
         if cut:
-            parts.append(Chunk(chunk.row, chunk.start, chunk.ids[:cut]))
+            parts.append(replace(chunk, ids=chunk.ids[:cut]))
         if cut < len(chunk.ids):
-            parts.append(Chunk(chunk.row, chunk.start + cut, chunk.ids[cut:]))
+            parts.append(replace(chunk, start=chunk.start + cut, ids=chunk.ids[cut:]))
     return sorted(parts, key=lambda c: (c.start >= boundary, len(c.ids)))
 
 
-def flat_positions(
-    chunks: Sequence[Chunk], padding: int, dense: Int[np.ndarray, " dense"]
+def flat(
+    chunks: Sequence[Chunk],
+    starts: Sequence[int],
+    padding: Int[np.ndarray, " padding"],
+    dense: Int[np.ndarray, " dense"],
 ) -> Int[np.ndarray, " tokens"]:
-    """Positions of all flat tokens in their texts."""
-    if not chunks and not padding:
-        return dense
-    parts = [np.arange(c.start, c.start + len(c.ids)) for c in chunks]
-    return np.concatenate([np.zeros(padding, dtype=np.int64), *parts, dense])
-
-
-def flat_indices(
-    chunks: Sequence[Chunk], padding: int, slots: SlotManager, dense: Int[np.ndarray, " dense"]
-) -> Int[np.ndarray, " tokens"]:
-    """Indices of the cache at which all flat tokens are stored."""
-    if not chunks and not padding:
-        return dense
-    starts = [c.row * slots.length + c.start for c in chunks]
+    """One number per flat token: padding, `start`, `start + 1`, ... of each chunk, then `dense`."""
     parts = [np.arange(s, s + len(c.ids)) for s, c in zip(starts, chunks, strict=True)]
-    return np.concatenate([np.full(padding, slots.scratch), *parts, dense])
+    return np.concatenate([padding, *parts, dense])

@@ -1,8 +1,8 @@
-"""Shapes under which a row's float32 results on a CPU have the same bits in every batch.
+"""Layers that replace a model's own, and padding: rows of equal bits in every batch on a CPU.
 
 The matrix functions of a CPU choose another order of summation for few rows, and for long inner
-dimensions, so that a logit's last bits depend on the batch. Padding to shapes of one class avoids
-it. The classes are facts about one library on one processor, so they are measured at load:
+dimensions, so that a float32 logit's last bits depend on the batch. Padding to shapes of one class
+avoids it. The classes are facts about one library on one processor, so they are measured at load:
 
 1. a forward pass has at least `tokens` tokens, and so has what is given to the output layer; and a
    multiple of `token_multiple`, so that elementwise functions, computed 32 numbers at a time, have
@@ -16,11 +16,14 @@ transposed, two are often enough where sixteen are needed otherwise, so small la
 (`TransposedLinear`). Layers for which no number makes the rule hold, and large ones, for which it
 is also the faster choice, run in oneDNN's packed form (`PackedLinear`), whose rows do not depend
 on their number.
+
+RMS norms run in one call instead of the seven of Transformers, a tenth of a small model's time.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -36,11 +39,12 @@ from optimal_sampling.engines.local.memory import round_up
 __all__ = [
     "PLAIN",
     "PackedLinear",
+    "RMSNorm",
     "ShapeRules",
     "TransposedLinear",
+    "fuse_norms",
     "measured_rules",
     "replace_linears",
-    "round_up",
 ]
 
 ELEMENTS = 32
@@ -60,7 +64,7 @@ class ShapeRules:
     tokens: int = 1
     token_multiple: int = 1
     queries: int = 1
-    kv_boundary: int | None = None
+    kv_boundary: int = sys.maxsize
 
     def padded_tokens(self, count: int) -> int:
         """Number of tokens of a forward pass that has `count`."""
@@ -68,7 +72,7 @@ class ShapeRules:
 
     def kv_length(self, length: int) -> int:
         """Number of keys that attention sees where the longest row has `length`."""
-        if self.kv_boundary is None or length <= self.kv_boundary:
+        if length <= self.kv_boundary:
             return round_up(length, 16)
         return round_up(length, KV_BLOCK)
 
@@ -106,7 +110,7 @@ def _rows_needed(inputs: int, outputs: int, transposed: bool, threads: int) -> i
 
 
 @cache
-def _attention_rules(dim: int, threads: int) -> tuple[int, int | None]:
+def _attention_rules(dim: int, threads: int) -> tuple[int, int]:
     """(multiple of query rows, key/value boundary) for heads of this dimension."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, n, dim, generator=generator) for n in (64, KV_BLOCK, KV_BLOCK))
@@ -131,7 +135,7 @@ def _attention_rules(dim: int, threads: int) -> tuple[int, int | None]:
         known = {16, length // 32 * 16, length - 16}
         if not all(torch.equal(attend(32, n, length), attend(32, n, n)) for n in known):
             return queries, length - 16
-    return queries, None
+    return queries, sys.maxsize
 
 
 class PackedLinear(nn.Module):
@@ -164,37 +168,42 @@ class TransposedLinear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
 
+def _replace(model: nn.Module, replacement: Callable[[Any], nn.Module | None]) -> None:
+    """Put the replacement of every layer that has one in its place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            made = replacement(child)
+            if made is not None:
+                setattr(parent, name, made)
+
+
+def replace_linears(model: nn.Module) -> None:
+    """Give every linear layer the form that is row-invariant from the fewest rows."""
+    _replace(model, _best_form)
+
+
 def _replaceable(module: nn.Module) -> bool:
     if type(module) is not nn.Linear:
         return False
     return module.weight.dtype == torch.float32 and module.weight.device.type == "cpu"
 
 
-def replace_linears(model: nn.Module) -> None:
-    """Give every linear layer the form that is row-invariant from the fewest rows."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if _replaceable(child):
-                setattr(parent, name, _best_form(child))
-
-
-def _best_form(linear: Any) -> nn.Module:
+def _best_form(linear: Any) -> nn.Module | None:
+    if not _replaceable(linear):
+        return None
     if linear.weight.numel() >= PACK_FROM:
         return PackedLinear(linear)
-    shape, threads = (linear.in_features, linear.out_features), torch.get_num_threads()
-    plain, turned = (_rows_needed(*shape, transposed, threads) for transposed in (False, True))
+    plain, turned = _rows_of(linear, False), _rows_of(linear, True)
     if plain is None and turned is None:
         return PackedLinear(linear)
     turn = plain is None or (turned is not None and turned < plain)
-    return TransposedLinear(linear) if turn else linear
+    return TransposedLinear(linear) if turn else None
 
 
-def _rows_of(module: Any, threads: int) -> int:
-    """Rows that a layer needs to be row-invariant."""
-    if isinstance(module, PackedLinear) or not hasattr(module, "out_features"):
-        return 1
-    turned = isinstance(module, TransposedLinear)
-    return _rows_needed(module.in_features, module.out_features, turned, threads) or MOST_PADDING
+def _rows_of(linear: Any, transposed: bool) -> int | None:
+    """Rows that a layer needs to be row-invariant; None: no number of rows makes it so."""
+    inputs, outputs = linear.in_features, linear.out_features
+    return _rows_needed(inputs, outputs, transposed, torch.get_num_threads())
 
 
 def measured_rules(model: Any, head_dims: set[int]) -> ShapeRules:
@@ -202,14 +211,13 @@ def measured_rules(model: Any, head_dims: set[int]) -> ShapeRules:
 
     Call it after `replace_linears`.
     """
-    threads = torch.get_num_threads()
     tokens = [
-        _rows_of(m, threads)
-        for m in model.modules()
-        if _replaceable(m) or isinstance(m, TransposedLinear)
+        _rows_of(module, isinstance(module, TransposedLinear)) or MOST_PADDING
+        for module in model.modules()
+        if _replaceable(module) or isinstance(module, TransposedLinear)
     ]
+    threads = torch.get_num_threads()
     attention = [_attention_rules(dim, threads) for dim in sorted(head_dims)]
-    boundaries = [boundary for _, boundary in attention if boundary is not None]
     output = model.get_output_embeddings()
     widths = [
         m.out_features for m in model.modules() if hasattr(m, "out_features") and m is not output
@@ -218,5 +226,41 @@ def measured_rules(model: Any, head_dims: set[int]) -> ShapeRules:
         token_multiple=ELEMENTS // math.gcd(ELEMENTS, *widths),
         tokens=max(tokens, default=1),
         queries=max((queries for queries, _ in attention), default=1),
-        kv_boundary=min(boundaries, default=None),
+        kv_boundary=min((boundary for _, boundary in attention), default=sys.maxsize),
     )
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, computed in float32."""
+
+    def __init__(self, weight: Float[Tensor, " dim"], eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+        """The normalised rows, as from the norm that it replaces."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@torch.inference_mode()
+def fuse_norms(model: nn.Module) -> None:
+    """Replace RMS norms by equal ones (to the bit in float32 on a CPU)."""
+    _replace(model, _fused)
+
+
+def _fused(module: Any) -> RMSNorm | None:
+    """The replacement of an RMS norm that gives the same (Gemma's scales by 1 + weight)."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    is_norm = type(module).__name__.endswith("RMSNorm") and not isinstance(module, RMSNorm)
+    if not is_norm or eps is None or weight is None:
+        return None
+    fused = RMSNorm(weight, eps)
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(64, weight.shape[-1], generator=generator).to(weight)
+    expected, found = module(sample), fused(sample)
+    if weight.dtype == torch.float32 and weight.device.type == "cpu":
+        return fused if torch.equal(found, expected) else None
+    tolerance = 4 * torch.finfo(weight.dtype).eps
+    return fused if torch.allclose(found, expected, rtol=tolerance, atol=tolerance) else None
