@@ -17,7 +17,7 @@ from optimal_sampling.generate.progress import (
     TerminalProgress,
     progress_for,
 )
-from optimal_sampling.records import Totals
+from optimal_sampling.records.run_folder import Totals
 
 RECORD = {
     "error": "",
