@@ -485,6 +485,26 @@ def test_shards_are_merged_and_looked_at(command, tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_a_merge_that_is_refused_writes_nothing(command, tmp_path, capsys):
+    """Guards: half of the records in a new folder, which the next attempt then refuses; and a
+    traceback where the new folder is a file."""
+    shards = [str(tmp_path / f"shard-{part}") for part in range(2)]
+    for part, folder in enumerate(shards):
+        options = ("--num-examples", 4, "--max-new-tokens", 3, "--data-slice", f"{part}::2")
+        assert command(*options, "--output-dir", folder)[0] == 0
+    records = tmp_path / "shard-1" / "records" / "slice-1--2.jsonl"
+    whole = records.read_bytes()
+    records.write_bytes(whole[: len(whole) // 2])  # an unfinished shard
+    assert main(["merge", *shards, "--output-dir", str(tmp_path / "all")]) == 2
+    assert "finish it first" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
+    records.write_bytes(whole)
+    (tmp_path / "file").touch()
+    assert main(["merge", *shards, "--output-dir", str(tmp_path / "file")]) == 2
+    assert "merge into a new folder" in capsys.readouterr().err
+    assert main(["merge", *shards, "--output-dir", str(tmp_path / "all")]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from optimal_sampling.config import GenerateConfig, LocalOptions
+from optimal_sampling.config import GenerateConfig, LocalOptions, ModelConfig
 from optimal_sampling.engines.base import prompt_problem
 from optimal_sampling.generate.job import input_notes, open_inputs, prompt_of, render_row
 from optimal_sampling.prompts import RenderedPrompt
@@ -109,11 +109,15 @@ class DryRun:
         device = resolve_device(models.device)
         dtype = resolve_dtype(models.dtype, device)
         try:
-            sizes = {role: _size(getattr(models, role), models) for role in self.roles}
+            folders = {
+                role: resolve_model(getattr(models, role), getattr(models, f"{role}_revision"))
+                for role in self.roles
+            }
+            sizes = {role: _size(folder, models) for role, folder in folders.items()}
         except Exception as error:  # of a config: any class
             yield f"memory and time: not known ({type(error).__name__}: {error})"
             return
-        distinct = {getattr(models, role): size for role, size in sizes.items()}
+        distinct = {folders[role]: size for role, size in sizes.items()}
         width = 0.5 if models.load_in_4bit else dtype.itemsize
         weights = width * sum(size.parameters for size in distinct.values())
         samples = len(self.lengths["student"]) * self.config.data.samples_per_prompt
@@ -192,13 +196,13 @@ class _Size:
     head_dim: int
 
 
-def _size(name: str, models: Any) -> _Size:
+def _size(folder: str, models: ModelConfig) -> _Size:
     """Of a model, from its config alone."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     remote = {"trust_remote_code": models.trust_remote_code}
-    config = AutoConfig.from_pretrained(resolve_model(name), **remote)
+    config = AutoConfig.from_pretrained(folder, **remote)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **remote)
     text = config.get_text_config()

@@ -216,9 +216,10 @@ def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
     With `failed`, also the last record of each sample that never succeeded.
     Reads the files twice and keeps no record in memory. Raises RunFolderError.
     """
-    files = _record_files(Path(run))
+    folder = Path(run).expanduser()
+    files = _record_files(folder)
     if not files:
-        raise RunFolderError(f"{run} holds no records (no {Path(run) / 'records'}/*.jsonl)")
+        raise RunFolderError(f"{run} holds no records (no {folder / 'records'}/*.jsonl)")
     best: dict[Key, tuple[bool, int, Path, int]] = {}
     for path in files:
         for offset, record in Scan(path).with_offsets():

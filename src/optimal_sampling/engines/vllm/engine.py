@@ -90,7 +90,8 @@ class VllmEngine(Engine):
         from vllm.v1.engine.llm_engine import LLMEngine
 
         if mode == "teacher":
-            models = replace(models, student=models.teacher)  # one model, loaded once
+            revision = models.teacher_revision
+            models = replace(models, student=models.teacher, student_revision=revision)
         given = {"skip_tokenizer_init": True, **(settings or {})}
         arguments = engine_arguments(models, mixture, options, vocabulary, given)
         core = LLMEngine.from_engine_args(EngineArgs(**arguments))
