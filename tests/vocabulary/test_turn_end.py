@@ -58,8 +58,8 @@ SILENT = {
     "leaves replies out": ("{{ messages[0].content }}<|im_end|>", TEXT_END),
     "harmony: the last turn ends as the config says": (
         EACH
-        + "<|im_start|>{{ m.content }}{%- if loop.last -%}<|im_end|>{%- else -%}</think>{%- endif -%}"
-        + "{%- endfor -%}",
+        + "<|im_start|>{{ m.content }}{%- if loop.last -%}<|im_end|>{%- else -%}</think>"
+        + "{%- endif -%}{%- endfor -%}",
         END,
     ),
     "the config's own after a closing marker": (
