@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from engines import Setup
-from optimal_sampling.bench.harness import Spent, System, interleave, make_table
+from optimal_sampling.bench.harness import Spent, Systems, interleave, make_table
 
 __all__ = ["Work", "measure", "ratios", "report"]
 
@@ -51,22 +52,24 @@ class Worker:
         self.process.stdin.flush()
         return Spent(**json.loads(self._answer("DONE")))
 
-    def systems(self, work: Work) -> list[System]:
+    def systems(self, work: Work) -> Systems:
         """What is timed of this engine: lockstep with and without alpha statistics."""
-        name, (batch, new) = self.setup.engine, work
-        nested = name == "nested"
-        traces = {name: "off"}
+        name = self.setup.engine
+        rows = {name: self._system(work, "off")}
         if name == "lockstep":
-            traces["lockstep + alpha"] = "alpha"
+            rows["lockstep + alpha"] = self._system(work, "alpha")
+        return rows
 
-        def system(row: str, trace: str) -> System:
-            def run(repeat: int) -> Spent:
-                count = new if repeat and not nested else min(WARM_UP_TOKENS, new)
-                return self.run((batch, count), repeat, trace)
+    def _system(self, work: Work, trace: str) -> Callable[[], Spent]:
+        batch, new = work
+        repeats = count()
 
-            return System(row, run, repeats=1 if nested else None)
+        def run() -> Spent:
+            repeat = next(repeats)
+            short = repeat == 0 or self.setup.engine == "nested"
+            return self.run((batch, min(WARM_UP_TOKENS, new) if short else new), repeat, trace)
 
-        return [system(*row) for row in traces.items()]
+        return run
 
     def _answer(self, word: str) -> str:
         assert self.process.stdout is not None
@@ -109,8 +112,10 @@ def measure(setups: Sequence[Setup], works: Sequence[Work], repeats: int, at_onc
                 progress(f"opening {setup.engine}")
                 workers.append(stack.enter_context(opened(setup)))
             for work in works:
-                systems = [system for worker in workers for system in worker.systems(work)]
-                for name, spent in interleave(systems, repeats, progress).items():
+                systems: dict[str, Callable[[], int | Spent]] = {}
+                for worker in workers:
+                    systems |= worker.systems(work)
+                for name, spent in interleave(systems, repeats, progress, {"nested": 1}).items():
                     times.setdefault(name, {})[work] = spent
     return times
 
@@ -166,6 +171,6 @@ def report(
         title = f"{clock} ms per token of each sequence, medians; then ratios of throughput"
         cells = [(name, *(f"{x:.2f}" for x in row.values())) for name, row in rows.items()]
         quotients = [(name, *(f"{x:.3f}" for x in row.values())) for name, row in relative.items()]
-        Console().print(make_table(title, columns, [*cells, (), *quotients]))
+        Console().print(make_table(title, columns, cells, quotients))
         printed[clock] = {name: list(row.values()) for name, row in (rows | relative).items()}
     print(json.dumps(printed))

@@ -15,10 +15,11 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from optimal_sampling.errors import ConfigError, did_you_mean
-from optimal_sampling.types import AlphaMethod
+from optimal_sampling.types import AlphaMethod, Mode
 
 __all__ = [
     "ENGINES",
+    "MIN_TEMPERATURE",
     "Checked",
     "DataConfig",
     "EngineOptions",
@@ -110,6 +111,11 @@ def parse_slice(text: str) -> slice:
     return slice(start or 0, stop, step or 1)
 
 
+MIN_TEMPERATURE = 1e-3
+"""Down to which float32 gives the distribution: the total variation to float64, between tokens
+whose logits of 30 differ by about the temperature, is below 5e-4. At 1e-5 it is 3e-2."""
+
+
 @dataclass(frozen=True)
 class MixtureConfig(Checked):
     """The distribution of every token: q ∝ p_student^(1-alpha) * p_teacher^alpha."""
@@ -150,8 +156,12 @@ class MixtureConfig(Checked):
         self._check_range("trust_region", 0)
         self._check_range("schedule_tokens", 1)
         self._check_range("temperature", 0, above=True)
-        if self.temperature == math.inf:
-            raise ConfigError("temperature must be finite")
+        if not MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature must be finite and at least {MIN_TEMPERATURE}, got "
+                f"{self.temperature}: float32 rounds probabilities away below it. For the "
+                "likeliest token of q use --top-k 1 (top_k=1)"
+            )
         for name in ("top_k", "teacher_support_top_k"):
             value = getattr(self, name)
             if value != -1 and value < 1:
@@ -178,6 +188,10 @@ class ModelConfig(Checked):
     student: str = "toy-student"
     """The model to be trained: a folder, a hub id, or the built-in `toy-student`.
     The same as the teacher is loaded once."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a teacher from the hub."""
+    student_revision: str | None = None
+    """Branch, tag or commit of a student from the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
@@ -193,6 +207,11 @@ class ModelConfig(Checked):
         super().__post_init__()
         self._check_path("teacher")
         self._check_path("student")
+
+    @property
+    def revisions(self) -> tuple[str | None, str | None]:
+        """Of the student and the teacher."""
+        return self.student_revision, self.teacher_revision
 
 
 DraftTokens = int | Literal["auto"]
@@ -305,6 +324,12 @@ class DataConfig(Checked):
 
     dataset: str = "synthetic"
     """A JSONL or Parquet file, a folder of such files, a hub id, or `synthetic` (arithmetic)."""
+    split: str | None = None
+    """Split of a hub dataset (unset: `train`, or the only one) or of a folder's files."""
+    subset: str | None = None
+    """Subset of a hub dataset (its config name), or a subfolder of a folder."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
     prompt_column: str | None = None
     """Column with the prompt; unset: the first of problem, question, prompt, messages."""
     answer_column: str | None = None
@@ -341,6 +366,8 @@ class PromptConfig(Checked):
     """The student's user turn, with {problem}, {answer}, {solution} or any other column."""
     teacher_template: str = "{problem}"
     """The teacher's user turn; {answer} or {solution} show it what the student does not see."""
+    literal_control_tokens: bool = False
+    """Encode control tokens in the texts of a row, such as <|im_end|>, as ordinary text."""
 
 
 @dataclass(frozen=True)
@@ -349,6 +376,9 @@ class RunConfig(Checked):
 
     output_dir: str = "outputs/run"
     """Run folder. A second call on the same folder goes on where the first one ended."""
+    mode: Mode = "mixture"
+    """What tokens are drawn from: the mixture, or as a baseline the student or the teacher alone.
+    One model alone is the only one that is loaded, and the options of alpha have no effect."""
     seed: int = 0
     """A token is a function of this seed, its prompt, sample and position, and the two models."""
     max_new_tokens: int = 256

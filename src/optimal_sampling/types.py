@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+from optimal_sampling.errors import PromptError
 
 __all__ = [
     "ALPHA_METHODS",
@@ -18,8 +21,10 @@ __all__ = [
     "Request",
     "TokenTrace",
     "TraceField",
+    "Unreadable",
     "noise_key",
     "prompt_id",
+    "weighted_mean",
 ]
 
 AlphaMethod = Literal[
@@ -67,10 +72,36 @@ TRACE_TABLE = (
     TraceField("log_p_teacher", "log p_teacher of the token, at the run's temperature"),
     TraceField("log_q", "log-probability the token was drawn with, after top-k and top-p"),
     TraceField("fallback", "1.0 where the supports do not meet and q is the teacher, else 0.0"),
+    TraceField("curvature", "Var_q[log p_teacher - log p_student], nats^2; 0 where both agree"),
 )
 """The diagnostics of one token, in the order in which engines and `distribution` keep them."""
 
 TRACE_FIELDS: tuple[str, ...] = tuple(each.name for each in TRACE_TABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A value of a row that could not be read: records show its text, and prompts cannot have it.
+
+    `str` of it raises PromptError, so that a row fails where its prompts need the value.
+    """
+
+    reason: str
+    text: str = ""
+
+    def __str__(self) -> str:
+        raise PromptError(self.reason)
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Mean over the pairs of finite numbers; NaN where the weights are 0.
+
+    With `curvature` as weights of `alpha`: alpha where the models differ. Where they agree, every
+    alpha gives the same q and the one that is chosen means nothing.
+    """
+    pairs = [pair for pair in zip(values, weights, strict=True) if all(map(math.isfinite, pair))]
+    total = math.fsum(weight for _, weight in pairs)
+    return math.fsum(value * weight for value, weight in pairs) / total if total > 0 else math.nan
 
 
 def prompt_id(student_prompt: str, teacher_prompt: str) -> str:

@@ -8,20 +8,20 @@ import sys
 import pytest
 from rich.console import Console
 
-from optimal_sampling.bench import hardware, mixture_cost, parse_bench, selfdistil, speed
+from optimal_sampling.bench import costs, parse_bench, speed
 from optimal_sampling.bench.architectures import ARCHITECTURES, Architecture, RandomPair, make_pair
 from optimal_sampling.bench.harness import (
-    SILENT,
     RateTable,
+    Report,
     Spent,
-    System,
+    hardware,
     interleave,
     make_table,
     per_second,
     quotients,
 )
-from optimal_sampling.bench.subcommands import SUBCOMMANDS, Size, parse_sizes
-from optimal_sampling.bench.workload import ModelPair, Variant
+from optimal_sampling.bench.subcommands import SUBCOMMANDS, Size, parse_size
+from optimal_sampling.bench.workload import ModelPair
 from optimal_sampling.cli import main
 from optimal_sampling.config import ModelConfig
 
@@ -38,22 +38,22 @@ def printed(table):
 def test_systems_take_turns_and_the_warm_up_is_not_counted():
     """Guards: a machine that slows down while one system runs; a warm-up that is counted."""
     order = []
-    rows = [System(name, lambda i, name=name: order.append((name, i)) or 10) for name in "ab"]
+    rows = {name: lambda name=name: order.append(name) or 10 for name in "ab"}
     timings = interleave(rows, 2)
-    assert order == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
+    assert order == ["a", "b", "b", "a", "a", "b"]
     assert [spent.tokens for spent in timings["a"]] == [10, 10]
     assert all(spent.wall > 0 for spent in timings["b"])
 
 
 def test_a_slow_system_can_have_fewer_repeats():
     """Guards: hours spent on a system of which one repeat tells enough."""
-    timings = interleave([System("slow", lambda i: 1, repeats=1), System("x", lambda i: 1)], 3)
+    timings = interleave({"slow": lambda: 1, "x": lambda: 1}, 3, fewer={"slow": 1})
     assert {name: len(done) for name, done in timings.items()} == {"slow": 1, "x": 3}
 
 
 def test_a_system_may_report_the_part_that_counts():
     """Guards: prompts that are read inside a figure that is called decoding."""
-    timings = interleave([System("x", lambda i: Spent(10, 2.0, 4.0))], 2)
+    timings = interleave({"x": lambda: Spent(10, 2.0, 4.0)}, 2)
     assert per_second(timings, "wall") == {"x": 5.0}
     assert per_second(timings, "cpu") == {"x": 2.5}
 
@@ -68,12 +68,12 @@ def test_medians_ignore_an_outlier():
 def test_rates_ratios_and_bounds_are_rows_of_the_table():
     """Guards: a ratio upside down; the columns of the two clocks swapped; a row that vanishes."""
     timings = {"new": [Spent(30, 1.0, 2.0)], "old": [Spent(20, 2.0, 1.0)]}
-    named = [("new / old", "new", "old"), ("new / absent", "new", "absent")]
+    named = [("new / old", "new", ("old",)), ("new / absent", "new", ("absent",))]
     rates = RateTable.of("title", timings, lambda rates: quotients(rates, named))
     assert (rates.ratios_wall, rates.ratios_cpu) == ({"new / old": 3.0}, {"new / old": 0.75})
     cells = [
         [cell.strip() for cell in line.strip("│\n").split("│")]
-        for line in printed(rates.table({"bound": 99.0})).splitlines()
+        for line in printed(rates.table([("bound", 99)])).splitlines()
         if line.startswith("│")
     ]
     assert cells == [
@@ -95,12 +95,12 @@ def test_the_ideal_is_both_forward_passes():
 def test_ratios_are_to_the_best_of_the_rows():
     """Guards: a ratio that looks better because the slower of two teachers was taken."""
     rates = {speed.TEACHER: 100.0, speed.PLAIN_TEACHER: 160.0, speed.LOCKSTEP: 60.0}
-    found = speed.ratios({**rates, speed.AUTO: 200.0, speed.fixed_drafts(4): 250.0})
+    found = speed.ratios({**rates, speed.AUTO: 200.0, "q* speculative, 4": 250.0})
     assert found["q* speculative / teacher alone"] == pytest.approx(1.25)
     assert found["q* speculative / best of lockstep and fixed lengths"] == pytest.approx(0.8)
     assert "q* lockstep / ideal lockstep" not in found  # the student alone was not measured
-    alone = {selfdistil.ALONE: 100.0, selfdistil.PLAIN_ALONE: 125.0, "q* lockstep": 100.0}
-    assert selfdistil.ratios(alone) == {"q* lockstep / fastest alone": 0.8}
+    alone = {speed.ALONE: 100.0, speed.PLAIN_ALONE: 125.0, "q* lockstep": 100.0}
+    assert speed.to_fastest_alone(alone) == {"q* lockstep / fastest alone": 0.8}
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,15 @@ def shipped():
     return pair
 
 
+def table_of(measure, *arguments):
+    """The result of one table, and the table as it is printed."""
+    shown = []
+    report = Report(show=shown.append)
+    measure(*arguments, 1, report)
+    [result], [table] = report.results, shown
+    return result, printed(table)
+
+
 ROWS = (speed.STUDENT, speed.TEACHER, speed.PLAIN_TEACHER, speed.LOCKSTEP, speed.AUTO)
 
 
@@ -118,18 +127,18 @@ ROWS = (speed.STUDENT, speed.TEACHER, speed.PLAIN_TEACHER, speed.LOCKSTEP, speed
 def test_a_table_of_speeds_has_its_rows_bounds_and_ratios(shipped):
     """Guards: a row that is dropped unnoticed; a roofline without its bandwidth."""
     one = speed.Setting(1, 2, True, (*ROWS, speed.ASSISTED))
-    result = speed.measure_setting(shipped, one, 1, SILENT)
-    assert set(result.per_cpu_second) == {*ROWS, speed.ASSISTED}
-    assert set(result.bounds) == {speed.IDEAL, speed.ROOFLINE}
-    assert "natural end of text" in result.title
-    assert "roofline, lockstep at 2.0 GB/s" in printed(result.bounded_table())
-    ratio = result.ratios_cpu["q* speculative / Transformers assisted generation"]
-    rates = result.per_cpu_second
+    result, text = table_of(speed.measure_setting, shipped, one)
+    assert set(result["per_cpu_second"]) == {*ROWS, speed.ASSISTED}
+    assert set(result["bounds"]) == {speed.IDEAL, speed.ROOFLINE}
+    assert "natural end of text" in result["title"]
+    assert "roofline, lockstep at 2.0 GB/s" in text
+    ratio = result["ratios_cpu"]["q* speculative / Transformers assisted generation"]
+    rates = result["per_cpu_second"]
     assert ratio == rates[speed.AUTO] / rates[speed.ASSISTED]
     many = speed.Setting(2, 3, False, (*ROWS, *speed.BASELINES))
-    result = speed.measure_setting(shipped, many, 1, SILENT)
-    assert set(result.per_cpu_second) == {*ROWS, speed.HF, speed.HF_MIX}
-    assert "4 tokens each" in result.title
+    result, _ = table_of(speed.measure_setting, shipped, many)
+    assert set(result["per_cpu_second"]) == {*ROWS, speed.HF, speed.HF_MIX}
+    assert "4 tokens each" in result["title"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -140,33 +149,33 @@ def test_the_logits_processor_row_of_a_large_vocabulary(monkeypatch):
     pair = RandomPair(ModelConfig(device="cpu"), "wide", "wide", prompt_tokens=5)
     pair.equal_tokens, pair.bandwidth = 3, 1e9
     rows = (speed.LOCKSTEP, speed.HF_MIX)
-    result = speed.measure_setting(pair, speed.Setting(2, 2, False, rows), 1, SILENT)
-    assert all(rate > 0 for rate in result.per_wall_second.values())
-    assert set(result.per_wall_second) == set(rows)
+    result, _ = table_of(speed.measure_setting, pair, speed.Setting(2, 2, False, rows))
+    assert all(rate > 0 for rate in result["per_wall_second"].values())
+    assert set(result["per_wall_second"]) == set(rows)
 
 
-def test_self_distillation_shows_what_became_of_the_drafts(shipped):
+def test_self_distillation_shows_what_became_of_the_drafts():
     """Guards: drafts that are not counted; a solution that the student reads as well."""
     pair = ModelPair(ModelConfig(device="cpu", student="toy-teacher"))
     pair.most_tokens = 30
-    rows = {selfdistil.ALONE: Variant(mode="teacher"), "q* drafts": Variant(draft_tokens=2)}
-    work = pair.workload(8, prompt=selfdistil.PRIVILEGED)
-    result = selfdistil.measure(pair, work, rows, 1, SILENT)
-    assert "shown the solution" in result.title
-    assert 0 < result.drafts["q* drafts"]["accepted"] <= 1
-    assert 1 <= result.drafts["q* drafts"]["tokens_per_round"] <= 3
-    assert "q* drafts: drafts accepted" in printed(result.table())
-    equal = selfdistil.measure(pair, pair.workload(8), rows, 1, SILENT)
-    assert "equal prompts" in equal.title
+    result, text = table_of(speed.measure_selfdistil, pair, 8, speed.PRIVILEGED)
+    assert "shown the solution" in result["title"]
+    assert result["drafts"].keys() == speed.LOOKUP_ROWS.keys()
+    facts = result["drafts"]["q* prompt lookup, 2"]
+    assert 0 < facts["accepted"] <= 1
+    assert 1 <= facts["tokens_per_round"] <= 3
+    assert "q* prompt lookup, 2: drafts accepted" in text
+    equal, _ = table_of(speed.measure_selfdistil, pair, 8, None)
+    assert "equal prompts" in equal["title"]
+    assert equal["drafts"] == {}
 
 
 def test_the_mixture_alone_has_a_column_per_method():
     """Guards: a method that is not timed; a table that cannot be made."""
-    cost = mixture_cost.measure_cost((50, 2, 1), 1)
-    assert set(cost.milliseconds) == {"noise", *mixture_cost.MIXTURES}
-    assert all(x > 0 for x in cost.milliseconds.values())
-    assert 0 <= cost.clamped <= 1
-    assert "KL" in printed(mixture_cost.cost_table([cost]))
+    cost = costs.measure_solver((50, 2, 1), 1, Report())
+    assert set(cost["milliseconds"]) == {"noise", *costs.MIXTURES}
+    assert all(x > 0 for x in cost["milliseconds"].values())
+    assert 0 <= cost["clamped"] <= 1
 
 
 def run_line(capsys, *arguments):
@@ -210,13 +219,13 @@ def test_every_subcommand_ends_with_one_line_of_json(name, options, tmp_path, ca
 
 def test_speed_has_the_rows_that_are_documented(shipped):
     """Guards: a system that is dropped; assisted generation where it cannot run."""
-    names = {row for setting in speed.speed_settings(64) for row in setting.rows}
+    names = {row for setting in speed.speed_settings(shipped, 64) for row in setting.rows}
     assert {speed.HF, speed.HF_MIX, speed.ASSISTED, speed.AUTO} <= names
-    assert set(map(speed.fixed_drafts, (1, 2, 4, 8))) <= names
+    assert {f"q* speculative, {count}" for count in (1, 2, 4, 8)} <= names
     names = [speed.ASSISTED, speed.TEACHER]
     made = speed.systems(names, shipped, shipped.workload(1), batch_size=8)
-    assert [system.name for system in made] == [speed.TEACHER]
-    assert [s.batch_size for s in speed.draft_settings(128)] == [1, 8, 32, 128]
+    assert list(made) == [speed.TEACHER]
+    assert [s.batch_size for s in speed.draft_settings(shipped, 128)] == [1, 8, 32, 128]
 
 
 @pytest.mark.parametrize(
@@ -290,19 +299,19 @@ def test_options_reach_the_pair():
 
 def test_sizes_are_batch_times_tokens():
     """Guards: the two numbers swapped."""
-    assert parse_sizes(["32x512", "2x3"]) == (Size(batch=32, tokens=512), Size(2, 3))
+    assert parse_size("32x512") == Size(batch=32, tokens=512)
 
 
 def test_the_hardware_is_named():
     """Guards: a figure that nobody knows the origin of."""
-    facts = hardware.hardware(ModelConfig(device="cpu"))
+    facts = hardware(ModelConfig(device="cpu"))
     assert facts["cores"] >= 1
     assert "gpu" not in facts
 
 
 def test_sections_of_a_table_are_separated():
     """Guards: ratios that read as rates."""
-    lines = printed(make_table("t", ("a", "b"), [("x", "1"), (), ("y", "2")])).splitlines()
+    lines = printed(make_table("t", ("a", "b"), [("x", "1")], [("y", "2")])).splitlines()
     assert sum(line.startswith("├") for line in lines) == 1
 
 

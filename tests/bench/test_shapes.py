@@ -1,16 +1,18 @@
 """Architectures of published models, and acceptance that is emulated at its rate."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from optimal_sampling.bench.architectures import ARCHITECTURES, RandomPair, architecture_named
-from optimal_sampling.bench.hardware import lockstep_bound, memory_bandwidth, weight_bytes
-from optimal_sampling.bench.instruments import OutOfTime, Recorder, accepts
-from optimal_sampling.bench.workload import Variant
+from optimal_sampling.bench.instruments import accepts
+from optimal_sampling.bench.workload import Variant, memory_bandwidth, weight_bytes
 from optimal_sampling.config import ModelConfig
+from optimal_sampling.distribution import keys_tensor
 from optimal_sampling.engines.local.layers import replace_linears
-from optimal_sampling.errors import ConfigError
+from optimal_sampling.errors import ConfigError, EngineError
 
 PARAMETERS = {
     "Qwen2.5-0.5B": 494_032_768,
@@ -84,19 +86,18 @@ def test_weights_are_random_finite_and_not_the_global_state(pair):
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.9, 1.0])
 def test_drafts_are_accepted_at_the_rate(pair, rate):
     """Guards: a label that does not say what was emulated."""
-    work, recorder = pair.workload(32), Recorder()
-    engine = pair.engine(work, 32, Variant(draft_tokens=1, acceptance=rate), recorder)
+    work = pair.workload(32)
+    engine = pair.engine(work, 32, Variant(draft_tokens=1, acceptance=rate))
     done = texts(engine, work.requests)
     assert all(len(c.token_ids) == 40 and max(c.token_ids) < 512 for c in done.values())
-    assert recorder.loop.counts.accepted / recorder.loop.counts.drafted == pytest.approx(
-        rate, abs=0.06
-    )
+    assert engine.recorder.drafts()["accepted"] == pytest.approx(rate, abs=0.06)
 
 
 def test_acceptance_is_a_function_of_request_and_position():
     """Guards: a rate that depends on the draft length or on what shares the batch."""
-    long = accepts([7, 9], [0, 20], 12, 0.5)
-    assert (accepts([9], [23], 4, 0.5)[0] == long[1, 3:7]).all()
+    long = accepts(keys_tensor([7, 9]), torch.tensor([0, 20]), 12, 0.5)
+    one = accepts(keys_tensor([9]), torch.tensor([23]), 4, 0.5)
+    assert (one[0] == long[1, 3:7]).all()
     assert (long[0] != long[1]).any()
 
 
@@ -124,46 +125,51 @@ def test_the_twin_has_one_model(pair):
 def test_same_weights_are_made_once():
     """Guards: --same-weights that makes two models."""
     bench = RandomPair(ModelConfig(device="cpu"), "tiny", "tiny", same_weights=True)
-    work, recorder = bench.workload(1, 2), Recorder()
-    engine = bench.engine(work, 1, recorder=recorder)
+    work = bench.workload(1, 2)
+    engine = bench.engine(work, 1)
     assert len(list(engine.generate(work.requests))) == 1
     assert engine.pair.shared
-    assert len(recorder.loop.models) == 1
+    assert len(engine.recorder.loop.models) == 1
 
 
 def test_the_recorder_sees_every_round(pair):
     """Guards: peaks that are read only when a text ends; decoding that counts prompts."""
-    work, recorder = pair.workload(6), Recorder()
-    engine = pair.engine(work, 3, Variant(draft_tokens=0), recorder)
-    tokens = sum(len(c.token_ids) for c in engine.generate(work.requests))
-    assert tokens == 240
+    work = pair.workload(6)
+    recorder = pair.engine(work, 3, Variant(draft_tokens=0)).record(work.requests)
+    tokens = recorder.whole.tokens
+    assert tokens == 240 == sum(recorder.lengths.values())
     assert recorder.most_rows == 3
     assert recorder.rounds == 80
     assert recorder.kv_bytes > 0
-    assert (
-        recorder.decoding.tokens == tokens - 2 * 3 - 3
-    )  # two rounds read prompts, nothing follows the last round
+    # two rounds read prompts, nothing follows the last round
+    assert recorder.decoding.tokens == tokens - 2 * 3 - 3
     assert recorder.decoding_rows == recorder.decoding.tokens
 
 
 def test_the_recorder_ends_a_run(pair):
     """Guards: a budget of time that is not kept."""
-    work, recorder = pair.workload(2), Recorder(deadline=0.0)
-    engine = pair.engine(work, 2, recorder=recorder)
-    with pytest.raises(OutOfTime):
-        list(engine.generate(work.requests))
-    assert recorder.rounds == 0
-    assert (
-        len(list(pair.engine(work, 2).generate(work.requests))) == 2
-    )  # the models can be used again
+    work = pair.workload(2)
+    engine = pair.engine(work, 2)
+    engine.stop = lambda rounds: True
+    recorder = engine.record(work.requests)
+    assert (recorder.rounds, recorder.whole.tokens, recorder.lengths) == (0, 0, {})
+    # the models can be used again
+    assert len(pair.engine(work, 2).record(work.requests).lengths) == 2
+
+
+def test_a_text_that_fails_ends_a_measurement(pair):
+    """Guards: a figure that is high because texts failed."""
+    work = pair.workload(1)
+    request = replace(work.requests[0], teacher_prompt_ids=(0,) * 5000)
+    with pytest.raises(EngineError):
+        pair.engine(work, 1).record([request])
 
 
 def test_the_roofline_counts_what_is_read():
     """Guards: an embedding counted that is only looked up; a tied output layer forgotten."""
     shape = ARCHITECTURES["tiny"]
-    layers = 2 * (
-        64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128
-    )  # queries, keys and values, output, MLP
+    # queries, keys and values, output, MLP
+    layers = 2 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128)
     norms = 2 * (2 * 64 + 2 * 16) + 64
     model = shape.model(ModelConfig(dtype="float32", device="cpu"), seed=0)
     assert weight_bytes(model) == 4 * (layers + norms + 512 * 64)
@@ -176,11 +182,9 @@ def test_the_roofline_counts_what_is_read():
 
 def test_the_bound_is_bytes_over_bandwidth(pair):
     """Guards: weights of shared models counted twice, caches of one model only."""
-    work = pair.workload(1)
-    engine, twin = pair.engine(work, 1), pair.twin().engine(work, 1)
-    weights, cache = weight_bytes(engine.pair.runners["teacher"].model), 2 * 2 * 2 * 16 * 4
-    assert lockstep_bound(engine, 4, 10, 1e9) == pytest.approx(
-        4e9 / (2 * weights + 4 * 10 * 2 * cache)
-    )
-    assert lockstep_bound(twin, 4, 10, 1e9) == pytest.approx(4e9 / (weights + 4 * 10 * 2 * cache))
+    weights = weight_bytes(pair.loaded().pair.runners["teacher"].model)
+    caches = 4 * 10 * 2 * (2 * 2 * 2 * 16 * 4)
+    pair.bandwidth = 1e9
+    assert pair.roofline(4, 10) == pytest.approx(4e9 / (2 * weights + caches))
+    assert pair.twin().roofline(4, 10) == pytest.approx(4e9 / (weights + caches))
     assert memory_bandwidth(torch.device("cpu"), mebibytes=4) > 1e6

@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optimal_sampling.bench import footprint, identity, large_shapes
+from optimal_sampling.bench import costs, identity, large_shapes
 from optimal_sampling.bench.architectures import RandomPair
-from optimal_sampling.bench.harness import SILENT, Display
-from optimal_sampling.bench.instruments import Recorder
-from optimal_sampling.bench.large_shapes import Budget, Cell
+from optimal_sampling.bench.harness import Report
+from optimal_sampling.bench.large_shapes import Budget
 from optimal_sampling.bench.speed import IDEAL
 from optimal_sampling.bench.subcommands import GpuOptions, Size
 from optimal_sampling.bench.workload import Variant
@@ -24,8 +23,8 @@ TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
 LOCKSTEP = Variant(draft_tokens=0)
 
 
-def tiny_pair(**attributes):
-    made = RandomPair(MODELS, "tiny", "tiny", prompt_tokens=5)
+def tiny_pair(kind=RandomPair, **attributes):
+    made = kind(MODELS, "tiny", "tiny", prompt_tokens=5)
     vars(made).update(equal_tokens=40, bandwidth=1e9, **attributes)
     return made
 
@@ -35,15 +34,23 @@ def pair():
     return tiny_pair()
 
 
-def test_a_batch_that_does_not_fit_completes_by_admission(pair):
+def footprints(pair, size):
+    """The rows of `memory` for one size."""
+    report = Report()
+    costs.measure_memory(pair, [size], report)
+    assert not report.failed
+    return report.results
+
+
+def test_a_batch_that_does_not_fit_completes_by_admission():
     """Guards: running out of memory, or losing texts, where all of a batch does not fit at once."""
-    whole, tight = footprint.measure_memory(pair, [Size(64, 30)])
-    assert whole.predicted_mib == 64 * 35 * 2 * TOKEN_BYTES / 2**20
-    assert whole.predicted_mib <= whole.kv_mib
-    assert (whole.most_rows, whole.finished) == (64, 64)
-    assert tight.finished == 64
-    assert tight.most_rows < 64
-    assert tight.kv_mib <= tight.budget_mib <= whole.kv_mib / 8
+    whole, tight = footprints(tiny_pair(), Size(64, 30))
+    assert whole["predicted_mib"] == 64 * 35 * 2 * TOKEN_BYTES / 2**20
+    assert whole["predicted_mib"] <= whole["kv_mib"]
+    assert (whole["most_rows"], whole["finished"]) == (64, 64)
+    assert tight["finished"] == 64
+    assert tight["most_rows"] < 64
+    assert tight["kv_mib"] <= tight["budget_mib"] <= whole["kv_mib"] / 8
 
 
 def completion(tokens=(1, 2), kl=0.5, captured=1.0):
@@ -67,13 +74,15 @@ def test_a_difference_is_found_wherever_it_is():
 def test_texts_that_differ_fail_the_command():
     """Guards: exit code 0 where speculation changed the text, or where nothing was compared."""
     emulated = tiny_pair(acceptance=0.9)
-    comparisons = identity.compare(emulated, 4)
-    assert [c.prompts for c in comparisons] == [4, 4, 4]
-    assert not any(c.identical for c in comparisons)
-    assert identity.report(emulated, comparisons, SILENT).failed
-    assert not identity.Comparison("nothing").identical
-    equal = identity.compare(tiny_pair(), 4)
-    assert not identity.report(emulated, equal, SILENT).failed
+    report = Report()
+    identity.measure(emulated, 4, report)
+    assert [found["prompts"] for found in report.results] == [4, 4, 4]
+    assert all(found["other_tokens"] for found in report.results)
+    assert report.failed
+    assert not identity.Comparison.of("nothing", {}, {}).identical
+    equal = Report()
+    identity.measure(tiny_pair(), 4, equal)
+    assert not equal.failed
 
 
 GPU = GpuOptions(
@@ -96,7 +105,8 @@ def gpu_result(kv_memory_gib=None, **options):
     pairs = large_shapes.large_pairs(given)
     for each in pairs:
         each.bandwidth, each.kv_memory_gib = 1e9, kv_memory_gib
-    report = large_shapes.report(given, *pairs, Display(shown.append))
+    report = Report(show=shown.append)
+    large_shapes.measure(given, *pairs, report)
     return [line for line in shown if isinstance(line, str)], report.results[0]
 
 
@@ -110,7 +120,19 @@ def test_the_table_of_large_shapes_is_complete_where_time_is_enough():
     assert not any(line.startswith("skipped: ") for line in lines)
     assert any("emulated acceptance 0.8" in line for line in lines)
     assert set(result["bounds"][IDEAL]) == {"2 x 4", "8 x 3"}
-    assert [t["wanted"] for t in result["targets"]] == [0.9, 0.9, 1.2]
+    rates = {
+        cell["row"]: cell["tokens_per_second"]
+        for cell in result["cells"]
+        if cell["size"] == {"batch": 8, "tokens": 3}
+    }
+    teacher, student = rates[large_shapes.TEACHER], rates[large_shapes.STUDENT]
+    found = {name: ratios["8 x 3"] for name, ratios in result["ratios"].items()}
+    assert found == {
+        "q* lockstep / ideal lockstep": pytest.approx(
+            rates[large_shapes.LOCKSTEP] * (1 / teacher + 1 / student)
+        ),
+        "q* speculative at 0.9 / teacher alone": rates[large_shapes.FAST] / teacher,
+    }
     assert (result["admission"]["finished"], result["admission"]["tokens"]) == (4, 48)
 
 
@@ -126,11 +148,11 @@ def test_the_table_of_large_shapes_with_pages(flash_on_cpu):
 
 def test_caches_of_pages_are_measured_by_the_pages_in_use(flash_on_cpu):
     """Guards: the whole memory, which is allocated from the start, shown as what a batch needs."""
-    whole, tight = footprint.measure_memory(tiny_pair(kv_memory_gib=0.02), [Size(4, 300)])
-    assert whole.kv_mib == 4 * 2 * SPARE * PAGE * TOKEN_BYTES / 2**20
-    assert tight.finished == 4
-    assert tight.preemptions > 0
-    assert tight.kv_mib <= tight.budget_mib
+    whole, tight = footprints(tiny_pair(kv_memory_gib=0.02), Size(4, 300))
+    assert whole["kv_mib"] == 4 * 2 * SPARE * PAGE * TOKEN_BYTES / 2**20
+    assert tight["finished"] == 4
+    assert tight["preemptions"] > 0
+    assert tight["kv_mib"] <= tight["budget_mib"]
 
 
 def test_what_the_budget_does_not_allow_is_skipped_and_named():
@@ -142,32 +164,47 @@ def test_what_the_budget_does_not_allow_is_skipped_and_named():
     assert result["admission"]["skipped"] == "no time left"
 
 
+class Rounds(Budget):
+    """Ends every run after a number of rounds."""
+
+    def __init__(self, most):
+        super().__init__(60.0)
+        self.most = most
+
+    def share(self, part):
+        return self
+
+    def over(self, rounds):
+        return rounds == self.most
+
+
 def test_a_run_that_is_cut_off_counts_the_tokens_that_were_drawn(pair):
     """Guards: tokens of unfinished texts that are lost or counted twice."""
 
     def run(tokens):
         work = pair.workload(5, tokens)
-        return large_shapes.run_bounded(pair, work, 3, LOCKSTEP, Recorder(most_rounds=9))
+        engine = pair.engine(work, 3, LOCKSTEP)
+        engine.stop = Rounds(9).over
+        done = engine.record(work.requests)
+        return done.whole.tokens, len(done.lengths), done.rounds
 
-    done = run(4)
-    assert (done.tokens, done.finished) == (5 * 4, 5)
-    done = run(30)
-    assert (done.tokens, done.finished, done.recorder.rounds) == (3 * 9, 0, 9)
+    assert run(4) == (5 * 4, 5, 8)
+    assert run(6) == (3 * 6 + 2 * 3, 3, 9)
+    assert run(30) == (3 * 9, 0, 9)
 
 
 class BrokenTeacher(RandomPair):
     """Its teacher alone cannot run."""
 
-    def engine(self, workload, batch_size, variant=LOCKSTEP, recorder=None):
+    def engine(self, workload, batch_size, variant=LOCKSTEP):
         if variant.mode == "teacher":
             raise RuntimeError("kernel missing\nand more")
-        return super().engine(workload, batch_size, variant, recorder)
+        return super().engine(workload, batch_size, variant)
 
 
 def test_one_cell_that_fails_does_not_cost_the_others():
     """Guards: minutes of measurements lost to one error."""
-    broken = BrokenTeacher(MODELS, "tiny", "tiny", prompt_tokens=5)
-    cells = large_shapes.measure_cells(broken, [Size(2, 3)], Budget(60))
+    cells = large_shapes.measure_cells(tiny_pair(BrokenTeacher), [Size(2, 3)], Budget(60), Report())
     assert len(cells) == len(large_shapes.VARIANTS)
     assert {c.row: c.skipped for c in cells if c.skipped} == {
         large_shapes.TEACHER: "failed: kernel missing"
@@ -178,8 +215,7 @@ def test_a_cell_that_was_cut_off_is_judged_by_its_decoding(pair):
     """Guards: prompts that weigh on a handful of tokens; a rate from a round or two."""
 
     def cell(rounds):
-        budget = Budget(60.0, most_rounds=rounds)
-        return large_shapes.measure_cell(pair, Size(2, 400), large_shapes.LOCKSTEP, budget)
+        return large_shapes.measure_cell(pair, Size(2, 400), large_shapes.LOCKSTEP, Rounds(rounds))
 
     cut = cell(20)
     assert (cut.tokens, cut.complete, cut.skipped) == (40, False, "")
@@ -192,26 +228,3 @@ def test_large_shapes_are_not_asked_of_a_cpu():
     """Guards: a machine without a GPU that is brought to its knees by two large models."""
     with pytest.raises(ConfigError, match="tiny"):
         gpu_result(huge_shape="Qwen3-1.7B")
-
-
-def test_targets_are_those_that_were_asked_for():
-    """Guards: a target that is read off the wrong row; a skipped cell that counts."""
-    large, small = Size(32, 512), Size(8, 256)
-    cells = [
-        Cell(size, row, tokens, 1.0, complete=True)
-        for size, row, tokens in (
-            (large, large_shapes.LOCKSTEP, 3300),
-            (large, large_shapes.TEACHER, 5000),
-            (small, large_shapes.FAST, 150),
-            (small, large_shapes.TEACHER, 100),
-            (small, large_shapes.SLOW, 1),
-        )
-    ]
-    skipped = Cell(Size(8, 2048), large_shapes.FAST, skipped="no time left")
-    rates = large_shapes.cell_rates([*cells, skipped])
-    found = large_shapes.targets({**rates, (IDEAL, large): 4000.0})
-    assert {(t.wanted, round(t.found, 3), t.met) for t in found} == {
-        (3000, 3300.0, True),
-        (0.9, 0.825, False),
-        (1.2, 1.5, True),
-    }

@@ -209,3 +209,13 @@ def test_bytes_are_a_vocabulary_of_257():
         assert result.token[row] == want.token
         got = dict(zip(TRACE_FIELDS, result.trace[row].tolist(), strict=True))
         assert got == pytest.approx(want.trace, abs=2e-5)
+
+
+@pytest.mark.parametrize("vocab", [60, 6007])
+def test_inference_mode_leaves_nothing_behind(vocab):
+    """Guards: buffers made in an engine's inference mode, which nobody else can write to."""
+    student, teacher, noise, position = batch(3, vocab)
+    student[0, 1] = -math.inf
+    with torch.inference_mode():
+        inside = step(student, teacher, noise, position, CONFIG).pack()
+    assert torch.equal(step(student, teacher, noise, position, CONFIG).pack(), inside)

@@ -153,9 +153,9 @@ def test_a_missing_file(name):
 def test_other_files(tmp_path):
     """Guards: reading a CSV as JSON, a text file as Parquet, an empty folder as no rows."""
     (tmp_path / "rows.csv").write_text("problem\nx\n")
-    with pytest.raises(DatasetError, match=r"neither JSONL .* nor Parquet"):
+    with pytest.raises(DatasetError, match=r"ending of no known kind: JSONL, .* or Parquet"):
         read(tmp_path / "rows.csv")
-    with pytest.raises(DatasetError, match="a folder without JSONL or Parquet"):
+    with pytest.raises(DatasetError, match="a folder without files of the kinds JSONL"):
         read(tmp_path)
     (tmp_path / "rows.parquet").write_text("PAR1 it is not")
     with pytest.raises(DatasetError, match="as Parquet"):
@@ -166,26 +166,181 @@ def test_the_hub_needs_its_extra(monkeypatch):
     """Guards: an ImportError, and a message that hides that a file of that name is missing."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        MissingDependencyError, match=r"no file or folder 'owner/name'.*optimal-sampling\[hub\]"
+        MissingDependencyError, match=r"no file or folder 'owner/name'.*pip install 'datasets>=4'"
     ):
         read("owner/name")
 
 
-def test_the_hub(monkeypatch):
-    """Guards: a hub dataset that is read differently from a file. (A stand-in: tests have no
-    network.)
-    """
+class HubTable:
+    """The parts of `datasets.Dataset` that are used."""
 
-    class Table(list):
-        column_names = ("problem", "answer")
+    def __init__(self, rows):
+        self.table = pyarrow.Table.from_pylist(rows)
+        self.column_names = self.table.column_names
 
-    def load_dataset(name, split):
-        assert split == "train"
-        if name != "owner/name":
+    def __len__(self):
+        return len(self.table)
+
+    def with_format(self, kind):
+        assert kind == "arrow"
+        return self
+
+    def iter(self, batch_size):
+        return map(pyarrow.Table.from_batches, ([each] for each in self.table.to_batches(3)))
+
+
+HUB = {
+    ("owner/name", None, None): {"train": ROWS, "test": ROWS[:1]},
+    ("owner/only-test", None, None): {"test": ROWS[2:]},
+    ("owner/two", None, None): {"a": ROWS, "b": ROWS},
+    ("owner/subsets", "main", None): {"train": ROWS[3:]},
+    ("owner/name", None, "v2"): {"train": ROWS[4:]},
+}
+"""Splits by name, subset and revision."""
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in: tests have no network."""
+
+    def splits_of(name, subset, revision):
+        if name == "owner/subsets" and subset is None:
+            raise ValueError("Config name is missing.\nPlease pick one among: ['main']")
+        if (name, subset, revision) not in HUB:
             raise FileNotFoundError("no such dataset")
-        return Table(ROWS)
+        return HUB[name, subset, revision]
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert read("owner/name", num_examples=3) == list(enumerate(ROWS))[:3]
-    with pytest.raises(DatasetError, match=r"cannot load 'owner/other'.*no such dataset"):
-        read("owner/other")
+    module = types.SimpleNamespace(
+        get_dataset_split_names=lambda name, subset, revision: [*splits_of(name, subset, revision)],
+        load_dataset=lambda name, subset, split, revision: HubTable(
+            splits_of(name, subset, revision)[split]
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rows"),
+    [
+        ("owner/name", {"num_examples": 3}, ROWS[:3]),
+        ("owner/name", {"split": "test"}, ROWS[:1]),
+        ("owner/only-test", {}, ROWS[2:]),
+        ("owner/subsets", {"subset": "main"}, ROWS[3:]),
+        ("owner/name", {"revision": "v2"}, ROWS[4:]),
+    ],
+)
+def test_splits_subsets_and_revisions_of_the_hub(hub, name, options, rows):
+    """Guards: a hub dataset that is read differently from a file, or only where it has `train` and
+    no subsets (gsm8k has no default subset, MATH-500 has only `test`).
+    """
+    assert read(name, **options) == list(enumerate(rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("owner/other", "cannot load 'owner/other'.*no such dataset"),
+        ("owner/two", "has several splits: a, b; choose one with --split"),
+        ("owner/subsets", r"Please pick one among: \['main'\] \(choose one with --subset\)"),
+    ],
+)
+def test_what_the_hub_does_not_have(hub, name, message):
+    """Guards: a message that does not say which option is missing."""
+    with pytest.raises(DatasetError, match=message):
+        read(name)
+
+
+SNAPSHOT = {
+    "README.md": "",
+    ".gitattributes": "",
+    "dataset_infos.json": "{}",
+    "main/train-00000-of-00002.parquet": ROWS[:2],
+    "main/train-00001-of-00002.parquet": ROWS[2:4],
+    "main/._train-00000-of-00002.parquet": "resource fork",
+    "main/test-00000-of-00001.parquet": ROWS[4:5],
+    "socratic/train-00000-of-00001.parquet": ROWS[5:],
+    ".cache/huggingface/download/x.parquet": "half a file",
+}
+SPLIT_BY_NAME = {"math_train.jsonl": ROWS[:3], "math_test.jsonl": ROWS[3:], "dataset_info.json": ""}
+
+
+def write_folder(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            path.write_text(content)
+        elif name.endswith(".parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
+        else:
+            write_jsonl(path, content)
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "rows"),
+    [
+        (SNAPSHOT, {"subset": "main", "split": "train"}, ROWS[:4]),
+        (SNAPSHOT, {"subset": "main", "split": "test"}, ROWS[4:5]),
+        (SNAPSHOT, {"subset": "socratic"}, ROWS[5:]),
+        (SNAPSHOT, {"subset": "all", "split": "train"}, ROWS[:4] + ROWS[5:]),
+        (SPLIT_BY_NAME, {"split": "test"}, ROWS[3:]),
+        (SPLIT_BY_NAME, {"split": "all"}, ROWS[3:] + ROWS[:3]),
+        ({"data/train-00000-of-00001.parquet": ROWS}, {}, ROWS),
+        ({"data/train-00000-of-00001.parquet": ROWS}, {"split": "train"}, ROWS),
+        ({"train_sft-00000-of-00001.parquet": ROWS, "x.jsonl": ROWS[:1]}, {}, ROWS + ROWS[:1]),
+        (
+            {"a/validation/x.jsonl": ROWS, "a/train/x.jsonl": ROWS[:1]},
+            {"split": "validation"},
+            ROWS,
+        ),
+        ({"rows.jsonl": ROWS, "old/rows.jsonl": ROWS}, {}, ROWS),
+        ({"test_cases.jsonl": ROWS[:5], "more.jsonl": ROWS[5:]}, {}, ROWS[5:] + ROWS[:5]),
+        ({"._a.jsonl": "\x00", "a.jsonl": ROWS, "state.json": "{}"}, {}, ROWS),
+        ({"a.jsonl": "", "b.jsonl": ROWS}, {}, ROWS),
+    ],
+)
+def test_the_files_of_a_folder(tmp_path, files, options, rows):
+    """Guards: data of a downloaded snapshot that is not found, and other files read as data."""
+    write_folder(tmp_path, files)
+    assert [row for _, row in read(tmp_path, **options)] == rows
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        (SPLIT_BY_NAME, {}, "several splits: test, train; choose one with --split"),
+        (SPLIT_BY_NAME, {"split": "dev"}, "no split 'dev'; it has: test, train"),
+        (SNAPSHOT, {}, "several subsets: main, socratic; choose one with --subset"),
+        (SNAPSHOT, {"subset": "main"}, "several splits: test, train; choose one with --split"),
+        (SNAPSHOT, {"subset": "x"}, "no subset 'x'; it has: main, socratic"),
+        (SPLIT_BY_NAME, {"revision": "v1"}, "has no revisions; leave --revision out"),
+        ({"data.csv": "", "state.json": ""}, {}, "folder without files of the kinds JSONL"),
+    ],
+)
+def test_a_folder_that_does_not_say_what_is_meant(tmp_path, files, options, message):
+    """Guards: training on the test split because it lies in the same folder."""
+    write_folder(tmp_path, files)
+    with pytest.raises(DatasetError, match=message):
+        read(tmp_path, **options)
+
+
+@pytest.mark.parametrize("option", ["split", "subset", "revision"])
+def test_options_without_a_meaning_are_refused(tmp_path, option):
+    """Guards: `--split test` of one file that silently reads all of it."""
+    for dataset in (write_jsonl(tmp_path / "rows.jsonl", ROWS), "synthetic"):
+        with pytest.raises(DatasetError, match=f"leave --{option} out"):
+            read(dataset, **{option: "test"})
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_first_row_does_not_decide_the_columns(tmp_path, order):
+    """Guards: a first row without a column that makes the whole dataset have none, or one odd row
+    that chooses the prompt column for all.
+    """
+    rows = [{"problem": "odd", "id": 1}, *({"question": f"{n}", "answer": "x"} for n in range(5))]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows[::order])
+    dataset = open_dataset(DataConfig(dataset=str(path), answer_column="answer"), seed=0)
+    assert dataset.prompt_column == "question"
+    assert {*dataset.columns} == {"problem", "id", "question", "answer"}
+    first = open_dataset(DataConfig(dataset=str(path), num_examples=1), seed=0)
+    assert {*first.columns} == {*rows[::order][0]}

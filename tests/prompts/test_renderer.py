@@ -143,8 +143,8 @@ def test_problem_is_found_in_every_known_form() -> None:
         {"role": "assistant", "content": "the answer"},
     ]
     conversation = conversation_of({"messages": turns})
-    assert (conversation.problem, conversation.system) == ("three", "S")
-    assert conversation.history == (("user", "one"), ("assistant", "two"))
+    assert (conversation.problem, conversation.place) == ("three", 3)
+    assert conversation.messages == (*turns[:3], {"role": "user", "content": "three"})
     assert conversation_of({"prompt": turns[:2]}).problem == "one"
     assert conversation_of({"question": "q", "prompt": "p"}).problem == "q"
     assert conversation_of({"question": "q", "x": 7}, "x").problem == "7"
@@ -271,7 +271,8 @@ def test_closed_block_on_one_side_and_ignored_switch_are_noted() -> None:
 def test_chat_template_that_refuses_a_system_prompt_is_a_config_error() -> None:
     """Guards: every row of a run failing for the same reason, one by one."""
     refusal = "{{ raise_exception('no system role') }}"
-    strict = "{% if messages[0]['role'] == 'system' %}" + refusal + "{% endif %}x"
+    strict = "{% if messages[0]['role'] == 'system' %}" + refusal + "{% endif %}"
+    strict += "{{ messages[0]['content'] }}"
     vocabulary = vocabulary_of(make_tokenizer(chat_template=strict))
     with pytest.raises(ConfigError, match="system prompt: no system role"):
         PromptRenderer(PromptConfig(student_system_prompt="S"), vocabulary)

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer
 from transformers import PreTrainedTokenizerFast
 
 from optimal_sampling.vocabulary import ModelTokens, Vocabulary
@@ -75,6 +84,80 @@ def tokens(tokenizer: Any = None, name: str = "model", **fields: Any) -> ModelTo
 def vocabulary_of(student: Any = None, teacher: Any = None) -> Vocabulary:
     student = student or make_tokenizer()
     return Vocabulary.share(tokens(student, "student"), tokens(teacher or student, "teacher"))
+
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. 1 + 1 = 2",
+    "  two  spaces\nand a line\n\nnaïve café 你好 Привет",
+    "print('hello'); x = f(y)\t# tab <|im_end|>",
+]
+
+
+def byte_level(space_first: bool) -> Any:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space_first)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return tokenizer, BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+
+
+def unigram(scheme: str) -> Any:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    trainer = UnigramTrainer(
+        vocab_size=200, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
+    )
+    return tokenizer, trainer
+
+
+def llama() -> Any:
+    """As Llama 2 and Mistral: sentencepiece's BPE with bytes for unknown characters."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    known = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    return tokenizer, BpeTrainer(vocab_size=420, special_tokens=known, show_progress=False)
+
+
+def word_pieces() -> Any:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    return tokenizer, WordPieceTrainer(
+        vocab_size=200, special_tokens=["[UNK]"], show_progress=False
+    )
+
+
+KINDS = {
+    "byte-level": byte_level(space_first=False),
+    "byte-level with a space first": byte_level(space_first=True),
+    "unigram, always": unigram("always"),
+    "unigram, first": unigram("first"),
+    "unigram, never": unigram("never"),
+    "llama": llama(),
+    "word pieces": word_pieces(),
+}
+
+
+def trained(kind: str) -> Any:
+    """A small tokenizer of a kind, trained on CORPUS."""
+    tokenizer, trainer = KINDS[kind]
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    state = json.loads(tokenizer.to_str())
+    added = [each for each in state["added_tokens"] if not each["content"].startswith("<0x")]
+    tokenizer = Tokenizer.from_str(json.dumps({**state, "added_tokens": added}))
+    tokenizer.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
 
 
 @pytest.fixture

@@ -34,7 +34,9 @@ class BatchSampler:
     _mixture: MixtureConfig
 
     def __init__(self, models: ModelConfig) -> None:
-        self.vocabulary = Vocabulary.load(models.student, models.teacher, models.trust_remote_code)
+        self.vocabulary = Vocabulary.load(
+            models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+        )
         self._closed = False
         self._warned: set[str] = set()
         self._warn_once(self.vocabulary.notes, stacklevel=4)

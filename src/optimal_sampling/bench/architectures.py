@@ -5,13 +5,13 @@ Sizes are those of the published configurations.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from optimal_sampling.bench.instruments import MeasuredEngine
-from optimal_sampling.bench.subcommands import PairOptions
+from optimal_sampling.bench.subcommands import ModelOptions, PairOptions
 from optimal_sampling.bench.workload import ModelPair, Workload
 from optimal_sampling.config import LocalOptions, ModelConfig, PromptConfig
 from optimal_sampling.engines.device import resolve_device, resolve_dtype
@@ -22,7 +22,6 @@ from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["ARCHITECTURES", "Architecture", "RandomPair", "architecture_named", "make_pair"]
 
-CONFIG_CLASSES = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "LlamaConfig"}
 LLAMA_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -57,11 +56,12 @@ class Architecture:
 
     def config(self) -> Any:
         """The Transformers configuration, without an end of text."""
-        import transformers
+        from transformers import AutoConfig
 
         llama = self.family == "llama"
         head_dim = {"head_dim": self.head_dim} if self.head_dim else {}
-        return getattr(transformers, CONFIG_CLASSES[self.family])(
+        return AutoConfig.for_model(
+            self.family,
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
@@ -126,7 +126,6 @@ class RandomPair(ModelPair):
     """Two architectures instead of two models: prompts of random ids, texts of equal length."""
 
     natural = False
-    has_assistant = False
 
     def __init__(
         self,
@@ -145,21 +144,28 @@ class RandomPair(ModelPair):
     @property
     def names(self) -> dict[str, Any]:
         """The models, for the line of JSON."""
-        found = {role: f"{name} shape, random weights" for role, name in self.names_by_role.items()}
-        rate = {} if self.acceptance is None else {"emulated_acceptance": self.acceptance}
-        return {**found, "same_weights": self.same_weights, "dtype": self.models.dtype, **rate}
+        names: dict[str, Any] = {}
+        for role, name in self.names_by_role.items():
+            names[role] = f"{name} shape, random weights"
+        names["same_weights"] = self.same_weights
+        names["dtype"] = self.models.dtype
+        if self.acceptance is not None:
+            names["emulated_acceptance"] = self.acceptance
+        return names
 
     def twin(self) -> RandomPair:
-        """The teacher's architecture as its own student, with the loaded engines."""
-        name = self.names_by_role["teacher"]
-        twin = RandomPair(
-            self.models, name, name, same_weights=True, prompt_tokens=self.prompt_tokens
-        )
-        twin.equal_tokens, twin.kv_memory_gib = self.equal_tokens, self.kv_memory_gib
-        twin._engines = {
-            key: _with_teacher_alone(engine, twin.vocabulary)
-            for key, engine in self._engines.items()
-        }
+        """The loaded teacher as its own student, without a copy of it."""
+        twin = copy.copy(self)
+        twin.same_weights = True
+        twin._engines = {}
+        for key, engine in self._engines.items():
+            pair = engine.pair
+            for runner in pair.runners.values():
+                # the student's caches would stay, but the twin counts on all of the memory
+                runner.drop_caches()
+            runners = dict.fromkeys(pair.runners, pair.runners["teacher"])
+            twin._engines[key] = engine.view()
+            twin._engines[key].pair = replace(pair, runners=runners, shared=True)
         return twin
 
     def workload(
@@ -202,31 +208,20 @@ def _shared_vocabulary(teacher: str, student: str) -> Vocabulary:
     )
 
 
-def _with_teacher_alone(engine: MeasuredEngine, vocabulary: Vocabulary) -> MeasuredEngine:
-    """The loaded teacher in both roles, without a copy."""
-    for runner in engine.pair.runners.values():
-        # the student's caches would stay, but the new engine counts on all of the memory
-        runner.drop_caches()
-    runners = dict.fromkeys(engine.pair.runners, engine.pair.runners["teacher"])
-    pair = replace(engine.pair, runners=runners, shared=True)
-    return MeasuredEngine(pair, engine.mixture, engine.options, vocabulary)
-
-
-def make_pair(options: PairOptions) -> ModelPair:
+def make_pair(options: ModelOptions) -> ModelPair:
     """The models or shapes that the options name; weights are loaded at the first use.
 
-    Raises ConfigError, ModelError.
+    Options without `student_shape` name one model for both roles. Raises ConfigError, ModelError.
     """
-    if options.teacher_shape is None or options.student_shape is None:
-        return ModelPair(options.models)
-    pair = RandomPair(
-        options.models,
-        options.teacher_shape,
-        options.student_shape,
-        same_weights=options.same_weights,
-        prompt_tokens=options.prompt_tokens,
-    )
+    models, teacher = options.models, options.teacher_shape
+    if teacher is None:
+        one = not isinstance(options, PairOptions)
+        return ModelPair(replace(models, student=models.teacher) if one else models)
+    student = getattr(options, "student_shape", teacher)
+    same = getattr(options, "same_weights", True)
+    tokens = options.prompt_tokens
+    pair = RandomPair(models, teacher, student, same_weights=same, prompt_tokens=tokens)
     pair.equal_tokens = getattr(options, "new_tokens", pair.equal_tokens)
-    if not options.same_weights:
+    if not same:
         pair.acceptance = getattr(options, "acceptance", None)
     return pair

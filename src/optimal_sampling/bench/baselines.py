@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from optimal_sampling.bench.workload import ModelPair, Workload
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution import step
+from optimal_sampling.distribution import log_q, make_pair, solve
 from optimal_sampling.types import Request
 
 __all__ = ["transformers_generate"]
@@ -23,12 +25,10 @@ __all__ = ["transformers_generate"]
 class StudentMixture(LogitsProcessor):  # type: ignore[misc]
     """Turns the teacher's scores into log q*. Runs the student with a cache of its own."""
 
-    def __init__(
-        self, student: Any, mask: Int[Tensor, "batch prompt"], mixture: MixtureConfig
-    ) -> None:
+    def __init__(self, student: Any, mask: Int[Tensor, "batch prompt"]) -> None:
         self.student = student
         self.mask = mask
-        self.mixture = mixture
+        self.mixture = MixtureConfig()
         self.cache = DynamicCache()
 
     # the mixture's buffers are kept per thread, and those that an engine has left are
@@ -39,20 +39,18 @@ class StudentMixture(LogitsProcessor):  # type: ignore[misc]
     ) -> Float[Tensor, "batch vocab"]:
         """log q* over the student's vocabulary, -inf beyond."""
         student = self._student_logits(input_ids)
-        rows, vocab = len(student), min(student.shape[-1], scores.shape[-1])
-        noise = torch.zeros(rows, vocab, device=student.device)
-        position = torch.zeros(rows, dtype=torch.long, device=student.device)
-        both = student[:, :vocab], scores[:, :vocab]
-        log_q = step(*both, noise, position, self.mixture, keep_log_q=True).log_q
-        assert log_q is not None
-        return torch.nn.functional.pad(log_q, (0, scores.shape[-1] - vocab), value=-torch.inf)
+        width = scores.shape[1]
+        vocab = min(student.shape[1], width)
+        models = make_pair(student[:, :vocab], scores[:, :vocab], self.mixture)
+        position = torch.zeros_like(input_ids[:, 0])
+        solved = solve(models, position, self.mixture, ess=False)
+        return pad(log_q(solved), (0, width - vocab), value=-torch.inf)
 
     def _student_logits(
         self, input_ids: Int[Tensor, "batch length"]
     ) -> Float[Tensor, "batch vocab"]:
         seen = self.cache.get_seq_length()
-        added = input_ids.shape[1] - self.mask.shape[1]
-        self.mask = torch.nn.functional.pad(self.mask, (0, added), value=1)
+        self.mask = pad(self.mask, (0, input_ids.shape[1] - self.mask.shape[1]), value=1)
         output = self.student(
             input_ids=input_ids[:, seen:],
             attention_mask=self.mask,
@@ -72,7 +70,7 @@ def transformers_generate(
     `assisted`: the student drafts for the teacher (assisted generation), at batch 1 only.
     Returns the number of tokens.
     """
-    teacher = pair.stock_teacher_for_assistant() if assisted else pair.stock("teacher")
+    teacher = pair.stock_teacher_for_assistant if assisted else pair.stock("teacher")
     student = pair.stock("student")
     settings: dict[str, Any] = {"assistant_model": student} if assisted else {}
     stop = pair.vocabulary.stop_ids if workload.natural_end else frozenset()
@@ -81,8 +79,7 @@ def transformers_generate(
         batch = workload.requests[first : first + batch_size]
         ids, mask = (x.to(teacher.device) for x in _left_padded(batch, pair.vocabulary.pad_id))
         if mix:
-            processor = StudentMixture(student, mask, MixtureConfig())
-            settings["logits_processor"] = LogitsProcessorList([processor])
+            settings["logits_processor"] = LogitsProcessorList([StudentMixture(student, mask)])
         most = batch[0].max_new_tokens
         torch.manual_seed(0)
         output = teacher.generate(
@@ -105,17 +102,17 @@ def transformers_generate(
 def _left_padded(
     batch: tuple[Request, ...], pad_id: int
 ) -> tuple[Int[Tensor, "batch prompt"], Int[Tensor, "batch prompt"]]:
-    prompts = [r.teacher_prompt_ids for r in batch]
-    longest = max(map(len, prompts))
-    ids = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids), torch.tensor(mask)
+    """Token ids, and 1 where they are no filler."""
+    prompts = [torch.tensor(request.teacher_prompt_ids) for request in batch]
+    ones = [torch.ones_like(prompt) for prompt in prompts]
+    ids = pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
+    return ids, pad_sequence(ones, batch_first=True, padding_side="left")
 
 
 def _count(output: Int[Tensor, "batch length"], stop: frozenset[int]) -> int:
     """Tokens up to and including the first stop id of every row."""
     total = 0
     for row in output.tolist():
-        ends = [i for i, token in enumerate(row) if token in stop]
-        total += ends[0] + 1 if ends else len(row)
+        length = next((i for i, token in enumerate(row, 1) if token in stop), len(row))
+        total += length
     return total

@@ -1,61 +1,65 @@
 """The measuring harness: interleaved repeats, medians, ratios, tables, one line of JSON.
 
-Imports no torch until a subcommand runs, so that scripts which time other processes can use it.
+Imports no torch until a subcommand runs.
 """
 
 from __future__ import annotations
 
 import json
+import platform
+import re
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import astuple, dataclass, field
+from datetime import date
 from importlib import import_module
+from operator import add, sub
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeAlias
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
 from optimal_sampling.bench.subcommands import BenchOptions
 from optimal_sampling.config import ModelConfig
+from optimal_sampling.version import __version__
 
 __all__ = [
-    "SILENT",
-    "Display",
     "RateTable",
     "Rates",
     "Report",
+    "Row",
     "Spent",
-    "System",
+    "Systems",
+    "hardware",
     "interleave",
     "make_table",
     "per_second",
     "quotients",
     "run_bench",
-    "timed",
 ]
-
-Rates: TypeAlias = Mapping[str, float]
-"""Tokens per second by name of the system."""
 
 
 def ignore(text: Any) -> None:
     """Show nothing."""
 
 
-@dataclass(frozen=True)
-class Display:
-    """Where a measurement is shown."""
+@dataclass
+class Report:
+    """What a subcommand shows while it runs, and what it found."""
 
     show: Callable[[Table | str], None] = ignore
     """Prints a table or a line."""
     status: Callable[[str], None] = ignore
     """Shows what is being measured, for as long as it is."""
-
-
-SILENT = Display()
+    models: dict[str, Any] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    """For the line of JSON."""
+    failed: bool = False
+    """What the subcommand checks does not hold."""
 
 
 @dataclass(frozen=True)
@@ -67,71 +71,75 @@ class Spent:
     cpu: float = 0.0
     """Of all threads of the process."""
 
+    @classmethod
+    def until_now(cls, tokens: int = 0) -> Spent:
+        """Readings of the two clocks, whose differences are meaningful."""
+        return cls(tokens, time.perf_counter(), time.process_time())
+
     def __add__(self, other: Spent) -> Spent:
-        return Spent(self.tokens + other.tokens, self.wall + other.wall, self.cpu + other.cpu)
+        return Spent(*map(add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: Spent) -> Spent:
+        return Spent(*map(sub, astuple(self), astuple(other)))
+
+    def rate(self, clock: Literal["wall", "cpu"] = "wall") -> float:
+        """Tokens per second; 0 where there was none."""
+        return self.tokens / getattr(self, clock) if self.tokens else 0.0
 
 
-@dataclass(frozen=True)
-class System:
-    """A system to be timed on the same work as others."""
-
-    name: str
-    run: Callable[[int], int | Spent]
-    """Does the work once; the argument is the number of the repeat, 0 for the warm-up. Returns
-    the number of tokens, or a `Spent` where only a part of the work counts."""
-    repeats: int | None = None
-    """Most counted repeats; None: as many as the others."""
-
-
-Timings: TypeAlias = dict[str, list[Spent]]
+Systems: TypeAlias = Mapping[str, Callable[[], int | Spent]]
+"""What is timed on the same work, by name: does the work once and returns the number of tokens,
+or a `Spent` where only a part of the work counts."""
+Timings: TypeAlias = Mapping[str, Sequence[Spent]]
 """The counted repeats of each system."""
+Rates: TypeAlias = Mapping[str, float]
+"""Tokens per second by name of the system."""
 
 
 def interleave(
-    systems: Iterable[System], repeats: int, status: Callable[[str], None] = ignore
+    systems: Systems,
+    repeats: int,
+    status: Callable[[str], None] = ignore,
+    fewer: Mapping[str, int] | None = None,
 ) -> Timings:
-    """Run all systems in turn, once to warm up and then `repeats` times.
+    """Run all systems in turn, once to warm up and then `repeats` times, or `fewer` for some.
 
     Every second turn is in reverse order, so that a machine that slows down does so for all of
     them.
     """
-    systems = list(systems)
-    timings: Timings = {system.name: [] for system in systems}
+    most = dict.fromkeys(systems, repeats) | dict(fewer or {})
+    timings: dict[str, list[Spent]] = {name: [] for name in systems}
     for repeat in range(repeats + 1):
-        for system in systems[:: -1 if repeat % 2 else 1]:
-            if system.repeats is not None and repeat > system.repeats:
+        for name in list(systems)[:: -1 if repeat % 2 else 1]:
+            if repeat > most[name]:
                 continue
-            status(f"{system.name}: {f'repeat {repeat} of {repeats}' if repeat else 'warm-up'}")
-            spent = timed(partial(system.run, repeat))
-            if repeat:
-                timings[system.name].append(spent)
-    return timings
-
-
-def timed(work: Callable[[], int | Spent]) -> Spent:
-    """Tokens and seconds of one call; or what the call itself returns as `Spent`."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    made = work()
-    if isinstance(made, Spent):
-        return made
-    return Spent(made, time.perf_counter() - wall, time.process_time() - cpu)
+            status(f"{name}: repeat {repeat} of {repeats}")
+            started = Spent.until_now()
+            made = systems[name]()
+            spent = made if isinstance(made, Spent) else Spent.until_now(made) - started
+            timings[name].append(spent)
+    return {name: spent[1:] for name, spent in timings.items()}
 
 
 def per_second(timings: Timings, clock: Literal["wall", "cpu"]) -> dict[str, float]:
     """Median tokens per second of each system."""
     return {
-        name: median(spent.tokens / getattr(spent, clock) for spent in repeats)
-        for name, repeats in timings.items()
+        name: median(spent.rate(clock) for spent in repeats) for name, repeats in timings.items()
     }
 
 
-def quotients(rates: Rates, named: Iterable[tuple[str, str, str]]) -> dict[str, float]:
-    """Ratios of those (name, numerator, denominator) whose two systems were measured."""
-    return {
-        name: rates[over] / rates[under]
-        for name, over, under in named
-        if over in rates and under in rates
-    }
+Ratio: TypeAlias = tuple[str, str, Sequence[str]]
+"""Name, numerator, and denominators, of which the largest that was measured is taken."""
+
+
+def quotients(rates: Rates, named: Iterable[Ratio]) -> dict[str, float]:
+    """Those ratios whose systems were measured."""
+    found = {}
+    for name, over, under in named:
+        measured = [rates[each] for each in under if each in rates]
+        if over in rates and measured:
+            found[name] = rates[over] / max(measured)
+    return found
 
 
 @dataclass(frozen=True)
@@ -152,41 +160,32 @@ class RateTable:
         wall, cpu = per_second(timings, "wall"), per_second(timings, "cpu")
         return cls(title, wall, cpu, ratios(wall), ratios(cpu))
 
-    def table(self, bounds: Rates | None = None) -> Table:
-        """The table to be printed. `bounds`: most possible tokens per wall-clock second."""
-        rows = [
-            *_rows(self.per_wall_second, self.per_cpu_second, ".0f"),
-            *_rows(bounds or {}, {}, ".0f"),
-            *_rows(self.ratios_wall, self.ratios_cpu, ".2f"),
-        ]
-        return make_table(self.title, ("tokens per second", "wall clock", "CPU time"), rows)
+    def table(self, bounds: Iterable[Row] = (), more: Iterable[Row] = ()) -> Table:
+        """The table to be printed, with rows after the rates and after the ratios."""
+        wall, cpu = self.per_wall_second, self.per_cpu_second
+        rates = [(name, round(wall[name]), round(cpu[name])) for name in wall]
+        ratios = [(name, ratio, self.ratios_cpu[name]) for name, ratio in self.ratios_wall.items()]
+        columns = ("tokens per second", "wall clock", "CPU time")
+        return make_table(self.title, columns, rates, bounds, ratios, more)
 
 
-def _rows(wall: Rates, cpu: Rates, form: str) -> list[Sequence[str]]:
-    """One section of a table of rates; what has no CPU time is empty there."""
-    rows: list[Sequence[str]] = [
-        (name, format(value, form), format(cpu[name], form) if name in cpu else "")
-        for name, value in wall.items()
-    ]
-    return [*rows, ()] if rows else []
+Row: TypeAlias = Sequence[str | float | None]
 
 
-def make_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str | float | None]]
-) -> Table:
-    """A table whose figures are at the right; an empty row ends a section.
+def make_table(title: str, columns: Sequence[str], *sections: Iterable[Row]) -> Table:
+    """A table whose figures are at the right.
 
-    Numbers with a fraction have two decimals; None is an empty cell.
+    Numbers with a fraction have two decimals; None is an empty cell, as are those that a row
+    lacks.
     """
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column(columns[0], no_wrap=True)
     for name in columns[1:]:
         table.add_column(name, justify="right")
-    for row in rows:
-        if row:
+    for section in sections:
+        for row in section:
             table.add_row(*map(_cell, row))
-        else:
-            table.add_section()
+        table.add_section()
     return table
 
 
@@ -196,21 +195,60 @@ def _cell(value: str | float | None) -> str:
     return "" if value is None else str(value)
 
 
-@dataclass(frozen=True)
-class Report:
-    """The result of a subcommand, for the line of JSON and the exit code."""
+def hardware(models: ModelConfig) -> dict[str, Any]:
+    """Processor, versions, load, date; and the GPU, where the models are on one."""
+    import torch
+    import transformers
 
-    models: dict[str, Any] = field(default_factory=dict)
-    results: list[dict[str, Any]] = field(default_factory=list)
-    failed: bool = False
-    """What the subcommand checks does not hold."""
+    return {
+        "processor": _processor(),
+        "cores": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [round(x, 1) for x in psutil.getloadavg()],
+        **_gpu(models.device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "optimal_sampling": __version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    try:
+        facts = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        facts = ""
+    model = re.search(r"model name\s*: (.+)", facts)
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+def _gpu(name: str) -> dict[str, Any]:
+    import torch
+
+    from optimal_sampling.engines.device import resolve_device
+
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return {}
+    facts = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": facts.name,
+        "gpu_memory_gib": round(facts.total_memory / 2**30, 1),
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _driver() -> str:
+    command = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+    status, text = subprocess.getstatusoutput(command)
+    return "unknown" if status else text.partition("\n")[0]
 
 
 def run_bench(options: BenchOptions, console: Console) -> int:
     """Run a subcommand: tables, then one line of JSON. Returns the exit code."""
     import torch
-
-    from optimal_sampling.bench.hardware import hardware
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -219,16 +257,16 @@ def run_bench(options: BenchOptions, console: Console) -> int:
     module, function = options.function.split(":")
     run = getattr(import_module(f"optimal_sampling.bench.{module}"), function)
     with console.status("loading", spinner="dots") as status:
-        report: Report = run(options, Display(console.print, status.update))
-    line = json.dumps(
-        {
-            "benchmark": options.name,
-            "hardware": facts,
-            "models": report.models,
-            "results": report.results,
-        }
-    )
-    console.file.write(line + "\n")
+        report = Report(console.print, status.update)
+        run(options, report)
+    result = {
+        "benchmark": options.name,
+        "hardware": facts,
+        "models": report.models,
+        "results": report.results,
+    }
+    line = json.dumps(result) + "\n"
+    console.file.write(line)
     if options.output is not None:
-        Path(options.output).write_text(line + "\n")
+        Path(options.output).write_text(line)
     return 1 if report.failed else 0

@@ -5,41 +5,43 @@ The only file of the benchmarks that depends on how the engine's generation loop
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field, replace
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
-import numpy as np
 import psutil
 import torch
 from jaxtyping import Bool
+from torch import Tensor
 
 from optimal_sampling.bench.harness import Spent
-from optimal_sampling.engines.device import to_device
-from optimal_sampling.engines.local.drafting import DraftPolicy
+from optimal_sampling.distribution import gumbel, keys_tensor
 from optimal_sampling.engines.local.engine import LocalEngine
-from optimal_sampling.engines.local.round import RunSettings, SampledRound, Sampler
+from optimal_sampling.engines.local.round import SampledRound, Sampler
 from optimal_sampling.engines.local.run import GenerationLoop
-from optimal_sampling.engines.local.runner import CachedModel
 from optimal_sampling.engines.local.scheduler import RoundPlan, Sequence
+from optimal_sampling.errors import EngineError
+from optimal_sampling.types import Request
 
-__all__ = ["MeasuredEngine", "OutOfTime", "Recorder", "accepts"]
+__all__ = ["MeasuredEngine", "Recorder", "accepts", "resident_bytes"]
 
-PROCESS = psutil.Process()
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
 
 
 class OutOfTime(Exception):
-    """Ends a run between two rounds, at the limits of its recorder."""
+    """Ends a run between two rounds."""
 
 
 @dataclass
 class Recorder:
     """What happens in the rounds of one `generate` call."""
 
-    deadline: float = float("inf")
-    """Value of `time.perf_counter` after which no round starts."""
-    most_rounds: int | None = None
-    """Number of rounds after which none starts."""
+    loop: GenerationLoop
+    stop: Callable[[int], bool]
+    """Whether the run ends after this many rounds, before the texts do."""
     rounds: int = 0
     most_rows: int = 0
     """Requests in flight at once."""
@@ -51,19 +53,22 @@ class Recorder:
     """Rounds that read no prompt: from the start of each to the start of the next."""
     decoding_rows: int = 0
     """Rows of those rounds, summed."""
-    loop: GenerationLoop = field(init=False)
-    """The generation loop of the call."""
-    _started: _Started | None = None
+    whole: Spent = field(default_factory=Spent)
+    """The call, with the tokens of texts that did not end."""
+    lengths: dict[str, int] = field(default_factory=dict)
+    """Tokens of the texts that ended, by request id."""
+    _started: Spent | None = None
+    """Start of the round in progress, where it reads no prompt, and the tokens of its rows."""
+    _rows: list[Sequence] = field(default_factory=list)
 
     def before(self, plan: RoundPlan, rows: list[Sequence]) -> None:
-        """Record the start of a round. Raises OutOfTime beyond the limits."""
-        now = Spent(0, time.perf_counter(), time.process_time())
-        if self._started is not None and self._started.decodes:
-            self.decoding += self._started.until(now)
-            self.decoding_rows += len(self._started.rows)
-        decodes = not any(plan.chunks)
-        self._started = _Started(now, list(rows), _drawn_tokens(rows), decodes)
-        if now.wall > self.deadline or self.rounds == self.most_rounds:
+        """Record the start of a round. Raises OutOfTime where the run is to end."""
+        if self._started is not None:
+            self.decoding += _drawn(self._rows) - self._started
+            self.decoding_rows += len(self._rows)
+        self._rows = list(rows)
+        self._started = None if any(plan.chunks) else _drawn(rows)
+        if self.stop(self.rounds):
             raise OutOfTime
 
     def after(self, rows: list[Sequence]) -> None:
@@ -71,32 +76,27 @@ class Recorder:
         self.rounds += 1
         self.most_rows = max(self.most_rows, len(rows))
         self.kv_bytes = max(self.kv_bytes, self.loop.memory.held)
-        self.resident = max(self.resident, PROCESS.memory_info().rss)
+        self.resident = max(self.resident, resident_bytes())
 
-    def unfinished(self) -> dict[str, int]:
-        """Tokens drawn so far, by request id, of the texts that are still in the scheduler."""
+    def drafts(self) -> dict[str, float]:
+        """Share of drafted tokens that was accepted, and tokens per row and round."""
+        counts = self.loop.counts
+        return {
+            "accepted": counts.accepted / counts.drafted,
+            "tokens_per_round": self.decoding.tokens / self.decoding_rows,
+        }
+
+    def tokens(self) -> int:
+        """Drawn so far."""
         scheduler = self.loop.scheduler
-        return {s.request.id: len(s.output) for s in (*scheduler.running, *scheduler.waiting)}
+        lengths = dict(self.lengths)
+        for sequence in (*scheduler.running, *scheduler.waiting):
+            lengths.setdefault(sequence.request.id, len(sequence.output))
+        return sum(lengths.values())
 
 
-@dataclass(frozen=True)
-class _Started:
-    """The start of a round."""
-
-    at: Spent
-    rows: list[Sequence]
-    tokens: int
-    """Drawn by these rows before the round."""
-    decodes: bool
-    """The round reads no prompt."""
-
-    def until(self, now: Spent) -> Spent:
-        tokens = _drawn_tokens(self.rows) - self.tokens
-        return Spent(tokens, now.wall - self.at.wall, now.cpu - self.at.cpu)
-
-
-def _drawn_tokens(rows: list[Sequence]) -> int:
-    return sum(len(sequence.output) for sequence in rows)
+def _drawn(rows: list[Sequence]) -> Spent:
+    return Spent.until_now(sum(len(sequence.output) for sequence in rows))
 
 
 class MeasuredEngine(LocalEngine):
@@ -106,15 +106,32 @@ class MeasuredEngine(LocalEngine):
     """
 
     recorder: Recorder
+    """Of the latest `generate` call."""
+    stop: Callable[[int], bool] = staticmethod(lambda rounds: False)
+    """Whether a run ends after this many rounds, before the texts do."""
     acceptance: float | None = None
     """Share of drafts that is accepted."""
 
+    def record(self, requests: Iterable[Request]) -> Recorder:
+        """Draw the texts, or as much as `stop` allows. Raises EngineError where one fails."""
+        started = Spent.until_now()
+        with contextlib.suppress(OutOfTime):
+            for completion in self.generate(requests):
+                if completion.error:
+                    raise EngineError(completion.error)
+                self.recorder.lengths[completion.request.id] = len(completion.token_ids)
+        recorder = self.recorder
+        recorder.whole = Spent.until_now(recorder.tokens()) - started
+        return recorder
+
     def _new_loop(self) -> GenerationLoop:
         loop = super()._new_loop()
-        loop.sampler = MeasuredSampler(
-            loop.models, loop.settings, loop.policy, self.recorder, self.acceptance
-        )
-        self.recorder.loop = loop
+        self.recorder = Recorder(loop, self.stop)
+        # an overwritten token could be an end of text
+        assert self.acceptance is None or not self.stop_ids
+        sampler = MeasuredSampler(loop.models, loop.settings, loop.policy)
+        sampler.recorder, sampler.acceptance = self.recorder, self.acceptance
+        loop.sampler = sampler
         return loop
 
 
@@ -122,57 +139,40 @@ class MeasuredSampler(Sampler):
     """Samples as usual; then, with an `acceptance`, overwrites which drafts were accepted.
 
     All work of a round is done, and only its tokens change: an accepted position takes the
-    draft itself, a rejected one the next id. Acceptance is a function of the request and the
-    position.
+    draft itself, a rejected one the next id.
     """
 
-    def __init__(
-        self,
-        models: list[CachedModel],
-        settings: RunSettings,
-        policy: DraftPolicy,
-        recorder: Recorder,
-        acceptance: float | None,
-    ) -> None:
-        super().__init__(models, settings, policy)
-        # an overwritten token could be an end of text
-        assert acceptance is None or not settings.stop_ids
-        self.recorder = recorder
-        self.acceptance = acceptance
+    recorder: Recorder
+    acceptance: float | None
 
     def sample(self, plan: RoundPlan, rows: list[Sequence]) -> SampledRound:
-        """One round. Raises OutOfTime at the recorder's limits."""
+        """One round. Raises OutOfTime where the run is to end."""
         self.recorder.before(plan, rows)
         sampled = super().sample(plan, rows)
         self.recorder.after(rows)
-        if self.acceptance is None or sampled.width == 1:
-            return sampled
-        return self._emulated(sampled, rows, self.acceptance)
+        if self.acceptance is not None and sampled.width > 1:
+            self._overwrite(sampled, rows, self.acceptance)
+        return sampled
 
-    def _emulated(self, sampled: SampledRound, rows: list[Sequence], rate: float) -> SampledRound:
-        keys = [s.request.noise_key for s in rows]
-        positions = [len(s.output) for s in rows]
-        accepted = accepts(keys, positions, sampled.width - 1, rate)
-        tokens = sampled.step.token.view(len(rows), sampled.width).clone()
-        other = (sampled.drafts + 1) % self.settings.vocab_size
-        tokens[:, :-1] = torch.where(to_device(accepted, self.device), sampled.drafts, other)
-        return replace(sampled, step=replace(sampled.step, token=tokens.flatten()))
-
-
-def accepts(
-    keys: list[int], first: list[int], drafts: int, rate: float
-) -> Bool[np.ndarray, "rows drafts"]:
-    """Whether each request (64-bit key) accepts its drafts from position `first` on."""
-    positions = np.array(first, dtype=np.uint64)[:, None] + np.arange(drafts, dtype=np.uint64)
-    hashed = _mix(_mix(np.array(keys, dtype=np.uint64))[:, None] ^ _mix(positions))
-    uniform = (hashed >> np.uint64(11)) * 2.0**-53
-    accepted: np.ndarray = uniform < rate
-    return accepted
+    def _overwrite(self, sampled: SampledRound, rows: list[Sequence], rate: float) -> None:
+        drafts = sampled.drafts
+        count = sampled.width - 1
+        keys = keys_tensor(row.request.noise_key for row in rows)
+        lengths = torch.tensor([len(row.output) for row in rows])
+        accepted = accepts(keys, lengths, count, rate).to(self.device)
+        other = (drafts + 1) % self.settings.vocab_size
+        tokens = sampled.step.token.view(-1, count + 1)
+        tokens[:, :count] = torch.where(accepted, drafts, other)
 
 
-def _mix(x: Any) -> Any:
-    """MurmurHash3's finaliser, fmix64, of uint64 arrays."""
-    shift, one, two = np.uint64(33), np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
-    x = (x ^ (x >> shift)) * one
-    x = (x ^ (x >> shift)) * two
-    return x ^ (x >> shift)
+def accepts(keys: Tensor, first: Tensor, drafts: int, rate: float) -> Bool[Tensor, "rows drafts"]:
+    """Whether each request (64-bit key) accepts its drafts from position `first` on.
+
+    A function of the request and the position alone: P(Gumbel < -log(-log(rate))) = rate.
+    """
+    positions = first[:, None] + torch.arange(drafts)
+    every_key = keys.repeat_interleave(drafts)
+    noise = gumbel(every_key, positions.flatten(), 1)
+    log_rate = torch.tensor(rate).log()
+    threshold = -torch.log(-log_rate)
+    return (noise < threshold).view(positions.shape)

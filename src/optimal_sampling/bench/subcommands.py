@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from optimal_sampling.config import ModelConfig
 from optimal_sampling.errors import ConfigError
@@ -18,6 +18,7 @@ __all__ = [
     "GpuOptions",
     "IdentityOptions",
     "MemoryOptions",
+    "ModelOptions",
     "PairOptions",
     "ScalingOptions",
     "SelfDistilOptions",
@@ -25,7 +26,7 @@ __all__ = [
     "SolverOptions",
     "SpeedOptions",
     "parse_bench",
-    "parse_sizes",
+    "parse_size",
 ]
 
 COUNTS = ("threads", "num_prompts", "repeats", "prompt_tokens", "new_tokens")
@@ -45,15 +46,12 @@ class Size:
         return f"{self.batch} x {self.tokens}"
 
 
-def parse_sizes(texts: Sequence[str]) -> tuple[Size, ...]:
+def parse_size(text: str) -> Size:
     """`32x512` -> batch 32, 512 tokens each. Raises ConfigError."""
-    found = []
-    for text in texts:
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip(), re.ASCII)
-        if match is None:
-            raise ConfigError(f"a size is BATCHxTOKENS, such as 32x512; got {text!r}")
-        found.append(Size(int(match[1]), int(match[2])))
-    return tuple(found)
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip(), re.ASCII)
+    if match is None:
+        raise ConfigError(f"a size is BATCHxTOKENS, such as 32x512; got {text!r}")
+    return Size(int(match[1]), int(match[2]))
 
 
 @dataclass(frozen=True)
@@ -71,18 +69,13 @@ class BenchOptions:
     """`module:function` in this folder that runs the subcommand."""
 
     def __post_init__(self) -> None:
-        self._check_counts()
-        if self.output is None:
-            return
-        folder = Path(self.output).parent
-        if not folder.is_dir():
-            raise ConfigError(f"output: there is no folder {str(folder)!r}; make it first")
-
-    def _check_counts(self) -> None:
         for name in COUNTS:
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        folder = Path(self.output or "file").parent
+        if not folder.is_dir():
+            raise ConfigError(f"output: there is no folder {str(folder)!r}; make it first")
 
     def _refuse(self, names: Sequence[str], reason: str) -> None:
         """Raise ConfigError where one of the named options differs from its default."""
@@ -143,7 +136,7 @@ class ScalingOptions(PairOptions):
     """Time and memory against the number of prompts, and an oversized batch."""
 
     name = "scaling"
-    function = "footprint:run_scaling"
+    function = "costs:run_scaling"
     new_tokens: int = 48
     """Shapes: length of every completion."""
     num_prompts: int = 512
@@ -167,7 +160,7 @@ class DraftsOptions(SpeedOptions):
     """q* by draft length, at batch 1, 8, 32 and 128."""
 
     name = "drafts"
-    function = "speed:run_drafts"
+    function = "speed:run_speed"
 
 
 @dataclass(frozen=True)
@@ -175,7 +168,7 @@ class SelfDistilOptions(ModelOptions):
     """The teacher as its own student: equal prompts, and a solution to look drafts up in."""
 
     name = "selfdistil"
-    function = "selfdistil:run"
+    function = "speed:run_selfdistil"
     new_tokens: int = 48
     """Shapes: length of every completion."""
     num_prompts: int = 512
@@ -194,7 +187,7 @@ class MemoryOptions(PairOptions):
     """KV caches predicted and measured, requests in flight, preemptions."""
 
     name = "memory"
-    function = "footprint:run_memory"
+    function = "costs:run_memory"
     sizes: tuple[str, ...] = ("8x64", "32x64", "32x160", "256x160")
     """BATCHxTOKENS, such as 8x256 32x512."""
     acceptance: float = 0.9
@@ -202,7 +195,8 @@ class MemoryOptions(PairOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_sizes(self.sizes)
+        for size in self.sizes:
+            parse_size(size)
 
 
 @dataclass(frozen=True)
@@ -222,7 +216,7 @@ class SolverOptions(BenchOptions):
     """Noise, alpha, draw and diagnostics without a model, on one thread."""
 
     name = "solver"
-    function = "mixture_cost:run"
+    function = "costs:run_solver"
     repeats: int = 5
     """Counted repeats of every row."""
 
@@ -255,7 +249,8 @@ class GpuOptions(BenchOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_sizes((*self.sizes, self.huge))
+        for size in (*self.sizes, self.huge):
+            parse_size(size)
         if not self.budget > 0:
             raise ConfigError(f"budget must be larger than 0 seconds, got {self.budget}")
 
@@ -265,7 +260,7 @@ class GpuOptions(BenchOptions):
         return ModelConfig(device=self.device, dtype=self.dtype)
 
 
-KINDS: tuple[type[BenchOptions], ...] = (
+_KINDS: tuple[type[BenchOptions], ...] = (
     SpeedOptions,
     DraftsOptions,
     SelfDistilOptions,
@@ -275,7 +270,7 @@ KINDS: tuple[type[BenchOptions], ...] = (
     SolverOptions,
     GpuOptions,
 )
-SUBCOMMANDS = {kind.name: kind for kind in KINDS}
+SUBCOMMANDS = {kind.name: kind for kind in _KINDS}
 DEFAULT = "speed"
 
 
@@ -289,11 +284,8 @@ def parse_bench(arguments: Sequence[str], program: str) -> BenchOptions:
     first = arguments[0] if arguments else ""
     if not first or (first.startswith("-") and first not in ("-h", "--help")):
         arguments = [DEFAULT, *arguments]
-    defaults: dict[str, Any] = {name: kind() for name, kind in SUBCOMMANDS.items()}
-    descriptions = {name: str(kind.__doc__) for name, kind in SUBCOMMANDS.items()}
-    options: BenchOptions = tyro.cli(
-        tyro.extras.subcommand_type_from_defaults(defaults, descriptions),
-        default=defaults[DEFAULT],
+    options: BenchOptions = tyro.extras.overridable_config_cli(
+        {name: (str(kind.__doc__), kind()) for name, kind in SUBCOMMANDS.items()},
         prog=program,
         args=list(arguments),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),

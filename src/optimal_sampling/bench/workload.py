@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import gc
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from torch.utils.benchmark import Timer
 
-from optimal_sampling.bench.hardware import memory_bandwidth
-from optimal_sampling.bench.instruments import MeasuredEngine, Recorder
+from optimal_sampling.bench.instruments import MeasuredEngine
 from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
 from optimal_sampling.engines.device import resolve_device, resolve_dtype
 from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
@@ -21,7 +20,10 @@ from optimal_sampling.toy_pair.problems import synthetic_rows
 from optimal_sampling.types import Mode, Request, prompt_id
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
-__all__ = ["ModelPair", "Variant", "Workload", "count_tokens"]
+__all__ = ["ModelPair", "Variant", "Workload", "memory_bandwidth", "weight_bytes"]
+
+COPIED_MEBIBYTES = {"cpu": 512, "cuda": 2048}
+"""Size of what is copied to measure the bandwidth of memory: far more than caches hold."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,6 @@ class Variant:
     mode: Mode = "mixture"
     draft_tokens: int | Literal["auto"] = "auto"
     batch_invariant: bool = True
-    kv_memory_gib: float | None = None
     acceptance: float | None = None
     """Emulated acceptance of drafts; None: the pair's own."""
     capture: frozenset[str] = frozenset()
@@ -49,9 +50,7 @@ class ModelPair:
     """The models of a benchmark, in the local engine and as Transformers loads them."""
 
     natural = True
-    """Its texts can end by themselves."""
-    has_assistant = True
-    """Its student can draft in Transformers' assisted generation."""
+    """Its texts can end by themselves, and its student can draft in assisted generation."""
     acceptance: float | None = None
     """Emulated acceptance of drafts; None: drafts are accepted or rejected as they are."""
     kv_memory_gib: float | None = None
@@ -64,6 +63,10 @@ class ModelPair:
     def __init__(self, models: ModelConfig, vocabulary: Vocabulary | None = None) -> None:
         self.models = models
         self.vocabulary = vocabulary or Vocabulary.load(models.student, models.teacher)
+        self.device = resolve_device(models.device)
+        self.dtype = resolve_dtype(models.dtype, self.device)
+        self.padded = self.device.type == "cpu" and self.dtype == torch.float32
+        """Whether `batch_invariant` changes shapes here."""
         self._engines: dict[bool, MeasuredEngine] = {}
         self._stock: dict[str, Any] = {}
 
@@ -81,18 +84,7 @@ class ModelPair:
     @cached_property
     def bandwidth(self) -> float:
         """Bandwidth of the memory, measured once, in bytes per second."""
-        return memory_bandwidth(self.device)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the models are."""
-        return resolve_device(self.models.device)
-
-    @property
-    def padded(self) -> bool:
-        """Whether `batch_invariant` changes shapes here."""
-        dtype = resolve_dtype(self.models.dtype, self.device)
-        return self.device.type == "cpu" and dtype == torch.float32
+        return memory_bandwidth(self.device, COPIED_MEBIBYTES[self.device.type])
 
     def workload(
         self, count: int, tokens: int | None = None, prompt: PromptConfig | None = None
@@ -108,22 +100,17 @@ class ModelPair:
         return Workload(tuple(requests), natural_end=tokens is None)
 
     def engine(
-        self,
-        workload: Workload,
-        batch_size: int,
-        variant: Variant = Variant(),
-        recorder: Recorder | None = None,
+        self, workload: Workload, batch_size: int, variant: Variant = Variant()
     ) -> MeasuredEngine:
         """The local engine with these settings; its texts end as the workload says."""
-        loaded = self._loaded(variant.batch_invariant and self.padded)
+        loaded = self.loaded(variant.batch_invariant)
         options = replace(
             loaded.options,
             batch_size=batch_size,
             draft_tokens=variant.draft_tokens,
-            kv_memory_gib=variant.kv_memory_gib or self.kv_memory_gib,
+            kv_memory_gib=self.kv_memory_gib,
         )
         engine = loaded.view(mode=variant.mode, options=options, capture=variant.capture)
-        engine.recorder = recorder or Recorder()
         given = variant.acceptance
         engine.acceptance = self.acceptance if given is None else given
         if not workload.natural_end:
@@ -136,13 +123,12 @@ class ModelPair:
             self._stock[role] = self._load_stock(role)
         return self._stock[role]
 
+    @cached_property
     def stock_teacher_for_assistant(self) -> Any:
         """The stock teacher with as many rows as the student, as assisted generation requires."""
-        if "assisted" not in self._stock:
-            model = copy.deepcopy(self.stock("teacher"))
-            model.resize_token_embeddings(self.stock("student").config.vocab_size)
-            self._stock["assisted"] = model
-        return self._stock["assisted"]
+        model = copy.deepcopy(self.stock("teacher"))
+        model.resize_token_embeddings(self.stock("student").config.vocab_size)
+        return model
 
     def close(self) -> None:
         """Drop the models."""
@@ -150,27 +136,67 @@ class ModelPair:
             engine.close()
         self._engines.clear()
         self._stock.clear()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
-    def _loaded(self, batch_invariant: bool) -> MeasuredEngine:
-        if batch_invariant not in self._engines:
-            options = LocalOptions(batch_invariant=batch_invariant)
-            loaded = self._load(options)
-            self._engines[batch_invariant] = MeasuredEngine(
-                loaded, MixtureConfig(), options, self.vocabulary
-            )
-        return self._engines[batch_invariant]
+    def loaded(self, batch_invariant: bool = True) -> MeasuredEngine:
+        """The engine as it was loaded, at the first use."""
+        key = batch_invariant and self.padded
+        if key not in self._engines:
+            options = LocalOptions(batch_invariant=key)
+            models = self._load(options)
+            self._engines[key] = MeasuredEngine(models, MixtureConfig(), options, self.vocabulary)
+        return self._engines[key]
 
     def _load(self, options: LocalOptions) -> LoadedPair:
         return LocalEngine.load(self.models, MixtureConfig(), options, self.vocabulary).pair
 
     def _load_stock(self, role: str) -> Any:
-        name = self.models.teacher if role == "teacher" else self.models.student
-        return load_model(resolve_model(name), self.models, role)
+        return load_model(resolve_model(getattr(self.models, role)), self.models, role)
+
+    def roofline(self, batch: int, cached: float) -> float:
+        """Most tokens per second of lockstep decoding, with `cached` tokens in each cache.
+
+        Every round reads both models' weights (once where they are the same) and both contexts'
+        caches, at the bandwidth of the memory.
+        """
+        runners = self.loaded().pair.runners.values()
+        weights = sum(weight_bytes(runner.model) for runner in set(runners))
+        per_token = sum(runner.bytes_per_token for runner in runners)
+        caches = batch * cached * per_token
+        return batch * self.bandwidth / (weights + caches)
 
 
-def count_tokens(engine: LocalEngine, workload: Workload) -> int:
-    """Draw every text of a workload; the number of tokens."""
-    return sum(len(completion.token_ids) for completion in engine.generate(workload.requests))
+def memory_bandwidth(device: torch.device, mebibytes: int) -> float:
+    """Bytes per second of a large copy (read and written) or sum, the best of 5."""
+    source = torch.ones(mebibytes * 2**18, device=device)
+    given = {"source": source, "target": torch.empty_like(source)}
+    threads = torch.get_num_threads()
+
+    def passes_per_second(code: str) -> float:
+        timer = Timer(code, globals=given, num_threads=threads)
+        return 1 / min(timer.timeit(1).median for _ in range(5))
+
+    copied = 2 * passes_per_second("target.copy_(source)")
+    read = passes_per_second("source.sum()")
+    return source.nbytes * max(copied, read)
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the weights that a forward pass reads; an embedding alone is only looked up."""
+    # by attribute, because the engine replaces linear layers by its own forms of them
+    layers = [module for module in model.modules() if hasattr(module, "in_features")]
+    rest: set[torch.Tensor] = set(model.parameters())
+    rest.discard(model.get_input_embeddings().weight)
+    total = 0
+    for layer in layers:
+        rest.difference_update(layer.parameters())
+        total += _layer_bytes(layer)
+    return total + sum(parameter.nbytes for parameter in rest)
+
+
+def _layer_bytes(layer: Any) -> int:
+    """Bytes of a linear layer. The engine's own kinds have float32 weights, no parameters."""
+    own = dict(layer.named_parameters(recurse=False))
+    total = sum(parameter.nbytes for parameter in own.values())
+    if "weight" not in own:
+        total += 4 * layer.in_features * layer.out_features
+    return int(total)

@@ -3,17 +3,20 @@
 from optimal_sampling.distribution.gpu.launch import kernel_note, runs_fused
 from optimal_sampling.distribution.methods import METHODS
 from optimal_sampling.distribution.mixture import (
+    Drawn,
     Solved,
+    draft,
     draw,
     log_q,
     make_pair,
     row_slices,
+    single_step,
     solve,
     solve_single,
+    step,
     trace_of,
 )
 from optimal_sampling.distribution.noise import NoiseKeys, NoiseSource, gumbel, keys_tensor
-from optimal_sampling.distribution.step import Drawn, draft, single_step, step
 
 __all__ = [
     "METHODS",

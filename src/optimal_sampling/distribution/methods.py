@@ -1,24 +1,21 @@
 """How alpha is chosen: one function per method, from a pair of models to the free alpha of a row.
 
-To add a method: one function here, one literal in `types.AlphaMethod`. A method need not know the
-bounds. Where it finds that its alpha lies beyond one, any value beyond it will do.
+CONTRIBUTING.md says how to add one. A method need not know the bounds. Where it finds that its
+alpha lies beyond one, any value beyond it will do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxtyping import Int
-from torch import Tensor
-
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution.arrays import Array, array_of
+from optimal_sampling.distribution.arrays import Array, Positions, array_of, at_least, at_most
 from optimal_sampling.distribution.pair import Pair
 from optimal_sampling.distribution.solver import solve_kl_symmetry
 
 __all__ = ["METHODS", "Method"]
 
-Method = Callable[[Pair, Int[Tensor, " rows"], MixtureConfig], Array]
+Method = Callable[[Pair, Positions, MixtureConfig], Array]
 
 METHODS: dict[str, Method] = {}
 
@@ -31,37 +28,37 @@ def _register(method: Method) -> Method:
 
 
 @_register
-def kl_symmetry(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def kl_symmetry(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """KL(q||p_student) = KL(q||p_teacher): the minimax point."""
     return solve_kl_symmetry(pair, mixture.alpha_min, mixture.alpha_max)
 
 
 @_register
-def mirror(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def mirror(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """1 - alpha of kl_symmetry: leans to the surer model."""
     return 1 - solve_kl_symmetry(pair, 1 - mixture.alpha_max, 1 - mixture.alpha_min)
 
 
 @_register
-def reverse_kl_symmetry(
-    pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig
-) -> Array:
+def reverse_kl_symmetry(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """KL(p_student||q) = KL(p_teacher||q): alpha = KL(t||s) / (KL(s||t) + KL(t||s)).
 
     1/2 for inf / inf and 0 / 0.
     """
     xp = pair.xp
     infinite = pair.full(float("inf"))
-    to_student = xp.clip(pair.moments(pair.full(1.0)).slope, 0.0, None)
+    at_teacher = pair.moments(pair.full(1.0))
+    to_student = at_least(at_teacher.slope, 0.0)
     to_student = xp.where(pair.student_misses, infinite, to_student)
-    to_teacher = xp.clip(-pair.moments(pair.full(0.0)).slope, 0.0, None)
+    at_student = pair.moments(pair.full(0.0))
+    to_teacher = at_least(-at_student.slope, 0.0)
     to_teacher = xp.where(pair.teacher_misses, infinite, to_teacher)
     alpha = 1 / (1 + to_teacher / to_student)
     return xp.where(xp.isnan(alpha), 0.5, alpha)
 
 
 @_register
-def ess_balance(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def ess_balance(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """sum q^2/p_student = sum q^2/p_teacher, that is F(2 alpha) = F(2 alpha - 1).
 
     1/2 on a common support. Where the supports differ, F is that of the common one and its ends
@@ -85,7 +82,7 @@ def ess_balance(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConf
 
 
 @_register
-def entropy(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def entropy(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """argmax of H(q) over [alpha_min, alpha_max]: of a grid, then of ever closer alphas."""
     xp = pair.xp
     low = mixture.alpha_min
@@ -107,13 +104,13 @@ def entropy(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) 
 
 
 @_register
-def fixed(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def fixed(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """The same alpha at every token."""
     return pair.full(mixture.fixed_alpha)
 
 
 @_register
-def trust_region(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def trust_region(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """The largest alpha with KL(q||p_student) <= trust_region: that KL has the slope alpha F''.
 
     Newton's steps, halved brackets where they leave it and at every fourth; to 1e-6 of alpha or of
@@ -132,17 +129,21 @@ def trust_region(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureCon
         fits = excess <= 0
         low = xp.where(~done & fits, at.alpha, low)
         high = xp.where(~done & ~fits, at.alpha, high)
-        done = done | (fits & (excess > -1e-6 * limit)) | (high - low <= 1e-6) | (low == 1)
+        done = done | (fits & (excess > -1e-6 * limit))
+        done = done | (high - low <= 1e-6) | (low == 1)
         if pair.on_cpu and done.all():
             break
-        newton = at.alpha - (excess + 5e-7 * limit) / (at.alpha * at.curvature)
+        slope = at.alpha * at.curvature
+        newton = at.alpha - (excess + 5e-7 * limit) / slope
         inside = (newton > low) & (newton < high) & (number % 4 != 3)
-        alpha = xp.where(done, low, xp.where(inside, newton, (low + high) / 2))
+        going = xp.where(inside, newton, (low + high) / 2)
+        alpha = xp.where(done, low, going)
     return low
 
 
 @_register
-def schedule(pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig) -> Array:
+def schedule(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     """Linear in the position, from schedule_start to schedule_end at token schedule_tokens."""
-    share = pair.xp.clip(array_of(position) / mixture.schedule_tokens, 0.0, 1.0)
-    return mixture.schedule_start + (mixture.schedule_end - mixture.schedule_start) * share
+    start = mixture.schedule_start
+    share = at_most(array_of(position) / mixture.schedule_tokens, 1.0)
+    return start + (mixture.schedule_end - start) * share

@@ -1,51 +1,96 @@
-"""The distribution of the next token: `solve` or `solve_single`, then `draw`, `log_q`, `trace_of`.
+"""One token per row, drawn from q: `step` is `make_pair`, `solve`, `draw` and `trace_of` in turn.
 
-Every engine takes q* from here. What `solve` gives is a value: it can be kept, and tokens that were
-drawn elsewhere can be traced later.
+Every engine takes q* from this file. What `solve` gives is a value: it can be kept, and tokens that
+were drawn elsewhere can be traced later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.arrays import (
     Array,
+    Flags,
+    Logits,
+    Positions,
+    Scores,
+    Tokens,
     argmax,
     array_of,
     at_least,
     at_most,
+    cuts,
+    fill_rows,
+    keep_largest,
     stack,
     tensor_of,
+    to_float32,
     uses_numpy,
+    values_of,
 )
 from optimal_sampling.distribution.cpu.tiled import TiledPair
 from optimal_sampling.distribution.cpu.whole import MAX_VOCAB, WholePair
+from optimal_sampling.distribution.gpu.launch import fused_draft, fused_step, runs_fused
 from optimal_sampling.distribution.methods import METHODS
 from optimal_sampling.distribution.noise import NoiseSource, noise_tensor
-from optimal_sampling.distribution.pair import Moments, Pair
-from optimal_sampling.distribution.single import SingleModel
-from optimal_sampling.distribution.support import keep_largest
+from optimal_sampling.distribution.pair import Moments, Pair, SingleModel
 from optimal_sampling.types import TRACE_TABLE
 
 __all__ = [
+    "Drawn",
     "Solved",
+    "draft",
     "draw",
     "log_q",
     "make_pair",
     "row_slices",
+    "single_step",
     "solve",
     "solve_single",
+    "step",
     "trace_of",
 ]
 
 _WHOLE_CHUNK = 1 << 15  # logits per model that are worked on together: near the cache
 _TILED_CHUNK = 1 << 23
+_NAN = float("nan")
+_INF = float("inf")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One drawn token per row. A row that is bad has token 0 and a trace of NaN."""
+
+    token: Tokens
+    trace: Float32[Tensor, "rows fields"]
+    """Of `types.TRACE_FIELDS`. KLs, ESS and entropy describe q before top-k and top-p."""
+    bad_student: Bool[Tensor, " rows"]
+    """The student's logits hold NaN or +inf, or nothing but -inf."""
+    bad_teacher: Bool[Tensor, " rows"]
+    log_q: Scores | None = None
+    """What the token was drawn from, after top-k and top-p; on request. NaN in bad rows."""
+
+    def pack(self) -> Float32[Tensor, "rows columns"]:
+        """Token, bad_student, bad_teacher and the trace: one copy to the host. Ids to 2^24."""
+        integers = [self.token, self.bad_student, self.bad_teacher]
+        head = torch.stack(integers, -1).to(torch.float32)
+        return torch.cat([head, self.trace], -1)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Drawn]) -> Drawn:
+        """Tokens of more rows."""
+        names = ["token", "trace", "bad_student", "bad_teacher"]
+        if parts[0].log_q is not None:
+            names.append("log_q")
+        columns = [[getattr(part, name) for part in parts] for name in names]
+        return Drawn(*[torch.cat(column) for column in columns])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,9 +100,9 @@ class Solved:
     models: Pair | SingleModel
     mixture: MixtureConfig
     moments: Moments
-    clamped: Array
+    clamped: Array | Flags
     """Whether alpha_min or alpha_max moved alpha."""
-    fallback: Array
+    fallback: Array | Flags
     """Whether q is the teacher because the supports do not meet."""
     ess: tuple[Array, Array] | None
     """1 / sum q^2/p_student and 1 / sum q^2/p_teacher; None: not taken."""
@@ -70,30 +115,102 @@ class Solved:
     @property
     def truncated(self) -> bool:
         """Whether top-k or top-p cuts q."""
-        return self.mixture.top_k > 0 or self.mixture.top_p < 1
+        return cuts(self.mixture.top_k, self.mixture.top_p)
+
+
+# In one call
+
+
+@torch.no_grad()
+@np.errstate(all="ignore")
+def step(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    noise: NoiseSource,
+    position: Positions,
+    mixture: MixtureConfig,
+    *,
+    keep_log_q: bool = False,
+) -> Drawn:
+    """Draw one token per row from q, proportional to p_student^(1-alpha) * p_teacher^alpha.
+
+    `position` is the index of the token in its completion, 0 for the first. A row's result has the
+    same bits whatever rows are beside it. On a GPU the programs of `gpu` do what they cover, where
+    Triton is installed.
+    """
+    rows, vocab = student_logits.shape
+    device = student_logits.device
+    if runs_fused(device, mixture, keep_log_q):
+        return Drawn(*fused_step(student_logits, teacher_logits, noise, position, mixture))
+    parts = []
+    for part in row_slices(rows, vocab, device):
+        pair = make_pair(student_logits[part], teacher_logits[part], mixture)
+        solved = solve(pair, position[part], mixture)
+        parts.append(_draw_and_trace(solved, noise[part], keep_log_q))
+    if len(parts) == 1:
+        return parts[0]
+    return Drawn.concatenate(parts)
+
+
+@torch.no_grad()
+def single_step(
+    logits: Logits,
+    noise: NoiseSource,
+    mixture: MixtureConfig,
+    role: str,
+) -> Drawn:
+    """Draw from the `student` or the `teacher` alone."""
+    return _draw_and_trace(solve_single(logits, mixture, role), noise)
+
+
+def _draw_and_trace(solved: Solved, noise: NoiseSource, keep_log_q: bool = False) -> Drawn:
+    kept = log_q(solved) if keep_log_q else None
+    token, drawn_log_q = draw(solved, noise, kept)
+    return Drawn(
+        token,
+        trace_of(solved, token, drawn_log_q),
+        tensor_of(solved.models.bad_student),
+        tensor_of(solved.models.bad_teacher),
+        kept,
+    )
+
+
+@torch.no_grad()
+def draft(student_logits: Logits, noise: NoiseSource, mixture: MixtureConfig) -> Tokens:
+    """argmax(log p_student + noise): what the student alone would draw with this noise."""
+    if runs_fused(student_logits.device):
+        return fused_draft(student_logits, noise, mixture.temperature)
+    made = noise_tensor(noise, student_logits.shape[1])
+    noisy = torch.add(made, student_logits, alpha=1 / mixture.temperature)
+    return argmax(noisy)
 
 
 def row_slices(rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
     """Rows that are worked on together; at least one slice."""
-    height = max(1, rows)
+    rows = max(1, rows)
+    height = rows
     if uses_numpy(device):
-        height = max(1, (_WHOLE_CHUNK if vocab <= MAX_VOCAB else _TILED_CHUNK) // max(1, vocab))
-    return (slice(first, first + height) for first in range(0, max(1, rows), height))
+        chunk = _WHOLE_CHUNK if vocab <= MAX_VOCAB else _TILED_CHUNK
+        height = max(1, chunk // max(1, vocab))
+    return (slice(first, first + height) for first in range(0, rows, height))
+
+
+# In parts
 
 
 def make_pair(
-    student_logits: Float[Tensor, "rows vocab"],
-    teacher_logits: Float[Tensor, "rows vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     mixture: MixtureConfig,
 ) -> Pair:
     """The class of pair that suits the vocabulary and the device, whatever the number of rows."""
-    whole = uses_numpy(student_logits.device) and student_logits.shape[1] <= MAX_VOCAB
-    return (WholePair if whole else TiledPair)(student_logits, teacher_logits, mixture)
+    small = student_logits.shape[1] <= MAX_VOCAB
+    if small and uses_numpy(student_logits.device):
+        return WholePair(student_logits, teacher_logits, mixture)
+    return TiledPair(student_logits, teacher_logits, mixture)
 
 
-def solve(
-    pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig, *, ess: bool = True
-) -> Solved:
+def solve(pair: Pair, position: Positions, mixture: MixtureConfig, *, ess: bool = True) -> Solved:
     """q of every row of a pair, made with the same `mixture`; once per pair.
 
     `position` is the index of the token in its completion, 0 for the first. Both ESS, a further
@@ -112,20 +229,14 @@ def solve(
     )
 
 
-def solve_single(
-    logits: Float[Tensor, "rows vocab"],
-    mixture: MixtureConfig,
-    role: str,
-) -> Solved:
+def solve_single(logits: Logits, mixture: MixtureConfig, role: str) -> Solved:
     """The `student` or the `teacher` alone. What takes two models is NaN in the trace."""
     model = SingleModel(logits, mixture.temperature, role)
     unknown = model.moments.F
     return Solved(model, mixture, model.moments, clamped=unknown, fallback=unknown, ess=None)
 
 
-def _choose_alpha(
-    pair: Pair, position: Int[Tensor, " rows"], mixture: MixtureConfig
-) -> tuple[Array, Array]:
+def _choose_alpha(pair: Pair, position: Positions, mixture: MixtureConfig) -> tuple[Array, Flags]:
     """alpha of every row within the bounds, and whether a bound moved it.
 
     Where the supports do not meet there is no mixture: q is the teacher, unless the configuration
@@ -143,7 +254,7 @@ def _choose_alpha(
     if not pair.none(forced):
         alpha = xp.where(forced, 1.0, alpha)
         clamped = clamped & ~forced
-    return xp.asarray(xp.asarray(alpha, dtype=xp.float32), dtype=xp.float64), clamped
+    return to_float32(alpha, xp), clamped
 
 
 def _ess(pair: Pair, moments: Moments) -> tuple[Array, Array]:
@@ -155,20 +266,21 @@ def _ess(pair: Pair, moments: Moments) -> tuple[Array, Array]:
     return student, teacher
 
 
-def log_q(solved: Solved) -> Float32[Tensor, "rows vocab"]:
+def log_q(solved: Solved) -> Scores:
     """What tokens are drawn from, normalised, after top-k and top-p. NaN in bad rows."""
     scores = solved.moments.log_q()
     if solved.truncated:
         keep = keep_largest(scores, solved.mixture.top_k, solved.mixture.top_p)
-        scores = solved.moments.renormalise(scores.masked_fill_(~keep, -torch.inf))
+        kept = scores.masked_fill_(~keep, -torch.inf)
+        scores = solved.moments.renormalise(kept)
     if solved.models.maybe_bad:
-        scores.masked_fill_(tensor_of(solved.models.bad)[:, None], torch.nan)
+        fill_rows(scores, solved.models.bad, torch.nan)
     return scores
 
 
 def draw(
-    solved: Solved, noise: NoiseSource, from_log_q: Float32[Tensor, "rows vocab"] | None = None
-) -> tuple[Int64[Tensor, " rows"], Array]:
+    solved: Solved, noise: NoiseSource, from_log_q: Scores | None = None
+) -> tuple[Tokens, Array]:
     """argmax(log q + noise) of every row, the first of equals, and its log q; token 0 in bad rows.
 
     `from_log_q`: `log_q(solved)`, where it is made already.
@@ -181,51 +293,58 @@ def draw(
         token, chosen = solved.moments.draw(made)
     else:
         token = argmax(from_log_q + made)
-        chosen = array_of(from_log_q.gather(-1, token[:, None])[:, 0].to(torch.float64))
+        chosen = values_of(from_log_q, token)
     if models.maybe_bad:
         token.masked_fill_(tensor_of(models.bad), 0)
     return token, chosen
 
 
 def trace_of(
-    solved: Solved, token: Int64[Tensor, " rows"], drawn_log_q: Array | None = None
+    solved: Solved, token: Tokens, drawn_log_q: Array | None = None
 ) -> Float32[Tensor, "rows fields"]:
     """The fields of `types.TRACE_TABLE` for one token per row; NaN in bad rows.
 
     `drawn_log_q`: log q of the token as `draw` gives it; else that before top-k and top-p.
     """
     models = solved.models
-    values = _quantities(solved)
+    xp = models.xp
     student, teacher = models.token_log_p(token)
     if drawn_log_q is None:
         drawn_log_q = _mixed_log_p(solved, student, teacher)
+    values = _quantities(solved)
     values |= {"log_p_student": student, "log_p_teacher": teacher, "log_q": drawn_log_q}
     trace = stack([field.value(values) for field in TRACE_TABLE])
     if models.maybe_bad:
-        trace = models.xp.where(models.bad, float("nan"), trace)
-    return tensor_of(models.xp.asarray(trace, dtype=models.xp.float32)).T.contiguous()
+        trace = xp.where(models.bad, _NAN, trace)
+    rounded = tensor_of(xp.asarray(trace, dtype=xp.float32))
+    return rounded.T.contiguous()
 
 
-def _quantities(solved: Solved) -> dict[str, Array]:
+def _quantities(solved: Solved) -> dict[str, Array | Flags]:
     """What does not depend on the token, by name. KLs, ESS and entropy are of the untruncated q."""
     models = solved.models
     moments = solved.moments
-    where = models.xp.where
     kl_student = at_least(moments.kl_student, 0.0)
     kl_teacher = at_least(moments.kl_teacher, 0.0)
-    ess = solved.ess
+    curvature = at_least(moments.curvature, 0.0)
     if models.maybe_masked:
-        kl_student = where(models.use_teacher, float("inf"), kl_student)
-        kl_teacher = where(models.use_student, float("inf"), kl_teacher)
+        one_support = models.use_teacher | models.use_student
+        kl_student = models.xp.where(models.use_teacher, _INF, kl_student)
+        kl_teacher = models.xp.where(models.use_student, _INF, kl_teacher)
+        curvature = models.xp.where(one_support, _INF, curvature)
+    if solved.ess is None:
+        ess_student = ess_teacher = models.full(_NAN)
+    else:
+        ess_student, ess_teacher = solved.ess
     return {
         "alpha": moments.alpha,
         "clamped": solved.clamped,
         "kl_student": kl_student,
         "kl_teacher": kl_teacher,
-        "ess_student": models.full(float("nan")) if ess is None else ess[0],
-        "ess_teacher": models.full(float("nan")) if ess is None else ess[1],
+        "ess_student": ess_student,
+        "ess_teacher": ess_teacher,
         "entropy": at_least(moments.entropy, 0.0),
-        "curvature": moments.curvature,
+        "curvature": curvature,
         "fallback": solved.fallback,
     }
 
@@ -234,5 +353,7 @@ def _mixed_log_p(solved: Solved, student: Array, teacher: Array) -> Array:
     """log q of tokens from their log p, before top-k and top-p. 0 times -inf is no part of it."""
     where = solved.models.xp.where
     alpha = solved.alpha
-    mixed = (1 - alpha) * student + alpha * teacher - solved.moments.F
-    return where(alpha == 1, teacher, where(alpha == 0, student, mixed))
+    mixed = (1 - alpha) * student + alpha * teacher
+    mixed -= solved.moments.F
+    below_one = where(alpha == 0, student, mixed)
+    return where(alpha == 1, teacher, below_one)

@@ -6,175 +6,222 @@ function works on many rows, noise or devices, this one has a loop.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import exp, fsum, inf, log
+from typing import TypeAlias
 
 from optimal_sampling.config import MixtureConfig
 
-__all__ = ["Naive", "log_q", "log_softmax", "naive_step", "solve"]
+__all__ = ["NAIVE_METHODS", "Naive", "kl", "log_q", "log_softmax", "naive_step", "prepare", "slope"]
 
-_INF = math.inf
+Row: TypeAlias = Sequence[float]
+"""One number per token id."""
+
 _EPSILON = 1e-12  # how close to 0 and 1 an alpha of the open interval can come
 
 
-def log_sum_exp(values: Sequence[float]) -> float:
+@dataclass(frozen=True)
+class Position:
+    """What a method chooses alpha from: log-probabilities `s` of the student, `t` of the teacher.
+
+    `index` is that of the token in its completion, 0 for the first.
+    """
+
+    s: Row
+    t: Row
+    index: int
+    mixture: MixtureConfig
+
+
+def log_sum_exp(values: Row) -> float:
     """log sum exp; -inf for nothing."""
-    top = max(values, default=-_INF)
-    return top if top == -_INF else top + math.log(math.fsum(math.exp(v - top) for v in values))
+    top = max(values, default=-inf)
+    if top == -inf:
+        return top
+    total = fsum(exp(value - top) for value in values)
+    return top + log(total)
 
 
-def log_softmax(scores: Sequence[float]) -> list[float]:
+def log_softmax(scores: Row) -> list[float]:
     """Normalised; a row of -inf stays one."""
     log_z = log_sum_exp(scores)
-    return [s if log_z == -_INF else s - log_z for s in scores]
+    if log_z == -inf:
+        return list(scores)
+    return [score - log_z for score in scores]
 
 
-def largest(scores: Sequence[float], top_k: int, top_p: float) -> set[int]:
+def largest(scores: Row, top_k: int, top_p: float) -> set[int]:
     """Ids of the k likeliest, then of the fewest that hold mass p; equal scores by id."""
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    order = order[: len(order) if top_k < 0 else top_k]
+    if top_k >= 0:
+        order = order[:top_k]
     log_p = log_softmax([scores[i] for i in order])
     kept: set[int] = set()
     mass = 0.0
     for i, value in zip(order, log_p, strict=True):
-        if top_p < 1 and mass >= top_p and kept:
+        if kept and top_p < 1 and mass >= top_p:
             break
         kept.add(i)
-        mass += math.exp(value)
+        mass += exp(value)
     return kept
 
 
-def restrict(scores: Sequence[float], keep: set[int]) -> list[float]:
-    """-inf outside of `keep`."""
-    return [s if i in keep else -_INF for i, s in enumerate(scores)]
+def restrict(scores: Row, keep: set[int]) -> list[float]:
+    """Log-probabilities of what is left: -inf outside of `keep`."""
+    kept = [score if i in keep else -inf for i, score in enumerate(scores)]
+    return log_softmax(kept)
 
 
-def common(s: Sequence[float], t: Sequence[float]) -> list[int]:
+def common(s: Row, t: Row) -> set[int]:
     """Ids possible under both models."""
-    return [i for i in range(len(s)) if s[i] > -_INF and t[i] > -_INF]
+    return {i for i in range(len(s)) if min(s[i], t[i]) > -inf}
 
 
-def F(s: Sequence[float], t: Sequence[float], alpha: float) -> float:
-    """log of the sum of p_student^(1-alpha) p_teacher^alpha over the common support."""
-    return log_sum_exp([(1 - alpha) * s[i] + alpha * t[i] for i in common(s, t)])
-
-
-def log_q(s: Sequence[float], t: Sequence[float], alpha: float) -> list[float]:
+def log_q(s: Row, t: Row, alpha: float) -> list[float]:
     """The mixture: the student for alpha = 0, the teacher for 1, else on the common support.
 
     The teacher where that is empty.
     """
+    both = common(s, t)
     if alpha == 0:
         return list(s)
-    if alpha == 1 or not common(s, t):
+    if alpha == 1 or not both:
         return list(t)
-    log_z, both = F(s, t, alpha), set(common(s, t))
-    return [
-        (1 - alpha) * s[i] + alpha * t[i] - log_z if i in both else -_INF for i in range(len(s))
-    ]
+    scores = [-inf] * len(s)
+    for i in both:
+        scores[i] = (1 - alpha) * s[i] + alpha * t[i]
+    return log_softmax(scores)
 
 
-def kl(p: Sequence[float], q: Sequence[float]) -> float:
+def kl(p: Row, q: Row) -> float:
     """KL(p||q) of two rows of log-probabilities."""
-    return math.fsum(
-        math.exp(a) * (a - b) if b > -_INF else _INF for a, b in zip(p, q, strict=True) if a > -_INF
-    )
+    terms = []
+    for a, b in zip(p, q, strict=True):
+        if a > -inf:
+            terms.append(exp(a) * (a - b))
+    return fsum(terms)
 
 
-def ess(q: Sequence[float], p: Sequence[float]) -> float:
+def ess(q: Row, p: Row) -> float:
     """1 / sum q^2 / p."""
-    terms = [2 * a - b if b > -_INF else _INF for a, b in zip(q, p, strict=True) if a > -_INF]
-    return 0.0 if _INF in terms else math.exp(-log_sum_exp(terms))
+    terms = []
+    for a, b in zip(q, p, strict=True):
+        if a > -inf:
+            terms.append(2 * a - b)
+    if inf in terms:
+        return 0.0
+    return exp(-log_sum_exp(terms))
 
 
-def shannon(q: Sequence[float]) -> float:
+def shannon(q: Row) -> float:
     """H(q), nats."""
-    return -math.fsum(math.exp(a) * a for a in q if a > -_INF)
+    terms = [exp(a) * a for a in q if a > -inf]
+    return -fsum(terms)
 
 
-def bisect(
-    rising: Callable[[float], float], low: float = _EPSILON, high: float = 1 - _EPSILON
-) -> float:
-    """Where a rising function crosses 0; an end where it does not."""
+def variance(q: Row, s: Row, t: Row) -> float:
+    """Var_q[t - s]; infinite where only one of the models has a token of q."""
+    weights = []
+    differences = []
+    for i in range(len(q)):
+        if q[i] > -inf:
+            weights.append(exp(q[i]))
+            differences.append(t[i] - s[i])
+    if inf in map(abs, differences):
+        return inf
+    mean = fsum(p * d for p, d in zip(weights, differences, strict=True))
+    return fsum(p * (d - mean) ** 2 for p, d in zip(weights, differences, strict=True))
+
+
+def slope(s: Row, t: Row, alpha: float) -> float:
+    """F' = E_q[log p_teacher - log p_student] on the common support."""
+    q = log_q(s, t, alpha)
+    terms = []
+    for i in common(s, t):
+        d = t[i] - s[i]
+        terms.append(exp(q[i]) * d)
+    return fsum(terms)
+
+
+def bisect(rising: Callable[[float], float]) -> float:
+    """Where a rising function crosses 0 between 0 and 1; an end where it does not."""
+    low = _EPSILON
+    high = 1 - _EPSILON
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+        if rising(middle) < 0:
+            low = middle
+        else:
+            high = middle
     return (low + high) / 2
 
 
-def slope(s: Sequence[float], t: Sequence[float], alpha: float) -> float:
-    """F' = E_q[log p_teacher - log p_student] on the common support."""
-    q = log_q(s, t, alpha)
-    return math.fsum(math.exp(q[i]) * (t[i] - s[i]) for i in common(s, t))
-
-
-def kl_symmetry(
-    s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig
-) -> float:
+def kl_symmetry(at: Position) -> float:
     """KL(q||s) = KL(q||t)."""
-    return bisect(lambda alpha: slope(s, t, alpha))
+    return bisect(lambda alpha: slope(at.s, at.t, alpha))
 
 
-def mirror(s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig) -> float:
+def mirror(at: Position) -> float:
     """1 - alpha of kl_symmetry."""
-    return 1 - kl_symmetry(s, t, position, mixture)
+    return 1 - kl_symmetry(at)
 
 
-def reverse_kl_symmetry(
-    s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig
-) -> float:
+def reverse_kl_symmetry(at: Position) -> float:
     """KL(s||q) = KL(t||q), from its closed form."""
-    to_student, to_teacher = kl(t, s), kl(s, t)
+    to_student = kl(at.t, at.s)
+    to_teacher = kl(at.s, at.t)
     if to_student == to_teacher:
         return 0.5
-    return 1.0 if to_student == _INF else to_student / (to_student + to_teacher)
+    if to_student == inf:
+        return 1.0
+    return to_student / (to_student + to_teacher)
 
 
-def ess_balance(
-    s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig
-) -> float:
+def ess_balance(at: Position) -> float:
     """ESS to the student = ESS to the teacher."""
 
     def lead(alpha: float) -> float:
-        q = log_q(s, t, alpha)
-        return (
-            math.log(ess(q, t)) - math.log(ess(q, s))
-            if min(ess(q, t), ess(q, s)) > 0
-            else alpha - 0.5
-        )
+        q = log_q(at.s, at.t, alpha)
+        to_student = ess(q, at.s)
+        to_teacher = ess(q, at.t)
+        if min(to_student, to_teacher) == 0:
+            return alpha - 0.5
+        return log(to_teacher) - log(to_student)
 
     return bisect(lead)
 
 
-def entropy(s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig) -> float:
+def entropy(at: Position) -> float:
     """argmax of H over the allowed mixtures, on a fine grid."""
-    low, high = max(mixture.alpha_min, _EPSILON), min(mixture.alpha_max, 1 - _EPSILON)
-    return max(
-        (low + (high - low) * i / 400 for i in range(401)),
-        key=lambda alpha: shannon(log_q(s, t, alpha)),
-    )
+    low = max(at.mixture.alpha_min, _EPSILON)
+    high = min(at.mixture.alpha_max, 1 - _EPSILON)
+    grid = [low + (high - low) * i / 400 for i in range(401)]
+    return max(grid, key=lambda alpha: shannon(log_q(at.s, at.t, alpha)))
 
 
-def fixed(s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig) -> float:
+def fixed(at: Position) -> float:
     """The config's alpha."""
-    return mixture.fixed_alpha
+    return at.mixture.fixed_alpha
 
 
-def trust_region(
-    s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig
-) -> float:
+def trust_region(at: Position) -> float:
     """The largest alpha with KL(q||s) within the limit."""
-    if kl(t, s) <= mixture.trust_region:
+    limit = at.mixture.trust_region
+    if kl(at.t, at.s) <= limit:
         return 1.0
-    return bisect(lambda alpha: kl(log_q(s, t, alpha), s) - mixture.trust_region)
+
+    def excess(alpha: float) -> float:
+        q = log_q(at.s, at.t, alpha)
+        return kl(q, at.s) - limit
+
+    return bisect(excess)
 
 
-def schedule(
-    s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig
-) -> float:
+def schedule(at: Position) -> float:
     """Linear in the position."""
-    share = min(position / mixture.schedule_tokens, 1.0)
+    mixture = at.mixture
+    share = min(at.index / mixture.schedule_tokens, 1.0)
     return (1 - share) * mixture.schedule_start + share * mixture.schedule_end
 
 
@@ -193,20 +240,21 @@ NAIVE_METHODS = {
 }
 
 
-def solve(
-    s: Sequence[float], t: Sequence[float], position: int, mixture: MixtureConfig
-) -> tuple[float, bool, bool]:
-    """alpha, whether a bound moved it, whether the supports do not meet."""
-    if mixture.force_first_token and position == 0:
-        return 1.0, False, not common(s, t)
-    if not common(s, t):
-        blind = mixture.alpha_method in ("fixed", "schedule")
-        free = NAIVE_METHODS[mixture.alpha_method](s, t, position, mixture) if blind else 1.0
-        chosen = min(max(free, mixture.alpha_min), mixture.alpha_max)
-        return (0.0, False, False) if chosen == 0 and max(s) > -_INF else (1.0, False, True)
-    free = NAIVE_METHODS[mixture.alpha_method](s, t, position, mixture)
+def solve(at: Position) -> tuple[float, bool, bool]:
+    """alpha, whether a bound moved it, whether q is the teacher as the supports do not meet."""
+    mixture = at.mixture
+    disjoint = not common(at.s, at.t)
+    if mixture.force_first_token and at.index == 0:
+        return 1.0, False, disjoint
+    free = 1.0
+    if not disjoint or mixture.alpha_method in ("fixed", "schedule"):
+        free = NAIVE_METHODS[mixture.alpha_method](at)
     alpha = min(max(free, mixture.alpha_min), mixture.alpha_max)
-    return alpha, abs(alpha - free) > 1e-7, False
+    if not disjoint:
+        return alpha, abs(alpha - free) > 1e-7, False
+    if alpha == 0 and max(at.s) > -inf:
+        return 0.0, False, False
+    return 1.0, False, True
 
 
 @dataclass(frozen=True)
@@ -218,30 +266,30 @@ class Naive:
     log_drawn: list[float]
 
 
-def prepare(
-    student: Sequence[float], teacher: Sequence[float], mixture: MixtureConfig
-) -> tuple[list[float], list[float]]:
+def prepare(student: Row, teacher: Row, mixture: MixtureConfig) -> tuple[list[float], list[float]]:
     """Log-probabilities at the temperature, on the teacher's support."""
-    s, t = ([x / mixture.temperature for x in row] for row in (student, teacher))
+    s = [logit / mixture.temperature for logit in student]
+    t = [logit / mixture.temperature for logit in teacher]
     keep = largest(t, mixture.teacher_support_top_k, mixture.teacher_support_top_p)
-    return log_softmax(restrict(s, keep)), log_softmax(restrict(t, keep))
+    return restrict(s, keep), restrict(t, keep)
 
 
 def naive_step(
-    student: Sequence[float],
-    teacher: Sequence[float],
-    noise: Sequence[float],
+    student: Row,
+    teacher: Row,
+    noise: Row,
     position: int,
     mixture: MixtureConfig,
     alpha: float | None = None,
 ) -> Naive:
     """`distribution.step` for one good row; with `alpha` given, for that one."""
     s, t = prepare(student, teacher, mixture)
-    solved, clamped, fallback = solve(s, t, position, mixture)
+    solved, clamped, fallback = solve(Position(s, t, position, mixture))
     alpha = solved if alpha is None else alpha
     q = log_q(s, t, alpha)
-    drawn = log_softmax(restrict(q, largest(q, mixture.top_k, mixture.top_p)))
-    token = max(range(len(q)), key=lambda i: (drawn[i] + noise[i], -i))
+    drawn = restrict(q, largest(q, mixture.top_k, mixture.top_p))
+    noisy = [a + b for a, b in zip(drawn, noise, strict=True)]
+    token = noisy.index(max(noisy))
     trace = {
         "alpha": alpha,
         "clamped": float(clamped),
@@ -254,5 +302,6 @@ def naive_step(
         "log_p_teacher": t[token],
         "log_q": drawn[token],
         "fallback": float(fallback),
+        "curvature": variance(q, s, t),
     }
     return Naive(token, trace, drawn)

@@ -17,10 +17,11 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int, Int32, Int64
+from jaxtyping import Float32, Int32, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
-from optimal_sampling.distribution.arrays import Array, array_of, namespace, tensor_of
+from optimal_sampling.distribution.arrays import Positions, Scores, array_of, namespace, tensor_of
 from optimal_sampling.distribution.cpu.workspace import TILE
 
 __all__ = ["NoiseKeys", "NoiseSource", "gumbel", "keys_tensor", "noise_tensor", "scrambled_ids"]
@@ -31,10 +32,15 @@ def _signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_Words: TypeAlias = NDArray[np.int32]
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX1 = 0xBF58476D1CE4E5B9
+_MIX2 = 0x94D049BB133111EB
 _U30, _U27, _U31, _U0, _U1, _U2 = (
     np.array(c, dtype=np.uint64) for c in (30, 27, 31, _GOLDEN, _MIX1, _MIX2)
 )
+_S0, _S1, _S2 = (_signed(c, 64) for c in (_GOLDEN, _MIX1, _MIX2))
 _SCRAMBLE = _signed(0x85EBCA6B, 32)
 _UNIT = 2.0**-31 * (1 - 2.0**-24)  # the largest hash, 2^31 as a float, must still give less than 1
 
@@ -45,23 +51,29 @@ def keys_tensor(keys: Iterable[int], device: torch.device | str = "cpu") -> Int6
     return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
-def _splitmix(x: Array) -> Array:
-    """Finaliser of splitmix64. torch has no unsigned >>: the sign bits of its own are masked."""
-    if isinstance(x, Tensor):
-        x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(_MIX1, 64)
-        x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(_MIX2, 64)
-        return x ^ ((x >> 31) & (2**33 - 1))
+def _splitmix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Finaliser of splitmix64."""
     x = (x ^ (x >> _U30)) * _U1
     x = (x ^ (x >> _U27)) * _U2
     return x ^ (x >> _U31)
 
 
+def _splitmix_tensor(x: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+    """The same bits. torch has no unsigned >>: the sign bits of its own are masked."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _S1
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _S2
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
 def _scramble(ids: Int64[Tensor, "*shape"]) -> Int32[Tensor, "*shape"]:
     """t(id) of token ids."""
     if ids.device.type == "cpu":
-        state = np.asarray(_splitmix((ids.numpy().astype(np.uint64) + np.uint64(1)) * _U0))
-        return torch.from_numpy(state.astype(np.uint32).view(np.int32))
-    return tensor_of(_splitmix((ids + 1) * _signed(_GOLDEN, 64))).to(torch.int32)
+        unsigned = ids.numpy().astype(np.uint64)
+        state = _splitmix((unsigned + np.uint64(1)) * _U0)
+        low = state.astype(np.uint32).view(np.int32)
+        return torch.from_numpy(low)
+    offset = (ids + 1) * _S0
+    return _splitmix_tensor(offset).to(torch.int32)
 
 
 @lru_cache(maxsize=8)
@@ -71,25 +83,30 @@ def scrambled_ids(vocab_size: int, device: torch.device) -> Int32[Tensor, " voca
 
 
 @lru_cache(maxsize=8)
-def _constants(device: torch.device) -> tuple[Array, Array, Tensor]:
+def _constants(device: torch.device) -> tuple[_Words, _Words, Tensor]:
     """Shift, multiplier and float offset on the device: Python numbers cost more per operation."""
-    shift, scramble = (torch.tensor(c, dtype=torch.int32, device=device) for c in (16, _SCRAMBLE))
-    return array_of(shift), array_of(scramble), torch.tensor(-0.5 * _UNIT, device=device)
+    shift = torch.tensor(16, dtype=torch.int32, device=device)
+    scramble = torch.tensor(_SCRAMBLE, dtype=torch.int32, device=device)
+    offset = torch.tensor(-0.5 * _UNIT, device=device)
+    return array_of(shift), array_of(scramble), offset
 
 
-def _words(keys: Int64[Tensor, " rows"], position: Int[Tensor, " rows"]) -> tuple[Array, Array]:
+def _words(keys: Int64[Tensor, " rows"], position: Positions) -> tuple[_Words, _Words]:
     """The addend and the odd multiplier of every row: 63 bits that follow from key and position."""
     if keys.device.type == "cpu":
         places = position.numpy().astype(np.uint64)
-        state = np.asarray(_splitmix(_splitmix(keys.numpy().view(np.uint64)) + places * _U0))
-        a, b = state.astype("<u8", copy=False).view("<i4").reshape(-1, 2).T
+        mixed_keys = _splitmix(keys.numpy().view(np.uint64))
+        state = _splitmix(mixed_keys + places * _U0)
+        halves = state.astype("<u8", copy=False).view("<i4")
+        a, b = halves.reshape(-1, 2).T
         return a, b | 1
-    mixed = _splitmix(_splitmix(keys) + position.to(torch.int64) * _signed(_GOLDEN, 64))
-    words = tensor_of(mixed)
-    return words.to(torch.int32), (words >> 32).to(torch.int32) | 1
+    offset = position.to(torch.int64) * _S0
+    words = _splitmix_tensor(_splitmix_tensor(keys) + offset)
+    upper = (words >> 32).to(torch.int32)
+    return array_of(words.to(torch.int32)), array_of(upper | 1)
 
 
-def _hash(ids: Array, a: Array, b: Array, device: torch.device) -> Array:
+def _hash(ids: _Words, a: _Words, b: _Words, device: torch.device) -> _Words:
     """31 uniform bits. The signed shift in x ^ (x >> 16) clears the sign and is two to one."""
     shift, scramble, _ = _constants(device)
     h = ids ^ a
@@ -112,7 +129,7 @@ def _to_gumbel(h: Int32[Tensor, "n width"], out: Float32[Tensor, "n width"]) -> 
 @torch.no_grad()
 def gumbel(
     keys: Int64[Tensor, " rows"],
-    position: Int[Tensor, " rows"],
+    position: Positions,
     tokens: int | Int64[Tensor, "rows tokens"],
 ) -> Float32[Tensor, "rows tokens"]:
     """Standard Gumbel noise for each row's (key, position) and tokens.
@@ -126,17 +143,18 @@ def gumbel(
     ids = scrambled_ids(tokens, device) if isinstance(tokens, int) else _scramble(tokens)
     count = ids.shape[-1]
     out = torch.empty(rows, count, dtype=torch.float32, device=device)
-    a, b = _words(keys, position)
-    a = a[:, None]
-    b = b[:, None]
+    a, b = (word[:, None] for word in _words(keys, position))
     if device.type != "cpu" or rows * count <= TILE:
-        _to_gumbel(tensor_of(_hash(array_of(ids), a, b, device)), out)
+        h = _hash(array_of(ids), a, b, device)
+        _to_gumbel(tensor_of(h), out)
         return out
     height = max(1, TILE // count)
     width = min(count, TILE)
     every_row = array_of(ids.expand(rows, count))
-    for band in (slice(row, row + height) for row in range(0, rows, height)):
-        for columns in (slice(first, first + width) for first in range(0, count, width)):
+    for row in range(0, rows, height):
+        band = slice(row, row + height)
+        for first in range(0, count, width):
+            columns = slice(first, first + width)
             h = _hash(every_row[band, columns], a[band], b[band], device)
             _to_gumbel(tensor_of(h), out[band, columns])
     return out
@@ -147,16 +165,18 @@ class NoiseKeys:
     """What `gumbel` makes noise from, where it is not made yet: the fused kernel makes its own."""
 
     keys: Int64[Tensor, " rows"]
-    position: Int[Tensor, " rows"]
+    position: Positions
 
     def __getitem__(self, rows: slice) -> NoiseKeys:
         return NoiseKeys(self.keys[rows], self.position[rows])
 
 
-NoiseSource: TypeAlias = Float32[Tensor, "rows vocab"] | NoiseKeys
+NoiseSource: TypeAlias = Scores | NoiseKeys
 """Gumbel noise, or what it is made from."""
 
 
-def noise_tensor(noise: NoiseSource, vocab_size: int) -> Float32[Tensor, "rows vocab"]:
+def noise_tensor(noise: NoiseSource, vocab_size: int) -> Scores:
     """The noise itself, made now if need be."""
-    return gumbel(noise.keys, noise.position, vocab_size) if isinstance(noise, NoiseKeys) else noise
+    if isinstance(noise, NoiseKeys):
+        return gumbel(noise.keys, noise.position, vocab_size)
+    return noise

@@ -6,32 +6,43 @@ With p_student and p_teacher on their common support, d = log p_teacher - log p_
 
 F'(alpha) = E_q[d] = KL(q||p_student) - KL(q||p_teacher) and F''(alpha) = Var_q[d].
 
-Two classes take the sums: `cpu.whole.WholePair` and `cpu.tiled.TiledPair`.
+Two classes take the sums: `cpu.whole.WholePair` and `cpu.tiled.TiledPair`. `SingleModel` is one
+model alone, in the same form.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution.arrays import (
     Array,
+    Flags,
+    Logits,
+    Scores,
+    Tokens,
+    argmax,
     array_of,
     at_least,
+    cuts,
+    fill_rows,
+    full,
+    keep_largest,
     namespace,
     stack,
     tensor_of,
+    to_float32,
     uses_numpy,
+    values_of,
 )
-from optimal_sampling.distribution.support import keep_largest
 
-__all__ = ["MASKED", "MASKED_LOGIT", "Moments", "Pair"]
+__all__ = ["MASKED", "MASKED_LOGIT", "Moments", "Pair", "SingleModel"]
 
 MASKED_LOGIT = -1e18
 """Stands for -inf: differences and their squares are finite, and its exponential is 0."""
@@ -40,9 +51,9 @@ MASKED = MASKED_LOGIT / 2
 """A logit below this one counts as -inf."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Moments:
-    """The mixture q at one alpha per row; nats, float64."""
+@dataclass(slots=True, eq=False)
+class Moments(ABC):
+    """The mixture q at one alpha per row; nats, float64. Never changed; `frozen` would cost 3%."""
 
     alpha: Array
     F: Array
@@ -67,22 +78,22 @@ class Moments:
         return (self.alpha - 1) * self.slope - self.F
 
     @property
+    @abstractmethod
     def entropy(self) -> Array:
         """H(q) = log_sum - E_q[score]."""
-        raise NotImplementedError
 
-    def draw(self, noise: Float32[Tensor, "rows vocab"]) -> tuple[Int64[Tensor, " rows"], Array]:
+    @abstractmethod
+    def draw(self, noise: Scores) -> tuple[Tokens, Array]:
         """argmax(log q + noise), the first of equals, and its log q."""
-        raise NotImplementedError
 
-    def log_q(self) -> Float32[Tensor, "rows vocab"]:
+    @abstractmethod
+    def log_q(self) -> Scores:
         """The normalised mixture, -inf where it is 0; a new tensor."""
-        raise NotImplementedError
 
-    def renormalise(self, scores: Float32[Tensor, "rows vocab"]) -> Float32[Tensor, "rows vocab"]:
+    def renormalise(self, scores: Scores) -> Scores:
         """Log-probabilities from those of `log_q` that truncation has left; in place."""
-        scores -= scores.to(torch.float64).logsumexp(-1, keepdim=True)
-        return scores
+        log_sum = scores.to(torch.float64).logsumexp(-1, keepdim=True)
+        return scores.sub_(log_sum)
 
 
 class Pair(ABC):
@@ -95,7 +106,7 @@ class Pair(ABC):
 
     largest: Array
     """[2, rows], of `models`."""
-    no_student: Array
+    no_student: Flags
     """Whether the student has none of the teacher's support."""
     log_z: tuple[Array, Array]
     offset: tuple[Array, Array]
@@ -107,51 +118,45 @@ class Pair(ABC):
 
     def __init__(
         self,
-        student_logits: Float[Tensor, "rows vocab"],
-        teacher_logits: Float[Tensor, "rows vocab"],
+        student_logits: Logits,
+        teacher_logits: Logits,
         mixture: MixtureConfig,
     ) -> None:
         self.rows, self.vocab = student_logits.shape
         self.device = student_logits.device
         self.xp = namespace(self.device)
         self.on_cpu = uses_numpy(self.device)
+        self.temperature = mixture.temperature
         self._last: Moments | None = None
-        self._load(student_logits, teacher_logits, mixture.temperature)
+        self._load(student_logits, teacher_logits)
         self._neutralise_bad()
         top_k = mixture.teacher_support_top_k
         top_p = mixture.teacher_support_top_p
-        if top_k > 0 or top_p < 1:
-            keep = keep_largest(self.models[1].to(torch.float32), top_k, top_p)
+        if cuts(top_k, top_p):
+            teacher = self.models[1].to(torch.float32)
+            keep = keep_largest(teacher, top_k, top_p)
             self.models.masked_fill_(~keep, MASKED_LOGIT)
             self._measure()
         self._normalise()
         self._intersect_supports()
         self._prepare()
 
-    @property
-    @abstractmethod
-    def models(self) -> Float[Tensor, "2 rows vocab"]:
-        """Student and teacher; MASKED_LOGIT or less stands for -inf."""
-
     def full(self, value: float) -> Array:
         """The same number for every row."""
-        if self.on_cpu:
-            return np.full(self.rows, value)
-        return torch.full((self.rows,), value, dtype=torch.float64, device=self.device)
+        return full(self.rows, value, self.device)
 
-    def none(self, flags: Array) -> bool:
+    def none(self, flags: Flags) -> bool:
         """True where it is known that no flag is set. An accelerator is not waited for."""
         return self.on_cpu and not flags.any()
 
     def _neutralise_bad(self) -> None:
         """Make both models agree on rows that are no distribution."""
-        bad = ~((self.largest > MASKED) & (self.largest < float("inf")))  # true for NaN
-        self.bad_student = bad[0]
-        self.bad_teacher = bad[1]
+        good = (self.largest > MASKED) & (self.largest < float("inf"))  # false for NaN
+        self.bad_student, self.bad_teacher = ~good
         self.bad = self.bad_student | self.bad_teacher
         self.maybe_bad = not self.none(self.bad)
         if self.maybe_bad:
-            self.models.masked_fill_(tensor_of(self.bad)[:, None], 0.0)
+            fill_rows(self.models, self.bad, 0.0)
             self._measure()
 
     def _intersect_supports(self) -> None:
@@ -164,13 +169,15 @@ class Pair(ABC):
             return
         has_student, has_teacher = self.models > MASKED
         common = has_student & has_teacher
-        self.student_misses = array_of((has_teacher & ~has_student).any(-1))
-        self.teacher_misses = array_of((has_student & ~has_teacher).any(-1))
+        only_student = has_student & ~has_teacher
+        only_teacher = has_teacher & ~has_student
+        self.student_misses = array_of(only_teacher.any(-1))
+        self.teacher_misses = array_of(only_student.any(-1))
         self.disjoint = array_of(~common.any(-1))
         self._uncut = self.models.clone()
         self.models.masked_fill_(~common, MASKED_LOGIT)
         # equal models until `restore_support`
-        self.models.masked_fill_(tensor_of(self.disjoint)[:, None], 0.0)
+        fill_rows(self.models, self.disjoint, 0.0)
 
     def restore_support(self, alpha: Array) -> None:
         """Give rows with alpha = 1 the teacher's whole support, those with alpha = 0 the student's.
@@ -183,8 +190,10 @@ class Pair(ABC):
             raise RuntimeError("this pair is solved already; make another one")
         self.use_teacher = (alpha == 1) & (self.student_misses | self.disjoint)
         self.use_student = (alpha == 0) & (self.teacher_misses | self.disjoint)
-        for use, whole in zip((self.use_student, self.use_teacher), self._uncut, strict=True):
-            self.models.copy_(torch.where(tensor_of(use)[:, None], whole, self.models))
+        student, teacher = self._uncut
+        for use, whole in ((self.use_student, student), (self.use_teacher, teacher)):
+            rows = tensor_of(use)[:, None]
+            self.models.copy_(torch.where(rows, whole, self.models))
         self._uncut = None
         student_z, teacher_z = self.log_z
         self.log_z = (
@@ -199,25 +208,67 @@ class Pair(ABC):
 
         alpha is rounded to float32, in which it is reported.
         """
-        xp = self.xp
-        alpha = xp.asarray(xp.asarray(alpha, dtype=xp.float32), dtype=xp.float64)
+        alpha = to_float32(alpha, self.xp)
         last = self._last
-        changed = self.bad | True if last is None else alpha != last.alpha
-        if last is not None and self.none(changed):
-            return last
+        if last is None:
+            changed = self.bad | True
+        else:
+            changed = alpha != last.alpha
+            if self.none(changed):
+                return last
         self._last = self._moments(alpha, changed)
         return self._last
+
+    def partitions(self, beta: Array, other: Array) -> Array:
+        """[2, rows]: F(beta) and F(other), for any numbers; 0 at 0 and at 1 on a common support."""
+        betas = stack([beta, other])
+        uneven = self.student_misses | self.teacher_misses
+        known = ((betas == 0) | (betas == 1)) & ~uneven
+        log_sums = self._log_sums(betas, known)
+        F = log_sums - self.log_z[0] - betas * self.gap
+        return self.xp.where(known, 0.0, F)
 
     def ess(self, at: Moments) -> Array:
         """[2, rows]: 1 / sum q^2/p_student and 1 / sum q^2/p_teacher.
 
         The sums are exp(F(2 alpha) - 2 F(alpha)) and exp(F(2 alpha - 1) - 2 F(alpha)).
         """
-        partitions = stack(self.partitions(2 * at.alpha, 2 * at.alpha - 1))
-        return 1 / at_least(self.xp.exp(partitions - 2 * at.F), 1.0)
+        doubled = 2 * at.alpha
+        partitions = self.partitions(doubled, doubled - 1)
+        squares = self.xp.exp(partitions - 2 * at.F)
+        return 1 / at_least(squares, 1.0)
+
+    def token_log_p(self, token: Tokens) -> tuple[Array, Array]:
+        """log p of tokens under student and teacher, as restricted to the teacher's support."""
+        student, teacher = self._logits_of(token)
+        student_offset, teacher_offset = self.offset
+        return (
+            student / self.temperature - student_offset,
+            teacher / self.temperature - teacher_offset,
+        )
+
+    def _derivatives(
+        self, alpha: Array, log_sum: Array, means: Sequence[Array]
+    ) -> tuple[Array, Array, Array, Array, Array]:
+        """The first fields of Moments. `means`: of (d + gap), its square and its cube, under q."""
+        mean, second, third = means
+        square = mean * mean
+        variance = second - square
+        F = log_sum - self.log_z[0] - alpha * self.gap
+        skew = third - mean * (3 * variance + square)
+        return alpha, F, mean - self.gap, variance, skew
+
+    def _prepare(self) -> None:
+        """Set what follows from `models`; called again after `restore_support`."""
+        self.gap = self.log_z[1] - self.log_z[0]
+
+    @property
+    @abstractmethod
+    def models(self) -> Float[Tensor, "2 rows vocab"]:
+        """Student and teacher; MASKED_LOGIT or less stands for -inf."""
 
     @abstractmethod
-    def _load(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+    def _load(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
         """Copy into `models`, divide by the temperature; `_measure`."""
 
     @abstractmethod
@@ -228,17 +279,71 @@ class Pair(ABC):
     def _normalise(self) -> None:
         """Shift `models` by the largest; set log_z, offset, maybe_masked, no_student."""
 
-    def _prepare(self) -> None:
-        """Set what follows from `models`; called again after `restore_support`."""
-        self.gap = self.log_z[1] - self.log_z[0]
+    @abstractmethod
+    def _moments(self, alpha: Array, changed: Flags) -> Moments: ...
 
     @abstractmethod
-    def _moments(self, alpha: Array, changed: Array) -> Moments: ...
+    def _log_sums(self, betas: Array, known: Flags) -> Array:
+        """[2, rows]: log of the sum of exp(score) at both betas; anything where `known`."""
 
     @abstractmethod
-    def partitions(self, beta: Array, other: Array) -> tuple[Array, Array]:
-        """F(beta) and F(other), for any real numbers; 0 at 0 and at 1 on a common support."""
+    def _logits_of(self, token: Tokens) -> list[Array]:
+        """The logits of tokens as they were given, of the student and of the teacher."""
 
-    @abstractmethod
-    def token_log_p(self, token: Int64[Tensor, " rows"]) -> tuple[Array, Array]:
-        """log p of tokens under student and teacher, as restricted to the teacher's support."""
+
+@dataclass(slots=True, eq=False)
+class SingleMoments(Moments):
+    """alpha is 0 or 1; what takes two models is NaN."""
+
+    log_p: Scores
+
+    @property
+    def entropy(self) -> Array:
+        """Not taken: it would cost a pass."""
+        return self.F
+
+    def draw(self, noise: Scores) -> tuple[Tokens, Array]:
+        """argmax(log p + noise) and its log p."""
+        token = argmax(self.log_p + noise)
+        return token, values_of(self.log_p, token)
+
+    def log_q(self) -> Scores:
+        """A copy of log p."""
+        return self.log_p.clone()
+
+    def renormalise(self, scores: Scores) -> Scores:
+        """Log-probabilities of what truncation has left."""
+        return scores.log_softmax(-1)
+
+
+class SingleModel:
+    """A model's log-probabilities, [rows, vocab], and which rows are bad."""
+
+    def __init__(self, logits: Logits, temperature: float, role: str) -> None:
+        self.device = logits.device
+        self.xp = namespace(self.device)
+        self.vocab = logits.shape[1]
+        scaled = logits.to(torch.float32) / temperature
+        log_p = scaled.log_softmax(-1)
+        self.is_teacher = role == "teacher"
+        bad = log_p[:, 0].isnan()  # then all of the row are
+        self.bad = array_of(bad)
+        nowhere = self.bad & False
+        self.bad_student = nowhere if self.is_teacher else self.bad
+        self.bad_teacher = self.bad if self.is_teacher else nowhere
+        self.use_student = self.use_teacher = nowhere
+        self.maybe_bad = not uses_numpy(self.device) or bool(bad.any())
+        self.maybe_masked = False
+        alpha = self.full(float(self.is_teacher))
+        unknown = self.full(float("nan"))
+        self.moments = SingleMoments(alpha, unknown, unknown, unknown, unknown, unknown, log_p)
+
+    def full(self, value: float) -> Array:
+        """The same number for every row."""
+        return full(len(self.bad), value, self.device)
+
+    def token_log_p(self, token: Tokens) -> tuple[Array, Array]:
+        """log p of tokens under student and teacher; NaN for the model that is not given."""
+        log_p = values_of(self.moments.log_p, token)
+        unknown = self.moments.F
+        return (unknown, log_p) if self.is_teacher else (log_p, unknown)

@@ -49,10 +49,14 @@ class _Bracket:
         """
         xp = self.xp
         rising = at.slope >= 0
-        self.left = xp.maximum(self.left, xp.where(rising, self.low, at.alpha))
-        self.right = xp.minimum(self.right, xp.where(rising, at.alpha, self.high))
-        self.solved = xp.abs(at.slope) <= TOLERANCE * at_least(at.curvature, 1.0)
-        self.done = self.done | self.solved | (self.right - self.left <= TOLERANCE)
+        left = xp.where(rising, self.low, at.alpha)
+        right = xp.where(rising, at.alpha, self.high)
+        self.left = xp.maximum(self.left, left)
+        self.right = xp.minimum(self.right, right)
+        limit = TOLERANCE * at_least(at.curvature, 1.0)
+        self.solved = xp.abs(at.slope) <= limit
+        narrow = self.right - self.left <= TOLERANCE
+        self.done = self.done | self.solved | narrow
         self.at = at
         self.alpha = at.alpha
 
@@ -66,10 +70,13 @@ class _Bracket:
         at = self.at
         left = self.left
         right = self.right
-        root = xp.sqrt(at_least(at.curvature * at.curvature - 2 * at.slope * at.third, 0.0))
+        squared = at.curvature * at.curvature - 2 * at.slope * at.third
+        root = xp.sqrt(at_least(squared, 0.0))
         guess = at.alpha - 2 * at.slope / (at.curvature + root)
-        guess = xp.where((guess > left) & (guess < right), guess, (left + right) / 2)
-        guess = xp.minimum(xp.maximum(guess, left + TOLERANCE / 2), right - TOLERANCE / 2)
+        inside = (guess > left) & (guess < right)
+        guess = xp.where(inside, guess, (left + right) / 2)
+        guess = xp.maximum(guess, left + TOLERANCE / 2)
+        guess = xp.minimum(guess, right - TOLERANCE / 2)
         return self.hold(guess)
 
     def fan(self) -> Iterator[Array]:
@@ -99,11 +106,15 @@ def solve_kl_symmetry(pair: Pair, low: float, high: float) -> Array:
     low = float(np.float32(low))
     high = float(np.float32(high))
     bracket = _Bracket(pair, low, high)
-    for bound in [bound for bound in (low, high) if 0 < bound < 1] or [(low + high) / 2]:
-        bracket.update(pair.moments(bracket.hold(pair.full(bound))))
+    bounds = [bound for bound in (low, high) if 0 < bound < 1]
+    for bound in bounds or [(low + high) / 2]:
+        alpha = bracket.hold(pair.full(bound))
+        bracket.update(pair.moments(alpha))
     for number in range(1, MAX_PASSES):
-        if (pair.on_cpu or number == _SINGLE) and bool(bracket.done.all()):
+        looks = pair.on_cpu or number == _SINGLE
+        if looks and bracket.done.all():
             break
-        for alpha in [bracket.next()] if number < _SINGLE else bracket.fan():
+        alphas = [bracket.next()] if number < _SINGLE else bracket.fan()
+        for alpha in alphas:
             bracket.update(pair.moments(alpha))
     return bracket.result()

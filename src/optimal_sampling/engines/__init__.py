@@ -23,7 +23,9 @@ def load(
     By default the local engine. The engine's `vocabulary` encodes prompts and decodes completions.
     Raises ModelError, ConfigError, TokenizerMismatchError, MissingDependencyError.
     """
-    vocabulary = Vocabulary.load(models.student, models.teacher, models.trust_remote_code)
+    vocabulary = Vocabulary.load(
+        models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+    )
     return open_engine(
         engine or LocalOptions(), models, mixture or MixtureConfig(), vocabulary, mode
     )

@@ -6,19 +6,24 @@ teacher's user turn after a blank line, unless the teacher's template has {privi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from datetime import date
+from functools import cached_property, partial
 from typing import Any
 
 from optimal_sampling.config import PromptConfig
 from optimal_sampling.errors import ConfigError, PromptError
-from optimal_sampling.prompts.chat import PROBE, ChatFormat, Role
+from optimal_sampling.prompts.chat import SEAM, ChatFormat, Role
+from optimal_sampling.prompts.probe import PROBE
 from optimal_sampling.prompts.rows import (
     Conversation,
     conversation_of,
     fill,
+    literals_in,
     names_in,
+    user_turn,
     value_text,
 )
 from optimal_sampling.vocabulary.shared import Vocabulary
@@ -42,12 +47,13 @@ class PromptRenderer:
     `prompt_column` and `answer_column` are as in DataConfig. In a template, {problem} is the row's
     problem whatever its column, {answer} the answer column. `columns` are those of the dataset:
     where given, templates are checked against them at once instead of at the first row, and a row
-    that lacks one of them fails alone.
+    that lacks one of them fails alone. `day` is the date that chat templates print; None: today.
 
-    Raises ConfigError where a template names an unknown column, where a chat template refuses the
-    system prompt, or where one prompt ends inside an open <think> block and the other does not:
-    one model would reason where the other already answers. (One prompt with a *closed* block and
-    one without any is only noted.)
+    Raises ConfigError where a template names an unknown column or writes {{problem}} instead of
+    naming one, where a chat template refuses or leaves out the user turn or the system prompt, or
+    where one prompt ends inside an open thinking block and the other does not: one model would
+    reason where the other already answers. (One prompt with a *closed* block and one without any
+    is only noted.)
     """
 
     notes: tuple[str, ...]
@@ -61,34 +67,43 @@ class PromptRenderer:
         prompt_column: str | None = None,
         answer_column: str | None = None,
         columns: Iterable[str] | None = None,
+        day: date | None = None,
     ) -> None:
-        self._config = config = prompt_config
+        self._config = prompt_config
         self._prompt_column = prompt_column
         self._answer_column = answer_column
         self._columns = None if columns is None else self._names({*columns})
-        self._student = ChatFormat(
-            role="student",
-            config=config,
-            tokenizer=vocabulary.student_tokenizer,
-            rows=vocabulary.student_rows,
-            system_prompt=config.student_system_prompt,
-        )
-        self._teacher = ChatFormat(
-            role="teacher",
-            config=config,
-            tokenizer=vocabulary.teacher_tokenizer,
-            rows=vocabulary.teacher_rows,
-            system_prompt=config.teacher_system_prompt,
-        )
+        self._blocks = vocabulary.thinking_blocks
+        self.day = day or date.today()
+        self._student = self._format("student", vocabulary)
+        self._teacher = self._format("teacher", vocabulary)
         self._check_columns()
+        templates = self._check_literals()
         thinking = self._check_thinking()
-        self.notes = (*self._student.notes(), *self._teacher.notes(), *thinking)
+        self.notes = (*templates, *self._student.notes(), *self._teacher.notes(), *thinking)
+
+    def _format(self, role: Role, vocabulary: Vocabulary) -> ChatFormat:
+        return ChatFormat(
+            role=role,
+            config=self._config,
+            tokenizer=getattr(vocabulary, f"{role}_tokenizer"),
+            rows=getattr(vocabulary, f"{role}_rows"),
+            system_prompt=getattr(self._config, f"{role}_system_prompt"),
+            day=self.day,
+        )
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether prompts depend on `day`."""
+        return self._student.prints_date or self._teacher.prints_date
 
     def render(self, row: Mapping[str, Any]) -> RenderedPrompt:
         """The two prompts of a row.
 
         Raises PromptError where the row makes no prompt, ConfigError for an unknown column.
         """
+        if self._config.literal_control_tokens:
+            row = self._with_seams(row)
         conversation = conversation_of(row, self._prompt_column)
         text_of = partial(self._value, self._values(row, conversation))
         student_turn = fill(self._config.student_template, text_of)
@@ -108,7 +123,19 @@ class PromptRenderer:
         for role, turn in (("student", student_turn), ("teacher", teacher_turn)):
             if not turn.strip():
                 raise PromptError(f"the {role}'s prompt is empty")
-        return self._render(Conversation(problem=student_turn), student_turn, teacher_turn)
+        return self._render(user_turn(student_turn), student_turn, teacher_turn)
+
+    def row_notes(self, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+        """A note on the rows whose texts hold control tokens, unless those are made literal."""
+        if self._config.literal_control_tokens:
+            return []
+        found = [match for row in rows if (match := self._control_token(row))]
+        if not found:
+            return []
+        return [
+            f"{len(found)} rows hold texts that are control tokens, such as {found[0]!r}, and act "
+            "as such in their prompts; --literal-control-tokens makes them ordinary text"
+        ]
 
     def _render(
         self, conversation: Conversation, student_turn: str, teacher_turn: str
@@ -116,11 +143,46 @@ class PromptRenderer:
         student_text = self._student.text(conversation, student_turn)
         teacher_text = self._teacher.text(conversation, teacher_turn)
         return RenderedPrompt(
-            student_text=student_text,
-            teacher_text=teacher_text,
+            student_text=student_text.replace(SEAM, ""),
+            teacher_text=teacher_text.replace(SEAM, ""),
             student_ids=self._student.ids(student_text),
             teacher_ids=self._teacher.ids(teacher_text),
         )
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        """Matches the control tokens of either model, the longest first."""
+        formats = (self._student, self._teacher)
+        tokens = {token for each in formats for token in each.control_tokens(self._blocks)}
+        longest_first = sorted(tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def _control_token(self, row: Mapping[str, Any]) -> str | None:
+        """The first control token in what prompts show of a row."""
+        try:
+            conversation = conversation_of(row, self._prompt_column)
+        except PromptError:
+            return None
+        values = self._values(row, conversation)
+        names = self._template_names
+        shown = [values.get(name) for name in sorted(names)]
+        match = self._control_tokens.search(repr([conversation, shown]))
+        return match and match[0]
+
+    def _with_seams(self, value: Any) -> Any:
+        """The value with a SEAM after the first character of each control token in its texts."""
+        if isinstance(value, str):
+            return self._control_tokens.sub(lambda m: f"{m[0][0]}{SEAM}{m[0][1:]}", value)
+        if isinstance(value, Mapping):
+            return {name: self._with_seams(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._with_seams(inner) for inner in value]
+        return value
+
+    @property
+    def _template_names(self) -> frozenset[str]:
+        """The columns that the two templates ask for."""
+        return names_in(self._config.student_template) | names_in(self._config.teacher_template)
 
     def _names(self, columns: set[str]) -> set[str]:
         """Names that a template may use, given the columns of the dataset."""
@@ -130,6 +192,8 @@ class PromptRenderer:
         values = {**row, "problem": conversation.problem}
         if self._answer_column is not None:
             values["answer"] = row.get(self._answer_column)
+        if "privileged_context" in row:
+            values["privileged_context"] = conversation.privileged or ""
         return values
 
     def _value(self, values: Mapping[str, Any], name: str) -> str:
@@ -137,9 +201,7 @@ class PromptRenderer:
             raise ConfigError(_unknown_column(name, values))
         if name not in values:  # the dataset has this column: only this row lacks it
             raise PromptError(f"the row has no column {name!r}, which the template asks for")
-        if name == "privileged_context":
-            return conversation_of(values, "problem").privileged or ""
-        text = value_text(values[name])
+        text = value_text(values[name], name)
         if text is None:
             raise PromptError(f"column {name!r} is null, and the template asks for it")
         return text
@@ -147,16 +209,34 @@ class PromptRenderer:
     def _check_columns(self) -> None:
         if self._columns is None:
             return
-        for template in (self._config.student_template, self._config.teacher_template):
-            for name in sorted(names_in(template) - self._columns):
-                raise ConfigError(_unknown_column(name, self._columns))
+        for name in sorted(self._template_names - self._columns):
+            raise ConfigError(_unknown_column(name, self._columns))
+
+    def _check_literals(self) -> list[str]:
+        """Notes on templates that show no column.
+
+        Raises ConfigError for one that has the name of a column in double braces instead.
+        """
+        notes = []
+        known = self._names(set()) if self._columns is None else self._columns
+        for role in ("student", "teacher"):
+            template = getattr(self._config, f"{role}_template")
+            if names_in(template):
+                continue
+            for name in sorted(literals_in(template) & known):
+                raise ConfigError(
+                    f"the {role}'s template writes the text {{{name}}} into every prompt; "
+                    f"for the column write {{{name}}} with single braces"
+                )
+            notes.append(f"the {role}'s template shows no column: all its user turns are equal")
+        return notes
 
     def _check_thinking(self) -> list[str]:
         """Notes on thinking blocks that differ. Raises ConfigError where only one is open."""
         student_turn = fill(self._config.student_template, lambda _: PROBE)
         teacher_turn = fill(self._config.teacher_template, lambda _: PROBE)
-        student = self._student.thinking_state(student_turn)
-        teacher = self._teacher.thinking_state(teacher_turn)
+        student = self._student.thinking_state(student_turn, self._blocks)
+        teacher = self._teacher.thinking_state(teacher_turn, self._blocks)
         if student == teacher:
             return []
         if student == "open":

@@ -18,12 +18,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from optimal_sampling.errors import PromptError
 
-__all__ = ["PROMPT_COLUMNS", "Conversation", "conversation_of", "fill", "names_in", "value_text"]
+__all__ = [
+    "PROMPT_COLUMNS",
+    "Conversation",
+    "conversation_of",
+    "fill",
+    "literals_in",
+    "names_in",
+    "user_turn",
+    "value_text",
+]
 
 PROMPT_COLUMNS = ("problem", "question", "prompt", "messages")
 """Columns of the problem where none is named; the first that the row has."""
@@ -36,39 +46,47 @@ _FIELD = re.compile(
     """,
     re.VERBOSE,
 )
+_ANSWER_FIELDS = {"content", "tool_calls", "reasoning_content", "reasoning", "thinking"}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a row says, whatever its form."""
+    """The messages of a row, whatever their form there."""
 
-    problem: str
-    """The last user turn."""
-    history: tuple[tuple[str, str], ...] = ()
-    """Earlier turns, as (role, text), without the system prompt."""
-    system: str | None = None
-    """The row's own system prompt."""
+    messages: tuple[dict[str, Any], ...]
+    """Messages as the row has them, with contents as text, without an answer at the end."""
+    place: int = 0
+    """Index of the last user turn."""
+    tools: list[dict[str, Any]] | None = None
+    """Schemas of the tools that the model may call."""
     privileged: str | None = None
     """Text for the teacher's user turn only."""
+
+    @property
+    def problem(self) -> str:
+        """Text of the last user turn."""
+        return str(self.messages[self.place]["content"])
+
+
+def user_turn(text: str) -> Conversation:
+    """A conversation of one user turn."""
+    return Conversation(({"role": "user", "content": text},))
 
 
 def conversation_of(row: Mapping[str, Any], prompt_column: str | None = None) -> Conversation:
     """The conversation of a row. Without `prompt_column`, the first of PROMPT_COLUMNS in the row.
 
-    Assistant turns after the last user turn are the answer, not the prompt, and are left out.
+    Assistant turns at the end are the answer, not the prompt, and are left out.
     Raises PromptError where the problem is missing, null, empty or of no known form.
     """
     column = _column(row, prompt_column)
-    privileged = _text_or_turns(row.get("privileged_context"), "privileged_context")
-    value = row[column]
-    if _is_sequence(value):
-        return _from_turns(_turns(value, column), column, privileged)
-    text = value_text(value)
-    if text is None:
-        raise PromptError(f"column {column!r} is null")
-    if not text.strip():
-        raise PromptError(f"column {column!r} is empty")
-    return Conversation(problem=text, privileged=privileged)
+    messages = _messages(row[column], column)
+    conversation = _from_text(row[column], column) if messages is None else _chat(messages, column)
+    return replace(
+        conversation,
+        tools=_tools(row.get("tools"), required=messages is not None),
+        privileged=_text_or_turns(row.get("privileged_context"), "privileged_context"),
+    )
 
 
 def _column(row: Mapping[str, Any], prompt_column: str | None) -> str:
@@ -84,63 +102,144 @@ def _column(row: Mapping[str, Any], prompt_column: str | None) -> str:
     raise PromptError(f"the row has no column {prompt_column!r}; it has: {has}")
 
 
-def _from_turns(turns: list[tuple[str, str]], column: str, privileged: str | None) -> Conversation:
-    users = [place for place, (role, _) in enumerate(turns) if role == "user"]
+def _from_text(value: Any, column: str) -> Conversation:
+    text = value_text(value, column)
+    if text is None:
+        raise PromptError(f"column {column!r} is null")
+    if not text.strip():
+        raise PromptError(f"column {column!r} is empty")
+    return user_turn(text)
+
+
+def _chat(messages: list[dict[str, Any]], column: str) -> Conversation:
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    users = [place for place, each in enumerate(messages) if each["role"] == "user"]
     if not users:
         raise PromptError(f"column {column!r} holds no user turn")
-    history, (_, problem) = turns[: users[-1]], turns[users[-1]]
-    if not problem.strip():
+    if not messages[users[-1]]["content"].strip():
         raise PromptError(f"the last user turn of column {column!r} is empty")
-    system = None
-    if history and history[0][0] in ("system", "developer"):
-        _, system = history.pop(0)
-    return Conversation(
-        problem=problem, history=tuple(history), system=system, privileged=privileged
-    )
+    return Conversation(tuple(messages), users[-1])
 
 
-def _turns(messages: Sequence[Any], column: str) -> list[tuple[str, str]]:
-    turns = []
-    for place, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if not isinstance(role, str) or "content" not in message:
-            raise PromptError(
-                f"column {column!r}: turn {place} is no object with `role` and `content`"
-            )
-        turns.append((role, _content(message["content"], column, place)))
-    return turns
+def _messages(value: Any, column: str) -> list[dict[str, Any]] | None:
+    """The messages of a column, from any of their forms; None where the column is no conversation.
+
+    The forms: a list of messages, one message, an object of lists (`{"role": [...], ...}`), or the
+    JSON text of one of them.
+    """
+    if isinstance(value, str):
+        value = _parsed_messages(value, column)
+    if isinstance(value, Mapping) and "role" in value:
+        value = _columnar(value) if _is_sequence(value["role"]) else [value]
+    if not _is_sequence(value):
+        return None
+    return [_message(each, f"column {column!r}: turn {place}") for place, each in enumerate(value)]
 
 
-def _content(content: object, column: str, place: int) -> str:
+def _parsed_messages(text: str, column: str) -> Any:
+    """The value of JSON text that holds messages; None for any other text."""
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if column == "messages":
+            raise PromptError(f"column 'messages' is a text, but no JSON: {error}") from error
+        return None
+    messages = value if isinstance(value, list) else [value]
+    return value if messages and all(_has_role(each) for each in messages) else None
+
+
+def _has_role(message: Any) -> bool:
+    return isinstance(message, Mapping) and "role" in message
+
+
+def _columnar(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Messages of an object of lists, as `datasets` stores a sequence of objects."""
+    columns = [list(each) if _is_sequence(each) else [] for each in value.values()]
+    return [dict(zip(value, each, strict=True)) for each in zip_longest(*columns)]
+
+
+def _message(message: Any, place: str) -> dict[str, Any]:
+    """A message without its null fields. `place`: where it is, for errors."""
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if not isinstance(role, str) or not _ANSWER_FIELDS & message.keys():
+        raise PromptError(f"{place} is no object with `role` and `content`")
+    if role != "assistant" and "content" not in message:
+        raise PromptError(f"{place} is no object with `role` and `content`")
+    kept = {str(name): value for name, value in message.items() if value is not None}
+    if "content" in kept or role != "assistant":
+        kept["content"] = _content(kept.get("content", ""), place)
+    if isinstance(kept.get("tool_calls"), str):
+        kept["tool_calls"] = _parsed(kept["tool_calls"], f"{place}: `tool_calls`")
+    return kept
+
+
+def _content(content: object, place: str) -> str:
     """Text of a turn. Parts are joined where all of them are text."""
+    if isinstance(content, Mapping):
+        content = [content]
     if isinstance(content, str):
         return content
-    if content is None:
-        return ""
     if isinstance(content, Sequence):
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         if all(isinstance(text, str) for text in texts):
             return "".join(map(str, texts))
-    raise PromptError(f"column {column!r}: turn {place} holds something that is not text")
+    raise PromptError(f"{place} holds something that is not text")
+
+
+def _tools(value: Any, *, required: bool) -> list[dict[str, Any]] | None:
+    """Tool schemas of the column `tools`: a list of objects, or the JSON text of one or of each.
+
+    A value of another form is an error in a conversation (`required`), else an ordinary column.
+    """
+    if not value or value != value:
+        return None
+    try:
+        tools = _parsed(value, "column 'tools'") if isinstance(value, str) else value
+        if not _is_sequence(tools):
+            raise PromptError("column 'tools' is no list of objects")
+        found = [_parsed(x, "column 'tools'") if isinstance(x, str) else x for x in tools]
+        if not all(isinstance(tool, Mapping) for tool in found):
+            raise PromptError("column 'tools' is no list of objects")
+    except PromptError:
+        if required:
+            raise
+        return None
+    return found or None
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{place} is a text, but no JSON: {error}") from error
 
 
 def _text_or_turns(value: Any, column: str) -> str | None:
     """A text, or the texts of turns joined by blank lines; None where null or empty."""
-    if _is_sequence(value):
-        text: str | None = "\n\n".join(content for _, content in _turns(value, column))
+    messages = _messages(value, column)
+    if messages is None:
+        text = value_text(value, column)
     else:
-        text = value_text(value)
+        text = "\n\n".join(each.get("content", "") for each in messages)
     return text if text and text.strip() else None
 
 
 def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
 def names_in(template: str) -> frozenset[str]:
     """The columns a template asks for."""
     found = (match["name"] or match["braced"] for match in _FIELD.finditer(template))
     return frozenset(name for name in found if name)
+
+
+def literals_in(template: str) -> frozenset[str]:
+    """The names that a template writes as text in braces: `{{name}}`."""
+    return frozenset(match["literal"] for match in _FIELD.finditer(template) if match["literal"])
 
 
 def fill(template: str, text_of: Callable[[str], str]) -> str:
@@ -156,12 +255,27 @@ def fill(template: str, text_of: Callable[[str], str]) -> str:
     return _FIELD.sub(replacement, template)
 
 
-def value_text(value: object) -> str | None:
-    """A column's value as a prompt shows it; None for null and for the NaN that stands for null."""
+def value_text(value: object, column: str) -> str | None:
+    """A column's value as a prompt shows it; None for null and for the NaN that stands for null.
+
+    Raises PromptError for bytes that are no UTF-8.
+    """
     if value is None or value != value:
         return None
     if isinstance(value, str):
         return value
+    if isinstance(value, (bytes, bytearray)):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise PromptError(f"column {column!r} holds {len(value)} bytes, no text") from error
     if isinstance(value, (Mapping, list, tuple)):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return json.dumps(value, ensure_ascii=False, default=_inner_text)
+    return str(value)
+
+
+def _inner_text(value: object) -> str:
+    """Text of a value inside a column that JSON does not have. Raises PromptError for bytes."""
+    if isinstance(value, bytes):
+        raise PromptError(f"a column that a prompt shows holds {len(value)} bytes, no text")
     return str(value)

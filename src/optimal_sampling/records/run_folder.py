@@ -11,16 +11,27 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.errors import RunFolderError
-from optimal_sampling.records.schema import FIELDS, SCHEMA_VERSION, Key, Record, key_of
+from optimal_sampling.records.schema import FIELDS, SCHEMA_VERSION, Key, Record, key_of, row_id
 from optimal_sampling.records.store import RecordFile, Scan, read_json, write_atomically
 from optimal_sampling.version import __version__
 
-__all__ = ["MAY_DIFFER", "MEANS", "Ledger", "RunFolder", "Totals", "differences", "load"]
+__all__ = [
+    "MAY_DIFFER",
+    "MEANS",
+    "TEMPLATE_DATE",
+    "Ledger",
+    "RunFolder",
+    "Totals",
+    "differences",
+    "load",
+    "template_date",
+]
 
 MAY_DIFFER = frozenset(
     {
@@ -45,6 +56,9 @@ All others change tokens or records; they are compared.
 """
 
 
+TEMPLATE_DATE = "template_date"
+"""The fact that says on which date a run's chat templates print."""
+
 MEANS = tuple(name for name, field in FIELDS.items() if field.is_mean)
 """Fields of a record that are means over its tokens."""
 
@@ -56,8 +70,8 @@ class Totals:
     records: int = 0
     tokens: int = 0
     finish_reasons: Counter[str] = field(default_factory=Counter)
-    _sums: dict[str, float] = field(default_factory=dict)
-    _weights: Counter[str] = field(default_factory=Counter)
+    _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
+    _weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
 
     def add(self, record: Record) -> None:
         """Count one good record."""
@@ -67,14 +81,25 @@ class Totals:
         self.finish_reasons[record["finish_reason"]] += 1
         for name in MEANS:
             mean = record.get(name)
-            if isinstance(mean, float):
-                self._sums[name] = self._sums.get(name, 0.0) + mean * tokens
-                self._weights[name] += tokens
+            weight = record.get(FIELDS[name].weight, 1.0)
+            if isinstance(mean, float) and isinstance(weight, float):
+                self._sums[name] += mean * weight * tokens
+                self._weights[name] += weight * tokens
 
     def mean(self, name: str) -> float | None:
         """Mean of one of MEANS over all tokens; None where there are no tokens."""
         weight = self._weights[name]
         return self._sums[name] / weight if weight else None
+
+    def means(self) -> dict[str, float | None]:
+        """Every mean, and `ess_ratio`: the ratio of the two mean effective sample sizes.
+
+        (A mean of per-token ratios would be that of a few tokens with tiny denominators.)
+        """
+        means = {name: self.mean(name) for name in MEANS}
+        student, teacher = means["ess_student"], means["ess_teacher"]
+        ratio = teacher / student if student and teacher is not None else None
+        return means | {"ess_ratio": ratio}
 
 
 @dataclass
@@ -84,6 +109,8 @@ class Ledger:
     good: set[Key] = field(default_factory=set)
     failed: dict[Key, int] = field(default_factory=dict)
     """Attempts at each sample that is not good yet."""
+    rows: dict[int, str] = field(default_factory=dict)
+    """`row_id` of each row that good records were made of, by its index in the dataset."""
     totals: Totals = field(default_factory=Totals)
 
     def add(self, record: Record) -> None:
@@ -96,6 +123,7 @@ class Ledger:
             return
         self.failed.pop(key, None)
         self.good.add(key)
+        self.rows[record["row_index"]] = row_id(record["row"])
         self.totals.add(record)
 
     def attempts(self, key: Key) -> int:
@@ -168,6 +196,20 @@ def _record_files(run: Path) -> list[Path]:
     return sorted((run / "records").glob("*.jsonl"))
 
 
+def template_date(run: str | Path) -> date:
+    """The date that chat templates print in a run: today, or that of the run's first call.
+
+    Folders that do not say it have the date of their `config.json`. Raises RunFolderError.
+    """
+    path = Path(run) / "config.json"
+    if not path.exists():
+        return date.today()
+    options = read_json(path).get("compared")
+    if isinstance(options, dict) and TEMPLATE_DATE in options:
+        return date.fromisoformat(options[TEMPLATE_DATE])
+    return date.fromtimestamp(path.stat().st_mtime)
+
+
 def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
     """The good records of a run folder, one per sample, in the order of the files.
 
@@ -228,6 +270,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], form: str) ->
 
 
 def _flag(name: str) -> str:
+    if name == TEMPLATE_DATE:
+        return "date that chat templates print"
     if name.endswith("_files"):
         return f"content hash of the {name.removesuffix('_files')}'s folder"
     return "--" + name.replace("_", "-")

@@ -7,10 +7,20 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from operator import attrgetter
 from typing import Annotated, Any, NotRequired, TypedDict, cast, get_type_hints
 
-from optimal_sampling.types import Completion, FinishReason, TokenTrace, prompt_id
+from optimal_sampling.types import (
+    Completion,
+    FinishReason,
+    Mode,
+    Request,
+    TokenTrace,
+    Unreadable,
+    prompt_id,
+    weighted_mean,
+)
 
 __all__ = [
     "FIELDS",
@@ -20,6 +30,7 @@ __all__ = [
     "Prompt",
     "Record",
     "Sample",
+    "jsonable",
     "key_of",
     "record_of",
     "row_id",
@@ -59,6 +70,14 @@ class Sample:
     text: str
     """The completion, decoded."""
     attempts: int
+    raw_text: str | None = None
+    """The completion, decoded with its special tokens; None where there is none."""
+    mode: Mode = "mixture"
+
+    @property
+    def request(self) -> Request:
+        """The request that the completion answers."""
+        return self.completion.request
 
     @property
     def trace(self) -> TokenTrace:
@@ -74,6 +93,8 @@ class Field:
     take: Callable[[Sample], Any]
     is_mean: bool = False
     """A mean over the tokens of the completion; summaries average it over all tokens."""
+    weight: str = ""
+    """Field that is the weight of a token in this mean, beside 1."""
 
 
 def _finite(values: Iterable[float]) -> list[float]:
@@ -96,6 +117,10 @@ def _mean_of(column: str, meaning: str) -> Field:
 
 def _extreme_alpha(choose: Callable[..., float | None], meaning: str) -> Field:
     return Field(meaning, lambda s: choose(map(_rounded, _finite(s.trace["alpha"])), default=None))
+
+
+def _weighted_alpha(sample: Sample) -> float | None:
+    return _rounded(weighted_mean(sample.trace["alpha"], sample.trace["curvature"]))
 
 
 def _token_list(column: str, meaning: str) -> Field:
@@ -122,7 +147,11 @@ class Record(TypedDict):
             attrgetter("completion.request.sample_index"),
         ),
     ]
-    seed: Annotated[int, Field("the run's seed", attrgetter("completion.request.seed"))]
+    seed: Annotated[int, Field("the run's seed", attrgetter("request.seed"))]
+    mode: Annotated[
+        Mode,
+        Field("what tokens were drawn from: `mixture`, `student` or `teacher`", attrgetter("mode")),
+    ]
     row_index: Annotated[
         int,
         Field(
@@ -133,8 +162,9 @@ class Record(TypedDict):
     row: Annotated[
         dict[str, Any],
         Field(
-            "columns of the row, unchanged but for NaN (null); a column may have any name",
-            lambda s: _jsonable(s.prompt.row),
+            "columns of the row, unchanged but for NaN (null), bytes (their number and a hash) and "
+            "values that cannot be read; a column may have any name",
+            lambda s: jsonable(s.prompt.row),
         ),
     ]
     student_prompt: Annotated[
@@ -153,6 +183,13 @@ class Record(TypedDict):
     ]
     completion: Annotated[
         str, Field("text without its stop token and special tokens", attrgetter("text"))
+    ]
+    completion_raw: Annotated[
+        NotRequired[str],
+        Field(
+            "text with its special tokens, without its stop token; absent if equal to `completion`",
+            lambda s: None if s.raw_text == s.text else s.raw_text,
+        ),
     ]
     completion_ids: Annotated[
         list[int],
@@ -188,7 +225,27 @@ class Record(TypedDict):
         Field(
             "mean over tokens of the effective sample size to the teacher over that to the student",
             lambda s: _mean(s.trace.ess_ratio),
+        ),
+    ]
+    ess_student: Annotated[
+        float | None,
+        _mean_of("ess_student", "effective sample size to the student, a share, mean over tokens"),
+    ]
+    ess_teacher: Annotated[
+        float | None,
+        _mean_of("ess_teacher", "effective sample size to the teacher, a share, mean over tokens"),
+    ]
+    curvature: Annotated[
+        float | None,
+        _mean_of("curvature", "mean over tokens of Var_q[log p_teacher − log p_student], in nats²"),
+    ]
+    alpha_weighted: Annotated[
+        float | None,
+        Field(
+            "alpha where the models differ: mean over tokens, each with its `curvature` as weight",
+            _weighted_alpha,
             is_mean=True,
+            weight="curvature",
         ),
     ]
     error: Annotated[
@@ -232,8 +289,12 @@ FIELDS: dict[str, Field] = {name: hint.__metadata__[0] for name, hint in _HINTS.
 
 def record_of(sample: Sample, *, token_lists: bool = True) -> Record:
     """The record of a sample. Without `token_lists`, it has no fields with one number per token."""
-    names = [name for name in FIELDS if token_lists or name in Record.__required_keys__]
-    return cast(Record, {name: FIELDS[name].take(sample) for name in names})
+    lists = "token_alpha", "token_kl_student", "token_kl_teacher"
+    names = [name for name in FIELDS if token_lists or name not in lists]
+    record = {name: FIELDS[name].take(sample) for name in names}
+    if record["completion_raw"] is None:
+        del record["completion_raw"]
+    return cast(Record, record)
 
 
 def key_of(record: Record) -> Key:
@@ -242,23 +303,28 @@ def key_of(record: Record) -> Key:
 
 
 def row_id(row: Mapping[str, Any]) -> str:
-    """Identity of a row that could not be rendered: a content hash of the row."""
-    return prompt_id("\x00row", json.dumps(_jsonable(row), sort_keys=True))
+    """Content hash of a row, as it is and as a record has it."""
+    return prompt_id("\x00row", json.dumps(jsonable(row), sort_keys=True))
 
 
-def _jsonable(value: Any, depth: int = 0) -> Any:
+def jsonable(value: Any, depth: int = 0) -> Any:
     """A value that JSON can hold.
 
-    NaN and infinities become null, unknown types and values nested too deeply become text.
+    NaN and infinities become null. Bytes become their number and a hash of them, values that could
+    not be read, unknown types and values nested too deeply become text.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes, blake2b {blake2b(value, digest_size=8).hexdigest()}>"
+    if isinstance(value, Unreadable):
+        return value.text or f"<{value.reason}>"
     if depth > _MAX_DEPTH:
-        return json.dumps(value, default=str)
+        return json.dumps(value, default=jsonable)
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(inner, depth + 1) for key, inner in value.items()}
+        return {str(key): jsonable(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(inner, depth + 1) for inner in value]
+        return [jsonable(inner, depth + 1) for inner in value]
     return str(value)

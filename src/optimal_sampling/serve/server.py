@@ -69,7 +69,9 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
     from vllm.entrypoints.launchers.api_server.entry import run_server
 
     models = config.models
-    vocabulary = Vocabulary.load(models.student, models.teacher, models.trust_remote_code)
+    vocabulary = Vocabulary.load(
+        models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+    )
     arguments = _vllm_arguments(config, vocabulary)
     if "max_model_len" not in arguments:
         raise ConfigError(

@@ -77,7 +77,7 @@ def make_problem(seed: int, index: int, steps: int | None = None) -> Problem:
 
 
 def results(problem: Problem, compute: Compute = exact) -> list[Step]:
-    """The operations in order; the next one starts from the result of `compute`, even a wrong one."""
+    """The operations in order, each starting from the result of `compute` before it."""
     steps: list[Step] = []
     value = problem.numbers[0]
     operations = zip(problem.operators, problem.numbers[1:], strict=True)

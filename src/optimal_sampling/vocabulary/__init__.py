@@ -1,9 +1,10 @@
 """Which token ids mean the same to both models.
 
-    tokens   a model by name: its folder, tokenizer, end tokens and sizes, without its weights
+    tokens        a model by name: its folder, tokenizer, end tokens and sizes, without its weights
     model_folder  what the folder of a model has to hold
-    turn_end  the token with which a chat template ends turns
-    shared   `Vocabulary`: the ids that both models share
+    turn_end      the token with which a chat template ends turns
+    thinking      the markers around a model's reasoning, from its chat template
+    shared        `Vocabulary`: the ids that both models share
 
 Transformers is imported when a tokenizer is loaded.
 """

@@ -25,18 +25,12 @@ from functools import cached_property
 from typing import Any
 
 from optimal_sampling.errors import TokenizerMismatchError
+from optimal_sampling.vocabulary.thinking import KNOWN_BLOCKS, Block, thinking_blocks
 from optimal_sampling.vocabulary.tokens import ModelTokens, load_tokens
 
-__all__ = ["THINKING_BLOCKS", "Vocabulary"]
+__all__ = ["Vocabulary"]
 
 _SHOWN = 5
-THINKING_BLOCKS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("[THINK]", "[/THINK]"),
-)
-"""Opening and closing marker of a block of reasoning, in the forms that models use."""
-
 _PROBES = (
     "The quick brown fox jumps over the lazy dog; then nothing else happened, "
     "and they were friends again.",
@@ -72,15 +66,24 @@ class Vocabulary:
     """Differences between the two tokenizers that the user should know of."""
 
     @classmethod
-    def load(cls, student: str, teacher: str, trust_remote_code: bool = False) -> Vocabulary:
+    def load(
+        cls,
+        student: str,
+        teacher: str,
+        trust_remote_code: bool = False,
+        *,
+        revisions: tuple[str | None, str | None] = (None, None),
+    ) -> Vocabulary:
         """The vocabulary of two models by name, from their tokenizers and configs.
+
+        `revisions`: of the student and the teacher, where they are of the hub.
 
         Raises ModelError and MissingDependencyError as `load_tokens` does, TokenizerMismatchError.
         """
-        student_tokens = load_tokens(student, trust_remote_code)
-        if student == teacher:
+        student_tokens = load_tokens(student, trust_remote_code, revisions[0])
+        if (student, revisions[0]) == (teacher, revisions[1]):
             return cls.share(student_tokens, student_tokens)
-        return cls.share(student_tokens, load_tokens(teacher, trust_remote_code))
+        return cls.share(student_tokens, load_tokens(teacher, trust_remote_code, revisions[1]))
 
     @classmethod
     def share(cls, student: ModelTokens, teacher: ModelTokens) -> Vocabulary:
@@ -108,23 +111,49 @@ class Vocabulary:
         """Text of a completion, without its final stop token and without special tokens.
 
         Markers of thinking blocks stay even where a tokenizer calls them special: they separate the
-        reasoning from the answer. Bytes that are no UTF-8 become U+FFFD.
+        reasoning from the answer. A space at the start stays, so that the texts of prompt and
+        completion together are the whole text. Bytes that are no UTF-8 become U+FFFD.
         """
-        kept = list(ids)
-        if kept and kept[-1] in self.stop_ids:
-            kept.pop()
-        kept = [index for index in kept if index not in self._omitted_ids]
+        kept = self._without_stop(ids)
+        return self._text([index for index in kept if index not in self._omitted_ids])
+
+    def decode_raw(self, ids: Sequence[int]) -> str:
+        """Text of a completion with its special tokens, without its final stop token."""
+        return self._text(self._without_stop(ids))
+
+    def _without_stop(self, ids: Sequence[int]) -> list[int]:
+        ends = bool(ids) and ids[-1] in self.stop_ids
+        return list(ids[:-1] if ends else ids)
+
+    def _text(self, ids: list[int]) -> str:
+        """Text of ids that follow other text: decoders drop a space at the start of a text."""
+        text = self._decoded([*self._letter_ids, *ids])
+        letter = self._decoded(self._letter_ids)
+        return text.removeprefix(letter) if text.startswith(letter) else self._decoded(ids)
+
+    def _decoded(self, ids: list[int]) -> str:
         decode = self.student_tokenizer.decode
-        return str(decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    @cached_property
+    def _letter_ids(self) -> list[int]:
+        return list(self.student_tokenizer("a", add_special_tokens=False)["input_ids"])
+
+    @cached_property
+    def thinking_blocks(self) -> tuple[Block, ...]:
+        """Opening and closing markers of reasoning: of both chat templates, and known ones."""
+        tokenizers = (self.student_tokenizer, self.teacher_tokenizer)
+        own = [block for tokenizer in tokenizers for block in thinking_blocks(tokenizer)]
+        return tuple(dict.fromkeys((*own, *KNOWN_BLOCKS)))
 
     @cached_property
     def _omitted_ids(self) -> frozenset[int]:
-        """Special tokens that are no markers of thinking blocks."""
+        """Special tokens that are not part of a marker of thinking blocks."""
         tokenizer = self.student_tokenizer
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {index for index, token in added.items() if getattr(token, "special", False)}
         special |= set(tokenizer.all_special_ids)
-        markers = {marker for block in THINKING_BLOCKS for marker in block}
+        markers = "\n".join(marker for block in self.thinking_blocks for marker in block)
         thinking = {index for index, token in added.items() if str(token) in markers}
         return frozenset(special - thinking)
 

@@ -1,4 +1,4 @@
-"""One model by name: its folder or hub id, tokenizer, end tokens and sizes. Reads no weights."""
+"""One model by name: its folder or hub id, its tokenizer, end tokens, sizes. Reads no weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ _CONTEXT_NAMES = (
     "max_seq_len",
     "seq_length",
 )
+_UNUSED_FILES = ["*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth"]
+"""Of a hub model: other forms of its weights than safetensors."""
 _TOKENIZER_PACKAGES = ("sentencepiece", "protobuf", "tiktoken")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,12 +66,31 @@ class ModelTokens:
         return frozenset(self.tokenizer.get_added_vocab().values())
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, revision: str | None = None, *, weights: bool = False) -> str:
     """The folder of a shipped model, an existing folder, or a hub id.
 
-    Only names and folders are checked: a hub id that does not exist is an error when it is loaded.
-    Raises ModelError where a folder is meant and is missing, or has no `config.json`.
+    Of a hub id with a `revision`, the folder that holds its files of that revision, with or without
+    the weights. Otherwise only names and folders are checked: a hub id that does not exist is an
+    error when it is loaded. Raises ModelError where a folder is meant and is missing, has no
+    `config.json`, or is given a revision, and where a revision cannot be downloaded.
     """
+    found = _resolve_name(name)
+    if revision is None:
+        return found
+    if found != name or Path(found).is_dir():
+        raise ModelError(f"model {name!r} is a folder, which has no revision {revision!r}")
+    from huggingface_hub import snapshot_download
+
+    unused = _UNUSED_FILES if weights else [*_UNUSED_FILES, "*.safetensors"]
+    try:
+        return snapshot_download(name, revision=revision, ignore_patterns=unused)
+    except Exception as error:  # of the hub, the network or the disk: any class
+        raise ModelError(
+            f"cannot download revision {revision!r} of model {name!r}: {_reason(error)}"
+        ) from error
+
+
+def _resolve_name(name: str) -> str:
     if not name.strip():
         raise ModelError(
             "the name of a model is empty; "
@@ -98,13 +119,15 @@ def _model_folder(name: str, folder: Path) -> str:
     return str(folder)
 
 
-def load_tokens(name: str, trust_remote_code: bool = False) -> ModelTokens:
+def load_tokens(
+    name: str, trust_remote_code: bool = False, revision: str | None = None
+) -> ModelTokens:
     """Read tokenizer, config and generation config of a model by name.
 
     Raises ModelError where one of them cannot be read, MissingDependencyError where the tokenizer
     needs a package that is not installed.
     """
-    folder = resolve_model(name)
+    folder = resolve_model(name, revision)
     with _quiet_transformers():
         config = _load_config(name, folder, trust_remote_code)
         model_type = str(getattr(config, "model_type", ""))

@@ -10,21 +10,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from optimal_sampling.distribution.arrays import (
     Array,
+    Flags,
+    Scores,
+    Tokens,
     argmax,
     array_of,
     dot,
-    stack,
     tensor_of,
+    values_of,
 )
 from optimal_sampling.distribution.cpu.workspace import (
     MIN_EXPONENT,
     Block,
     Loan,
+    Tile,
     Workspace,
     borrow,
 )
@@ -35,7 +39,7 @@ __all__ = ["TiledPair"]
 _UNDERFLOW = 1e-12  # a sum below this is taken again, relative to the largest term
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class TiledMoments(Moments):
     """With E_q[score], and the buffers that hold the models."""
 
@@ -47,7 +51,7 @@ class TiledMoments(Moments):
         """H(q)."""
         return self.log_sum - self.mean_score
 
-    def draw(self, noise: Float32[Tensor, "rows vocab"]) -> tuple[Int64[Tensor, " rows"], Array]:
+    def draw(self, noise: Scores) -> tuple[Tokens, Array]:
         """argmax(log q + noise) and its log q."""
         space = self._weighted()
         tokens = [torch.zeros(0, dtype=torch.int64, device=space.device)]
@@ -58,17 +62,18 @@ class TiledMoments(Moments):
             best = argmax(noisy)
             tokens.append(best + block.columns.start)
             # of the score and of the noisy score
-            winners.append(block.scratch.gather(-1, best.expand(2, -1)[..., None]))
+            both = best.expand(2, -1)[..., None]
+            winners.append(block.scratch.gather(-1, both))
         token = torch.cat(tokens)
         score, noisy = torch.cat(winners, 1)[..., 0]
         if space.tiles > 1:
             shape = space.rows, space.tiles
             tile = noisy.view(shape).argmax(-1, keepdim=True)
-            token = token.view(shape).gather(-1, tile)[:, 0]
-            score = score.view(shape).gather(-1, tile)[:, 0]
+            token = token.view(shape).gather(-1, tile).squeeze(-1)
+            score = score.view(shape).gather(-1, tile).squeeze(-1)
         return token, array_of(score) - self.log_sum
 
-    def log_q(self) -> Float32[Tensor, "rows vocab"]:
+    def log_q(self) -> Scores:
         """The normalised mixture."""
         space = self._weighted()
         log_q = torch.empty(space.rows, space.vocab, device=space.device)
@@ -89,9 +94,8 @@ class TiledMoments(Moments):
 class TiledPair(Pair):
     """A pair of float32 tensors in the buffers of a workspace."""
 
-    def _load(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+    def _load(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
         self._logits = (student_logits, teacher_logits)
-        self._temperature = temperature
         self._loan = borrow(self.rows, self.vocab, self.device)
         self.space.shift.zero_()
         self._relative = False
@@ -126,10 +130,10 @@ class TiledPair(Pair):
             least = xp.amin(space.least[:, rows], -1)
             # otherwise bad, or a student without the teacher's support
             usual = (top > MASKED) & (top < float("inf"))
-            top = xp.where(usual, top, 0 * space.maximum_array[:, rows, 0])
+            top = xp.where(usual, top, 0.0)
             space.maximum_array[:, rows, 0] = top
             # true for NaN
-            underflows = not self.on_cpu or not bool((least - top >= MIN_EXPONENT).all())
+            underflows = not self.on_cpu or not (least - top >= MIN_EXPONENT).all()
             self._underflows += [underflows] * len(band)
             for block, models in zip(band, sources, strict=True):
                 self._exponentiate(block, models, underflows)
@@ -141,9 +145,10 @@ class TiledPair(Pair):
     def _copied(self, block: Block, model: int) -> Tensor:
         """A model's logits in one block, divided by the temperature; a view where that is 1."""
         logits = self._logits[model][block.rows, block.columns]
-        if logits.dtype == torch.float32 and self._temperature == 1:
+        if logits.dtype == torch.float32 and self.temperature == 1:
             return logits
-        return block.inside[model].copy_(logits).mul_(1 / self._temperature)
+        copy = block.inside[model].copy_(logits)
+        return copy.mul_(1 / self.temperature)
 
     def _ranged(self, block: Block, source: Callable[[Block, int], Tensor]) -> list[Tensor]:
         """Both models in one block; notes their largest and least."""
@@ -161,28 +166,35 @@ class TiledPair(Pair):
         terms = block.both
         if underflows:
             terms = torch.clamp(terms, min=MIN_EXPONENT, out=block.scratch)
-        torch.sum(torch.exp(terms, out=block.scratch), -1, out=block.per_model)
+        torch.exp(terms, out=block.scratch)
+        torch.sum(block.scratch, -1, out=block.per_model)
 
     def _normalise(self) -> None:
         self.no_student = self.largest[0] < MASKED
-        per_model = self.space.per_model_array
-        log_z = self.xp.log(self.xp.sum(per_model, -1, dtype=self.xp.float64))
-        self.log_z = (log_z[0], log_z[1])
-        offset = self._shifted + log_z
-        self.offset = (offset[0], offset[1])
+        xp = self.xp
+        sums = xp.sum(self.space.per_model_array, -1, dtype=xp.float64)
+        log_z = xp.log(sums)
+        self.log_z = tuple(log_z)
+        self.offset = tuple(self._shifted + log_z)
 
-    def _moments(self, alpha: Array, changed: Array) -> Moments:
-        self.space.weight_array[:, 0] = alpha
-        self._sweep(changed)
-        return self._collect(alpha)
+    def _moments(self, alpha: Array, changed: Flags) -> Moments:
+        space = self.space
+        space.weight_array[:, 0] = alpha
+        if self.on_cpu:
+            self._sweep(changed)
+        else:
+            everywhere = self.bad | True
+            for block in space.blocks:
+                self._sums(block, True, everywhere[block.rows, None])
+        totals, top = self._totals(space.sums_array, space.shift_array)
+        mean_score, *means = totals[1:] / totals[0]
+        log_sum = self.xp.log(totals[0]) + top
+        derivatives = self._derivatives(alpha, log_sum, means)
+        return TiledMoments(*derivatives, log_sum, mean_score, self._loan)
 
-    def _sweep(self, changed: Array) -> None:
+    def _sweep(self, changed: Flags) -> None:
         """Take the sums of blocks with a changed row; again, relative, where they underflow."""
         space = self.space
-        if not self.on_cpu:
-            for block in space.blocks:
-                self._sums(block, True, relative=True)
-            return
         flags = changed.tolist()
         for block, underflows in zip(space.blocks, self._underflows, strict=True):
             if any(flags[block.rows]):
@@ -194,10 +206,11 @@ class TiledPair(Pair):
             return
         self._relative = True
         for block in space.blocks:
-            if underflow[block.rows].any():
-                self._sums(block, True, relative=underflow[block.rows, None])
+            relative = underflow[block.rows, None]
+            if relative.any():
+                self._sums(block, True, relative)
 
-    def _sums(self, block: Block, underflows: bool, relative: Array | bool | None = None) -> None:
+    def _sums(self, block: Block, underflows: bool, relative: Flags | None = None) -> None:
         """Sums of w, w score, w d, w d^2 and w d^3, with w = exp(score - shift)."""
         score = block.x
         w = block.w
@@ -205,86 +218,67 @@ class TiledPair(Pair):
         if relative is not None:
             score[:, block.inner.stop :] = MASKED_LOGIT
             torch.amax(score, -1, keepdim=True, out=block.shift)
-            block.shift.mul_(relative if isinstance(relative, bool) else tensor_of(relative))
-            torch.exp(torch.sub(score, block.shift, out=w).clamp_(min=MIN_EXPONENT), out=w)
+            block.shift.mul_(tensor_of(relative))
+            torch.sub(score, block.shift, out=w)
+            w.clamp_(min=MIN_EXPONENT).exp_()
         else:
             torch.exp(score.clamp_(min=MIN_EXPONENT) if underflows else score, out=w)
         torch.sum(w, -1, out=block.sums[0])
         dot(block.w_array, block.x_array, out=block.sums_array[1])
         d = torch.sub(block.teacher, block.student, out=block.x)
-        torch.sum(w.mul_(d), -1, out=block.sums[2])
-        torch.sum(w.mul_(d), -1, out=block.sums[3])
+        w.mul_(d)
+        torch.sum(w, -1, out=block.sums[2])
+        w.mul_(d)
+        torch.sum(w, -1, out=block.sums[3])
         dot(block.w_array, block.x_array, out=block.sums_array[4])
-
-    def _collect(self, alpha: Array) -> Moments:
-        """Add up the tiles of each row."""
-        totals, top = self._totals(self.space.sums_array, self.space.shift_array)
-        means = totals[1:] / totals[0]
-        mean_d = means[1]
-        square = mean_d * mean_d
-        variance = means[2] - square
-        log_sum = self.xp.log(totals[0]) + top
-        return TiledMoments(
-            alpha=alpha,
-            F=log_sum - self.log_z[0] - alpha * self.gap,
-            slope=mean_d - self.gap,
-            curvature=variance,
-            third=means[3] - mean_d * (3 * variance + square),
-            log_sum=log_sum,
-            mean_score=means[0],
-            loan=self._loan,
-        )
 
     def _totals(self, sums: Array, shift: Array) -> tuple[Array, Array]:
         """Sums over the last axis, the tiles of a row, relative to exp(top), and top."""
         xp = self.xp
         if self.space.tiles == 1:
-            return xp.asarray(sums[..., 0], dtype=xp.float64), shift[..., 0]
+            only = sums[..., 0]
+            return xp.asarray(only, dtype=xp.float64), shift[..., 0]
         top = xp.amax(shift, -1)
-        scale = xp.exp(xp.asarray(shift - top[..., None], dtype=xp.float64))
+        lower = shift - top[..., None]
+        scale = xp.exp(xp.asarray(lower, dtype=xp.float64))
         return xp.sum(sums * scale, -1), top
 
-    def partitions(self, beta: Array, other: Array) -> tuple[Array, Array]:
-        """F(beta) and F(other)."""
-        xp = self.xp
+    def _log_sums(self, betas: Array, known: Flags) -> Array:
         space = self.space
-        betas = stack([beta, other])
-        known = ((betas == 0) | (betas == 1)) & ~(self.student_misses | self.teacher_misses)
         needed = ~(known[0] & known[1])
+        everywhere = known | True
         space.betas_array[..., 0] = betas
         space.shift_per_model.zero_()
         for block in space.blocks:
             if not self.none(needed[block.rows]):
-                self._partition(block, None if self.on_cpu else True)
-        sums = xp.sum(space.per_model_array, -1)
-        far = needed & ~((sums > _UNDERFLOW) & (sums < float("inf")))
-        for block in [] if self.none(far) or not self.on_cpu else space.blocks:
-            if far[:, block.rows].any():
-                self._partition(block, far[:, block.rows])
+                relative = None if self.on_cpu else everywhere[:, block.rows]
+                self._partition(block, relative)
+        if self.on_cpu:
+            sums = self.xp.sum(space.per_model_array, -1)
+            far = needed & ~((sums > _UNDERFLOW) & (sums < float("inf")))
+            for block in space.blocks:
+                relative = far[:, block.rows]
+                if relative.any():
+                    self._partition(block, relative)
         totals, top = self._totals(space.per_model_array, array_of(space.shift_per_model))
-        F = xp.where(known, 0.0, xp.log(totals) + top - self.log_z[0] - betas * self.gap)
-        return F[0], F[1]
+        return self.xp.log(totals) + top
 
-    def _partition(self, block: Block, relative: Array | bool | None) -> None:
+    def _partition(self, block: Block, relative: Flags | None) -> None:
         """Sums of exp(x - shift) at both betas, where `relative` with the largest x as shift."""
         x = torch.lerp(block.student, block.teacher, block.betas, out=block.scratch)
         if relative is not None:
             x[..., block.inner.stop :] = MASKED_LOGIT
             shift = torch.amax(x, -1, out=block.shift_per_model)
-            shift.mul_(relative if isinstance(relative, bool) else tensor_of(relative))
+            shift.mul_(tensor_of(relative))
             x.sub_(shift[..., None])
-        torch.sum(x.clamp_(min=MIN_EXPONENT).exp_(), -1, out=block.per_model)
+        x.clamp_(min=MIN_EXPONENT).exp_()
+        torch.sum(x, -1, out=block.per_model)
 
-    def token_log_p(self, token: Int64[Tensor, " rows"]) -> tuple[Array, Array]:
-        """log p of tokens under student and teacher."""
-        student, teacher = (
-            array_of(logits.gather(-1, token[:, None])[:, 0].to(torch.float64)) / self._temperature
-            for logits in self._logits
-        )
-        return student - self.offset[0], teacher - self.offset[1]
+    def _logits_of(self, token: Tokens) -> list[Array]:
+        return [values_of(logits, token) for logits in self._logits]
 
 
-def _scores(block: Block) -> Float32[Tensor, "n width"]:
+def _scores(block: Block) -> Tile:
     """(1 - alpha) student + alpha teacher of one block, in its scratch."""
     torch.lerp(block.student, block.teacher, block.weight, out=block.x)
     return block.x[:, block.inner]

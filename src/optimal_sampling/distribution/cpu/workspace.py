@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float32
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from optimal_sampling.distribution.arrays import Array, array_of, uses_numpy
 
-__all__ = ["MIN_EXPONENT", "TILE", "Block", "Loan", "Workspace", "borrow"]
+__all__ = ["MIN_EXPONENT", "TILE", "Block", "Loan", "Tile", "Workspace", "borrow"]
 
 MIN_EXPONENT = -87.0
 """exp of less is no normal float32, and slow. A sum that matters is at least e^50 times larger."""
@@ -30,6 +31,9 @@ Smaller ones fit the second-level cache, but calls then cost more than work.
 _LANES = 64  # numbers that a vectorised loop takes at once
 
 
+Tile: TypeAlias = Float32[Tensor, "n width"]
+
+
 @dataclass(frozen=True)
 class Block:
     """Views of one block: `width` padded columns of n rows. `scratch` is shared by all blocks."""
@@ -37,24 +41,24 @@ class Block:
     rows: slice
     columns: slice  # of the unpadded vocabulary
     inner: slice  # the unpadded columns of this block
-    inside: list[Float32[Tensor, "n inner"]]  # student, teacher
+    inside: Float32[Tensor, "2 n inner"]  # student, teacher
     both: Float32[Tensor, "2 n width"]  # student, teacher
-    student: Float32[Tensor, "n width"]
-    teacher: Float32[Tensor, "n width"]
+    student: Tile
+    teacher: Tile
     weight: Float32[Tensor, "n 1"]
     betas: Float32[Tensor, "2 n 1"]
     shift: Float32[Tensor, "n 1"]
-    maximum: list[Float32[Tensor, "n 1"]]
-    most: list[Array]
-    least: list[Array]
+    maximum: Float32[Tensor, "2 n 1"]
+    most: Array
+    least: Array
     per_model: Float32[Tensor, "2 n"]
     shift_per_model: Float32[Tensor, "2 n"]
     sums: list[Float32[Tensor, " n"]]
     sums_array: list[Array]
     scratch: Float32[Tensor, "2 n width"]
-    x: Float32[Tensor, "n width"]  # the first half of scratch
+    x: Tile  # the first half of scratch
     x_array: Array
-    w: Float32[Tensor, "n width"]  # the second
+    w: Tile  # the second
     w_array: Array
 
 
@@ -111,16 +115,16 @@ class Workspace:
             rows=rows,
             columns=columns,
             inner=inner,
-            inside=[both[0, :, inner], both[1, :, inner]],
+            inside=both[:, :, inner],
             both=both,
             student=both[0],
             teacher=both[1],
             weight=self.weight[rows],
             betas=self.betas[:, rows],
             shift=self.shift[rows, tile : tile + 1],
-            maximum=[self.maximum[0, rows], self.maximum[1, rows]],
-            most=[self.most[0, rows, tile], self.most[1, rows, tile]],
-            least=[self.least[0, rows, tile], self.least[1, rows, tile]],
+            maximum=self.maximum[:, rows],
+            most=self.most[:, rows, tile],
+            least=self.least[:, rows, tile],
             per_model=self.per_model[:, rows, tile],
             shift_per_model=self.shift_per_model[:, rows, tile],
             sums=list(sums),
@@ -133,20 +137,19 @@ class Workspace:
         )
 
 
+@dataclass(frozen=True)
 class Loan:
     """The use of a workspace until it is lent anew."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        workspace.loans += 1
-        self._workspace = workspace
-        self._number = workspace.loans
+    workspace: Workspace
+    number: int
 
     @property
     def space(self) -> Workspace:
         """The workspace; RuntimeError where somebody else has it now."""
-        if self._workspace.loans != self._number:
+        if self.workspace.loans != self.number:
             raise RuntimeError("these buffers hold a newer pair: use each pair before the next")
-        return self._workspace
+        return self.workspace
 
 
 _kept = threading.local()
@@ -159,5 +162,9 @@ def borrow(rows: int, vocab: int, device: torch.device) -> Loan:
     if key not in cache:
         while len(cache) >= 4:
             cache.pop(next(iter(cache)))
-        cache[key] = Workspace(rows, vocab, device)
-    return Loan(cache[key])
+        # a tensor of inference mode cannot be written to outside of it
+        with torch.inference_mode(False):
+            cache[key] = Workspace(rows, vocab, device)
+    workspace = cache[key]
+    workspace.loans += 1
+    return Loan(workspace, workspace.loans)

@@ -13,14 +13,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
+from optimal_sampling.distribution.arrays import Logits, Positions, Tokens, cuts
 from optimal_sampling.distribution.noise import NoiseKeys, NoiseSource, scrambled_ids
 from optimal_sampling.types import TRACE_FIELDS
 
-__all__ = ["SIZES", "TRACED", "Sizes", "fused_draft", "fused_step", "kernel_note", "runs_fused"]
+__all__ = [
+    "COLUMNS",
+    "SIZES",
+    "TRACED",
+    "Sizes",
+    "fused_draft",
+    "fused_step",
+    "kernel_note",
+    "runs_fused",
+]
 
 
 class Sizes(NamedTuple):
@@ -31,6 +40,9 @@ class Sizes(NamedTuple):
 
 
 SIZES = Sizes(1 << 14, 1 << 11)
+
+COLUMNS = 16
+"""Numbers that a program leaves for the next one, in float64."""
 
 TRACED = (
     "alpha",
@@ -44,6 +56,7 @@ TRACED = (
     "log_p_teacher",
     "log_q",
     "fallback",
+    "curvature",
 )
 """The fields of the trace that `finish` writes, in the order of its names for their columns."""
 
@@ -81,8 +94,8 @@ def covers(mixture: MixtureConfig, keep_log_q: bool = False) -> bool:
     top-k and top-p, log q itself, nor fields of the trace beyond TRACED. Logits 5e11 below their
     row's largest count as -inf.
     """
-    restricted = mixture.teacher_support_top_k > 0 or mixture.teacher_support_top_p < 1
-    truncated = mixture.top_k > 0 or mixture.top_p < 1
+    restricted = cuts(mixture.teacher_support_top_k, mixture.teacher_support_top_p)
+    truncated = cuts(mixture.top_k, mixture.top_p)
     known = mixture.alpha_method in _COVERED and set(TRACE_FIELDS) <= set(TRACED)
     return known and not (restricted or truncated or keep_log_q)
 
@@ -97,11 +110,11 @@ def runs_fused(
 
 
 def fused_draft(
-    student_logits: Float[Tensor, "rows vocab"],
+    student_logits: Logits,
     noise: NoiseSource,
     temperature: float,
     sizes: Sizes = SIZES,
-) -> Int64[Tensor, " rows"]:
+) -> Tokens:
     """argmax(log p_student + noise)."""
     programs = _programs()
     batch = _batch(student_logits, student_logits, temperature, sizes)
@@ -109,7 +122,7 @@ def fused_draft(
     device = student_logits.device
     token = torch.zeros(rows, dtype=torch.int64, device=device)
     if rows:
-        drafted = _buffer(rows, programs.DRAFTED, batch.pieces, device)
+        drafted = _buffer(rows, batch.pieces, device)
         programs.draft[rows, batch.pieces](
             batch,
             _noise(noise, batch.vocab),
@@ -125,10 +138,10 @@ def fused_draft(
 
 
 def fused_step(
-    student_logits: Float[Tensor, "rows vocab"],
-    teacher_logits: Float[Tensor, "rows vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     noise: NoiseSource,
-    position: Int[Tensor, " rows"],
+    position: Positions,
     mixture: MixtureConfig,
     sizes: Sizes = SIZES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -144,9 +157,9 @@ def fused_step(
         bad_teacher=torch.empty(rows, dtype=torch.bool, device=device),
     )
     if rows:
-        measured = _buffer(rows, programs.MEASURED, batch.pieces, device)
-        solved = _buffer(rows, programs.SOLVED, 1, device)
-        mixed = _buffer(rows, programs.MIXED, batch.pieces, device)
+        measured = _buffer(rows, batch.pieces, device)
+        solved = _buffer(rows, 1, device)
+        mixed = _buffer(rows, batch.pieces, device)
         method, settings = _settings(mixture)
         width = _power_of_two(batch.pieces)
         pieces = {"PIECE": sizes.piece, "BLOCK": sizes.block, **_LAUNCH}
@@ -206,8 +219,8 @@ def _batch(student: Tensor, teacher: Tensor, temperature: float, sizes: Sizes) -
     )
 
 
-def _buffer(rows: int, columns: Any, pieces: int, device: torch.device) -> Tensor:
-    return torch.empty(rows, columns.value * pieces, dtype=torch.float64, device=device)
+def _buffer(rows: int, pieces: int, device: torch.device) -> Tensor:
+    return torch.empty(rows, pieces, COLUMNS, dtype=torch.float64, device=device)
 
 
 def _power_of_two(count: int) -> int:

@@ -23,15 +23,12 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
-from optimal_sampling.distribution.gpu.launch import TRACED
+from optimal_sampling.distribution.gpu.launch import COLUMNS, TRACED
 from optimal_sampling.types import TRACE_FIELDS
 
 __all__ = [
-    "DRAFTED",
-    "MEASURED",
-    "MIXED",
-    "SOLVED",
     "Batch",
     "Noise",
     "Outputs",
@@ -95,8 +92,15 @@ class Outputs(NamedTuple):
     bad_teacher: object
 
 
+class Origins(NamedTuple):
+    """Numbers near the largest logit of each model, which its logits are taken relative to."""
+
+    at_student: object
+    at_teacher: object
+
+
 class Known(NamedTuple):
-    """What `solve` takes from the sums of `measure`."""
+    """What `solve` takes from the sums of `measure`; begins as Origins does."""
 
     at_student: object
     """The largest logits, which both models are relative to here and in `mix`."""
@@ -105,45 +109,53 @@ class Known(NamedTuple):
     log_z_teacher: object
     bad_student: object
     bad_teacher: object
-    shared: object
-    """Whether there is a token that both models have, or that only one of them has."""
+    disjoint: object
+    """Whether there is no token that both models have; one that only one of them has."""
     only_student: object
     only_teacher: object
+    rootless: object
+    """Whether the row is bad or disjoint, so that no alpha is to be solved for."""
+    gap: object
+    """log Z of the teacher less the student's; the same in the sums of `measure`."""
     head_gap: object
-    """log Z of the teacher less the student's, in the sums of `measure`."""
 
 
-class Origins(NamedTuple):
-    """Numbers near the largest logit of each model, which its logits are taken relative to."""
+class Sums(NamedTuple):
+    """Sums of w = exp(x - top) and of w d, w d^2 and w d^3, with `top` the largest x so far."""
 
-    student: object
-    teacher: object
+    top: object
+    w: object
+    w_d: object
+    w_dd: object
+    w_ddd: object
 
 
-# Columns of what the launches leave for one another; the last name is their number
+class Pieces(NamedTuple):
+    """What a launch left for every piece of a row: pointers to the first columns; whether it is."""
 
-# of `measure`, per piece
-(
-    _TOP_STUDENT,
-    _TOP_TEACHER,
-    _TOP_X,
-    _HEAD_STUDENT,
-    _HEAD_TEACHER,
-    _SHARED,
-    _Z_STUDENT,
-    _Z_TEACHER,
-    _STUDENT_D,
-    _TEACHER_D,
-    _W,
-    _W_D,
-    _W_DD,
-    _W_DDD,
-    _MOST_D,
-    _LEAST_D,
-    MEASURED,
-) = map(tl.constexpr, range(17))
+    first: object
+    inside: object
 
-# of `solve`, per row
+
+class Trace(NamedTuple):
+    """The fields of one row, and what makes them NaN where it is bad: NaN, else 0."""
+
+    fields: object
+    nan: object
+
+
+# Columns of what the launches leave for one another, per row and piece. Of Sums, the first column:
+# `top` and the sums up to some power of d follow one another.
+
+_COLUMNS = constexpr(COLUMNS)
+
+# of `measure`
+_STUDENT = constexpr(0)  # to the first power
+_TEACHER = constexpr(3)
+_MIXTURE = constexpr(6)  # to the third
+_HEAD_STUDENT, _HEAD_TEACHER, _SHARED, _MOST_D, _LEAST_D = map(constexpr, range(11, 16))
+
+# of `solve`, where a row has one piece
 (
     _ALPHA,
     _CLAMPED,
@@ -156,26 +168,13 @@ class Origins(NamedTuple):
     _NO_STUDENT,
     _NO_TEACHER,
     _FALLBACK,
-    SOLVED,
-) = map(tl.constexpr, range(12))
+) = map(constexpr, range(11))
 
-# of `mix`, per piece
-(
-    _MIX_TOP,
-    _MIX_TOP_STUDENT,
-    _MIX_TOP_TEACHER,
-    _MIX_W,
-    _MIX_W_X,
-    _MIX_W_D,
-    _MIX_SQUARES_STUDENT,
-    _MIX_SQUARES_TEACHER,
-    _MIX_HIGHEST,
-    _MIX_BEST_ID,
-    MIXED,
-) = map(tl.constexpr, range(11))
-
-# of `draft`, per piece
-_DRAFT_HIGHEST, _DRAFT_BEST_ID, DRAFTED = map(tl.constexpr, range(3))
+# of `mix`; the last two of `draft` too
+_Q = constexpr(0)  # to the second power
+_SQUARES_STUDENT = constexpr(4)  # no power
+_SQUARES_TEACHER = constexpr(6)
+_Q_X, _HIGHEST, _BEST_ID = map(constexpr, range(8, 11))
 
 # of the trace
 (
@@ -190,31 +189,29 @@ _DRAFT_HIGHEST, _DRAFT_BEST_ID, DRAFTED = map(tl.constexpr, range(3))
     _TRACE_LOG_P_TEACHER,
     _TRACE_LOG_Q,
     _TRACE_FALLBACK,
-) = (tl.constexpr(TRACE_FIELDS.index(name)) for name in TRACED)
-_TRACE_WIDTH = tl.constexpr(len(TRACE_FIELDS))
+    _TRACE_CURVATURE,
+) = (constexpr(TRACE_FIELDS.index(name)) for name in TRACED)
+_TRACE_WIDTH = constexpr(len(TRACE_FIELDS))
 
-_INF = tl.constexpr(float("inf"))
-_NO_MAXIMUM = tl.constexpr(-1e18)  # below every score
+_INF = constexpr(float("inf"))
+_NO_MAXIMUM = constexpr(-1e18)  # below every score
 # stands for -inf: its multiples by any alpha have the weight 0, its third power is finite
-_MASKED_LOGIT = tl.constexpr(-1e12)
-_SUPPORT_GAP = tl.constexpr(5e11)  # d is larger where only one of the models has a token
-_TOLERANCE = tl.constexpr(1e-6)
-_BELOW = tl.constexpr(-1.0)
-_ABOVE = tl.constexpr(2.0)
+_MASKED_LOGIT = constexpr(-1e12)
+_SUPPORT_GAP = constexpr(5e11)  # d is larger where only one of the models has a token
+_TOLERANCE = constexpr(1e-6)
+_BELOW = constexpr(-1.0)
+_ABOVE = constexpr(2.0)
 # after 4 passes every other one halves the bracket, 20 times enough
-_SINGLE = tl.constexpr(4)
-_MAX_PASSES = tl.constexpr(46)
-_NEAREST_ONE = tl.constexpr(1 - 2.0**-24)
+_SINGLE = constexpr(4)
+_MAX_PASSES = constexpr(46)
+_NEAREST_ONE = constexpr(1 - 2.0**-24)
 
-# As in noise.py, in two's complement
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
-_MIX1 = tl.constexpr(0xBF58476D1CE4E5B9 - 2**64)
-_MIX2 = tl.constexpr(0x94D049BB133111EB - 2**64)
-_LOW30 = tl.constexpr(2**34 - 1)
-_LOW31 = tl.constexpr(2**37 - 1)
-_LOW33 = tl.constexpr(2**33 - 1)
-_SCRAMBLE = tl.constexpr(0x85EBCA6B - 2**32)
-_UNIT = tl.constexpr(2.0**-31 * (1 - 2.0**-24))
+# As in noise.py
+_GOLDEN = constexpr(0x9E3779B97F4A7C15)
+_MIX1 = constexpr(0xBF58476D1CE4E5B9)
+_MIX2 = constexpr(0x94D049BB133111EB)
+_SCRAMBLE = constexpr(0x85EBCA6B - 2**32)
+_UNIT = constexpr(2.0**-31 * (1 - 2.0**-24))
 
 
 # Noise
@@ -222,16 +219,19 @@ _UNIT = tl.constexpr(2.0**-31 * (1 - 2.0**-24))
 
 @triton.jit
 def _splitmix(x):
-    x = (x ^ ((x >> 30) & _LOW30)) * _MIX1
-    x = (x ^ ((x >> 27) & _LOW31)) * _MIX2
-    return x ^ ((x >> 31) & _LOW33)
+    x = (x ^ (x >> 30)) * _MIX1
+    x = (x ^ (x >> 27)) * _MIX2
+    return x ^ (x >> 31)
 
 
 @triton.jit
 def _words(keys, position):
     """Addend and odd multiplier of one row."""
-    state = _splitmix(_splitmix(tl.load(keys)) + tl.load(position).to(tl.int64) * _GOLDEN)
-    return state.to(tl.int32), (state >> 32).to(tl.int32) | 1
+    key = tl.load(keys).to(tl.uint64)
+    place = tl.load(position).to(tl.uint64)
+    state = _splitmix(_splitmix(key) + place * _GOLDEN)
+    upper = state >> 32
+    return state.to(tl.int32), upper.to(tl.int32) | 1
 
 
 @triton.jit
@@ -248,12 +248,13 @@ def _to_gumbel(h):
     # -log1p(-v) = -log(rest) v / (1 - rest): the quotient makes up for the rounding of `rest`
     rest = 1 - v
     lost = 1 - rest
-    log1p = -tl.log(rest) * (v / tl.where(lost == 0, 1.0, lost))
+    quotient = v / tl.where(lost == 0, 1.0, lost)
+    log1p = -tl.log(rest) * quotient
     return -tl.log(tl.where(lost == 0, v, log1p))
 
 
 @triton.jit
-def _gumbel(noise, ids, inside, a, b, HASHED: tl.constexpr):
+def _gumbel(noise, ids, inside, a, b, HASHED: constexpr):
     """Noise of one tile: read, or made from the table of scrambled ids that `noise` then is."""
     read = tl.load(noise + ids, mask=inside, other=0)
     if HASHED:
@@ -263,7 +264,7 @@ def _gumbel(noise, ids, inside, a, b, HASHED: tl.constexpr):
 
 
 @triton.jit
-def _noise_of(noise, row, HASHED: tl.constexpr):
+def _noise_of(noise, row, HASHED: constexpr):
     """Pointer to a row's noise or to the scrambled ids, and the row's two words."""
     if HASHED:
         a, b = _words(noise.keys + row, noise.position + row)
@@ -297,10 +298,11 @@ def _load(logits, ids, batch):
 
 
 @triton.jit
-def _head(logits, batch, BLOCK: tl.constexpr):
+def _head(logits, batch, BLOCK: constexpr):
     """The largest logit of the first tile: an origin until that of the row is known."""
     x = _load(logits, tl.arange(0, BLOCK), batch)
-    top = tl.max(tl.where((x > _MASKED_LOGIT) & (x < _INF), x, _MASKED_LOGIT), 0)
+    finite = (x > _MASKED_LOGIT) & (x < _INF)
+    top = tl.max(tl.where(finite, x, _MASKED_LOGIT), 0)
     return tl.where(top > _MASKED_LOGIT, top, 0.0)
 
 
@@ -313,16 +315,17 @@ def _at_least_masked(x):
 @triton.jit
 def _pair(batch, ids, origins):
     """Both models of one tile relative to their origins, and d."""
-    s = _at_least_masked(_load(batch.student, ids, batch) - origins.student)
-    t = _at_least_masked(_load(batch.teacher, ids, batch) - origins.teacher)
+    s = _load(batch.student, ids, batch) - origins.at_student
+    t = _load(batch.teacher, ids, batch) - origins.at_teacher
+    s = _at_least_masked(s)
+    t = _at_least_masked(t)
     return s, t, t - s
 
 
 @triton.jit
-def _weigh(x, top):
-    """Weights relative to the largest so far, that largest, and the scale of older weights."""
-    new = tl.maximum(top, tl.max(x, 0))
-    return tl.exp(x - new), new, tl.exp(top - new)
+def _between(s, t, alpha):
+    """The score (1 - alpha) s + alpha t."""
+    return (1 - alpha) * s + alpha * t
 
 
 @triton.jit
@@ -332,480 +335,546 @@ def _if_shared(d, x):
 
 
 @triton.jit
+def _better(best, best_id, score, ids):
+    """The larger score of every lane and its token id; the first of equals."""
+    best_id = tl.where(score > best, ids, best_id)
+    return tl.maximum(best, score), best_id
+
+
+# Sums
+
+
+@triton.jit
+def _no_sums(BLOCK: constexpr):
+    top = tl.full([], _NO_MAXIMUM, tl.float32)
+    zero = tl.zeros([BLOCK], tl.float32)
+    return Sums(top, zero, zero, zero, zero)
+
+
+@triton.jit
+def _weigh(x, top):
+    """Weights relative to the largest so far, that largest, and the scale of older weights."""
+    new = tl.maximum(top, tl.max(x, 0))
+    weights = tl.exp(x - new)
+    return weights, new, tl.exp(top - new)
+
+
+@triton.jit
+def _add(sums, x, d, POWER: constexpr):
+    """The sums with one more tile, lane by lane; up to a power of d."""
+    p, top, fade = _weigh(x, sums.top)
+    w = sums.w * fade + p
+    w_d = sums.w_d
+    w_dd = sums.w_dd
+    w_ddd = sums.w_ddd
+    if POWER >= 1:
+        p_d = p * d
+        w_d = w_d * fade + p_d
+    if POWER >= 2:
+        p_dd = p_d * d
+        w_dd = w_dd * fade + p_dd
+    if POWER >= 3:
+        w_ddd = w_ddd * fade + p_dd * d
+    return Sums(top, w, w_d, w_dd, w_ddd)
+
+
+@triton.jit
 def _total(x):
     return tl.sum(x.to(tl.float64), 0)
 
 
-# Sums of pieces
+@triton.jit
+def _totals(sums):
+    """The sums over all lanes."""
+    w = _total(sums.w)
+    w_d = _total(sums.w_d)
+    w_dd = _total(sums.w_dd)
+    w_ddd = _total(sums.w_ddd)
+    return Sums(sums.top, w, w_d, w_dd, w_ddd)
 
 
 @triton.jit
-def _column(sums, column, pieces, other, WIDTH: tl.constexpr):
-    """One number of every piece of a row."""
+def _log_sum(sums):
+    """log of the sum of exp(x)."""
+    return tl.log(sums.w) + sums.top
+
+
+# Columns
+
+
+@triton.jit
+def _put(out, column, value):
+    tl.store(out + column, value)
+
+
+@triton.jit
+def _get(columns, column):
+    return tl.load(columns + column)
+
+
+@triton.jit
+def _put_sums(out, first, sums, POWER: constexpr):
+    sums = _totals(sums)
+    _put(out, first, sums.top)
+    _put(out, first + 1, sums.w)
+    if POWER >= 1:
+        _put(out, first + 2, sums.w_d)
+    if POWER >= 2:
+        _put(out, first + 3, sums.w_dd)
+    if POWER >= 3:
+        _put(out, first + 4, sums.w_ddd)
+
+
+@triton.jit
+def _put_best(out, best, best_id):
+    highest = tl.max(best, 0)
+    winners = tl.where(best == highest, best_id, 2**31 - 1)
+    _put(out, _HIGHEST, highest)
+    _put(out, _BEST_ID, tl.min(winners, 0))
+
+
+@triton.jit
+def _pieces(columns, row, count, WIDTH: constexpr):
+    """All pieces of a row."""
     every = tl.arange(0, WIDTH)
-    return tl.load(sums + column * pieces + every, mask=every < pieces, other=other)
+    first = columns + (row * count + every) * _COLUMNS
+    return Pieces(first, every < count)
 
 
 @triton.jit
-def _tops(sums, column, pieces, WIDTH: tl.constexpr):
+def _column(pieces, column, other):
+    """One number of every piece."""
+    return tl.load(pieces.first + column, mask=pieces.inside, other=other)
+
+
+@triton.jit
+def _scales(pieces, first):
     """The largest term of the row, and what each piece's sums are to be scaled by."""
-    tops = _column(sums, column, pieces, _NO_MAXIMUM, WIDTH)
+    tops = _column(pieces, first, _NO_MAXIMUM)
     top = tl.max(tops, 0)
     return top, tl.exp(tops - top)
 
 
 @triton.jit
-def _sum(sums, column, pieces, scale, WIDTH: tl.constexpr):
-    return tl.sum(_column(sums, column, pieces, 0.0, WIDTH) * scale, 0)
+def _sum(pieces, column, scale):
+    return tl.sum(_column(pieces, column, 0.0) * scale, 0)
 
 
 @triton.jit
-def _best(sums, highest_column, id_column, pieces, WIDTH: tl.constexpr):
+def _row_sums(pieces, first, POWER: constexpr):
+    """Sums of the whole row."""
+    top, scale = _scales(pieces, first)
+    w = _sum(pieces, first + 1, scale)
+    w_d = w
+    w_dd = w
+    w_ddd = w
+    if POWER >= 1:
+        w_d = _sum(pieces, first + 2, scale)
+    if POWER >= 2:
+        w_dd = _sum(pieces, first + 3, scale)
+    if POWER >= 3:
+        w_ddd = _sum(pieces, first + 4, scale)
+    return Sums(top, w, w_d, w_dd, w_ddd)
+
+
+@triton.jit
+def _best(pieces):
     """The id of the highest score of a row, the first of equals."""
-    every = tl.arange(0, WIDTH)
-    highest = _column(sums, highest_column, pieces, -_INF, WIDTH)
-    ids = _column(sums, id_column, pieces, 0.0, WIDTH)
-    winners = (highest == tl.max(highest, 0)) & (every < pieces)
-    return tl.min(tl.where(winners, ids, 2.0**31 - 1), 0).to(tl.int64)
+    highest = _column(pieces, _HIGHEST, -_INF)
+    ids = _column(pieces, _BEST_ID, 0.0)
+    winners = (highest == tl.max(highest, 0)) & pieces.inside
+    first = tl.min(tl.where(winners, ids, 2.0**31 - 1), 0)
+    return first.to(tl.int64)
 
 
 # First launch
 
 
 @triton.jit
-def measure(
-    batch, measured, settings, METHOD: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr
-):
+def measure(batch, measured, settings, METHOD: constexpr, PIECE: constexpr, BLOCK: constexpr):
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
-    pieces = batch.pieces
     batch = _row(batch, row)
-    alpha = settings.first
     head_s = _head(batch.student, batch, BLOCK)
     head_t = _head(batch.teacher, batch, BLOCK)
     origins = Origins(head_s, head_t)
-    nothing = tl.full([], _NO_MAXIMUM, tl.float32)
-    zero = tl.zeros([BLOCK], tl.float32)
-    top_s, top_t, top_x = nothing, nothing, nothing
-    z_s, z_t, s_d, t_d = zero, zero, zero, zero
-    w, w_d, w_dd, w_ddd = zero, zero, zero, zero
-    shared = zero + _NO_MAXIMUM
-    most, least = zero, zero
+    student = _no_sums(BLOCK)
+    teacher = _no_sums(BLOCK)
+    mixture = _no_sums(BLOCK)
+    most = tl.zeros([BLOCK], tl.float32)
+    least = most
+    shared = most + _NO_MAXIMUM
+    power: constexpr = METHOD == "reverse_kl_symmetry"
     first = piece * PIECE
     for start in range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK):
         s, t, d = _pair(batch, start + tl.arange(0, BLOCK), origins)
         shared = tl.maximum(shared, tl.minimum(s, t))
         most = tl.maximum(most, d)
         least = tl.minimum(least, d)
-        p, top_s, fade = _weigh(s, top_s)
-        z_s = z_s * fade + p
-        if METHOD == "reverse_kl_symmetry":
-            s_d = s_d * fade + p * d
-        p, top_t, fade = _weigh(t, top_t)
-        z_t = z_t * fade + p
-        if METHOD == "reverse_kl_symmetry":
-            t_d = t_d * fade + p * d
+        student = _add(student, s, d, power)
+        teacher = _add(teacher, t, d, power)
         if METHOD == "kl_symmetry":
-            p, top_x, fade = _weigh((1 - alpha) * s + alpha * t, top_x)
-            w, w_d, w_dd, w_ddd = _moment_sums(w, w_d, w_dd, w_ddd, p, d, fade)
-    out = measured + row * MEASURED * pieces + piece
-    tl.store(out + _TOP_STUDENT * pieces, top_s)
-    tl.store(out + _TOP_TEACHER * pieces, top_t)
-    tl.store(out + _TOP_X * pieces, top_x)
-    tl.store(out + _HEAD_STUDENT * pieces, head_s)
-    tl.store(out + _HEAD_TEACHER * pieces, head_t)
-    tl.store(out + _SHARED * pieces, tl.max(shared, 0))
-    tl.store(out + _Z_STUDENT * pieces, _total(z_s))
-    tl.store(out + _Z_TEACHER * pieces, _total(z_t))
-    tl.store(out + _STUDENT_D * pieces, _total(s_d))
-    tl.store(out + _TEACHER_D * pieces, _total(t_d))
-    tl.store(out + _W * pieces, _total(w))
-    tl.store(out + _W_D * pieces, _total(w_d))
-    tl.store(out + _W_DD * pieces, _total(w_dd))
-    tl.store(out + _W_DDD * pieces, _total(w_ddd))
-    tl.store(out + _MOST_D * pieces, tl.max(most, 0))
-    tl.store(out + _LEAST_D * pieces, tl.min(least, 0))
-
-
-@triton.jit
-def _moment_sums(w, w_d, w_dd, w_ddd, p, d, fade):
-    p_d = p * d
-    p_dd = p_d * d
-    return w * fade + p, w_d * fade + p_d, w_dd * fade + p_dd, w_ddd * fade + p_dd * d
+            mixture = _add(mixture, _between(s, t, settings.first), d, 3)
+    out = measured + (row * batch.pieces + piece) * _COLUMNS
+    _put_sums(out, _STUDENT, student, 1)
+    _put_sums(out, _TEACHER, teacher, 1)
+    _put_sums(out, _MIXTURE, mixture, 3)
+    _put(out, _HEAD_STUDENT, head_s)
+    _put(out, _HEAD_TEACHER, head_t)
+    _put(out, _SHARED, tl.max(shared, 0))
+    _put(out, _MOST_D, tl.max(most, 0))
+    _put(out, _LEAST_D, tl.min(least, 0))
 
 
 # Second launch
 
 
 @triton.jit
-def _moments(w, w_d, w_dd, w_ddd, gap):
+def _derivatives(sums, gap):
     """F', F'' and F''' from sums."""
-    mean = w_d / w
-    variance = w_dd / w - mean * mean
-    return mean - gap, variance, w_ddd / w - mean * (3 * variance + mean * mean)
+    mean = sums.w_d / sums.w
+    square = mean * mean
+    variance = sums.w_dd / sums.w - square
+    third = sums.w_ddd / sums.w
+    return mean - gap, variance, third - mean * (3 * variance + square)
 
 
 @triton.jit
-def _row_moments(batch, alpha, origins, gap, BLOCK: tl.constexpr):
+def _derivatives_at(batch, alpha, known, BLOCK: constexpr):
     """F', F'' and F''' of the whole row at one alpha."""
     weight = alpha.to(tl.float32)
-    top = tl.full([], _NO_MAXIMUM, tl.float32)
-    zero = tl.zeros([BLOCK], tl.float32)
-    w = zero
-    w_d = zero
-    w_dd = zero
-    w_ddd = zero
+    sums = _no_sums(BLOCK)
     for start in range(0, batch.vocab, BLOCK):
-        s, t, d = _pair(batch, start + tl.arange(0, BLOCK), origins)
-        p, top, fade = _weigh((1 - weight) * s + weight * t, top)
-        w, w_d, w_dd, w_ddd = _moment_sums(w, w_d, w_dd, w_ddd, p, d, fade)
-    return _moments(_total(w), _total(w_d), _total(w_dd), _total(w_ddd), gap)
+        s, t, d = _pair(batch, start + tl.arange(0, BLOCK), known)
+        sums = _add(sums, _between(s, t, weight), d, 3)
+    return _derivatives(_totals(sums), known.gap)
 
 
 @triton.jit
 def _is_root(slope, curvature):
-    return tl.abs(slope) <= tl.maximum(curvature, 1.0) * _TOLERANCE
+    limit = tl.maximum(curvature, 1.0) * _TOLERANCE
+    return tl.abs(slope) <= limit
 
 
 @triton.jit
 def _next(alpha, slope, curvature, third, left, right, passes):
     """`_Bracket.next`, in float32; the middle in every other pass where parabolas do not help."""
-    root = tl.sqrt(tl.maximum(curvature * curvature - 2 * slope * third, 0.0))
+    squared = curvature * curvature - 2 * slope * third
+    root = tl.sqrt(tl.maximum(squared, 0.0))
     guess = alpha - 2 * slope / (curvature + root)
-    middle = (left + right) / 2
-    useful = (guess > left) & (guess < right) & ((passes < _SINGLE) | (passes % 2 == 0))
-    guess = tl.where(useful, guess, middle)
-    guess = tl.minimum(tl.maximum(guess, left + _TOLERANCE / 2), right - _TOLERANCE / 2)
+    inside = (guess > left) & (guess < right)
+    useful = inside & ((passes < _SINGLE) | (passes % 2 == 0))
+    guess = tl.where(useful, guess, (left + right) / 2)
+    guess = tl.maximum(guess, left + _TOLERANCE / 2)
+    guess = tl.minimum(guess, right - _TOLERANCE / 2)
     return guess.to(tl.float32).to(tl.float64)
 
 
 @triton.jit
-def _root(batch, settings, moments, known, origins, gap, BLOCK: tl.constexpr):
-    """`solve_kl_symmetry`, from the moments at its first alpha; not where alpha is `known`."""
+def _root(batch, settings, derivatives, known, BLOCK: constexpr):
+    """`solve_kl_symmetry`, from the derivatives at its first alpha; not where there is no root."""
     alpha = tl.cast(settings.first, tl.float64)
     low = tl.cast(settings.low, tl.float64)
     high = tl.cast(settings.high, tl.float64)
-    slope, curvature, third = moments
+    slope, curvature, third = derivatives
     left = tl.where(slope >= 0, low, alpha)
     right = tl.where(slope >= 0, alpha, high)
-    done = known | _is_root(slope, curvature) | (right - left <= _TOLERANCE)
+    done = known.rootless | _is_root(slope, curvature) | (right - left <= _TOLERANCE)
     passes = 1
     while (passes < _MAX_PASSES) & (done == 0):
         alpha = _next(alpha, slope, curvature, third, left, right, passes)
-        alpha = tl.where((passes == 1) & (settings.second >= 0), settings.second, alpha)
-        slope, curvature, third = _row_moments(batch, alpha, origins, gap, BLOCK)
+        second = (passes == 1) & (settings.second >= 0)
+        alpha = tl.where(second, settings.second, alpha)
+        slope, curvature, third = _derivatives_at(batch, alpha, known, BLOCK)
         left = tl.where(slope >= 0, left, alpha)
         right = tl.where(slope >= 0, alpha, right)
         done = _is_root(slope, curvature) | (right - left <= _TOLERANCE)
         passes += 1
     outside = ~_is_root(slope, curvature)
-    alpha = tl.where(outside & (alpha <= low) & (slope > 0), _BELOW, alpha)
-    return tl.where(outside & (alpha >= high) & (slope < 0), _ABOVE, alpha)
+    below = outside & (alpha <= low) & (slope > 0)
+    alpha = tl.where(below, _BELOW, alpha)
+    above = outside & (alpha >= high) & (slope < 0)
+    return tl.where(above, _ABOVE, alpha)
 
 
 @triton.jit
-def _leads(batch, alpha, origins, gap, BLOCK: tl.constexpr):
+def _leads(batch, alpha, known, BLOCK: constexpr):
     """Whether F(2 alpha) > F(2 alpha - 1)."""
     ahead = (2 * alpha).to(tl.float32)
     behind = (2 * alpha - 1).to(tl.float32)
-    nothing = tl.full([], _NO_MAXIMUM, tl.float32)
-    zero = tl.zeros([BLOCK], tl.float32)
-    top_a = nothing
-    top_b = nothing
-    w_a = zero
-    w_b = zero
+    sums_ahead = _no_sums(BLOCK)
+    sums_behind = _no_sums(BLOCK)
     for start in range(0, batch.vocab, BLOCK):
-        s, t, d = _pair(batch, start + tl.arange(0, BLOCK), origins)
-        p, top_a, fade = _weigh(_if_shared(d, (1 - ahead) * s + ahead * t), top_a)
-        w_a = w_a * fade + p
-        p, top_b, fade = _weigh(_if_shared(d, (1 - behind) * s + behind * t), top_b)
-        w_b = w_b * fade + p
-    return tl.log(_total(w_a)) + top_a - gap > tl.log(_total(w_b)) + top_b
+        s, t, d = _pair(batch, start + tl.arange(0, BLOCK), known)
+        x = _if_shared(d, _between(s, t, ahead))
+        sums_ahead = _add(sums_ahead, x, d, 0)
+        x = _if_shared(d, _between(s, t, behind))
+        sums_behind = _add(sums_behind, x, d, 0)
+    log_sum = _log_sum(_totals(sums_ahead))
+    return log_sum - known.gap > _log_sum(_totals(sums_behind))
 
 
 @triton.jit
-def _balance(batch, level, origins, gap, BLOCK: tl.constexpr):
-    """`ess_balance`: 1/2 where `level`, else bisected."""
+def _ess_balance(batch, known, BLOCK: constexpr):
+    """`ess_balance`: 1/2 on a common support and in bad rows, else bisected."""
     low = tl.full([], 0.0, tl.float64)
     high = tl.full([], 1.0, tl.float64)
+    level = ((known.only_student | known.only_teacher) == 0) | known.rootless
     steps = tl.where(level, 24, 0)
     while steps < 24:
         alpha = (low + high) / 2
-        leads = _leads(batch, alpha, origins, gap, BLOCK)
+        leads = _leads(batch, alpha, known, BLOCK)
         low = tl.where(leads, low, alpha)
         high = tl.where(leads, alpha, high)
         steps += 1
-    root = tl.minimum(tl.maximum((low + high) / 2, 1 - _NEAREST_ONE), _NEAREST_ONE)
-    return tl.where(level, 0.5, root)
+    root = tl.maximum((low + high) / 2, 1 - _NEAREST_ONE)
+    return tl.where(level, 0.5, tl.minimum(root, _NEAREST_ONE))
 
 
 @triton.jit
-def _reverse(to_student, to_teacher, only_s, only_t):
+def _reverse_kl_symmetry(pieces, known):
     """`reverse_kl_symmetry`, from the slopes of F at 1 and at 0."""
-    to_student = tl.where(only_t, _INF, tl.maximum(to_student, 0.0))
-    to_teacher = tl.where(only_s, _INF, tl.maximum(-to_teacher, 0.0))
+    student = _row_sums(pieces, _STUDENT, 1)
+    teacher = _row_sums(pieces, _TEACHER, 1)
+    to_student = teacher.w_d / teacher.w - known.head_gap
+    to_teacher = known.head_gap - student.w_d / student.w
+    to_student = tl.where(known.only_teacher, _INF, tl.maximum(to_student, 0.0))
+    to_teacher = tl.where(known.only_student, _INF, tl.maximum(to_teacher, 0.0))
     alpha = 1 / (1 + to_teacher / to_student)
     return tl.where(alpha != alpha, 0.5, alpha)
 
 
 @triton.jit
-def _bounded(free, settings, disjoint, forced):
-    """`_choose_alpha`: within the bounds, and the teacher where there is no mixture."""
-    alpha = tl.minimum(tl.maximum(free, settings.alpha_min), settings.alpha_max)
-    clamped = tl.abs(alpha - free) > 1e-7
-    forced = forced | (disjoint & (alpha > 0))
-    return tl.where(forced, 1.0, alpha).to(tl.float32).to(tl.float64), clamped & (forced == 0)
-
-
-@triton.jit
-def _known(sums, pieces, WIDTH: tl.constexpr):
+def _known(pieces):
     """What follows from the sums of all pieces."""
-    top_s, scale_s = _tops(sums, _TOP_STUDENT, pieces, WIDTH)
-    top_t, scale_t = _tops(sums, _TOP_TEACHER, pieces, WIDTH)
-    head_s = tl.load(sums + _HEAD_STUDENT * pieces)
-    head_t = tl.load(sums + _HEAD_TEACHER * pieces)
-    z_s = _sum(sums, _Z_STUDENT, pieces, scale_s, WIDTH)
-    z_t = _sum(sums, _Z_TEACHER, pieces, scale_t, WIDTH)
-    at_s = (head_s + top_s).to(tl.float32)
-    at_t = (head_t + top_t).to(tl.float32)
+    student = _row_sums(pieces, _STUDENT, 0)
+    teacher = _row_sums(pieces, _TEACHER, 0)
+    top_s = tl.max(_column(pieces, _HEAD_STUDENT, -_INF), 0) + student.top
+    top_t = tl.max(_column(pieces, _HEAD_TEACHER, -_INF), 0) + teacher.top
+    at_s = top_s.to(tl.float32)
+    at_t = top_t.to(tl.float32)
+    log_z_s = top_s - at_s + tl.log(student.w)
+    log_z_t = top_t - at_t + tl.log(teacher.w)
+    # with NaN and +inf, the sum is NaN
+    good_s = (student.top > -_SUPPORT_GAP) & (student.w > 0)
+    good_t = (teacher.top > -_SUPPORT_GAP) & (teacher.w > 0)
+    shared = tl.max(_column(pieces, _SHARED, _NO_MAXIMUM), 0) > -_SUPPORT_GAP
     return Known(
-        at_s,
-        at_t,
-        head_s + top_s - at_s + tl.log(z_s),
-        head_t + top_t - at_t + tl.log(z_t),
-        # with NaN and +inf, z is NaN
-        ((top_s > -_SUPPORT_GAP) & (z_s > 0)) == 0,
-        ((top_t > -_SUPPORT_GAP) & (z_t > 0)) == 0,
-        tl.max(_column(sums, _SHARED, pieces, _NO_MAXIMUM, WIDTH), 0) > -_SUPPORT_GAP,
-        tl.min(_column(sums, _LEAST_D, pieces, 0.0, WIDTH), 0) < -_SUPPORT_GAP,
-        tl.max(_column(sums, _MOST_D, pieces, 0.0, WIDTH), 0) > _SUPPORT_GAP,
-        # relative to the heads, as `measure` has taken its sums
-        top_t + tl.log(z_t) - top_s - tl.log(z_s),
+        at_student=at_s,
+        at_teacher=at_t,
+        log_z_student=log_z_s,
+        log_z_teacher=log_z_t,
+        bad_student=good_s == 0,
+        bad_teacher=good_t == 0,
+        disjoint=shared == 0,
+        only_student=tl.min(_column(pieces, _LEAST_D, 0.0), 0) < -_SUPPORT_GAP,
+        only_teacher=tl.max(_column(pieces, _MOST_D, 0.0), 0) > _SUPPORT_GAP,
+        rootless=(good_s & good_t & shared) == 0,
+        gap=log_z_t - log_z_s,
+        head_gap=_log_sum(teacher) - _log_sum(student),
     )
 
 
 @triton.jit
-def _mean_d(sums, top_column, z_column, column, pieces, WIDTH: tl.constexpr):
-    """E[d] under one model, relative to the heads."""
-    _, scale = _tops(sums, top_column, pieces, WIDTH)
-    z = _sum(sums, z_column, pieces, scale, WIDTH)
-    return _sum(sums, column, pieces, scale, WIDTH) / z
-
-
-@triton.jit
-def _first_moments(sums, pieces, gap, WIDTH: tl.constexpr):
-    """The derivatives of F at the alpha of `measure`."""
-    _, scale = _tops(sums, _TOP_X, pieces, WIDTH)
-    w = _sum(sums, _W, pieces, scale, WIDTH)
-    w_d = _sum(sums, _W_D, pieces, scale, WIDTH)
-    w_dd = _sum(sums, _W_DD, pieces, scale, WIDTH)
-    w_ddd = _sum(sums, _W_DDD, pieces, scale, WIDTH)
-    return _moments(w, w_d, w_dd, w_ddd, gap)
+def _free_alpha(batch, place, pieces, known, settings, METHOD: constexpr, BLOCK: constexpr):
+    """alpha before the bounds: the function of `methods` for this method."""
+    if METHOD == "kl_symmetry":
+        sums = _row_sums(pieces, _MIXTURE, 3)
+        derivatives = _derivatives(sums, known.head_gap)
+        free = _root(batch, settings, derivatives, known, BLOCK)
+        free = tl.where(settings.mirror > 0, 1 - free, free)
+    elif METHOD == "reverse_kl_symmetry":
+        free = _reverse_kl_symmetry(pieces, known)
+    elif METHOD == "ess_balance":
+        free = _ess_balance(batch, known, BLOCK)
+    else:
+        share = tl.minimum(place.to(tl.float64) / settings.tokens, 1.0)
+        free = settings.start + (settings.end - settings.start) * share
+    if METHOD != "schedule":
+        free = tl.where(known.disjoint, 1.0, free)
+    return free
 
 
 @triton.jit
 def solve(
     batch, position, measured, solved, settings,
-    METHOD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    METHOD: constexpr, WIDTH: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    pieces = batch.pieces
     batch = _row(batch, row)
-    sums = measured + row * MEASURED * pieces
-    known = _known(sums, pieces, WIDTH)
-    origins = Origins(known.at_student, known.at_teacher)
-    gap = known.log_z_teacher - known.log_z_student
-    disjoint = known.shared == 0
-    useless = known.bad_student | known.bad_teacher | disjoint
+    pieces = _pieces(measured, row, batch.pieces, WIDTH)
+    known = _known(pieces)
     place = tl.load(position + row)
-
-    if METHOD == "kl_symmetry":
-        moments = _first_moments(sums, pieces, known.head_gap, WIDTH)
-        free = _root(batch, settings, moments, useless, origins, gap, BLOCK)
-        free = tl.where(settings.mirror > 0, 1 - free, free)
-    elif METHOD == "reverse_kl_symmetry":
-        student_d = _mean_d(sums, _TOP_STUDENT, _Z_STUDENT, _STUDENT_D, pieces, WIDTH)
-        teacher_d = _mean_d(sums, _TOP_TEACHER, _Z_TEACHER, _TEACHER_D, pieces, WIDTH)
-        slope_0 = student_d - known.head_gap
-        slope_1 = teacher_d - known.head_gap
-        free = _reverse(slope_1, slope_0, known.only_student, known.only_teacher)
-    elif METHOD == "ess_balance":
-        level = ((known.only_student | known.only_teacher) == 0) | useless
-        free = _balance(batch, level, origins, gap, BLOCK)
-    else:
-        share = tl.minimum(place.to(tl.float64) / settings.tokens, 1.0)
-        free = settings.start + (settings.end - settings.start) * share
-    if METHOD != "schedule":
-        free = tl.where(known.shared, free, 1.0)
+    free = _free_alpha(batch, place, pieces, known, settings, METHOD, BLOCK)
+    alpha = tl.maximum(free, settings.alpha_min)
+    alpha = tl.minimum(alpha, settings.alpha_max)
+    clamped = tl.abs(alpha - free) > 1e-7
     forced = (place == 0) & (settings.force_first > 0)
-    alpha, clamped = _bounded(free, settings, disjoint, forced)
-
-    out = solved + row * SOLVED
-    tl.store(out + _ALPHA, alpha)
-    tl.store(out + _CLAMPED, clamped)
-    tl.store(out + _AT_STUDENT, known.at_student)
-    tl.store(out + _AT_TEACHER, known.at_teacher)
-    tl.store(out + _LOG_Z_STUDENT, known.log_z_student)
-    tl.store(out + _LOG_Z_TEACHER, known.log_z_teacher)
-    tl.store(out + _BAD_STUDENT, known.bad_student)
-    tl.store(out + _BAD_TEACHER, known.bad_teacher)
-    tl.store(out + _NO_STUDENT, (alpha == 1) & known.only_teacher)
-    tl.store(out + _NO_TEACHER, (alpha == 0) & known.only_student)
-    tl.store(out + _FALLBACK, disjoint & (alpha > 0))
+    forced = forced | (known.disjoint & (alpha > 0))
+    alpha = tl.where(forced, 1.0, alpha).to(tl.float32)
+    out = solved + row * _COLUMNS
+    _put(out, _ALPHA, alpha)
+    _put(out, _CLAMPED, clamped & (forced == 0))
+    _put(out, _AT_STUDENT, known.at_student)
+    _put(out, _AT_TEACHER, known.at_teacher)
+    _put(out, _LOG_Z_STUDENT, known.log_z_student)
+    _put(out, _LOG_Z_TEACHER, known.log_z_teacher)
+    _put(out, _BAD_STUDENT, known.bad_student)
+    _put(out, _BAD_TEACHER, known.bad_teacher)
+    _put(out, _NO_STUDENT, (alpha == 1) & known.only_teacher)
+    _put(out, _NO_TEACHER, (alpha == 0) & known.only_student)
+    _put(out, _FALLBACK, known.disjoint & (alpha > 0))
 
 
 # Third launch
 
 
 @triton.jit
-def mix(
-    batch, noise, solved, mixed, HASHED: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr
-):
+def mix(batch, noise, solved, mixed, HASHED: constexpr, PIECE: constexpr, BLOCK: constexpr):
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
-    pieces = batch.pieces
     batch = _row(batch, row)
     noise, a, b = _noise_of(noise, row, HASHED)
-    known = solved + row * SOLVED
-    alpha = tl.load(known + _ALPHA).to(tl.float32)
-    at_s = tl.load(known + _AT_STUDENT).to(tl.float32)
-    at_t = tl.load(known + _AT_TEACHER).to(tl.float32)
+    known = solved + row * _COLUMNS
+    alpha = _get(known, _ALPHA).to(tl.float32)
+    at_s = _get(known, _AT_STUDENT).to(tl.float32)
+    at_t = _get(known, _AT_TEACHER).to(tl.float32)
     origins = Origins(at_s, at_t)
-    nothing = tl.full([], _NO_MAXIMUM, tl.float32)
-    zero = tl.zeros([BLOCK], tl.float32)
-    top = nothing
-    top_s = nothing
-    top_t = nothing
-    w = zero
-    w_x = zero
-    w_d = zero
-    w_s = zero
-    w_t = zero
-    best = zero + _NO_MAXIMUM
+    q = _no_sums(BLOCK)
+    squares_s = _no_sums(BLOCK)
+    squares_t = _no_sums(BLOCK)
+    q_x = tl.zeros([BLOCK], tl.float32)
+    best = q_x + _NO_MAXIMUM
     best_id = tl.zeros([BLOCK], tl.int32)
     first = piece * PIECE
     for start in range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK):
         ids = start + tl.arange(0, BLOCK)
         s, t, d = _pair(batch, ids, origins)
-        x = (1 - alpha) * s + alpha * t
-        p, new, fade = _weigh(x, top)
-        w_x = (w_x + w * (top - new)) * fade + p * (x - new)
-        w = w * fade + p
-        w_d = w_d * fade + p * d
-        top = new
+        x = _between(s, t, alpha)
+        p, top, fade = _weigh(x, q.top)
+        q_x += q.w * (q.top - top)
+        q_x = q_x * fade + p * (x - top)
+        q = _add(q, x, d, 2)
         # q^2 / p_student = exp(2 x - s)
-        p, top_s, fade = _weigh(_if_shared(d, x + alpha * d), top_s)
-        w_s = w_s * fade + p
-        p, top_t, fade = _weigh(_if_shared(d, x - (1 - alpha) * d), top_t)
-        w_t = w_t * fade + p
+        squares_s = _add(squares_s, _if_shared(d, x + alpha * d), d, 0)
+        squares_t = _add(squares_t, _if_shared(d, x - (1 - alpha) * d), d, 0)
         score = x + _gumbel(noise, ids, ids < batch.vocab, a, b, HASHED)
-        best_id = tl.where(score > best, ids, best_id)
-        best = tl.maximum(best, score)
-    highest = tl.max(best, 0)
-    best_id = tl.min(tl.where(best == highest, best_id, 2**31 - 1), 0)
-    out = mixed + row * MIXED * pieces + piece
-    tl.store(out + _MIX_TOP * pieces, top)
-    tl.store(out + _MIX_TOP_STUDENT * pieces, top_s)
-    tl.store(out + _MIX_TOP_TEACHER * pieces, top_t)
-    tl.store(out + _MIX_W * pieces, _total(w))
-    tl.store(out + _MIX_W_X * pieces, _total(w_x))
-    tl.store(out + _MIX_W_D * pieces, _total(w_d))
-    tl.store(out + _MIX_SQUARES_STUDENT * pieces, _total(w_s))
-    tl.store(out + _MIX_SQUARES_TEACHER * pieces, _total(w_t))
-    tl.store(out + _MIX_HIGHEST * pieces, highest)
-    tl.store(out + _MIX_BEST_ID * pieces, best_id)
+        best, best_id = _better(best, best_id, score, ids)
+    out = mixed + (row * batch.pieces + piece) * _COLUMNS
+    _put_sums(out, _Q, q, 2)
+    _put_sums(out, _SQUARES_STUDENT, squares_s, 0)
+    _put_sums(out, _SQUARES_TEACHER, squares_t, 0)
+    _put(out, _Q_X, _total(q_x))
+    _put_best(out, best, best_id)
 
 
 # Fourth launch
 
 
 @triton.jit
-def _log_squares(sums, top_column, column, pieces, WIDTH: tl.constexpr):
-    """log of a sum of squares of q over one model, relative to both log Z."""
-    top, scale = _tops(sums, top_column, pieces, WIDTH)
-    return tl.log(_sum(sums, column, pieces, scale, WIDTH)) + top
-
-
-@triton.jit
-def _ess(log_squares, log_sum, log_z):
+def _ess(pieces, first, log_sum, log_z):
     """1 / sum q^2 / p, at most 1."""
-    return 1 / tl.maximum(tl.exp(log_squares - 2 * log_sum + log_z), 1.0)
+    log_squares = _log_sum(_row_sums(pieces, first, 0))
+    squares = tl.exp(log_squares - 2 * log_sum + log_z)
+    return 1 / tl.maximum(squares, 1.0)
 
 
 @triton.jit
-def _log_p(logits, token, scale, at, log_z):
-    """Of the drawn token under one model."""
-    return (tl.load(logits + token).to(tl.float32) * scale).to(tl.float64) - at - log_z
+def _put_field(trace, column, value):
+    tl.store(trace.fields + column, value + trace.nan)
 
 
 @triton.jit
-def finish(batch, solved, mixed, outputs, WIDTH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    pieces = batch.pieces
-    batch = _row(batch, row)
-    sums = mixed + row * MIXED * pieces
-    known = solved + row * SOLVED
-    alpha = tl.load(known + _ALPHA)
-    log_z_s = tl.load(known + _LOG_Z_STUDENT)
-    log_z_t = tl.load(known + _LOG_Z_TEACHER)
-    bad_s = tl.load(known + _BAD_STUDENT) != 0
-    bad_t = tl.load(known + _BAD_TEACHER) != 0
-    no_student = tl.load(known + _NO_STUDENT) != 0
-    no_teacher = tl.load(known + _NO_TEACHER) != 0
-    bad = bad_s | bad_t
+def _trace_mixture(trace, pieces, known):
+    """Write what does not depend on the token. Gives F."""
+    alpha = _get(known, _ALPHA)
+    log_z_s = _get(known, _LOG_Z_STUDENT)
+    log_z_t = _get(known, _LOG_Z_TEACHER)
+    no_student = _get(known, _NO_STUDENT) != 0
+    no_teacher = _get(known, _NO_TEACHER) != 0
+    q = _row_sums(pieces, _Q, 2)
+    _, scale = _scales(pieces, _Q)
+    # E[x] relative to the row's largest: each piece's is relative to its own
+    lower = _column(pieces, _Q, _NO_MAXIMUM) - q.top
+    lowered = tl.where(scale > 0, scale * lower, 0.0)
+    q_x = _sum(pieces, _Q_X, scale)
+    q_x += _sum(pieces, _Q + 1, lowered)
+    log_sum = _log_sum(q)
+    gap = log_z_t - log_z_s
+    mean_d = q.w_d / q.w
+    slope = mean_d - gap
+    variance = tl.maximum(q.w_dd / q.w - mean_d * mean_d, 0.0)
+    curvature = tl.where(no_student | no_teacher, _INF, variance)
+    F = log_sum - log_z_s - alpha * gap
+    kl_s = tl.maximum(alpha * slope - F, 0.0)
+    kl_t = tl.maximum((alpha - 1) * slope - F, 0.0)
+    ess_s = _ess(pieces, _SQUARES_STUDENT, log_sum, log_z_s)
+    ess_t = _ess(pieces, _SQUARES_TEACHER, log_sum, log_z_t)
+    entropy = tl.log(q.w) - q_x / q.w
+    _put_field(trace, _TRACE_ALPHA, alpha)
+    _put_field(trace, _TRACE_CLAMPED, _get(known, _CLAMPED))
+    _put_field(trace, _TRACE_KL_STUDENT, tl.where(no_student, _INF, kl_s))
+    _put_field(trace, _TRACE_KL_TEACHER, tl.where(no_teacher, _INF, kl_t))
+    _put_field(trace, _TRACE_ESS_STUDENT, tl.where(no_student, 0.0, ess_s))
+    _put_field(trace, _TRACE_ESS_TEACHER, tl.where(no_teacher, 0.0, ess_t))
+    _put_field(trace, _TRACE_ENTROPY, tl.maximum(entropy, 0.0))
+    _put_field(trace, _TRACE_FALLBACK, _get(known, _FALLBACK))
+    _put_field(trace, _TRACE_CURVATURE, curvature)
+    return F
 
-    top, scales = _tops(sums, _MIX_TOP, pieces, WIDTH)
-    pulls = _column(sums, _MIX_TOP, pieces, _NO_MAXIMUM, WIDTH) - top
-    pulled = tl.where(scales > 0, scales * pulls, 0.0)
-    w = _sum(sums, _MIX_W, pieces, scales, WIDTH)
-    w_x = _sum(sums, _MIX_W_X, pieces, scales, WIDTH)
-    w_x += _sum(sums, _MIX_W, pieces, pulled, WIDTH)
-    slope = _sum(sums, _MIX_W_D, pieces, scales, WIDTH) / w - (log_z_t - log_z_s)
-    log_sum = tl.log(w) + top
-    F = log_sum - log_z_s - alpha * (log_z_t - log_z_s)
-    squares_s = _log_squares(sums, _MIX_TOP_STUDENT, _MIX_SQUARES_STUDENT, pieces, WIDTH)
-    squares_t = _log_squares(sums, _MIX_TOP_TEACHER, _MIX_SQUARES_TEACHER, pieces, WIDTH)
-    ess_s = tl.where(no_student, 0.0, _ess(squares_s, log_sum, log_z_s))
-    ess_t = tl.where(no_teacher, 0.0, _ess(squares_t, log_sum, log_z_t))
 
-    token = tl.where(bad, 0, _best(sums, _MIX_HIGHEST, _MIX_BEST_ID, pieces, WIDTH))
-    log_p_s = _log_p(batch.student, token, batch.scale, tl.load(known + _AT_STUDENT), log_z_s)
-    log_p_t = _log_p(batch.teacher, token, batch.scale, tl.load(known + _AT_TEACHER), log_z_t)
+@triton.jit
+def _logit(logits, token, scale):
+    """Of one token, divided by the temperature."""
+    x = tl.load(logits + token).to(tl.float32) * scale
+    return x.to(tl.float64)
+
+
+@triton.jit
+def _trace_token(trace, batch, token, known, F):
+    """Write the log-probabilities of the drawn token."""
+    alpha = _get(known, _ALPHA)
+    at_s = _get(known, _AT_STUDENT)
+    at_t = _get(known, _AT_TEACHER)
+    logit_s = _logit(batch.student, token, batch.scale)
+    logit_t = _logit(batch.teacher, token, batch.scale)
+    log_p_s = logit_s - at_s - _get(known, _LOG_Z_STUDENT)
+    log_p_t = logit_t - at_t - _get(known, _LOG_Z_TEACHER)
     # 0 times -inf is no part of a mixture
     log_q = tl.where(alpha < 1, (1 - alpha) * log_p_s, 0.0)
     log_q += tl.where(alpha > 0, alpha * log_p_t, 0.0)
-    log_q -= F
-    kl_s = tl.where(no_student, _INF, tl.maximum(alpha * slope - F, 0.0))
-    kl_t = tl.where(no_teacher, _INF, tl.maximum((alpha - 1) * slope - F, 0.0))
-    entropy = tl.maximum(tl.log(w) - w_x / w, 0.0)
+    _put_field(trace, _TRACE_LOG_P_STUDENT, log_p_s)
+    _put_field(trace, _TRACE_LOG_P_TEACHER, log_p_t)
+    _put_field(trace, _TRACE_LOG_Q, log_q - F)
 
+
+@triton.jit
+def finish(batch, solved, mixed, outputs, WIDTH: constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    batch = _row(batch, row)
+    pieces = _pieces(mixed, row, batch.pieces, WIDTH)
+    known = solved + row * _COLUMNS
+    bad_s = _get(known, _BAD_STUDENT) != 0
+    bad_t = _get(known, _BAD_TEACHER) != 0
+    bad = bad_s | bad_t
+    token = tl.where(bad, 0, _best(pieces))
+    nan = tl.where(bad, float("nan"), 0.0)
+    trace = Trace(outputs.trace + row * _TRACE_WIDTH, nan)
+    F = _trace_mixture(trace, pieces, known)
+    _trace_token(trace, batch, token, known, F)
     tl.store(outputs.token + row, token)
     tl.store(outputs.bad_student + row, bad_s)
     tl.store(outputs.bad_teacher + row, bad_t)
-    nan = tl.where(bad, float("nan"), 0.0)
-    out = outputs.trace + row * _TRACE_WIDTH
-    tl.store(out + _TRACE_ALPHA, alpha + nan)
-    tl.store(out + _TRACE_CLAMPED, tl.load(known + _CLAMPED) + nan)
-    tl.store(out + _TRACE_KL_STUDENT, kl_s + nan)
-    tl.store(out + _TRACE_KL_TEACHER, kl_t + nan)
-    tl.store(out + _TRACE_ESS_STUDENT, ess_s + nan)
-    tl.store(out + _TRACE_ESS_TEACHER, ess_t + nan)
-    tl.store(out + _TRACE_ENTROPY, entropy + nan)
-    tl.store(out + _TRACE_LOG_P_STUDENT, log_p_s + nan)
-    tl.store(out + _TRACE_LOG_P_TEACHER, log_p_t + nan)
-    tl.store(out + _TRACE_LOG_Q, log_q + nan)
-    tl.store(out + _TRACE_FALLBACK, tl.load(known + _FALLBACK) + nan)
 
 
 # Drafts
 
 
 @triton.jit
-def draft(batch, noise, drafted, HASHED: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+def draft(batch, noise, drafted, HASHED: constexpr, PIECE: constexpr, BLOCK: constexpr):
     """One piece of a row: the student's largest logit + noise."""
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
-    pieces = batch.pieces
     batch = _row(batch, row)
     noise, a, b = _noise_of(noise, row, HASHED)
     best = tl.full([BLOCK], _NO_MAXIMUM, tl.float32)
@@ -815,19 +884,14 @@ def draft(batch, noise, drafted, HASHED: tl.constexpr, PIECE: tl.constexpr, BLOC
         ids = start + tl.arange(0, BLOCK)
         score = _load(batch.student, ids, batch)
         score += _gumbel(noise, ids, ids < batch.vocab, a, b, HASHED)
-        best_id = tl.where(score > best, ids, best_id)
-        best = tl.maximum(best, score)
-    highest = tl.max(best, 0)
-    best_id = tl.min(tl.where(best == highest, best_id, 2**31 - 1), 0)
-    out = drafted + row * DRAFTED * pieces + piece
-    tl.store(out + _DRAFT_HIGHEST * pieces, highest)
-    tl.store(out + _DRAFT_BEST_ID * pieces, best_id)
+        best, best_id = _better(best, best_id, score, ids)
+    out = drafted + (row * batch.pieces + piece) * _COLUMNS
+    _put_best(out, best, best_id)
 
 
 @triton.jit
-def choose(drafted, pieces, tokens, WIDTH: tl.constexpr):
+def choose(drafted, pieces, tokens, WIDTH: constexpr):
     """The draft of a row."""
     row = tl.program_id(0).to(tl.int64)
-    sums = drafted + row * DRAFTED * pieces
-    token = _best(sums, _DRAFT_HIGHEST, _DRAFT_BEST_ID, pieces, WIDTH)
+    token = _best(_pieces(drafted, row, pieces, WIDTH))
     tl.store(tokens + row, token)

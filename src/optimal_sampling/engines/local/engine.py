@@ -113,11 +113,14 @@ class LocalEngine(Engine):
         load_kwargs: dict[str, Any] | None = None,
     ) -> Self:
         """Load the models. Raises ModelError, ConfigError, MissingDependencyError."""
-        paths = {"student": resolve_model(models.student), "teacher": resolve_model(models.teacher)}
+        paths = {
+            "student": resolve_model(models.student, models.student_revision, weights=True),
+            "teacher": resolve_model(models.teacher, models.teacher_revision, weights=True),
+        }
         shared = os.path.realpath(paths["student"]) == os.path.realpath(paths["teacher"])
         loaded: dict[str, Any] = {}
         for role in ("teacher", "student"):
-            if role == "student" and shared:
+            if role == "student" and shared and "teacher" in loaded:
                 loaded[role] = loaded["teacher"]
             elif mode in ("mixture", role):
                 loaded[role] = load_model(paths[role], models, role, load_kwargs)
@@ -182,6 +185,7 @@ class LocalEngine(Engine):
             "teacher": self.vocabulary.teacher_context,
         }
         runners = [self.pair.runners[role] for role in self.roles]
+        switches = tuple(runner.rope_switch for runner in runners)
         memory = self.memory_budget()
         positions = max(1, memory // (4 * POSITION_BYTES * self.vocab_size))
         limits = Limits(
@@ -190,6 +194,7 @@ class LocalEngine(Engine):
             context_lengths=tuple(contexts[role] for role in self.roles),
             positions=positions,
             kv_boundary=min(runner.kv_boundary for runner in runners),
+            rope_switches=switches if any(switches) else (),
         )
         return RunSettings(
             roles=self.roles,
@@ -204,6 +209,14 @@ class LocalEngine(Engine):
 
     def _policy(self) -> DraftPolicy:
         drafts = self.options.draft_tokens if self.mode == "mixture" else 0
+        lockstep = [role for role in self.roles if not self.pair.runners[role].drafts]
+        if lockstep and drafts == "auto":
+            drafts = 0
+        if lockstep and drafts:
+            raise ConfigError(
+                f"the {lockstep[0]} model runs with its own cache, which cannot take drafts back; "
+                "use draft_tokens auto or 0"
+            )
         return DraftPolicy() if drafts == "auto" else FixedDrafts(int(drafts))
 
     def memory_budget(self) -> int:

@@ -18,6 +18,12 @@ from optimal_sampling.config import LocalOptions, ModelConfig
 from optimal_sampling.engines.device import resolve_device, resolve_dtype
 from optimal_sampling.engines.local import attention
 from optimal_sampling.engines.local.layers import PLAIN, fuse_norms, measured_rules, replace_linears
+from optimal_sampling.engines.local.model_check import (
+    SmallCopy,
+    call_problem,
+    check_small_copy,
+    reason_of,
+)
 from optimal_sampling.engines.local.paged.attention_backends import (
     Backend,
     Choice,
@@ -25,9 +31,12 @@ from optimal_sampling.engines.local.paged.attention_backends import (
 )
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
+from optimal_sampling.engines.local.rotary import split_by_row
 from optimal_sampling.engines.local.runner import ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
+from optimal_sampling.engines.local.shrinking import text_model
 from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
+from optimal_sampling.engines.local.stock_runner import StockRunner
 from optimal_sampling.engines.local.weights import check_weights, merge_adapter, takes_adapter
 from optimal_sampling.errors import MissingDependencyError, ModelError
 from optimal_sampling.vocabulary.model_folder import check_weight_files
@@ -87,7 +96,7 @@ def _four_bit(kwargs: dict[str, Any]) -> Any:
     try:
         import bitsandbytes  # noqa: F401 - Transformers asks for it late and less clearly
     except ImportError as error:
-        message = "load_in_4bit needs bitsandbytes: pip install 'optimal-sampling[4bit]'"
+        message = "load_in_4bit needs: pip install 'bitsandbytes>=0.48' 'accelerate>=1.10'"
         raise MissingDependencyError(message) from error
     from transformers import BitsAndBytesConfig
 
@@ -105,13 +114,25 @@ def prepare_pair(
     """
     shared = models.get("student") is models.get("teacher")
     distinct = {role: model for role, model in models.items() if not (shared and role == "student")}
-    probes = {role: check_architecture(model, role) for role, model in distinct.items()}
+    runners: dict[str, ModelRunner[Any]] = {}
+    probes: dict[str, Probe] = {}
+    notes = []
+    for role, model in distinct.items():
+        stock = model.config._attn_implementation
+        try:
+            probes[role] = check_architecture(model, role)
+        except ModelError as error:
+            if options.attention != "auto":
+                raise
+            model.set_attn_implementation(stock)
+            runners[role] = _stock_runner(model, vocab_size, role, error)
+            notes.append(f"the {role} model's own, one token at a time, as {error}")
+    distinct = {role: model for role, model in distinct.items() if role not in runners}
     choices = {
         role: _choose(model, role, probes[role], options.attention)
         for role, model in distinct.items()
     }
-    backends = [choice.backend for choice in choices.values()]
-    runners: dict[str, ModelRunner[Any]] = {}
+    backends = [choice.backend for choice in choices.values()] + [None] * len(runners)
     for role, model in distinct.items():
         backend, probe = choices[role].backend, probes[role]
         if backend is not None and None not in backends:
@@ -119,11 +140,20 @@ def prepare_pair(
         else:
             runners[role] = _slot_runner(model, vocab_size, options.batch_invariant, probe)
     without = [role for role, choice in choices.items() if choice.backend is None]
-    decisive = next(iter(without or choices))
-    note = choices[decisive].note
-    if without and len(set(backends)) > 1:
-        note += f" (the {decisive} model)"
-    return {role: runners[role if role in runners else "teacher"] for role in models}, note
+    for decisive in list(without or choices)[:1]:
+        mixed = len(set(backends)) > 1 or len(runners) > len(choices)
+        notes.append(choices[decisive].note + (f" (the {decisive} model)" if mixed else ""))
+    runners = {role: runners[role if role in runners else "teacher"] for role in models}
+    return runners, "; ".join(notes)
+
+
+def _stock_runner(model: Any, vocab_size: int, role: str, why: ModelError) -> StockRunner:
+    """The model with its own cache, checked on a small copy. Raises ModelError."""
+    try:
+        SmallCopy(*text_model(type(model), model.config), role).check_own_cache()
+    except ModelError as error:
+        raise ModelError(f"{why}; and it cannot run with its own cache: {error}") from error
+    return StockRunner(model, vocab_size)
 
 
 def _choose(model: Any, role: str, probe: Probe, asked: str) -> Choice:
@@ -172,18 +202,15 @@ def check_architecture(model: Any, role: str, backend: Backend | None = None) ->
         stock = _stock_logits(model, ids)
         model.set_attn_implementation(attention.NAME)
         fuse_norms(model)
+        split_by_row(model)
         ours, called, probe = _two_chunks(model, ids, stock.shape[-1], backend)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # every architecture has errors of its own
-        raise ModelError(f"{name}, which the local engine cannot run: {error}") from error
-    layers = config.num_hidden_layers
-    if sorted(called) != list(range(layers)):
-        kinds = sorted(set(getattr(config, "layer_types", None) or [config.model_type]))
-        raise ModelError(
-            f"{name}, which calls a plugged-in attention function in {len(set(called))} of its "
-            f"{layers} layers (layers of kind {', '.join(kinds)}); refused"
-        )
+        message = f"{name}, which the local engine cannot run: {reason_of(error)}"
+        raise ModelError(message) from error
+    if problem := call_problem(called, config):
+        raise ModelError(f"{name}, which {problem}; refused")
     difference = (ours - stock).abs().max().item()
     allowed = TOLERANCE.get(model.dtype, 0.1) * max(1.0, stock.abs().max().item())
     if not difference <= allowed and stock.isfinite().all():
@@ -191,6 +218,7 @@ def check_architecture(model: Any, role: str, backend: Backend | None = None) ->
             f"{name}, whose logits differ by {difference:.3g} from its own forward pass "
             f"(allowed: {allowed:.3g}); it would be sampled wrongly, so it is refused"
         )
+    check_small_copy(model, role)
     return probe
 
 

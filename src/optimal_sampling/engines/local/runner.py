@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from optimal_sampling.engines.device import to_device
 from optimal_sampling.engines.local.attention import AttentionPlan
 from optimal_sampling.engines.local.memory import BlockManager, Lengths
+from optimal_sampling.engines.local.rotary import LONG, split_by_row
 from optimal_sampling.engines.local.scheduler import Chunk, RoundPlan, Sequence
 
 __all__ = ["Cache", "CachedModel", "FlatCache", "ForwardPass", "ModelRunner"]
@@ -106,6 +108,8 @@ class ModelRunner(ABC, Generic[CacheT]):
 
     kv_boundary = sys.maxsize
     """Key length at which attention changes its bits."""
+    drafts = True
+    """Several tokens of a row can go through the model at once, and be forgotten."""
 
     def __init__(self, model: Any, vocab_size: int, bytes_per_token: int = 0) -> None:
         self.model = model
@@ -113,6 +117,8 @@ class ModelRunner(ABC, Generic[CacheT]):
         self.bytes_per_token = bytes_per_token
         """Of the cache, for one token of one row."""
         self.device: torch.device = model.device
+        self.rope_switch = split_by_row(model)
+        """Longest text with the short rotary factors; None where all texts have the same."""
         self.embeddings: int = model.get_input_embeddings().weight.shape[0]
 
     @abstractmethod
@@ -136,6 +142,20 @@ class ModelRunner(ABC, Generic[CacheT]):
         Idle rows take part in the shape only: nothing of theirs is stored, and their logits have
         no meaning.
         """
+
+    def mark_long(
+        self, positions: Int[np.ndarray, " tokens"], chunks: Seq[Chunk], padding: int = 0
+    ) -> Int[np.ndarray, " tokens"]:
+        """Positions of padding, chunks and dense tokens, with `LONG` added where a row is long."""
+        if self.rope_switch is None:
+            return positions
+        long = positions >= self.rope_switch
+        first = padding
+        for chunk in chunks:
+            long[first : first + len(chunk.ids)] = chunk.long
+            first += len(chunk.ids)
+        marked: Int[np.ndarray, " tokens"] = positions + LONG * long
+        return marked
 
     def drop_caches(self) -> None:
         """Free caches that were kept from earlier runs."""
@@ -196,7 +216,7 @@ class CachedModel:
         """The plan's chunks, addressed by rows of this cache."""
         width = len(self.contexts)
         return [
-            Chunk(chunk.row * width + i, chunk.start, chunk.ids)
+            replace(chunk, row=chunk.row * width + i)
             for i, context in enumerate(self.contexts)
             for chunk in plan.chunks[context]
         ]

@@ -36,6 +36,8 @@ class Sequence:
     captured: list[Any] = field(default_factory=list)
     lookup: Any = None
     """Index for drafts from this text, where the run drafts so."""
+    long: list[bool] = field(default_factory=list)
+    """Per context: the cached keys have the long rotary factors."""
     lockstep: bool = False
     """Draw one token per round: a draft may have put NaN into this sequence's caches."""
     order: int = 0
@@ -82,6 +84,7 @@ class Sequence:
     def evict(self) -> None:
         """Forget what the caches hold. The output stays, and is recomputed like a prompt."""
         self.cached = [0] * len(self.prompts)
+        self.long = [False] * len(self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,11 @@ class Limits:
     """Most rows * width of one round: the logits of all of them are held at once."""
     kv_boundary: int = sys.maxsize
     """Key length at which a model's attention changes its bits; a round does not straddle it."""
+    rope_switches: tuple[int | None, ...] = ()
+    """Per context, the longest text with the short rotary factors. Past it all is recomputed.
+
+    Empty where no model has a switch.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +115,8 @@ class Chunk:
     row: int
     start: int
     ids: list[int]
+    long: bool = False
+    """The row's text is longer than its context's `rope_switches`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +234,11 @@ class Scheduler:
 
     def _grant(self, sequence: Sequence, left: list[int]) -> None:
         """Its share of the round's prompt tokens, out of what is left per context."""
+        for context, switch in enumerate(self.limits.rope_switches):
+            long = switch is not None and sequence.known(context) > switch
+            if long and not sequence.long[context]:
+                sequence.cached[context] = 0
+                sequence.long[context] = True
         sequence.granted = [min(n, sequence.pending(c)) for c, n in enumerate(left)]
         for context, count in enumerate(sequence.granted):
             left[context] -= count
@@ -254,7 +269,7 @@ class Scheduler:
                 if count:
                     start = sequence.cached[context]
                     ids = sequence.tokens(context, start, count)
-                    chunks[context].append(Chunk(row, start, ids))
+                    chunks[context].append(Chunk(row, start, ids, sequence.long[context]))
         lengths = [s.lengths for s in self.running]
         return RoundPlan(self._width(width, ready, lengths), ready, chunks, moves, lengths)
 
@@ -279,5 +294,7 @@ class Scheduler:
         """Widths that end at a context's last position, or at the last key before the boundary."""
         pairs = zip(lengths, self.limits.context_lengths, strict=True)
         room = [limit - known + 1 for known, limit in pairs if limit is not None]
+        pairs = zip(lengths, self.limits.rope_switches, strict=False)
+        room += [s - known + 1 for known, s in pairs if s is not None and known <= s]
         boundary = self.limits.kv_boundary
         return room + [boundary - known + 1 for known in lengths if known <= boundary]

@@ -24,7 +24,7 @@ from vllm.model_executor.models.utils import (
 )
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.engines.vllm.mixing import Mixed, Row, mix
+from optimal_sampling.engines.vllm.mixing import LogitsRow, Mixed, mix
 from optimal_sampling.engines.vllm.plugin import check_version
 from optimal_sampling.engines.vllm.request_options import OPTIONS
 
@@ -86,7 +86,7 @@ class OptimalSamplingForCausalLM(nn.Module):
                 self.settings.student, revision=None, prefix="student."
             )
             self.secondary_weights = [source]
-        self.expected: Sequence[Row] | None = None
+        self.expected: Sequence[LogitsRow] | None = None
         """Rows of the next `compute_logits`; None: rows that belong to no request's next token."""
         self.mixed: Mixed | None = None
         """Values of the rows of the last `compute_logits` that had `expected` rows."""

@@ -87,7 +87,8 @@ def engine_arguments(
     """
     _check_given(given)
     _check_models(models)
-    teacher, student = resolve_model(models.teacher), resolve_model(models.student)
+    teacher = resolve_model(models.teacher, models.teacher_revision, weights=True)
+    student = resolve_model(models.student, models.student_revision, weights=True)
     for role, folder in (("teacher", teacher), ("student", student)):
         if has_adapter(folder):
             raise ModelError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
@@ -24,14 +24,20 @@ from optimal_sampling.distribution import (
     solve_single,
     trace_of,
 )
-from optimal_sampling.distribution.arrays import tensor_of
+from optimal_sampling.distribution.arrays import (
+    Logits,
+    Positions,
+    Scores,
+    fill_rows,
+    tensor_of,
+)
 from optimal_sampling.engines.vllm.request_options import RequestOptions
 
-__all__ = ["Mixed", "Row", "mix"]
+__all__ = ["LogitsRow", "Mixed", "mix"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LogitsRow:
     """One row of logits: its request, and its token's index in the completion."""
 
     request_id: str
@@ -62,10 +68,11 @@ class Mixed:
         return [traced[row] for row in rows]
 
 
+@torch.no_grad()
 def mix(
     student_logits: Float[Tensor, "rows wide_vocab"] | None,
     teacher_logits: Float[Tensor, "rows wide_vocab"],
-    rows: Sequence[Row] | None,
+    rows: Sequence[LogitsRow] | None,
     default: MixtureConfig,
     vocab_size: int,
     width: int,
@@ -78,28 +85,26 @@ def mix(
     """
     if rows is None:
         untruncated = RequestOptions(replace(default, top_k=-1, top_p=1.0))
-        rows = [Row("", 1, untruncated)] * teacher_logits.shape[0]
-    # Tensors of vLLM's inference mode cannot be written to outside of it, and the buffers of
-    # `distribution` are used in both.
-    with torch.inference_mode(False), torch.no_grad():
-        teacher = teacher_logits[:, :vocab_size]
-        student = None if student_logits is None else student_logits[:, :vocab_size]
-        scores = teacher.new_full((len(rows), width), -torch.inf, dtype=torch.float32)
-        bad = torch.zeros(len(rows), 2, dtype=torch.bool, device=teacher.device)
-        parts = []
-        for options, places in _groups(rows):
-            for part in row_slices(len(places), vocab_size, teacher.device):
-                index = part if len(places) == len(rows) else torch.tensor(places[part])
-                position = torch.tensor([max(rows[place].position, 0) for place in places[part]])
-                own = None if student is None else student[index]
-                solved, own_scores = _solve(own, teacher[index], position, options)
-                scores[index, :vocab_size] = own_scores
-                bad[index] = _bad(solved)
-                parts.append((places[part], solved))
-        return scores, Mixed(parts, bad)
+        rows = [LogitsRow("", 1, untruncated)] * teacher_logits.shape[0]
+    teacher = teacher_logits[:, :vocab_size]
+    student = None if student_logits is None else student_logits[:, :vocab_size]
+    scores = teacher.new_full((len(rows), width), -torch.inf, dtype=torch.float32)
+    bad = torch.zeros(len(rows), 2, dtype=torch.bool, device=teacher.device)
+    parts = []
+    for options, group in _groups(rows):
+        for part in row_slices(len(group), vocab_size, teacher.device):
+            places = group[part]
+            index = part if len(group) == len(rows) else torch.tensor(places)
+            position = torch.tensor([max(rows[place].position, 0) for place in places])
+            group_student = None if student is None else student[index]
+            solved, group_scores = _solve(group_student, teacher[index], position, options)
+            scores[index, :vocab_size] = group_scores
+            bad[index] = _bad(solved)
+            parts.append((places, solved))
+    return scores, Mixed(parts, bad)
 
 
-def _groups(rows: Sequence[Row]) -> list[tuple[RequestOptions, list[int]]]:
+def _groups(rows: Sequence[LogitsRow]) -> list[tuple[RequestOptions, list[int]]]:
     """Rows that can be solved together, by their places, and the options of one of them."""
     groups: dict[tuple[MixtureConfig, str, bool], list[int]] = {}
     for place, row in enumerate(rows):
@@ -111,26 +116,27 @@ def _groups(rows: Sequence[Row]) -> list[tuple[RequestOptions, list[int]]]:
 
 @np.errstate(all="ignore")
 def _solve(
-    student: Float[Tensor, "rows vocab"] | None,
-    teacher: Float[Tensor, "rows vocab"],
-    position: Int[Tensor, " rows"],
-    options: RequestOptions,
-) -> tuple[Solved, Float32[Tensor, "rows vocab"]]:
+    student: Logits | None, teacher: Logits, position: Positions, options: RequestOptions
+) -> tuple[Solved, Scores]:
     """Rows of one configuration, and T log q* up to a constant per row; 0 in bad rows."""
     mixture = options.mixture
     if options.mode == "teacher" or student is None:
         solved = solve_single(teacher, mixture, "teacher")
-        return solved, torch.where(_bad(solved).any(-1, keepdim=True), 0.0, teacher.float())
+        bad = _bad(solved).any(-1, keepdim=True)
+        return solved, torch.where(bad, 0.0, teacher.float())
     pair = make_pair(student, teacher, mixture)
     # ESS costs another pass over the vocabulary
     solved = solve(pair, position.to(teacher.device), mixture, ess=options.trace == "full")
     scores = log_q(solved)
     if pair.maybe_bad:
-        scores.masked_fill_(tensor_of(pair.bad)[:, None], 0.0)
-    return solved, scores if mixture.temperature == 1 else scores.mul_(mixture.temperature)
+        fill_rows(scores, pair.bad, 0.0)
+    if mixture.temperature != 1:
+        scores.mul_(mixture.temperature)
+    return solved, scores
 
 
 def _bad(solved: Solved) -> Bool[Tensor, "rows 2"]:
     """Whether the student's, the teacher's logits are no distribution."""
-    models = solved.models
-    return torch.stack([tensor_of(models.bad_student), tensor_of(models.bad_teacher)], -1)
+    student = tensor_of(solved.models.bad_student)
+    teacher = tensor_of(solved.models.bad_teacher)
+    return torch.stack([student, teacher], -1)

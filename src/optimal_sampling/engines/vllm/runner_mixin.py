@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.engines.base import bad_logits_message
-from optimal_sampling.engines.vllm.mixing import Row
+from optimal_sampling.engines.vllm.mixing import LogitsRow
 from optimal_sampling.engines.vllm.model_batch import ModelBatch, Span
 from optimal_sampling.engines.vllm.request_options import (
     STUDENT_IDS,
@@ -64,12 +64,12 @@ class ScheduledRequest:
     computed: int
     drafts: int
 
-    def logits_rows(self) -> list[Row]:
+    def logits_rows(self) -> list[LogitsRow]:
         """Its rows of logits: for its next token, and one more per draft."""
         end = self.computed + self.scheduled
         first = end - self.drafts - self.state.prompt_length
         return [
-            Row(self.request_id, first + offset, self.state.options)
+            LogitsRow(self.request_id, first + offset, self.state.options)
             for offset in range(self.drafts + 1)
         ]
 
@@ -91,7 +91,7 @@ class RunnerMixin:
         self._needs_student = False
         self._separate_roles: set[str] = set()
         """Models whose tokens in this step are not those of vLLM's plan."""
-        self._rows: list[Row] = []
+        self._rows: list[LogitsRow] = []
         self._first_rows: list[int] = []
         """Index into `_rows` of each request's first row."""
 
@@ -246,7 +246,7 @@ class RunnerMixin:
             self.traces.add(row.request_id, row.position, [next(values) for _ in tokens])
 
     def _record_bad(
-        self: Any, rows: list[Row], bad: list[list[bool]], drawn: Sequence[Sequence[int]]
+        self: Any, rows: list[LogitsRow], bad: list[list[bool]], drawn: Sequence[Sequence[int]]
     ) -> None:
         """Store the errors of drawn tokens whose logits cannot be drawn from."""
         for first, tokens in zip(self._first_rows, drawn, strict=True):

@@ -95,6 +95,7 @@ class PageRunner(ModelRunner[PageCache]):
         rows, width = tokens.shape
         if chunks or cache not in self.graphs:
             numbers, shape = lay_out(cache.manager, start, width, idle, chunks)
+            numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], chunks)
             ids = tokens.reshape(-1)
             if chunks:
                 prompt = np.array([i for c in chunks for i in c.ids])
@@ -124,6 +125,7 @@ class PageRunner(ModelRunner[PageCache]):
         idle = [*idle, *range(rows, rows + more_rows)]
         start = np.pad(start, (0, more_rows))
         numbers, shape = lay_out(cache.manager, start, padded_width, idle, ())
+        numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], ())
         shape = replace(shape, max_keys=max(LEAST_KEYS, 1 << (shape.max_keys - 1).bit_length()))
         return Batch(shape, ids, to_device(numbers, self.device)), padded_width
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class SlotRunner(ModelRunner[SlotCache]):
         )
         logits = self.model(
             input_ids=ids[None],
-            position_ids=self._tensor(positions)[None],
+            position_ids=self._tensor(self.mark_long(positions, chunks, padding))[None],
             use_cache=False,
             plan=plan,
             logits_to_keep=self.rules.padded_tokens(rows * width),
@@ -150,9 +151,9 @@ def split_at(chunks: Sequence[Chunk], boundary: int) -> list[Chunk]:
     for chunk in chunks:
         cut = max(0, min(len(chunk.ids), boundary - chunk.start))
         if cut:
-            parts.append(Chunk(chunk.row, chunk.start, chunk.ids[:cut]))
+            parts.append(replace(chunk, ids=chunk.ids[:cut]))
         if cut < len(chunk.ids):
-            parts.append(Chunk(chunk.row, chunk.start + cut, chunk.ids[cut:]))
+            parts.append(replace(chunk, start=chunk.start + cut, ids=chunk.ids[cut:]))
     return sorted(parts, key=lambda c: (c.start >= boundary, len(c.ids)))
 
 

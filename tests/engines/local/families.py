@@ -1,0 +1,197 @@
+"""Every causal family of Transformers as a small random model, and how the local engine runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from optimal_sampling.engines.local.model_check import SmallCopy, reason_of
+from optimal_sampling.engines.local.shrinking import text_model
+from optimal_sampling.errors import ModelError
+
+NAMES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+MOE = {"n_routed_experts": 8, "num_experts_per_tok": 2}
+
+# what the default configuration leaves out, as published checkpoints have it
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "layer_types": ["sliding_attention", "full_attention"] * 20,
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 4, "rope_theta": 10000.0, "clip_qkv": 8}},
+    "deepseek_v2": {**MOE, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    "dots1": {**MOE, "n_shared_experts": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "mamba", "attention"] * 8},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "laguna": {"layer_types": ["full_attention", "sliding_attention"] * 20},
+    "mellum": {"layer_types": ["full_attention", "sliding_attention"] * 14},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 30,
+        "mlp_layer_types": ["dense", "sparse"] * 30,
+    },
+    "ministral": {"head_dim": 128, "layer_types": ["full_attention", "sliding_attention"] * 16},
+    "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 512,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+}
+
+# features that exist in the family and are off in its default configuration
+WINDOWS = {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 4096}
+HALF = 48
+LONGROPE = {
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.01 * i for i in range(HALF)],
+        "long_factor": [1.0 + i for i in range(HALF)],
+        "short_mscale": 1.2,
+        "long_mscale": 1.3,
+        "original_max_position_embeddings": 4096,
+    },
+}
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        f"{family} (windows)": (family, WINDOWS)
+        for family in ("dots1", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
+    },
+    **{
+        f"{family} (windows)": (family, {"sliding_window": 4096})
+        for family in ("ministral3", "mixtral", "phi3", "phimoe", "starcoder2")
+    },
+    **{f"{family} (LongRoPE)": (family, LONGROPE) for family in ("llama", "phi3", "phimoe")},
+    "llama (dynamic NTK)": ("llama", DYNAMIC),
+    "falcon (ALiBi)": ("falcon", {"alibi": True}),
+    "granitemoehybrid (attention only)": (
+        "granitemoehybrid",
+        {"layer_types": ["attention"] * 32},
+    ),
+    "zaya (windows)": (
+        "zaya",
+        {"layer_types": ["hybrid", "hybrid_sliding"] * 20, "sliding_window": 4096},
+    ),
+}
+
+
+def config_of(name: str) -> tuple[Any, Any]:
+    """(model class, configuration at its published size) of a family or a variant."""
+    family, changes = VARIANTS.get(name, (name, {}))
+    changes = {**DEFAULTS.get(family, {}), **changes}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = CONFIG_MAPPING[family](**changes)
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model_class, text = text_model(model_class, config)
+        if text is not config:  # a multimodal wrapper
+            config = type(text)(**DEFAULTS.get(text.model_type, {}))
+    if hasattr(config, "is_decoder"):  # BERT's relatives, which are encoders otherwise
+        config.is_decoder = True
+    return model_class, config
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the local engine runs a family."""
+
+    family: str
+    model_class: str
+    kind: str
+    """`native`, `own cache`, `refused` or `not testable`."""
+    reason: str = ""
+
+    def row(self) -> str:
+        """Its row of docs/models.md."""
+        reason = self.reason.replace("|", "\\|")
+        return f"| {self.family} | {self.model_class} | {self.kind} | {reason} |"
+
+
+def outcome(name: str) -> Outcome:
+    """What the checks at load say of a family or a variant, on a small random copy of it."""
+    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[VARIANTS.get(name, (name, {}))[0]]
+    try:
+        model_class, config = config_of(name)
+        small = SmallCopy(model_class, config, "")
+    except Exception as error:  # configurations and models fail in ways of their own
+        return Outcome(name, class_name, "not testable", reason_of(error))
+    try:
+        small.check_attention()
+        return Outcome(name, class_name, "native")
+    except ModelError as error:
+        why = _short(error)
+    try:
+        batched = small.check_own_cache()
+    except ModelError as error:
+        return Outcome(name, class_name, "refused", f"{why}; {_short(error)}")
+    rows = "" if batched else "; one row at a time"
+    return Outcome(name, class_name, "own cache", why + rows)
+
+
+def _short(error: ModelError) -> str:
+    """An error without the model's name and the numbers that differ between machines."""
+    text = re.sub(r"^the +model is an? \w+, (which|whose) ", "", str(error))
+    text = re.sub(r" \(by [^)]*\)", "", text)
+    return re.sub(r"(; it would be sampled wrongly)?(, so it is refused|; refused)$", "", text)
+
+
+HEADER = """# Models
+
+How the local engine runs every causal family of Transformers {version}, found by
+`python -m tests.engines.local.families > docs/models.md`: each is built small and with random
+weights, with every kind of layer, and with windows, chunks and rotary switches of some dozen
+tokens. What a default configuration leaves off is listed as a variant, in brackets.
+
+- **native**: in the engine's own batch, with its cache and drafts. The logits of a short row, a
+  long row and a row that grows past every length, in one batch and with prompts in chunks, are
+  those of the model's own forward pass in float64.
+- **own cache**: with the model's own forward pass and cache, one token at a time. The reason says
+  why not natively.
+- **refused**: neither gives the logits of the model's own uncached forward pass.
+- **not testable**: no small copy can be made or run; the error is given. Such a model is refused.
+
+{counts}
+
+| Family | Class | Runs | Why |
+|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """The text of docs/models.md."""
+    outcomes = [outcome(name) for name in sorted([*NAMES, *VARIANTS])]
+    kinds = Counter(o.kind for o in outcomes)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) + "."
+    header = HEADER.format(version=transformers.__version__, counts=counts)
+    return header + "".join(f"{o.row()}\n" for o in outcomes)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    with contextlib.redirect_stdout(sys.stderr):  # some models print
+        text = table()
+    sys.stdout.write(text)
