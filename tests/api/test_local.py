@@ -241,6 +241,7 @@ def test_options_reach_the_engine() -> None:
         target_top_k=7,
         batch_size=3,
         trust_remote_code=True,
+        allow_unused_weights=True,
         load_in_4bit=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
         dtype=torch.bfloat16,
@@ -250,6 +251,7 @@ def test_options_reach_the_engine() -> None:
     assert (opened.models.student, opened.models.teacher) == ("toy-student", "toy-teacher")
     assert (opened.models.dtype, opened.models.device) == ("bfloat16", "cpu")
     assert opened.models.trust_remote_code
+    assert opened.models.allow_unused_weights
     assert opened.models.load_in_4bit
     assert opened.load_kwargs == {"bnb_4bit_compute_dtype": torch.bfloat16}
     assert opened.options == LocalOptions(batch_size=3)

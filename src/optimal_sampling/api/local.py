@@ -30,7 +30,7 @@ from optimal_sampling.types import AlphaMethod, Completion, weighted_mean
 __all__ = ["OptimalSamplingModel", "PerToken", "SamplingOutput"]
 
 _ENGINE_OPTIONS = frozenset(item.name for item in fields(LocalOptions))
-_MODEL_OPTIONS = frozenset({"load_in_4bit", "trust_remote_code"})
+_MODEL_OPTIONS = frozenset({"allow_unused_weights", "load_in_4bit", "trust_remote_code"})
 _PROMPT_OPTIONS = frozenset(
     {
         "student_system_prompt",
@@ -120,7 +120,8 @@ class OptimalSamplingModel(BatchSampler):
     `device` is the GPU where there is one, else the CPU, with a warning; a device that you name has
     to be there. On a CPU, `dtype=torch.float16` is taken as float32.
 
-    Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`;
+    Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`,
+    `allow_unused_weights`;
     the fields of LocalOptions; `trust_region` and `schedule_*` of MixtureConfig; and defaults for
     `generate`: `student_system_prompt` (or `theta_system_prompt`), `teacher_system_prompt`,
     `enable_chat_template`, `thinking`.

@@ -76,7 +76,7 @@ def load_model(
         kwargs["adapter_kwargs"] = {"subfolder": "none"}
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        settings._attn_implementation = "eager"  # ours is plugged in: another need not be installed
+        settings._attn_implementation = None  # what the file names need not be installed
         model, info = AutoModelForCausalLM.from_pretrained(
             path, config=settings, output_loading_info=True, **kwargs
         )
