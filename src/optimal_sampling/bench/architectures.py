@@ -98,6 +98,8 @@ QWEN_VOCAB, QWEN_7B_VOCAB, LLAMA_VOCAB = 151_936, 152_064, 128_256
 
 ARCHITECTURES = {
     "tiny": Architecture("qwen3", 64, 2, 4, 2, 128, 512, 4096, head_dim=16),
+    "tiny-hybrid": Architecture("qwen3_5_text", 64, 4, 4, 2, 128, 512, 4096, head_dim=16),
+    "StableLM-2-1.6B": Architecture("stablelm", 2048, 24, 32, 32, 5632, 100_352, 4096, tied=False),
     "Qwen2.5-0.5B": Architecture("qwen2", 896, 24, 14, 2, 4864, QWEN_VOCAB, 32_768),
     "Qwen2.5-1.5B": Architecture("qwen2", 1536, 28, 12, 2, 8960, QWEN_VOCAB, 32_768),
     "Qwen2.5-3B": Architecture("qwen2", 2048, 36, 16, 2, 11_008, QWEN_VOCAB, 32_768),

@@ -29,7 +29,7 @@ class StudentMixture(LogitsProcessor):  # type: ignore[misc]
         self.student = student
         self.mask = mask
         self.mixture = MixtureConfig()
-        self.cache = DynamicCache()
+        self.cache = DynamicCache(config=student.config)
 
     # the mixture's buffers are kept per thread, and those that an engine has left are
     # inference tensors

@@ -26,7 +26,7 @@ __all__ = ["IDEAL", "LOCKSTEP", "STUDENT", "TEACHER", "VARIANTS", "bounds", "run
 
 STUDENT, TEACHER = "student alone", "teacher alone"
 PLAIN_TEACHER = "teacher alone, shapes not padded"
-LOCKSTEP = "q* lockstep"
+LOCKSTEP, PLAIN_LOCKSTEP = "q* lockstep", "q* lockstep, rows not alone"
 AUTO = "q* speculative, auto (the default)"
 HF, HF_MIX = "Transformers generate, teacher", "Transformers generate + logits processor, q*"
 ASSISTED = "Transformers assisted generation, teacher"
@@ -38,6 +38,7 @@ VARIANTS = {
     TEACHER: Variant(mode="teacher"),
     PLAIN_TEACHER: Variant(mode="teacher", batch_invariant=False),
     LOCKSTEP: Variant(draft_tokens=0),
+    PLAIN_LOCKSTEP: Variant(draft_tokens=0, batch_invariant=False),
     **FIXED,
     AUTO: Variant(),
 }
@@ -49,6 +50,7 @@ RATIOS = (
     ("q* speculative / best of lockstep and fixed lengths", AUTO, (LOCKSTEP, *FIXED)),
     ("teacher alone / Transformers generate", TEACHER, (HF,)),
     ("q* lockstep / Transformers + logits processor", LOCKSTEP, (HF_MIX,)),
+    ("q* lockstep, rows not alone / Transformers + logits processor", PLAIN_LOCKSTEP, (HF_MIX,)),
     ("q* speculative / Transformers + logits processor", AUTO, (HF_MIX,)),
     ("q* speculative / Transformers assisted generation", AUTO, (ASSISTED,)),
 )
@@ -87,9 +89,10 @@ def draft_settings(pair: ModelPair, prompts: int) -> list[Setting]:
 
 def systems(names: Iterable[str], pair: ModelPair, workload: Workload, batch_size: int) -> Systems:
     """The systems of these names that differ for this pair and batch size."""
-    absent = set()
+    absent: set[str] = set()
     if not pair.padded:
-        absent.add(PLAIN_TEACHER)
+        absent.update((PLAIN_TEACHER, PLAIN_LOCKSTEP))
+    absent.update((PLAIN_LOCKSTEP,) if pair.drafts else (*FIXED, AUTO))
     if not pair.natural or batch_size > 1:
         absent.add(ASSISTED)
     return {

@@ -130,6 +130,11 @@ class ModelPair:
         model.resize_token_embeddings(self.stock("student").config.vocab_size)
         return model
 
+    @property
+    def drafts(self) -> bool:
+        """Whether drafts can be taken back: no model runs with its own cache."""
+        return all(runner.drafts for runner in self.loaded().pair.runners.values())
+
     def close(self) -> None:
         """Drop the models."""
         for engine in self._engines.values():

@@ -107,7 +107,7 @@ def test_the_check_notices_what_is_left_out(left_out, monkeypatch):
         return original(plan, dataclasses.replace(call, **left_out), query, group, packed)
 
     monkeypatch.setattr(slot_attention, "_over_group", broken)
-    with pytest.raises(ModelError, match="sampled wrongly"):
+    with pytest.raises(ModelError, match="whose logits differ"):
         check_architecture(model, "student")
 
 

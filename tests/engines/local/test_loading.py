@@ -6,15 +6,19 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig
 from optimal_sampling.engines import open_engine
 from optimal_sampling.engines.device import resolve_device, resolve_dtype
-from optimal_sampling.engines.local.loading import load_model
+from optimal_sampling.engines.local.loading import load_model, prepare_pair
+from optimal_sampling.engines.local.shrinking import small_model
+from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
 from optimal_sampling.errors import ConfigError, EngineError, MissingDependencyError, ModelError
 from optimal_sampling.toy_pair import path
 from optimal_sampling.types import Request
 from optimal_sampling.vocabulary import Vocabulary
+from tests.engines.local import families
 
 
 @pytest.fixture
@@ -116,3 +120,19 @@ def test_the_same_model_twice_is_loaded_once(copy):
         assert done.error == ""
     with pytest.raises(EngineError, match="closed"):
         next(engine.generate([request]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", families.IMAGES_AND_TEXT)
+def test_models_of_images_and_text_load_their_language_model(family, tmp_path):
+    """Guards: models refused for an image encoder that no prompt needs; one kept in memory."""
+    config = CONFIG_MAPPING[family](**families.IMAGES_AND_TEXT[family])
+    whole = small_model(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], config, torch.float32)
+    whole.save_pretrained(tmp_path)
+    ids = torch.arange(5, 30)[None]
+    expected = whole(input_ids=ids).logits
+    model = load_model(str(tmp_path), ModelConfig(device="cpu"), "teacher")
+    assert [name for name, _ in model.base_model.named_children()] == ["language_model"]
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    runners, _ = prepare_pair({"teacher": model}, 90, LocalOptions())
+    assert isinstance(runners["teacher"], SlotRunner)

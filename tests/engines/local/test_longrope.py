@@ -39,7 +39,7 @@ def completions(models, capture=frozenset(), **options):
 
 
 def test_every_token_has_the_logits_of_its_row_alone(models):
-    """Guards: a short row with the factors of the longest row of its batch; keys of mixed factors."""
+    """Guards: a short row with the factors of its batch's longest row; keys of mixed factors."""
     capture = frozenset({"student_logits", "teacher_logits"})
     for done in completions(models, capture, prefill_chunk=5):
         assert done.finish_reason == "length"

@@ -1,11 +1,15 @@
 """The engine with models that run with their own cache."""
 
+import re
+import time
+
 import pytest
 import torch
 
 from optimal_sampling.engines.local.shrinking import POSITIONS, VOCAB, small_model
 from optimal_sampling.engines.local.stock_runner import StockRunner
 from optimal_sampling.errors import ConfigError, ModelError
+from optimal_sampling.types import Request
 from tests.engines.conformance import EngineConformance
 from tests.engines.local import families
 from tests.engines.local.conftest import engine_of, tiny_model, vocabulary
@@ -37,6 +41,42 @@ def test_one_model_may_be_native():
     assert "in 0 of its 2 layers" in engine.notes()["attention"]
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_rows_of_one_length_share_forward_passes(invariant):
+    """Guards: a batch that the check at load finds right, and that no engine ever makes."""
+    vocab = vocabulary(stop_ids=frozenset())
+    engine = engine_of(recurrent(1), tiny_model(2), vocab=vocab, batch_invariant=invariant)
+    student = engine.pair.runners["student"]
+    calls = []
+    student.model.register_forward_hook(lambda *args: calls.append(1))
+    rows = [Request(f"r{i}", 0, i, (3, 4, 5 + i), (3,), 6) for i in range(4)]
+    assert all(len(done.token_ids) == 6 for done in engine.generate(rows))
+    assert len(calls) == (24 if invariant else 6)
+    how = "the same bits in any batch" if invariant else "rows of one length together"
+    assert how in engine.notes()["attention"]
+
+
+def test_the_note_says_what_single_rows_cost():
+    """Guards: a slow run that nothing announces, and a factor that nobody measured."""
+    model = recurrent(1)
+    model.register_forward_pre_hook(lambda *args: time.sleep(0.02))
+    engine = engine_of(model, tiny_model(2))
+    words = (
+        r"the student model runs with the model's own cache: lockstep, .* about (\S+) times slower"
+    )
+    found = re.match(words, engine.notes()["attention"])
+    assert 5 < float(found[1]) <= 9
+
+
+def test_a_cache_that_cannot_drop_rows_runs_one_at_a_time():
+    """Guards: a batch that fails when its first row ends."""
+    model = small_model(*families.config_of("rwkv"), torch.float32)
+    vocab = vocabulary(VOCAB, context=POSITIONS)
+    engine = engine_of(model, model, vocab=vocab, batch_invariant=False)
+    assert not engine.pair.runners["teacher"].batched
+    assert "rows in a batch have other logits" in engine.notes()["attention"]
+
+
 def test_drafts_are_refused_where_they_cannot_be_taken_back():
     """Guards: an option that is ignored without a word."""
     engine = engine_of(recurrent(1), tiny_model(2), draft_tokens=4)
@@ -47,6 +87,6 @@ def test_drafts_are_refused_where_they_cannot_be_taken_back():
 def test_a_model_that_neither_way_is_right_is_refused():
     """Guards: a fallback that is wrong too."""
     vocab = vocabulary(VOCAB, context=POSITIONS)
-    wrong = small_model(*families.config_of("doge"), torch.float32)
+    wrong = small_model(*families.config_of("doge (windows)"), torch.float32)
     with pytest.raises(ModelError, match="it cannot run with its own cache"):
         engine_of(wrong, wrong, vocab=vocab)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,12 +186,13 @@ class LocalEngine(Engine):
             "teacher": self.vocabulary.teacher_context,
         }
         runners = [self.pair.runners[role] for role in self.roles]
+        chunked = any(runner.drafts for runner in runners)  # own caches read a prompt in one pass
         switches = tuple(runner.rope_switch for runner in runners)
         memory = self.memory_budget()
         positions = max(1, memory // (4 * POSITION_BYTES * self.vocab_size))
         limits = Limits(
             rows=min(self.options.batch_size, positions),
-            prefill_chunk=self.options.prefill_chunk,
+            prefill_chunk=self.options.prefill_chunk if chunked else sys.maxsize,
             context_lengths=tuple(contexts[role] for role in self.roles),
             positions=positions,
             kv_boundary=min(runner.kv_boundary for runner in runners),

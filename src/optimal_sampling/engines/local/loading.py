@@ -36,7 +36,7 @@ from optimal_sampling.engines.local.runner import ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
 from optimal_sampling.engines.local.shrinking import text_model
 from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
-from optimal_sampling.engines.local.stock_runner import StockRunner
+from optimal_sampling.engines.local.stock_runner import MEASURED_ROWS, StockRunner
 from optimal_sampling.engines.local.weights import check_weights, merge_adapter, takes_adapter
 from optimal_sampling.errors import MissingDependencyError, ModelError
 from optimal_sampling.vocabulary.model_folder import check_weight_files
@@ -54,7 +54,7 @@ def load_model(
 
     Raises ModelError, MissingDependencyError.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of tensors; it would tear the display of the job
@@ -77,7 +77,8 @@ def load_model(
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         settings._attn_implementation = None  # what the file names need not be installed
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model_class, reads_images = _model_class(settings)
+        model, info = model_class.from_pretrained(
             path, config=settings, output_loading_info=True, **kwargs
         )
     except Exception as error:  # every architecture and every broken folder has errors of its own
@@ -87,9 +88,38 @@ def load_model(
     check_weights(model, info, name, config.allow_unused_weights)
     if adapted:
         merge_adapter(model, path, name)
+    if reads_images:
+        _keep_language_model(model)
     if "quantization_config" not in kwargs:
         model = model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def _model_class(config: Any) -> tuple[Any, bool]:
+    """The class to load a model with, and whether it reads images beside text.
+
+    It does where Transformers has no class without the image encoder, and generates token by token.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        GenerationMixin,
+    )
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+        if getattr(found, "generate", None) is GenerationMixin.generate:
+            return found, True
+    return AutoModelForCausalLM, False
+
+
+def _keep_language_model(model: Any) -> None:
+    """Free the encoders of images, which prompts of text do not use."""
+    language_model = model.get_decoder()
+    for name, part in list(model.base_model.named_children()):
+        if part is not language_model:
+            setattr(model.base_model, name, None)
 
 
 def _four_bit(kwargs: dict[str, Any]) -> Any:
@@ -118,15 +148,14 @@ def prepare_pair(
     probes: dict[str, Probe] = {}
     notes = []
     for role, model in distinct.items():
-        stock = model.config._attn_implementation
         try:
             probes[role] = check_architecture(model, role)
         except ModelError as error:
             if options.attention != "auto":
-                raise
-            model.set_attn_implementation(stock)
-            runners[role] = _stock_runner(model, vocab_size, role, error)
-            notes.append(f"the {role} model's own, one token at a time, as {error}")
+                message = f"{error}; it would be sampled wrongly, so it is refused"
+                raise ModelError(message) from error
+            runners[role], note = _stock_runner(model, vocab_size, role, options, error)
+            notes.append(note)
     distinct = {role: model for role, model in distinct.items() if role not in runners}
     choices = {
         role: _choose(model, role, probes[role], options.attention)
@@ -147,13 +176,31 @@ def prepare_pair(
     return runners, "; ".join(notes)
 
 
-def _stock_runner(model: Any, vocab_size: int, role: str, why: ModelError) -> StockRunner:
-    """The model with its own cache, checked on a small copy. Raises ModelError."""
+def _stock_runner(
+    model: Any, vocab_size: int, role: str, options: LocalOptions, why: ModelError
+) -> tuple[StockRunner, str]:
+    """The model with its own cache, checked on a small copy, and what that costs.
+
+    Raises ModelError.
+    """
     try:
-        SmallCopy(*text_model(type(model), model.config), role).check_own_cache()
+        small = SmallCopy(*text_model(type(model), model.config), role)
+        batched = small.check_own_cache()
     except ModelError as error:
-        raise ModelError(f"{why}; and it cannot run with its own cache: {error}") from error
-    return StockRunner(model, vocab_size)
+        message = f"{why}; and it cannot run with its own cache: {error}; refused"
+        raise ModelError(message) from error
+    model.set_attn_implementation(small.attention)
+    rows = "rows of one length together, others"
+    if not batched:
+        rows = "as rows in a batch have other logits,"
+    elif options.batch_invariant and _measures_shapes(model):
+        batched, rows = False, "for the same bits in any batch"
+    runner = StockRunner(model, vocab_size, batched)
+    note = (
+        f"the {role} model runs with the model's own cache: lockstep, {rows} one at a time, about "
+        f"{runner.slowdown():.1f} times slower than {MEASURED_ROWS} rows in one batch, as {why}"
+    )
+    return runner, note
 
 
 def _choose(model: Any, role: str, probe: Probe, asked: str) -> Choice:
@@ -171,10 +218,15 @@ def _choose(model: Any, role: str, probe: Probe, asked: str) -> Choice:
 
 def _slot_runner(model: Any, vocab_size: int, batch_invariant: bool, probe: Probe) -> SlotRunner:
     rules = PLAIN
-    if batch_invariant and model.device.type == "cpu" and model.dtype == torch.float32:
+    if batch_invariant and _measures_shapes(model):
         replace_linears(model)
         rules = measured_rules(model, probe.head_dims)
     return SlotRunner(model, vocab_size, probe.bytes_per_token, rules)
+
+
+def _measures_shapes(model: Any) -> bool:
+    """Whether `batch_invariant` can be kept: its kernels' shapes are known."""
+    return bool(model.device.type == "cpu" and model.dtype == torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,13 +262,13 @@ def check_architecture(model: Any, role: str, backend: Backend | None = None) ->
         message = f"{name}, which the local engine cannot run: {reason_of(error)}"
         raise ModelError(message) from error
     if problem := call_problem(called, config):
-        raise ModelError(f"{name}, which {problem}; refused")
+        raise ModelError(f"{name}, which {problem}")
     difference = (ours - stock).abs().max().item()
     allowed = TOLERANCE.get(model.dtype, 0.1) * max(1.0, stock.abs().max().item())
     if not difference <= allowed and stock.isfinite().all():
         raise ModelError(
             f"{name}, whose logits differ by {difference:.3g} from its own forward pass "
-            f"(allowed: {allowed:.3g}); it would be sampled wrongly, so it is refused"
+            f"(allowed: {allowed:.3g})"
         )
     check_small_copy(model, role)
     return probe

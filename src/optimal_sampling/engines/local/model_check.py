@@ -166,10 +166,7 @@ class SmallCopy:
         with _quiet():
             for layer in stock_layers(self.model, POSITIONS - 8):
                 if problem := layer.problem():
-                    raise ModelError(
-                        f"{self.start}, whose {problem}; it would be sampled wrongly, so it is"
-                        " refused"
-                    )
+                    raise ModelError(f"{self.start}, whose {problem}")
             attention.register()
             self.model.set_attn_implementation(attention.NAME)
             fuse_norms(self.model)
@@ -203,7 +200,7 @@ class SmallCopy:
                 raise ModelError(
                     f"{self.start}, whose logits with its own cache differ from those without (by"
                     f" {alone:.3g} in a small copy of it; allowed: {allowed:.3g}), so that it is"
-                    " not known which are right; refused"
+                    " not known which are right"
                 )
             try:
                 return self._difference(self._own_logits(batched=True)) <= allowed
@@ -229,7 +226,7 @@ class SmallCopy:
             message = f"{self.start}, which the local engine cannot run: {reason_of(error)}"
             raise ModelError(message) from error
         if calls:
-            raise ModelError(f"{self.start}, which {calls}; refused")
+            raise ModelError(f"{self.start}, which {calls}")
         if max(alone.values()) <= allowed:
             kind = "depend on what shares its batch or on how its prompt is cut into chunks"
         elif alone[SHORT] <= allowed:
@@ -238,7 +235,7 @@ class SmallCopy:
             kind = "differ from its own forward pass"
         raise ModelError(
             f"{self.start}, whose logits {kind} (by {together:.3g} in a small copy of it; allowed:"
-            f" {allowed:.3g}); it would be sampled wrongly, so it is refused"
+            f" {allowed:.3g})"
         )
 
     def _own_logits(self, batched: bool) -> dict[int, Float[Tensor, "n vocab"]]:
@@ -255,6 +252,12 @@ class SmallCopy:
         while (at < ends).any():
             idle = [int(i) for i in np.flatnonzero(at >= ends)]
             tokens = [[ids[min(p, len(ids) - 1)]] for (ids, _), p in zip(texts, at, strict=True)]
+            # past a rotary switch, rows are recomputed
+            chunks += [
+                Chunk(i, 0, ids[:p])
+                for i, ((ids, prompt), p) in enumerate(zip(texts, at, strict=True))
+                if p == runner.rope_switch and p >= prompt
+            ]
             logits = runner.forward(cache, torch.tensor(tokens), at, idle, chunks).logits
             chunks = []
             for i in set(range(len(rows))) - set(idle):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["LONG", "RowRotary", "split_by_row"]
+__all__ = ["LONG", "RowRotary", "join_rows", "split_by_row"]
 
 LONG = 2**30
 """Added to the positions of a row that is longer than the original context length."""
@@ -58,6 +58,14 @@ def split_by_row(model: nn.Module) -> int | None:
                 setattr(parent, name, RowRotary(child, switch))
                 switches.add(switch)
     return min(switches, default=None)
+
+
+def join_rows(model: nn.Module) -> None:
+    """Undo `split_by_row`, for forward passes whose rows all have one length."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, RowRotary):
+                setattr(parent, name, child.inner)
 
 
 def _switch(module: Any) -> int | None:

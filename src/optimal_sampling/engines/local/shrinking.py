@@ -87,9 +87,11 @@ def text_model(model_class: Any, config: Any) -> tuple[Any, Any]:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text = config.get_text_config(decoder=True)
-    if text is config or config.is_encoder_decoder:
+    own = getattr(model_class, "config_class", None) is type(text)
+    text_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), model_class if own else None)
+    if text is config or config.is_encoder_decoder or text_class is None:
         return model_class, config
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), model_class), text
+    return text_class, text
 
 
 def small_model(model_class: Any, config: Any, dtype: torch.dtype = torch.float64) -> Any:
@@ -115,6 +117,10 @@ def _shrink(fields: dict[str, Any]) -> dict[str, Any]:
     for name, value in list(fields.items()):
         fields[name] = _shrunk(name, value, kept, count)
     _fit(fields, large)
+    positions = large.get("max_position_embeddings")
+    for name, value in large.items():  # a window that no text fills stays one
+        if "window" in name and _is_int(value) and _is_int(positions) and value >= positions:
+            fields[name] = POSITIONS
     return fields
 
 

@@ -6,6 +6,7 @@ attention of their own. One token per row and round; no drafts.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +17,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from optimal_sampling.engines.local.memory import BlockManager, Lengths
+from optimal_sampling.engines.local.rotary import join_rows
 from optimal_sampling.engines.local.runner import Cache, ForwardPass, ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
 
-__all__ = ["StockCache", "StockRunner"]
+__all__ = ["MEASURED_ROWS", "StockCache", "StockRunner"]
 
 PROBE = (8, 24)
 """Lengths of the texts whose caches are measured."""
+MEASURED_ROWS = 8
+"""Rows of the batch whose speed is measured."""
 
 
 @dataclass(slots=True, eq=False)
@@ -143,6 +147,7 @@ class StockRunner(ModelRunner[StockCache]):
 
     def __init__(self, model: Any, vocab_size: int, batched: bool = False) -> None:
         super().__init__(model, vocab_size)
+        join_rows(model)  # no forward pass here has rows of several lengths
         self.batched = batched
         few, many = (self._cache_bytes(count) for count in PROBE)
         self.bytes_per_token = -(-(many - few) // (PROBE[1] - PROBE[0]))
@@ -158,6 +163,21 @@ class StockRunner(ModelRunner[StockCache]):
         """Bytes of one row's cache after `count` tokens."""
         group, _ = self._start([StockRow([0] * count)])
         return sum(map(_tensor_bytes, group.kwargs.values()))
+
+    @torch.inference_mode()
+    def slowdown(self) -> float:
+        """Time of one token of `MEASURED_ROWS` rows, one by one over that in one batch."""
+        return MEASURED_ROWS * self._step_seconds(1) / self._step_seconds(MEASURED_ROWS)
+
+    def _step_seconds(self, rows: int) -> float:
+        """Of one token of as many rows in one batch: the fastest of five."""
+        group, _ = self._start([StockRow([0]) for _ in range(rows)])
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            self._step(group, group.rows)[1].sum().item()  # waits for a GPU
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
 
     @torch.inference_mode()
     def forward(
