@@ -1,4 +1,4 @@
-"""`OptimalSamplingV1` on the shipped pair: the examples of the predecessor's document run as they are written there."""
+"""`OptimalSamplingV1` on the shipped pair: its documented examples run as they are written."""
 
 import contextlib
 import math
