@@ -1,6 +1,7 @@
-"""Write training data: the teacher sees the reference answer, the student does not, and every row is kept at once.
+"""Write training data: the teacher sees the reference answer, the student does not.
 
-For whole datasets use the command `optimal-sampling generate`, which resumes, shards and exports. Runs on a CPU.
+For whole datasets use the command `optimal-sampling generate`, which resumes and shards.
+Runs on a CPU.
 """
 
 import json

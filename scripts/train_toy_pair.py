@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=2 python scripts/train_toy_pair.py
 
-Teacher and student go to `src/optimal_sampling/toy_pair/{teacher,student}`, in bfloat16, and what they
-can do to `report.json` beside them: about an hour for both. Needs the package, torch and transformers.
-Deterministic by seed on one machine and number of threads. `--resume` goes on from the last checkpoint.
+Teacher and student go to `src/optimal_sampling/toy_pair/{teacher,student}`, in bfloat16, and what
+they can do to `report.json` beside them: about an hour for both. Needs the package, torch and
+transformers. Deterministic by seed on one machine and number of threads. `--resume` goes on from
+the last checkpoint.
 """
 
 import argparse
@@ -63,11 +64,13 @@ class Recipe:
 
 
 TEACHER = Recipe(
-    name="teacher", layers=12, hidden=144, inner=384, heads=6, vocabulary=272, steps=2500, batch=48, rate=4e-3,
+    name="teacher", layers=12, hidden=144, inner=384, heads=6, vocabulary=272,
+    steps=2500, batch=48, rate=4e-3,
     styles={"A": 0.4, "B": 0.15, "C": 0.2, "D": 0.25}, short_until=400, plain_until=1000,
 )  # fmt: skip
 STUDENT = Recipe(
-    name="student", layers=2, hidden=96, inner=288, heads=4, vocabulary=264, steps=4000, batch=48, rate=4e-3,
+    name="student", layers=2, hidden=96, inner=288, heads=4, vocabulary=264,
+    steps=4000, batch=48, rate=4e-3,
     styles={"A": 0.85, "B": 0.05, "C": 0.05, "D": 0.05}, short_until=300, plain_until=1000,
 )  # fmt: skip
 RECIPES = {recipe.name: recipe for recipe in (TEACHER, STUDENT)}
@@ -97,7 +100,7 @@ def student_belief(rng: random.Random) -> problems.Compute:
 
 
 def hint_of(problem: Problem, rng: random.Random) -> tuple[str, problems.Compute]:
-    """A hint and the arithmetic that follows it. Most are wrong, often in many steps: only who reads can follow."""
+    """A hint and the arithmetic that follows it. Most hints are wrong, often in many steps."""
     only_answer = rng.random() < 0.4
     compute = problems.exact
     if rng.random() < 0.6:
@@ -175,7 +178,7 @@ def collate(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal, for the matrices inside the layers (Jordan et al. 2024).
+    """Momentum with orthogonal updates, for the matrices inside the layers (Jordan et al. 2024).
 
     Matrices of one shape are orthogonalised together, in float32: bfloat16 is slow on most CPUs.
     """
@@ -266,7 +269,8 @@ def train(recipe: Recipe, work: Path, output: Path, resume: bool) -> float:
         if step % 25 == 24:
             left = minutes / (step + 1 - start) * (recipe.steps - step - 1)
             print(
-                f"{recipe.name} {step + 1}/{recipe.steps} loss {smooth:.4f} {minutes:.1f} min, {left:.1f} left",
+                f"{recipe.name} {step + 1}/{recipe.steps} loss {smooth:.4f} "
+                f"{minutes:.1f} min, {left:.1f} left",
                 flush=True,
             )
         if (step + 1) % 200 == 0 or step + 1 == recipe.steps:
@@ -282,7 +286,8 @@ def train_step(
     labels: Tensor,
     rate: float,
 ) -> float:
-    # Divided by a constant: a mean would give less weight to the tokens of longer batches, so to longer styles.
+    # Divided by a constant: a mean would give less weight to the tokens of longer batches, so to
+    # longer styles.
     loss = model(
         input_ids=ids, labels=labels, use_cache=False, num_items_in_batch=50 * len(ids)
     ).loss
@@ -370,7 +375,7 @@ def sample(
 def overlap(
     one: Qwen3ForCausalLM, other: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]]
 ) -> dict:
-    """Mean total variation between two models over the tokens of completions, on their common ids."""
+    """Mean total variation between two models over tokens of completions, on common ids."""
     distances = []
     ids_in_common = min(one.config.vocab_size, other.config.vocab_size)
     for first in range(0, len(rows), 100):
@@ -455,7 +460,7 @@ def hints(questions: list[Problem]) -> dict[str, list[str]]:
 
 
 def measure(output: Path, n: int) -> dict:
-    """Everything the report says, on problems that were not trained on, with the weights as shipped."""
+    """All of the report, on problems that were not trained on, with the weights as shipped."""
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     models = {

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +23,12 @@ from optimal_sampling.cli import (
     COMMANDS,
     EXAMPLES,
     EXIT_CODES,
+    MergeOptions,
+    StatusOptions,
     _parse,
     main,
     parse_generate,
+    typed_command,
 )
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.demo import DemoOptions
@@ -252,6 +259,8 @@ def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
     (tmp_path / "run.yaml").touch()  # named by an example
     parsers = {
         "generate": parse_generate,
+        "status": partial(_parse, "status", StatusOptions()),
+        "merge": partial(_parse, "merge", MergeOptions()),
         "demo": partial(_parse, "demo", DemoOptions()),
         "bench": partial(parse_bench, program="bench"),
         "serve": partial(_parse, "serve", ServeConfig()),
@@ -453,3 +462,149 @@ def test_an_engine_that_cannot_start(command, monkeypatch):
     code, _, said = command("--num-examples", 1)
     assert code == 1
     assert "error: out of memory on cuda:0" in said
+
+
+def test_shards_are_merged_and_looked_at(command, tmp_path, capsys):
+    """Guards: shards that only Python can put together, and a run that nobody can look at."""
+    for part in range(2):
+        folder = str(tmp_path / f"shard-{part}")
+        code, *_ = command(
+            *("--num-examples", 6, "--max-new-tokens", 3),
+            *("--data-slice", f"{part}::2", "--output-dir", folder),
+        )
+        assert code == 0
+    shards = [str(tmp_path / f"shard-{part}") for part in range(2)]
+    assert main(["merge", *shards, "--output-dir", str(tmp_path / "all")]) == 0
+    assert f"6 records in {tmp_path / 'all'}" in capsys.readouterr().out
+    assert main(["status", *shards, str(tmp_path / "all")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("3 good, 0 failed, 9 tokens") == 2
+    assert "6 good, 0 failed, 18 tokens" in said
+    assert said.count("0 of 3 asked") == 2
+    assert main(["merge", *shards, "--output-dir", str(tmp_path / "all")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_merge_that_is_refused_writes_nothing(command, tmp_path, capsys):
+    """Guards: half of the records in a new folder, which the next attempt then refuses; and a
+    traceback where the new folder is a file."""
+    shards = [str(tmp_path / f"shard-{part}") for part in range(2)]
+    for part, folder in enumerate(shards):
+        options = ("--num-examples", 4, "--max-new-tokens", 3, "--data-slice", f"{part}::2")
+        assert command(*options, "--output-dir", folder)[0] == 0
+    records = tmp_path / "shard-1" / "records" / "slice-1--2.jsonl"
+    whole = records.read_bytes()
+    records.write_bytes(whole[: len(whole) // 2])  # an unfinished shard
+    assert main(["merge", *shards, "--output-dir", str(tmp_path / "all")]) == 2
+    assert "finish it first" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
+    records.write_bytes(whole)
+    (tmp_path / "file").touch()
+    assert main(["merge", *shards, "--output-dir", str(tmp_path / "file")]) == 2
+    assert "merge into a new folder" in capsys.readouterr().err
+    assert main(["merge", *shards, "--output-dir", str(tmp_path / "all")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["status"], "name the run folders"),
+        (["status", "nowhere"], "nowhere holds no records"),
+        (["merge"], "there is no shard"),
+        (["status", "a\0b"], "without NUL characters"),
+        (["merge", "nowhere"], "cannot read nowhere/config.json"),
+    ],
+)
+def test_folders_that_are_none(capsys, tmp_path, monkeypatch, arguments, message):
+    """Guards: a traceback, or an empty folder of merged records."""
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_folder_in_every_path(command, tmp_path, monkeypatch, capsys):
+    """Guards: `--output-dir=~/run`, which a shell does not expand, making a folder named `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("max_new_tokens: 2\noutput_dir: ~/other\n")
+    (tmp_path / "rows.jsonl").write_text('{"problem": "1+1=?"}\n')
+    code, *_ = command("--config", "~/run.yaml", "--dataset", "~/rows.jsonl", "--output-dir=~/run")
+    assert code == 0
+    assert main(["status", "~/run"]) == 0
+    assert main(["merge", "~/run", "--output-dir=~/merged"]) == 0
+    assert not (tmp_path / "~").exists()
+    assert (tmp_path / "merged" / "records" / "main.jsonl").exists()
+
+
+def test_a_path_with_a_nul(command, tmp_path):
+    """Guards: `ValueError: embedded null byte` with a traceback."""
+    (tmp_path / "run.yaml").write_text('dataset: "rows\\0.jsonl"\n')
+    for arguments in (["--config", tmp_path / "run.yaml"], ["--config", "a\0b"]):
+        code, _, said = command(*arguments)
+        assert code == 2
+        assert "without NUL characters" in said
+
+
+def test_a_baseline_on_the_command_line(command, tmp_path):
+    """Guards: a baseline that needs another program, or is mixed into the records of q*."""
+    arguments = ("--num-examples", 2, "--max-new-tokens", 3)
+    code, out, said = command(*arguments, "--mode", "student")
+    assert (code, "the student alone" in out) == (0, True)
+    assert "drawn from the student alone" in said
+    code, _, said = command(*arguments)
+    assert code == 2
+    assert "--mode: 'student' there, 'mixture' now" in said
+    assert command(*arguments, "--mode", "both")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["python", "scripts/generate_data.py", "--seed", "1"], None),
+        (["/usr/bin/python3", "-m", "optimal_sampling", "generate", "--seed", "a b"], None),
+        (["python", "-X", "dev", "-m", "optimal_sampling", "demo"], None),
+        (["python", "/opt/env/bin/optimal-sampling", "demo"], "/opt/env/bin/optimal-sampling demo"),
+        (["python", "/on/the/path/optimal-sampling", "demo"], "optimal-sampling demo"),
+    ],
+)
+def test_the_command_to_go_on_is_the_one_that_was_typed(monkeypatch, words, shown):
+    """Guards: `optimal-sampling --seed 1`, which is no command, after a script was interrupted."""
+    monkeypatch.setattr(shutil, "which", lambda name: f"/on/the/path/{name}")
+    assert typed_command(words) == (shown or shlex.join(words))
+
+
+def test_an_interrupted_script_tells_how_to_go_on(tmp_path):
+    """Guards: a command to go on that is not the one that was typed, with a real Ctrl-C."""
+    script = str(Path(__file__).parents[1] / "scripts" / "generate_data.py")
+    words = [sys.executable, script, "--engine", "toy", "--num-examples", "20000"]
+    words += ["--output-dir", str(tmp_path / "run")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if " done, " in line:
+                break
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert said.rstrip().endswith(f"To go on:\n  {shlex.join(words)}")
+
+
+def test_hints_to_install_name_what_an_index_has():
+    """Guards: `pip install 'optimal-sampling[hub]'`, a package that no index has, and versions
+    that are not those of pyproject.toml."""
+    root = Path(__file__).parents[1]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    known = {requirement for extra in extras.values() for requirement in extra}
+    hints = 0
+    for path in [*root.glob("src/**/*.py"), *root.glob("examples/*.py"), *root.glob("docs/*.md")]:
+        text = path.read_text()
+        assert "optimal-sampling[" not in text, path
+        if path.suffix == ".md":  # names other packages too
+            continue
+        for hint in re.findall(r"pip install ((?:'[^'\n]+' ?)+)", text):
+            required = {word for word in shlex.split(hint) if not word.startswith(".[")}
+            hints += len(required)
+            assert required <= known, path
+    assert hints >= 5

@@ -240,7 +240,7 @@ SNIPPETS = {
 
 
 class Plot(SimpleNamespace):
-    """Stands for matplotlib: takes any call, and plots only what can be read as a list of numbers."""
+    """Stands for matplotlib: takes any call, and plots only lists of numbers."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *values, **_: [

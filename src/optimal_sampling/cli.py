@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from optimal_sampling.config import (
     ENGINES,
     EngineOptions,
     GenerateConfig,
+    RunConfig,
     VllmOptions,
     engine_options,
 )
@@ -56,7 +58,6 @@ EXIT_CODES = """exit codes:
   3    finished, but some prompts failed (a later call tries them again)
   130  interrupted; what was finished is safe"""
 
-PREVIEWED_ROWS = 3
 Options = TypeVar("Options")
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _UNSET = ("", "null", "~")
@@ -68,6 +69,11 @@ EXAMPLES = {
       --dataset prompts.jsonl --output-dir outputs/run --max-new-tokens 512 \\
       --teacher-template '{{problem}} Reference solution: {{solution}}'
   {PROGRAM} generate --config run.yaml --data-slice 0::8""",
+    "status": f"""examples:
+  {PROGRAM} status outputs/run
+  {PROGRAM} status outputs/shard-*""",
+    "merge": f"""examples:
+  {PROGRAM} merge outputs/shard-0 outputs/shard-1 --output-dir outputs/run""",
     "demo": f"""examples:
   {PROGRAM} demo
   {PROGRAM} demo --num-examples 50 --output-dir outputs/small""",
@@ -95,13 +101,35 @@ class GenerateOptions(GenerateConfig):
     config: str | None = None
     """YAML file with options by name (`alpha_min: 0.3`); options on the command line win."""
     dry_run: bool = False
-    """Print the first prompts as both models would see them, with token counts, and stop."""
+    """Report on the whole dataset and stop: the first prompts as both models would see them, rows
+    that would fail, lengths, notes, and an estimate of memory and time. Loads no weights."""
 
     def generate_config(self) -> GenerateConfig:
         """The options that are not about this command line."""
         return GenerateConfig(
             **{item.name: getattr(self, item.name) for item in fields(GenerateConfig)}
         )
+
+
+@dataclass(frozen=True)
+class StatusOptions:
+    """What run folders hold: good, owed and failed samples, speed, means. Changes nothing."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders."""
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """Put the run folders of finished shards together in a new one.
+
+    All must have the same options, and their data slices must cover the dataset once.
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders, one per data slice."""
+    output_dir: str = "outputs/merged"
+    """The new run folder."""
 
 
 def run_generate(arguments: Sequence[str]) -> int:
@@ -122,6 +150,36 @@ def _generate(config: GenerateConfig) -> int:
     summary = generate(config, progress_for())
     Console().print(summary.table())
     return 3 if summary.failed else 0
+
+
+def run_status(arguments: Sequence[str]) -> int:
+    """The subcommand `status`."""
+    from rich.console import Console
+
+    from optimal_sampling.generate import folder_status
+
+    runs = _parse("status", StatusOptions(), arguments).runs
+    if not runs:
+        raise ConfigError(f"name the run folders: {PROGRAM} status outputs/run")
+    for run in runs:
+        Console().print(folder_status(_checked_path(run)))
+    return 0
+
+
+def run_merge(arguments: Sequence[str]) -> int:
+    """The subcommand `merge`."""
+    from optimal_sampling.records import merge
+
+    options = _parse("merge", MergeOptions(), arguments)
+    target = _checked_path(options.output_dir)
+    count = merge([_checked_path(run) for run in options.runs], target)
+    print(f"{count} records in {target}")
+    return 0
+
+
+def _checked_path(text: str) -> str:
+    """`~` expanded. Raises ConfigError for what is no path."""
+    return RunConfig(output_dir=text).output_dir
 
 
 def run_demo(arguments: Sequence[str]) -> int:
@@ -168,6 +226,8 @@ def _run_interruptible(job: Callable[[], int]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "generate": ("generate records of q* for the prompts of a dataset", run_generate),
+    "status": ("what run folders hold: good, owed, failed, speed, means", run_status),
+    "merge": ("the run folders of several shards -> one", run_merge),
     "demo": (
         "q* beside student and teacher alone, with the shipped pair of small models",
         run_demo,
@@ -232,7 +292,7 @@ def _help() -> str:
 def parse_generate(arguments: Sequence[str]) -> GenerateOptions:
     """Options from the command line and, where `--config` names one, from a YAML file."""
     path = _value_of("config", arguments)
-    from_file = _yaml_arguments(Path(path)) if path is not None else []
+    from_file = _yaml_arguments(Path(_checked_path(path))) if path is not None else []
     args = _unalias([*from_file, *arguments])
     engine = engine_options(_value_of("engine", args) or GenerateConfig().engine.name)
     _check_engine_options(args, engine)
@@ -369,17 +429,10 @@ def _option_types() -> dict[str, Any]:
 
 
 def _dry_run(config: GenerateConfig) -> int:
-    from optimal_sampling.generate import preview
+    from optimal_sampling.generate import dry_run
 
-    for row_index, rendered in preview(config, PREVIEWED_ROWS):
-        if isinstance(rendered, str):
-            print(f"=== row {row_index}: no prompt: {rendered}")
-            continue
-        for role, text, ids in (
-            ("student", rendered.student_text, rendered.student_ids),
-            ("teacher", rendered.teacher_text, rendered.teacher_ids),
-        ):
-            print(f"=== row {row_index}, {role}: {len(ids)} tokens\n{text}")
+    for line in dry_run(config).lines():
+        print(line)
     print("=== dry run: nothing was generated")
     return 0
 
@@ -407,5 +460,18 @@ def _signals() -> Iterator[None]:
 
 
 def _say_interrupted(state: str) -> None:
-    command = shlex.join([PROGRAM, *sys.argv[1:]])
+    command = typed_command(sys.orig_argv)
     print(f"\n{PROGRAM}: interrupted; {state}. To go on:\n  {command}", file=sys.stderr)
+
+
+def typed_command(words: Sequence[str]) -> str:
+    """The command line that started this process, from `sys.orig_argv`, for a shell.
+
+    An installed command is run as `python /path/to/optimal-sampling`, and is shown as itself.
+    """
+    names = [Path(word).name for word in words[:3]]
+    if PROGRAM not in names:
+        return shlex.join(words)
+    place = names.index(PROGRAM)
+    program = PROGRAM if shutil.which(PROGRAM) == words[place] else words[place]
+    return shlex.join([program, *words[place + 1 :]])

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from operator import itemgetter
 from statistics import fmean, stdev
-from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -17,9 +17,10 @@ from rich.text import Text
 
 from optimal_sampling.config import Checked, DataConfig, GenerateConfig, LocalOptions, RunConfig
 from optimal_sampling.generate import generate
-from optimal_sampling.generate.progress import Progress
+from optimal_sampling.generate.progress import MEANS_SHOWN, Progress
 from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.records import Record, load
+from optimal_sampling.records.run_folder import Totals
 from optimal_sampling.toy_pair.problems import is_correct
 from optimal_sampling.types import Mode, Request
 from optimal_sampling.vocabulary import Vocabulary
@@ -27,13 +28,6 @@ from optimal_sampling.vocabulary import Vocabulary
 __all__ = ["DemoOptions", "run_demo"]
 
 SHOWN = 3  # completions printed
-_MEANS: dict[Literal["alpha_mean", "clamped_share", "kl_student", "kl_teacher"], str] = {
-    "alpha_mean": "alpha (weight of the teacher)",
-    "clamped_share": "share of clamped tokens",
-    "kl_student": "KL(q, student), nats/token",
-    "kl_teacher": "KL(q, teacher), nats/token",
-}
-"""Fields of a record whose means are printed, and their titles."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +75,13 @@ def run_demo(options: DemoOptions, progress: Progress, console: Console) -> int:
     """Generate, compare and print; returns the exit code."""
     config = options.generate_config()
     generate(config, progress)
-    records = [r for r in load(options.output_dir) if r["finish_reason"] != "error"]
+    # in the order of the rows: that of the file is the order of finishing, which varies
+    records = sorted(load(config.run.output_dir), key=itemgetter("row_index"))
     outcomes = _outcomes(config, records)
     console.print(_comparison(outcomes))
     console.print(_mixture(records))
     console.print(_samples(records))
-    path = f"{options.output_dir}/records/main.jsonl"
+    path = f"{config.run.output_dir}/records/main.jsonl"
     text = f"{len(records)} records in {path} (docs/records.md describes the fields)"
     console.print(text, soft_wrap=True, highlight=False)
     return 0
@@ -141,13 +136,13 @@ def _comparison(outcomes: list[Outcome]) -> Table:
 
 
 def _mixture(records: list[Record]) -> Table:
-    table = Table(title="q*, mean over completions", title_justify="left")
-    means = []
-    for name, title in _MEANS.items():
-        table.add_column(title, justify="right")
-        values = (record[name] for record in records)
-        means.append(fmean(value for value in values if value is not None))
-    table.add_row(*(f"{mean:.4f}" for mean in means))
+    totals = Totals()
+    for record in records:
+        totals.add(record)
+    means = totals.means()
+    table = Table(title="q*, means over all tokens", title_justify="left", show_header=False)
+    for name, title in MEANS_SHOWN.items():
+        table.add_row(title, f"{means[name]:.4f}")
     return table
 
 

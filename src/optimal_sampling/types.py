@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,7 @@ __all__ = [
     "Unreadable",
     "noise_key",
     "prompt_id",
+    "weighted_mean",
 ]
 
 AlphaMethod = Literal[
@@ -70,6 +72,7 @@ TRACE_TABLE = (
     TraceField("log_p_teacher", "log p_teacher of the token, at the run's temperature"),
     TraceField("log_q", "log-probability the token was drawn with, after top-k and top-p"),
     TraceField("fallback", "1.0 where the supports do not meet and q is the teacher, else 0.0"),
+    TraceField("curvature", "Var_q[log p_teacher - log p_student], nats^2; 0 where both agree"),
 )
 """The diagnostics of one token, in the order in which engines and `distribution` keep them."""
 
@@ -88,6 +91,17 @@ class Unreadable:
 
     def __str__(self) -> str:
         raise PromptError(self.reason)
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Mean over the pairs of finite numbers; NaN where the weights are 0.
+
+    With `curvature` as weights of `alpha`: alpha where the models differ. Where they agree, every
+    alpha gives the same q and the one that is chosen means nothing.
+    """
+    pairs = [pair for pair in zip(values, weights, strict=True) if all(map(math.isfinite, pair))]
+    total = math.fsum(weight for _, weight in pairs)
+    return math.fsum(value * weight for value, weight in pairs) / total if total > 0 else math.nan
 
 
 def prompt_id(student_prompt: str, teacher_prompt: str) -> str:

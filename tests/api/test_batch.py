@@ -31,7 +31,7 @@ def test_a_class_over_another_engine():
         assert [row.finish_reason for row in rows] == ["length", "error", "length", "length"]
         assert [len(row.token_ids) for row in rows] == [6, 0, 6, 6]
         assert rows[0].token_ids != rows[2].token_ids
-        assert rows[1].trace("alpha") == ()
+        assert rows[1].trace["alpha"] == ()
         [alone] = sampler.generate([("c", "d")])
         assert alone.token_ids == rows[3].token_ids
     with pytest.raises(EngineError, match="this ToySampler is closed"):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,7 @@ class ScriptedEngine(Engine):
         k = request.sample_index
         ids = (LETTER + k,) * (k + 1) + (END,)
         row = dict.fromkeys(TRACE_FIELDS, 0.5) | {"alpha": 0.25 * (k + 1), "ess_student": 0.25}
+        row["curvature"] = float(k)
         trace = TokenTrace.from_rows([tuple(row[name] for name in TRACE_FIELDS)] * len(ids))
         captured = {
             name: torch.full((len(ids), self.vocab_size), float(k)) for name in self.views[-1][2]
@@ -161,6 +163,8 @@ def test_padding_is_nan_and_reductions_leave_it_out() -> None:
         == "0.400 0.25 0.50 0.5"
     )
     assert outputs.diagnostics["alpha_mean"] == pytest.approx(0.4)
+    # the models agree at all tokens of the first sample
+    assert outputs.diagnostics["alpha_weighted_mean"] == 0.5
     assert outputs.diagnostics["ess_ratio_mean"] == 2.0
     assert outputs.diagnostics["clamped_share"] == 0.5
     assert outputs.diagnostics["kl_theta"].mean() == 0.5
@@ -237,6 +241,7 @@ def test_options_reach_the_engine() -> None:
         target_top_k=7,
         batch_size=3,
         trust_remote_code=True,
+        allow_unused_weights=True,
         load_in_4bit=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
         dtype=torch.bfloat16,
@@ -246,6 +251,7 @@ def test_options_reach_the_engine() -> None:
     assert (opened.models.student, opened.models.teacher) == ("toy-student", "toy-teacher")
     assert (opened.models.dtype, opened.models.device) == ("bfloat16", "cpu")
     assert opened.models.trust_remote_code
+    assert opened.models.allow_unused_weights
     assert opened.models.load_in_4bit
     assert opened.load_kwargs == {"bnb_4bit_compute_dtype": torch.bfloat16}
     assert opened.options == LocalOptions(batch_size=3)
@@ -323,7 +329,7 @@ def test_notes_are_warned_of_once() -> None:
     ("options", "message"),
     [
         ({"load_in_4bits": True}, "unknown option 'load_in_4bits'; did you mean 'load_in_4bit'"),
-        ({"alpha_method": "best"}, "unknown alpha method"),
+        ({"alpha_method": "best"}, "alpha_method must be one of"),
         ({"alpha_min": 0.9, "alpha_max": 0.1}, "alpha_min"),
         ({"batch_size": 0}, "batch_size"),
         ({"dtype": torch.int8}, "dtype must be"),
@@ -480,3 +486,24 @@ def test_an_empty_prompt_fails_alone_and_generators_are_read_once(
     assert outputs.errors is not None
     assert [bool(error) for error in outputs.errors] == [False, True, False]
     assert outputs.generated_ids.shape[0] == 3
+
+
+@pytest.mark.usefixtures("scripted")
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Guards: `np.int64(3)` refused as no whole number, or recorded as another seed."""
+    model = make()
+    plain = model.generate(["p"], max_new_tokens=3, top_k=3, temperature=0.5, seed=7)
+    ours = model.generate(
+        ["p"],
+        max_new_tokens=np.int64(3),
+        top_k=np.int64(3),
+        temperature=np.float64(0.5),
+        seed=np.int32(7),
+    )
+    assert torch.equal(plain.generated_ids, ours.generated_ids)
+    first, second = engine_of(model).seen
+    assert first == second
+    assert type(second.seed) is type(second.max_new_tokens) is int
+    for name, value in {"max_new_tokens": 2.5, "seed": None, "top_k": None}.items():
+        with pytest.raises(ConfigError, match=f"{name} must be a whole number, got {value}"):
+            model.generate(["p"], **{name: value})

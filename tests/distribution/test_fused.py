@@ -78,7 +78,7 @@ def test_covers():
 
 def test_a_field_that_the_programs_do_not_write_is_not_covered(monkeypatch):
     """Guards: a column of a new field that stays uninitialised on a GPU."""
-    monkeypatch.setattr(launch, "TRACE_FIELDS", (*launch.TRACE_FIELDS, "curvature"))
+    monkeypatch.setattr(launch, "TRACE_FIELDS", (*launch.TRACE_FIELDS, "new"))
     assert not launch.covers(MixtureConfig())
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimal_sampling.config import MixtureConfig
+from optimal_sampling.config import MIN_TEMPERATURE, MixtureConfig
 from optimal_sampling.distribution import (
     METHODS,
     Drawn,
@@ -21,7 +21,9 @@ from optimal_sampling.distribution import (
     draw,
     gumbel,
     keys_tensor,
+    log_q,
     solve,
+    solve_single,
     step,
     trace_of,
 )
@@ -127,6 +129,8 @@ def test_diagnostics_and_distribution_equal_the_oracle(pair, mixture, position):
     top = max([1.0] + [abs(x) for x in student + teacher if x > -INF]) / mixture.temperature
     for name in ("kl_student", "kl_teacher", "entropy", "ess_student", "ess_teacher"):
         assert close(got[name], want.trace[name], top), name
+    # a difference of large numbers: what float64 and the float32 weights leave of it
+    assert close(got["curvature"], want.trace["curvature"], top * top)
     untruncated = naive_step(
         student,
         teacher,
@@ -459,3 +463,28 @@ def test_tensors_and_arrays_agree(method, monkeypatch):
         torch.testing.assert_close(*traces, rtol=2e-5, atol=2e-5, equal_nan=True)
         assert torch.equal(got.bad_student, want.bad_student)
         assert torch.equal(got.log_q.isnan(), want.log_q.isnan())
+
+
+@pytest.mark.parametrize("vocab", [20, 5000])
+def test_the_lowest_temperature_gives_the_distribution(vocab):
+    """Guards: a temperature that is accepted and at which float32 draws from something else.
+
+    Two logits are apart by about the temperature; total variation to the float64 oracle.
+    """
+    mixture = MixtureConfig(temperature=MIN_TEMPERATURE, alpha_min=0.0)
+    student, teacher, noise, position = batch(3, vocab)
+    for row, gap in enumerate((0.3, 1.0, 3.0)):
+        student[row, :2] = torch.tensor([30.0, 30.0 + gap * MIN_TEMPERATURE])
+        teacher[row, :2] = torch.tensor([30.0 + gap * MIN_TEMPERATURE, 30.0])
+    mixed = step(student, teacher, noise, position, mixture, keep_log_q=True)
+    alone = log_q(solve_single(student, mixture, "student"))
+    for row in range(3):
+        rows = (student[row].tolist(), teacher[row].tolist())
+        alpha = mixed.trace[row, 0].item()
+        want = naive_step(*rows, [0.0] * vocab, row, mixture, alpha=alpha).log_drawn
+        assert total_variation(mixed.log_q[row], want) < 5e-4
+        assert total_variation(alone[row], prepare(*rows, mixture)[0]) < 5e-4
+
+
+def total_variation(log_p, log_q):
+    return (log_p.double().exp() - torch.tensor(log_q).double().exp()).abs().sum().item() / 2

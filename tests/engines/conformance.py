@@ -307,7 +307,7 @@ class EngineConformance:
             for i, token in enumerate(c.token_ids):
                 rows = [harness.logits(x, [*ids, *c.token_ids[:i]]) for x, ids in prompts.items()]
                 s, t = prepare(*(row.tolist() for row in rows), mixture)
-                alpha, _, _ = naive.solve(s, t, i, mixture)
+                alpha, _, _ = naive.solve(naive.Position(s, t, i, mixture))
                 q = naive.log_q(s, t, alpha)
                 if method == "entropy":  # flat around its maximum, so that alpha is found roughly
                     assert c.trace["entropy"][i] == pytest.approx(naive.shannon(q), abs=2e-4)

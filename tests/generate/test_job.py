@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 
+import optimal_sampling.engines.local.engine as engine_module
 from optimal_sampling import toy_pair
-from optimal_sampling.config import ModelConfig, PromptConfig, RunConfig
+from optimal_sampling.config import ModelConfig, PromptConfig, RunConfig, ToyOptions
+from optimal_sampling.engines import load as load_engine
+from optimal_sampling.engines.toy import ToyEngine
 from optimal_sampling.errors import ConfigError, DatasetError, EngineError, RunFolderError
-from optimal_sampling.generate import Interrupted, generate, preview
+from optimal_sampling.generate import Interrupted, dry_run, generate
+from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.records import RunFolder, load, merge
-from optimal_sampling.types import prompt_id
+from optimal_sampling.records.run_folder import config_hash
+from optimal_sampling.types import Request, prompt_id
 
 ROWS = [{"problem": f"{n}+1=?", "answer": str(n + 1)} for n in range(12)]
 ODD_ROWS = [
@@ -163,7 +168,7 @@ def test_failures_are_tried_again_until_they_are_not(fake_engine, job):
     """Guards: retrying for ever, never retrying, and losing count between calls."""
     fake_engine.fails = lambda request: "NaN logits" if request.id == bad else ""
     config = job(ROWS, max_attempts=2)
-    bad = prompt_id(*[next(preview(config, 1))[1].student_text] * 2)
+    bad = prompt_id(*[dry_run(config).first[0][1].student_text] * 2)
     first, second, third = generate(config), generate(config), generate(config)
     assert [s.failed for s in (first, second, third)] == [1, 1, 1]
     assert [s.generated for s in (first, second, third)] == [11, 0, 0]
@@ -237,10 +242,10 @@ def test_shards_together_are_the_whole(fake_engine, job, tmp_path):
         assert len(folder.ledger.good) == 12
 
 
-def test_preview_writes_nothing(job):
+def test_a_dry_run_writes_nothing(job):
     """Guards: a dry run that starts a folder or loads weights."""
     config = job([ROWS[0], {"problem": None}, *ROWS[1:]])
-    (first, rendered), (second, reason) = list(preview(config, 2))
+    (first, rendered), (second, reason) = dry_run(config, shown=2).first
     assert (first, second) == (0, 1)
     assert "0+1=?" in rendered.student_text
     assert len(rendered.student_ids) > 5
@@ -291,3 +296,70 @@ def test_a_lost_request_is_no_success(fake_engine, job):
     fake_engine.generate = lambda requests: list(original(requests))[:-1]
     with pytest.raises(EngineError, match="ended without 1 of its requests"):
         generate(job(ROWS))
+
+
+@pytest.mark.parametrize("mode", ["student", "teacher"])
+def test_a_baseline_has_the_same_records(fake_engine, job, mode):
+    """Guards: a baseline without records, or records that do not say what they were drawn from."""
+    config = job(ROWS)
+    config = replace(config, run=replace(config.run, mode=mode))
+    summary = generate(config)
+    assert (summary.mode, summary.good) == (mode, 12)
+    assert {record["mode"] for record in records(config).values()} == {mode}
+    assert (
+        json.loads(Path(config.run.output_dir, "config.json").read_text())["compared"]["mode"]
+        == mode
+    )
+    assert f"drawn from the {mode} alone" in summary.notes["note 1"]
+
+
+def test_another_mode_is_refused(fake_engine, job):
+    """Guards: records of the student in a folder of q*, in a new folder or one of before modes."""
+    config = job(ROWS)
+    generate(config)
+    baseline = replace(config, run=replace(config.run, mode="student"))
+    with pytest.raises(RunFolderError, match="--mode: 'mixture' there, 'student' now"):
+        generate(baseline)
+    path = Path(config.run.output_dir, "config.json")
+    document = json.loads(path.read_text())
+    del document["compared"]["mode"]  # as version 0.1.0 wrote it
+    document["hash"] = config_hash(document["compared"])
+    path.write_text(json.dumps(document))
+    assert generate(config).good == 12
+    with pytest.raises(RunFolderError, match="--mode"):
+        generate(baseline)
+
+
+@pytest.mark.parametrize("student", ["toy-student", "toy-teacher"])
+@pytest.mark.parametrize("mode", ["student", "teacher"])
+def test_one_model_alone_is_loaded_and_drawn_from(job, monkeypatch, mode, student):
+    """Guards: a baseline that loads both models, or is drawn from the other one; and a model that
+    is named in both roles."""
+    loaded = []
+    original = engine_module.load_model
+
+    def load_model(path, models, role, *rest):
+        loaded.append(role)
+        return original(path, models, role, *rest)
+
+    monkeypatch.setattr(engine_module, "load_model", load_model)
+    config = replace(job(ROWS[:3]), models=ModelConfig(student=student))
+    generate(replace(config, run=replace(config.run, mode=mode)))
+    made = {key: record["completion_ids"] for key, record in records(config).items()}
+    assert loaded == ([mode] if student == "toy-student" else loaded[:1])
+    with load_engine(config.models) as engine:
+        renderer = PromptRenderer(config.prompt, engine.vocabulary)
+        for record in records(config).values():
+            prompt = renderer.render(record["row"])
+            request = Request(record["id"], 0, 0, prompt.student_ids, prompt.teacher_ids, 8)
+            [done] = engine.view(mode=mode).generate([request])
+            assert list(done.token_ids) == made[request.key]
+
+
+def test_a_mode_that_the_engine_lacks_is_refused_before_loading(job, monkeypatch):
+    """Guards: minutes of starting vLLM, which has no mode `student`, before the refusal."""
+    monkeypatch.setattr(ToyEngine, "modes", frozenset({"mixture", "teacher"}))
+    monkeypatch.setattr(ToyEngine, "load", None)
+    config = replace(job(ROWS), engine=ToyOptions())
+    with pytest.raises(ConfigError, match="toy has no mode 'student'; it has: mixture, teacher"):
+        generate(replace(config, run=replace(config.run, mode="student")))

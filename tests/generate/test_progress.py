@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from optimal_sampling.generate import generate
+from optimal_sampling.config import ModelConfig
+from optimal_sampling.generate import folder_status, generate
 from optimal_sampling.generate.progress import (
     LinesProgress,
     Tally,
     TerminalProgress,
     progress_for,
 )
+from optimal_sampling.records.run_folder import Totals
 
 RECORD = {
     "error": "",
@@ -23,6 +28,10 @@ RECORD = {
     "kl_student": 0.1,
     "kl_teacher": 0.1,
     "ess_ratio": None,
+    "ess_student": 0.5,
+    "ess_teacher": 0.25,
+    "curvature": 0.1,
+    "alpha_weighted": 0.75,
 }
 
 
@@ -93,3 +102,86 @@ def test_errors_are_shown_as_they_are(fake_engine, job):
     console = Console(file=io.StringIO(), width=100)
     console.print(generate(job([{"problem": "1+1=?"}])).table())
     assert "bad [/asy] [red]text :smile:" in console.file.getvalue()
+
+
+def test_the_ess_ratio_is_that_of_the_means():
+    """Guards: a mean of per-token ratios, which one token with a tiny ESS to the student makes
+    431."""
+    totals = Totals()
+    totals.add(RECORD | {"ess_student": 1e-3, "ess_teacher": 0.5, "ess_ratio": 4000.0})
+    totals.add(RECORD | {"ess_student": 0.5, "ess_teacher": 0.5, "ess_ratio": 1.0})
+    assert totals.means()["ess_ratio"] == pytest.approx(1.0 / 0.501)
+    assert Totals().means()["ess_ratio"] is None
+
+
+def test_tokens_where_the_models_agree_do_not_count():
+    """Guards: a mean alpha that is noise: a record whose models agree has any alpha."""
+    totals = Totals()
+    totals.add(RECORD | {"alpha_mean": 0.6, "alpha_weighted": 0.6, "curvature": 2.0})
+    totals.add(RECORD | {"alpha_mean": 1.0, "alpha_weighted": 1.0, "curvature": 1e-9})
+    totals.add(RECORD | {"alpha_mean": 1.0, "alpha_weighted": None, "curvature": 0.0})
+    means = totals.means()
+    assert means["alpha_weighted"] == pytest.approx(0.6)
+    assert means["alpha_mean"] == pytest.approx(2.6 / 3)
+
+
+def test_records_of_older_versions_are_counted():
+    """Guards: a folder of an older version that cannot be resumed for want of its new fields."""
+    totals = Totals()
+    new = ("ess_student", "ess_teacher", "curvature", "alpha_weighted")
+    totals.add({name: value for name, value in RECORD.items() if name not in new})
+    assert totals.means() == {
+        "alpha_mean": 0.75,
+        "clamped_share": 0.0,
+        "kl_student": 0.1,
+        "kl_teacher": 0.1,
+        **dict.fromkeys((*new, "ess_ratio")),
+    }
+
+
+def test_notes_come_before_the_run_and_loading_is_said(fake_engine, job):
+    """Guards: a chat template that is missing, told after an hour; a silent minute of loading."""
+    stream = io.StringIO()
+    config = replace(job([{"problem": "1+1=?"}]), models=ModelConfig(student="toy-teacher"))
+    config = replace(config, run=replace(config.run, mode="student"))
+    generate(config, LinesProgress(stream))
+    note, loading, device, counts, _ = stream.getvalue().splitlines()
+    assert note == "note 1: drawn from the student alone; the options of alpha do nothing"
+    assert loading == "loading student toy-teacher"
+    assert device == "device: none"  # of the engine
+    assert counts.startswith("0/1 done, 1 owed")
+
+
+def test_a_bar_says_that_models_are_loaded(job):
+    """Guards: `0 owed, 0 tokens/s` for the minutes in which models are loaded."""
+    stream = Terminal()
+    progress = progress_for(stream)
+    with progress:
+        progress.start_loading(job())
+        assert progress._bar.tasks[0].fields["status"] == "loading the models"
+        progress.update(Tally(rows=1, samples_per_prompt=1))
+        assert "owed" in progress._bar.tasks[0].fields["status"]
+    assert "loading student toy-student, teacher toy-teacher" in stream.getvalue()
+
+
+def test_the_status_of_a_folder(fake_engine, job):
+    """Guards: a status that counts a failed sample as good, or a retried one twice."""
+    rows = [{"problem": "1+1=?"}, {"problem": None}, {"problem": "2+2=?"}, {"problem": "3+3=?"}]
+    fake_engine.fails = lambda request: "bad [/asy] logits" if len(fake_engine.served) == 1 else ""
+    config = job(rows)
+    generate(config)
+    folder = Path(config.run.output_dir)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(folder_status(folder))
+    text = console.file.getvalue()
+    assert "2 good, 2 failed" in text
+    assert "2 of 4 asked" in text
+    assert "bad [/asy] logits" in text
+    assert "column 'problem' is null" in text
+    assert "tokens/s" in text
+    assert "alpha where the models differ" in text
+    (folder / "summary.json").unlink()  # a first call that has not ended
+    fake_engine.served.clear()
+    fake_engine.fails = lambda request: ""
+    console.print(folder_status(folder))
+    assert "not known before a call has ended" in console.file.getvalue()

@@ -27,6 +27,9 @@ from optimal_sampling.errors import RunFolderError
 from optimal_sampling.generate import generate
 from optimal_sampling.records import RunFolder, load
 
+NEWER = ("completion_raw", "mode", "ess_student", "ess_teacher", "curvature", "alpha_weighted")
+"""Fields that version 0.1.0 did not write."""
+
 FOLDERS = Path(__file__).parent / "data" / "run_folders"
 
 
@@ -42,13 +45,13 @@ def config_of(run, engine):
 
 
 def lines(path):
-    """Records by id, without times, fields newer than the folders, and so without checksums."""
+    """Records by id, without the times, and so without the checksums, and without NEWER fields."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     found = {record["id"]: record for record in records}
     assert len(found) == len(records)
     for record in records:
-        del record["seconds"], record["checksum"]
-        record.pop("completion_raw", None)
+        for name in {"seconds", "checksum", *NEWER} & record.keys():
+            del record[name]
     return found
 
 

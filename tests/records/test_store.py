@@ -257,15 +257,17 @@ KILLED = """
 
 
 def kill_loop(path, rounds, seed):
+    """Kill at a random moment: of the start, and in every second round after a commit."""
     rng = random.Random(seed)
     acknowledged = -1
-    for _ in range(rounds):
+    for turn in range(rounds):
         with subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(KILLED), str(path)], stdout=subprocess.PIPE
         ) as it:
+            said = it.stdout.readline().split() if turn % 2 else []
             time.sleep(rng.uniform(0.05, 0.4))
             it.send_signal(signal.SIGKILL)
-            said = it.stdout.read().split()
+            said += it.stdout.read().split()
         acknowledged = max([acknowledged, *map(int, said)])
         numbers = [int(record["id"], 16) for record in Scan(path)]
         assert numbers == list(range(len(numbers)))

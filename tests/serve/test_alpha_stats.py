@@ -14,10 +14,11 @@ JSON = [(b"content-type", b"application/json"), (b"content-length", b"1")]
 STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
-def row(alpha, clamped=0.0, kl_student=0.25, kl_teacher=0.5):
+def row(alpha, clamped=0.0, kl_student=0.25, kl_teacher=0.5, curvature=1.0):
     values = {
         "alpha": alpha,
         "clamped": clamped,
+        "curvature": curvature,
         "kl_student": kl_student,
         "kl_teacher": kl_teacher,
     }
@@ -25,7 +26,7 @@ def row(alpha, clamped=0.0, kl_student=0.25, kl_teacher=0.5):
 
 
 TRACES = {
-    0: ([row(0.5), row(1.0, clamped=1.0), row(0.0)], ""),
+    0: ([row(0.5), row(1.0, clamped=1.0, curvature=3.0), row(0.0)], ""),
     1: ([row(0.25, kl_student=math.inf)], ""),
 }
 
@@ -71,6 +72,7 @@ def test_a_whole_answer_in_parts():
     assert first["text"] == "é"
     assert first["alpha_stats"] == {
         "mean": 0.75,
+        "weighted_mean": 0.875,
         "std": 0.25,
         "min": 0.5,
         "max": 1.0,
@@ -81,6 +83,7 @@ def test_a_whole_answer_in_parts():
         "history": {
             "alpha": [0.5, 1.0],
             "clamped": [0.0, 1.0],
+            "curvature": [1.0, 3.0],
             "kl_student": [0.25, 0.25],
             "kl_teacher": [0.5, 0.5],
         },

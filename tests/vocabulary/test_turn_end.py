@@ -24,6 +24,9 @@ TEMPLATES = {
     "an inner marker": EACH + "<|im_start|>{{ m.content }}</think><|im_end|>{%- endfor -%}",
     "only between turns": EACH
     + "{{ m.content }}{%- if not loop.last -%}<|im_end|>{%- endif -%}{%- endfor -%}",
+    "the conversation's end behind it": EACH
+    + "<|im_start|>{{ m.content }}<|im_end|>\n{%- endfor -%}"
+    + "{%- if not add_generation_prompt -%}<|endoftext|>{%- endif -%}",
     "the next role": EACH
     + "{%- if m.role == 'user' -%}<|im_end|>{%- else -%}<|im_start|>{%- endif -%}{{ m.content }}"
     + "{%- endfor -%}",
@@ -58,8 +61,8 @@ SILENT = {
     "leaves replies out": ("{{ messages[0].content }}<|im_end|>", TEXT_END),
     "harmony: the last turn ends as the config says": (
         EACH
-        + "<|im_start|>{{ m.content }}{%- if loop.last -%}<|im_end|>{%- else -%}</think>{%- endif -%}"
-        + "{%- endfor -%}",
+        + "<|im_start|>{{ m.content }}{%- if loop.last -%}<|im_end|>{%- else -%}</think>"
+        + "{%- endif -%}{%- endfor -%}",
         END,
     ),
     "the config's own after a closing marker": (

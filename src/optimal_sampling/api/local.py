@@ -25,12 +25,12 @@ from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, Pr
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.errors import ConfigError, did_you_mean
 from optimal_sampling.prompts import PromptRenderer
-from optimal_sampling.types import AlphaMethod, Completion
+from optimal_sampling.types import AlphaMethod, Completion, weighted_mean
 
 __all__ = ["OptimalSamplingModel", "PerToken", "SamplingOutput"]
 
 _ENGINE_OPTIONS = frozenset(item.name for item in fields(LocalOptions))
-_MODEL_OPTIONS = frozenset({"load_in_4bit", "trust_remote_code"})
+_MODEL_OPTIONS = frozenset({"allow_unused_weights", "load_in_4bit", "trust_remote_code"})
 _PROMPT_OPTIONS = frozenset(
     {
         "student_system_prompt",
@@ -63,6 +63,7 @@ _DIAGNOSTICS = {
     "log_p_t": "log_p_teacher",
     "log_q": "log_q",
     "fallback": "fallback",
+    "curvature": "curvature",
 }
 """Names in `SamplingOutput.diagnostics`, and what they are called in a TokenTrace."""
 
@@ -90,9 +91,11 @@ class SamplingOutput:
     ess_ratios: PerToken
     """[batch, seq]: ess_teacher / ess_student; above 1 where q is closer to the teacher."""
     diagnostics: dict[str, Any] = field(default_factory=dict)
-    """[batch, seq] each: kl_theta, kl_t, entropy, clamped, log_p_theta, log_p_t, log_q, fallback.
-    Floats: alpha_mean, ess_ratio_mean, kl_theta_mean, kl_t_mean, entropy_mean, clamped_share.
-    `num_tokens`: a list. Empty without `return_diagnostics`."""
+    """[batch, seq] each: kl_theta, kl_t, entropy, clamped, log_p_theta, log_p_t, log_q, fallback,
+    curvature (Var_q of the models' log ratio).
+    Floats: alpha_mean, alpha_weighted_mean (alpha where the models differ: each token with its
+    curvature as weight), ess_ratio_mean (ratio of the two mean ESS), kl_theta_mean, kl_t_mean,
+    entropy_mean, clamped_share. `num_tokens`: a list. Empty without `return_diagnostics`."""
     logits: dict[str, Float[Tensor, "batch seq vocab"]] | None = None
     """Raw scores of both models, `theta` and `t`, where asked for."""
     q_star_probs: Float[Tensor, "batch seq vocab"] | None = None
@@ -117,7 +120,8 @@ class OptimalSamplingModel(BatchSampler):
     `device` is the GPU where there is one, else the CPU, with a warning; a device that you name has
     to be there. On a CPU, `dtype=torch.float16` is taken as float32.
 
-    Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`;
+    Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`,
+    `allow_unused_weights`;
     the fields of LocalOptions; `trust_region` and `schedule_*` of MixtureConfig; and defaults for
     `generate`: `student_system_prompt` (or `theta_system_prompt`), `teacher_system_prompt`,
     `enable_chat_template`, `thinking`.
@@ -237,8 +241,6 @@ class OptimalSamplingModel(BatchSampler):
         skip_decode: bool,
         capture: frozenset[str],
     ) -> SamplingOutput:
-        alphas = _per_token([row.trace["alpha"] for row in rows])
-        ess_ratios = _per_token([row.trace.ess_ratio for row in rows])
         logits, probabilities = None, None
         if "student_logits" in capture:
             logits = {name: self._captured(rows, key) for name, key in _CAPTURED.items()}
@@ -248,9 +250,9 @@ class OptimalSamplingModel(BatchSampler):
         return SamplingOutput(
             generated_texts=texts,
             generated_ids=_padded_ids([row.token_ids for row in rows], self.vocabulary.pad_id),
-            alpha_values=alphas,
-            ess_ratios=ess_ratios,
-            diagnostics=_diagnostics(rows, alphas, ess_ratios) if with_diagnostics else {},
+            alpha_values=_per_token([row.trace["alpha"] for row in rows]),
+            ess_ratios=_per_token([row.trace.ess_ratio for row in rows]),
+            diagnostics=_diagnostics(rows) if with_diagnostics else {},
             logits=logits,
             q_star_probs=probabilities,
             finish_reasons=[row.finish_reason for row in rows],
@@ -271,22 +273,20 @@ def _capture(logits: bool, q_star_probs: bool) -> frozenset[str]:
     return frozenset({*names, "log_q"} if q_star_probs else names)
 
 
-def _diagnostics(
-    rows: Sequence[Completion], alphas: PerToken, ess_ratios: PerToken
-) -> dict[str, Any]:
-    columns: dict[str, Any] = {
-        name: _per_token([row.trace[source] for row in rows])
-        for name, source in _DIAGNOSTICS.items()
-    }
-    means = {
-        "alpha_mean": alphas,
-        "ess_ratio_mean": ess_ratios,
-        "clamped_share": columns["clamped"],
-    }
-    means |= {f"{name}_mean": columns[name] for name in ("kl_theta", "kl_t", "entropy")}
-    columns |= {name: float(column.mean()) for name, column in means.items()}
-    columns["num_tokens"] = [len(row.token_ids) for row in rows]
-    return columns
+def _diagnostics(rows: Sequence[Completion]) -> dict[str, Any]:
+    def column(source: str) -> PerToken:
+        return _per_token([row.trace[source] for row in rows])
+
+    columns: dict[str, Any] = {name: column(source) for name, source in _DIAGNOSTICS.items()}
+    alphas = column("alpha")
+    means = {f"{name}_mean": columns[name] for name in ("kl_theta", "kl_t", "entropy")}
+    means |= {"alpha_mean": alphas, "clamped_share": columns["clamped"]}
+    result = columns | {name: float(values.mean()) for name, values in means.items()}
+    weights = columns["curvature"].flatten().tolist()
+    result["alpha_weighted_mean"] = weighted_mean(alphas.flatten().tolist(), weights)
+    result["ess_ratio_mean"] = float(column("ess_teacher").mean() / column("ess_student").mean())
+    result["num_tokens"] = [len(row.token_ids) for row in rows]
+    return result
 
 
 def _check_options(given: Mapping[str, Any], known: frozenset[str] = _OPTIONS) -> None:
@@ -342,7 +342,8 @@ def _device(device: str) -> str:
             f"device={name!r} was asked for, but PyTorch finds no CUDA GPU here; pass device='cpu'"
         )
     warnings.warn(
-        "PyTorch finds no CUDA GPU here: running on the CPU, in float32 unless another dtype is given",
+        "PyTorch finds no CUDA GPU here: running on the CPU, "
+        "in float32 unless another dtype is given",
         stacklevel=3,
     )
     return "cpu"

@@ -5,7 +5,7 @@ In names of arguments and outputs, `theta` is the student and `t` the teacher.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ _STATISTICS = {
     "kl_theta": "kl_student",
     "kl_t": "kl_teacher",
     "clamped": "clamped",
+    "curvature": "curvature",
 }
 """Names in `alpha_stats["per_request"]`, and what they are called in a TokenTrace."""
 
@@ -46,10 +47,12 @@ class OptimalSamplingOutput:
     """Ids of the completions, the end token included."""
     num_tokens: list[int]
     alpha_stats: dict[str, Any] | None = None
-    """Over all tokens: `mean`, `std` (of the population), `min`, `max`, `count`, `clamped` (share
-    of tokens that a bound moved), `history` (prompt after prompt). `per_request`: for each prompt
-    `mean` to `count`, and the lists `alpha`, `kl_theta`, `kl_t`, `clamped` (1.0 or 0.0) of its
-    tokens. None without `track_alpha_stats`, and for the teacher alone."""
+    """Over all tokens: `mean`, `weighted_mean` (alpha where the models differ: each token with its
+    `curvature` as weight), `std` (of the population), `min`, `max`, `count`, `clamped` (share of
+    tokens that a bound moved), `history` (prompt after prompt). `per_request`: for each prompt
+    `mean` to `count`, and the lists `alpha`, `kl_theta`, `kl_t`, `clamped` (1.0 or 0.0) and
+    `curvature` (Var_q of the models' log ratio) of its tokens. None without `track_alpha_stats`,
+    and for the teacher alone."""
     finish_reasons: list[str] = field(default_factory=list)
     """`stop`, `length` or `error`."""
     errors: list[str] = field(default_factory=list)
@@ -192,7 +195,10 @@ def _alpha_stats(rows: Sequence[Completion]) -> dict[str, Any]:
     columns = [
         {name: list(row.trace[source]) for name, source in _STATISTICS.items()} for row in rows
     ]
-    history = [alpha for each in columns for alpha in each["alpha"]]
-    clamped = [flag for each in columns for flag in each["clamped"]]
-    per_request = [{**alpha_summary(each["alpha"], each["clamped"]), **each} for each in columns]
-    return {**alpha_summary(history, clamped), "history": history, "per_request": per_request}
+    together = {name: [value for each in columns for value in each[name]] for name in _STATISTICS}
+    per_request = [{**_summary(each), **each} for each in columns]
+    return {**_summary(together), "history": together["alpha"], "per_request": per_request}
+
+
+def _summary(columns: Mapping[str, list[float]]) -> dict[str, float]:
+    return alpha_summary(columns["alpha"], columns["clamped"], columns["curvature"])

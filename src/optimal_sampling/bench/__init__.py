@@ -1,7 +1,7 @@
 """`optimal-sampling bench`: ratios measured in one run, on the machine it runs on.
 
 subcommands.py    the options of each subcommand
-harness.py        interleaved repeats, medians, ratios, tables, the machine's names, the line of JSON
+harness.py        interleaved repeats, medians, ratios, tables, the machine, the line of JSON
 workload.py       prompts, the two models that answer them, and the roofline of lockstep decoding
 architectures.py  two models with random weights of known architectures
 instruments.py    what is recorded of an engine's rounds; emulated acceptance of drafts

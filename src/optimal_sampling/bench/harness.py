@@ -268,5 +268,5 @@ def run_bench(options: BenchOptions, console: Console) -> int:
     line = json.dumps(result) + "\n"
     console.file.write(line)
     if options.output is not None:
-        Path(options.output).write_text(line)
+        Path(options.output).expanduser().write_text(line)
     return 1 if report.failed else 0

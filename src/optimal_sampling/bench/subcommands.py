@@ -73,7 +73,7 @@ class BenchOptions:
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        folder = Path(self.output or "file").parent
+        folder = Path(self.output or "file").expanduser().parent
         if not folder.is_dir():
             raise ConfigError(f"output: there is no folder {str(folder)!r}; make it first")
 

@@ -326,9 +326,12 @@ def _quantities(solved: Solved) -> dict[str, Array | Flags]:
     moments = solved.moments
     kl_student = at_least(moments.kl_student, 0.0)
     kl_teacher = at_least(moments.kl_teacher, 0.0)
+    curvature = at_least(moments.curvature, 0.0)
     if models.maybe_masked:
+        one_support = models.use_teacher | models.use_student
         kl_student = models.xp.where(models.use_teacher, _INF, kl_student)
         kl_teacher = models.xp.where(models.use_student, _INF, kl_teacher)
+        curvature = models.xp.where(one_support, _INF, curvature)
     if solved.ess is None:
         ess_student = ess_teacher = models.full(_NAN)
     else:
@@ -341,7 +344,7 @@ def _quantities(solved: Solved) -> dict[str, Array | Flags]:
         "ess_student": ess_student,
         "ess_teacher": ess_teacher,
         "entropy": at_least(moments.entropy, 0.0),
-        "curvature": moments.curvature,
+        "curvature": curvature,
         "fallback": solved.fallback,
     }
 

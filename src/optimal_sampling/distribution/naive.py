@@ -120,6 +120,20 @@ def shannon(q: Row) -> float:
     return -fsum(terms)
 
 
+def variance(q: Row, s: Row, t: Row) -> float:
+    """Var_q[t - s]; infinite where only one of the models has a token of q."""
+    weights = []
+    differences = []
+    for i in range(len(q)):
+        if q[i] > -inf:
+            weights.append(exp(q[i]))
+            differences.append(t[i] - s[i])
+    if inf in map(abs, differences):
+        return inf
+    mean = fsum(p * d for p, d in zip(weights, differences, strict=True))
+    return fsum(p * (d - mean) ** 2 for p, d in zip(weights, differences, strict=True))
+
+
 def slope(s: Row, t: Row, alpha: float) -> float:
     """F' = E_q[log p_teacher - log p_student] on the common support."""
     q = log_q(s, t, alpha)
@@ -288,5 +302,6 @@ def naive_step(
         "log_p_teacher": t[token],
         "log_q": drawn[token],
         "fallback": float(fallback),
+        "curvature": variance(q, s, t),
     }
     return Naive(token, trace, drawn)

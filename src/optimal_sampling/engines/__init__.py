@@ -6,6 +6,7 @@ from importlib import import_module
 
 from optimal_sampling.config import EngineOptions, LocalOptions, MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine
+from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Mode
 from optimal_sampling.vocabulary import Vocabulary
 
@@ -44,5 +45,8 @@ def open_engine(
     """
     module, name = options.engine_class.split(":")
     engine_class = getattr(import_module(module), name)
+    if mode not in engine_class.modes:
+        known = ", ".join(sorted(engine_class.modes))
+        raise ConfigError(f"the engine {options.name} has no mode {mode!r}; it has: {known}")
     engine: Engine = engine_class.load(models, mixture, options, vocabulary, mode)
     return engine

@@ -2,6 +2,7 @@
 
     job          `generate`: the order of the work
     dataset      the rows
+    dry_run      what a run would do
     fingerprint  hashes of the models' files
     progress     counts of a run, shown while it goes and in the summary at its end
 
@@ -10,7 +11,8 @@ Torch is loaded when there is a sample to generate.
 
 from __future__ import annotations
 
-from optimal_sampling.generate.job import Interrupted, generate, preview
-from optimal_sampling.generate.progress import Summary
+from optimal_sampling.generate.dry_run import DryRun, dry_run
+from optimal_sampling.generate.job import Interrupted, generate
+from optimal_sampling.generate.progress import Summary, folder_status
 
-__all__ = ["Interrupted", "Summary", "generate", "preview"]
+__all__ = ["DryRun", "Interrupted", "Summary", "dry_run", "folder_status", "generate"]

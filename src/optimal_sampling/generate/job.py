@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from optimal_sampling.config import GenerateConfig
@@ -17,7 +17,7 @@ from optimal_sampling.records.schema import Key, Prompt, Sample, record_of, row_
 from optimal_sampling.types import Completion, Request, prompt_id
 from optimal_sampling.vocabulary import Vocabulary
 
-__all__ = ["Interrupted", "generate", "preview"]
+__all__ = ["Interrupted", "generate", "input_notes", "open_inputs", "prompt_of", "render_row"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,7 +36,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
     whole cannot go on; in both cases every finished record is on the disk.
     """
     progress = progress or Progress()
-    dataset, vocabulary, renderer = _open(config)
+    dataset, vocabulary, renderer = open_inputs(config)
     facts = model_facts(config.models) if config.engine.loads_models else {}
     if renderer.prints_date:
         facts[TEMPLATE_DATE] = renderer.day.isoformat()
@@ -49,25 +49,16 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
             folder.close()
         except KeyboardInterrupt:
             folder.close()
-            summary = Summary.of(job.tally, folder, {}, interrupted=True)
+            summary = Summary.of(job.tally, folder, {}, mode=config.run.mode, interrupted=True)
             summary.save(config.shard)
             raise Interrupted(summary) from None
-        summary = Summary.of(job.tally, folder, notes, interrupted=False)
+        summary = Summary.of(job.tally, folder, notes, mode=config.run.mode, interrupted=False)
         summary.save(config.shard)
         return summary
 
 
-def preview(config: GenerateConfig, count: int = 3) -> Iterator[tuple[int, RenderedPrompt | str]]:
-    """Index and prompts of the first `count` rows, or the reason why a row has no prompts.
-
-    Loads no weights and writes nothing.
-    """
-    dataset, _, renderer = _open(config)
-    for row_index, row in islice(dataset, count):
-        yield row_index, _render(renderer, row)
-
-
-def _open(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRenderer]:
+def open_inputs(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRenderer]:
+    """What rows are read from and rendered with."""
     dataset = open_dataset(config.data, config.run.seed)
     models = config.models
     vocabulary = Vocabulary.load(
@@ -111,18 +102,23 @@ class _Job:
         Models are loaded only if a sample is owed.
         """
         on_rows = self.renderer.row_notes(row for _, row in self.dataset)
-        texts = (*self.vocabulary.notes, *self.renderer.notes, *on_rows)
-        notes = {f"note {number}": text for number, text in enumerate(texts, start=1)}
+        notes = input_notes(self.config, self.vocabulary, self.renderer, on_rows)
+        self.progress.show_notes(notes)
         requests = self._owed_requests()
         first = next(requests, None)
-        self.progress.update(self.tally)
         if first is None:
+            self.progress.update(self.tally)
             return notes
+        self.progress.start_loading(self.config)
         from optimal_sampling.engines import open_engine  # torch is loaded here
 
         config = self.config
-        with open_engine(config.engine, config.models, config.mixture, self.vocabulary) as engine:
+        with open_engine(
+            config.engine, config.models, config.mixture, self.vocabulary, config.run.mode
+        ) as engine:
+            self.progress.show_notes(engine.notes())
             self.tally.restart_clock()
+            self.progress.update(self.tally)
             for completion in engine.generate(chain([first], requests)):
                 self._finish(completion)
             if self._in_flight:
@@ -136,8 +132,8 @@ class _Job:
         """Requests for the owed samples; those of rows without prompts fail at once."""
         seen: set[str] = set()
         for row_index, row in self.dataset:
-            rendered = _render(self.renderer, row)
-            prompt = _prompt(row_index, row, rendered)
+            rendered = render_row(self.renderer, row)
+            prompt = prompt_of(row_index, row, rendered)
             if prompt.id in seen:
                 self.tally.duplicates += 1
                 continue
@@ -183,6 +179,7 @@ class _Job:
             text=self.vocabulary.decode(completion.token_ids),
             raw_text=self.vocabulary.decode_raw(completion.token_ids),
             attempts=self.folder.ledger.attempts(key) + 1,
+            mode=self.config.run.mode,
         )
         record = record_of(sample, token_lists=self.config.run.token_lists)
         self.folder.add(record)
@@ -190,7 +187,20 @@ class _Job:
         self.progress.update(self.tally)
 
 
-def _render(renderer: PromptRenderer, row: Mapping[str, Any]) -> RenderedPrompt | str:
+def input_notes(
+    config: GenerateConfig,
+    vocabulary: Vocabulary,
+    renderer: PromptRenderer,
+    row_notes: Iterable[str] = (),
+) -> dict[str, str]:
+    """What is not as the options say, or easily overlooked, by name. Known without any weights."""
+    texts = [*vocabulary.notes, *renderer.notes, *row_notes]
+    if config.run.mode != "mixture":
+        texts.insert(0, f"drawn from the {config.run.mode} alone; the options of alpha do nothing")
+    return {f"note {number}": text for number, text in enumerate(texts, start=1)}
+
+
+def render_row(renderer: PromptRenderer, row: Mapping[str, Any]) -> RenderedPrompt | str:
     """The row's prompts, or the reason why it has none."""
     try:
         return renderer.render(row)
@@ -202,7 +212,8 @@ def _render(renderer: PromptRenderer, row: Mapping[str, Any]) -> RenderedPrompt 
         return f"the row could not be rendered: {type(error).__name__}: {error}"
 
 
-def _prompt(row_index: int, row: Mapping[str, Any], rendered: RenderedPrompt | str) -> Prompt:
+def prompt_of(row_index: int, row: Mapping[str, Any], rendered: RenderedPrompt | str) -> Prompt:
+    """The row with its prompts, or without where they could not be rendered."""
     if isinstance(rendered, str):
         return Prompt(row_id(row), row_index, row)
     return Prompt(

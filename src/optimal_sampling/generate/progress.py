@@ -9,11 +9,11 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -21,14 +21,34 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from optimal_sampling.records.run_folder import MEANS, RunFolder, Totals
+from optimal_sampling.config import GenerateConfig
+from optimal_sampling.records.run_folder import RunFolder, Totals, load
 from optimal_sampling.records.schema import Record
-from optimal_sampling.records.store import write_atomically
+from optimal_sampling.records.store import read_json, write_atomically
 
-__all__ = ["LinesProgress", "Progress", "Summary", "Tally", "TerminalProgress", "progress_for"]
+__all__ = [
+    "MEANS_SHOWN",
+    "LinesProgress",
+    "Progress",
+    "Summary",
+    "Tally",
+    "TerminalProgress",
+    "folder_status",
+    "progress_for",
+]
 
 _SECONDS_BETWEEN_LINES = 5.0
 _ERRORS_SHOWN = 5
+
+MEANS_SHOWN = {
+    "alpha_mean": "alpha mean",
+    "alpha_weighted": "alpha where the models differ",
+    "clamped_share": "clamped share",
+    "kl_student": "KL(q, student), nats/token",
+    "kl_teacher": "KL(q, teacher), nats/token",
+    "ess_ratio": "ESS ratio (teacher / student)",
+}
+"""Means over all tokens that the table shows, and their titles."""
 
 
 @dataclass
@@ -96,6 +116,8 @@ class Tally:
 class Summary:
     """Counts of one call of `generate`, and means over all good records of the folder."""
 
+    mode: str
+    """What tokens were drawn from: `mixture`, `student` or `teacher`."""
     status: str
     """`complete`, `failed` (some samples did) or `interrupted`."""
     run_folder: str
@@ -122,12 +144,19 @@ class Summary:
 
     @classmethod
     def of(
-        cls, tally: Tally, folder: RunFolder, notes: Mapping[str, str], *, interrupted: bool
+        cls,
+        tally: Tally,
+        folder: RunFolder,
+        notes: Mapping[str, str],
+        *,
+        mode: str = "mixture",
+        interrupted: bool,
     ) -> Summary:
         """The state of a call now."""
         totals = folder.ledger.totals
         missing = tally.failed + tally.given_up
         return cls(
+            mode=mode,
             status="interrupted" if interrupted else "failed" if missing else "complete",
             run_folder=str(folder.path),
             records_file=str(folder.file.path),
@@ -146,7 +175,7 @@ class Summary:
             tokens_per_second=round(tally.tokens_per_second, 1),
             folder_records=totals.records,
             folder_tokens=totals.tokens,
-            means={name: totals.mean(name) for name in MEANS},
+            means=totals.means(),
             finish_reasons=dict(totals.finish_reasons),
             errors=dict(tally.errors.most_common(_ERRORS_SHOWN)),
             notes=dict(notes),
@@ -161,14 +190,7 @@ class Summary:
 
     def table(self) -> Table:
         """A table for the terminal. Counts of zero, such as torn lines, are left out."""
-        title = Text(f"{self.status}: {self.run_folder}")
-        table = Table(title=title, show_header=False, title_justify="left")
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in self._lines():
-            # Text: an error may quote [/brackets] that look like markup
-            table.add_row(Text(name), Text(value))
-        return table
+        return _table(f"{self.status}: {self.run_folder}", self._lines())
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         """Name and value of each line of the table."""
@@ -180,17 +202,69 @@ class Summary:
             "torn lines cut": self.torn_lines,
             "bad lines found (owed again)": self.bad_lines,
         }
+        if self.mode != "mixture":
+            yield "drawn from", f"the {self.mode} alone"
         yield "samples", f"{self.good} good of {self.asked} asked ({self.generated} new)"
         yield from ((name, str(count)) for name, count in optional.items() if count)
         made = f"{self.tokens} tokens in {self.seconds:.1f} s"
         yield "speed", f"{self.tokens_per_second:.1f} tokens/s ({made})"
-        for name, mean in self.means.items():
-            yield name.replace("_", " "), "-" if mean is None else f"{mean:.4f}"
-        reasons = (f"{name} {count}" for name, count in sorted(self.finish_reasons.items()))
-        yield "finish reasons", ", ".join(reasons)
+        yield from _mean_lines(self.means, self.finish_reasons)
         yield from ((f"{count} x failed", error) for error, count in self.errors.items())
         yield from self.notes.items()
         yield "records", self.records_file
+
+
+def _table(title: str, lines: Iterable[tuple[str, str]]) -> Table:
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines:
+        # Text: an error may quote [/brackets] that look like markup
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def _mean_lines(
+    means: Mapping[str, float | None], finish_reasons: Mapping[str, int]
+) -> Iterator[tuple[str, str]]:
+    for name, title in MEANS_SHOWN.items():
+        mean = means[name]
+        if mean is not None:
+            yield title, f"{mean:.4f}"
+    reasons = (f"{name} {count}" for name, count in sorted(finish_reasons.items()))
+    yield "finish reasons", ", ".join(reasons)
+
+
+def folder_status(run: str | Path) -> Table:
+    """A table of a run folder as it is on the disk, also while another process writes it.
+
+    What was asked for is known from the summaries of calls that ended. Raises RunFolderError.
+    """
+    folder = Path(run).expanduser()
+    totals, failed = Totals(), Counter[str]()
+    for record in load(folder, failed=True):
+        if record["error"]:
+            failed[record["error"]] += 1
+        else:
+            totals.add(record)
+    compared: Any = read_json(folder / "config.json").get("compared", {})
+    calls = [read_json(path) for path in sorted(folder.glob("summary*.json"))]
+    title = f"{folder}: drawn from the {compared.get('mode', 'mixture')}"
+    return _table(title, _status_lines(totals, failed, calls))
+
+
+def _status_lines(
+    totals: Totals, failed: Counter[str], calls: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    asked = sum(call["asked"] for call in calls)
+    owed = max(0, asked - totals.records)
+    yield "samples", f"{totals.records} good, {failed.total()} failed, {totals.tokens} tokens"
+    yield "owed", f"{owed} of {asked} asked" if calls else "not known before a call has ended"
+    yield from ((f"{count} x failed", error) for error, count in failed.most_common(_ERRORS_SHOWN))
+    for call in calls:
+        made = f"{call['tokens']} tokens in {call['seconds']} s, {call['status']}"
+        yield Path(call["records_file"]).stem, f"{call['tokens_per_second']} tokens/s ({made})"
+    yield from _mean_lines(totals.means(), totals.finish_reasons)
 
 
 class Progress:
@@ -198,6 +272,20 @@ class Progress:
 
     def update(self, tally: Tally) -> None:
         """Show the counts, which have changed."""
+
+    def start_loading(self, config: GenerateConfig) -> None:
+        """Say that models are being loaded, until the first `update`."""
+        roles = ("student", "teacher") if config.run.mode == "mixture" else (config.run.mode,)
+        names = [f"{role} {getattr(config.models, role)}" for role in roles]
+        self.show(f"loading {', '.join(names)}" if config.engine.loads_models else "starting")
+
+    def show_notes(self, notes: Mapping[str, str]) -> None:
+        """Show notes, one a line."""
+        for name, text in notes.items():
+            self.show(f"{name}: {text}")
+
+    def show(self, line: str) -> None:
+        """Show a line that stays."""
 
     def __enter__(self) -> Self:
         return self
@@ -214,12 +302,15 @@ class LinesProgress(Progress):
         self._seconds = seconds
         self._due = 0.0
 
+    def show(self, line: str) -> None:
+        """Print a line."""
+        print(line, file=self._stream, flush=True)
+
     def update(self, tally: Tally) -> None:
         """Print a line if one is due."""
         if time.monotonic() >= self._due or not tally.owed:
             self._due = time.monotonic() + self._seconds
-            line = f"{tally.done}/{tally.asked} done, {status(tally)}"
-            print(line, file=self._stream, flush=True)
+            self.show(f"{tally.done}/{tally.asked} done, {status(tally)}")
 
 
 class TerminalProgress(Progress):
@@ -233,7 +324,16 @@ class TerminalProgress(Progress):
             TimeElapsedColumn(),
             console=console,
         )
-        self._task = self._bar.add_task("generate", total=None, status="loading the models")
+        self._task = self._bar.add_task("generate", total=None, status="reading the dataset")
+
+    def start_loading(self, config: GenerateConfig) -> None:
+        """As in Progress, beside the bar too."""
+        super().start_loading(config)
+        self._bar.update(self._task, status="loading the models")
+
+    def show(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(Text(line), soft_wrap=True)
 
     def update(self, tally: Tally) -> None:
         """Move the bar."""

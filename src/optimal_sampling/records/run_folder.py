@@ -70,8 +70,8 @@ class Totals:
     records: int = 0
     tokens: int = 0
     finish_reasons: Counter[str] = field(default_factory=Counter)
-    _sums: dict[str, float] = field(default_factory=dict)
-    _weights: Counter[str] = field(default_factory=Counter)
+    _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
+    _weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
 
     def add(self, record: Record) -> None:
         """Count one good record."""
@@ -81,14 +81,25 @@ class Totals:
         self.finish_reasons[record["finish_reason"]] += 1
         for name in MEANS:
             mean = record.get(name)
-            if isinstance(mean, float):
-                self._sums[name] = self._sums.get(name, 0.0) + mean * tokens
-                self._weights[name] += tokens
+            weight = record.get(FIELDS[name].weight, 1.0)
+            if isinstance(mean, float) and isinstance(weight, float):
+                self._sums[name] += mean * weight * tokens
+                self._weights[name] += weight * tokens
 
     def mean(self, name: str) -> float | None:
         """Mean of one of MEANS over all tokens; None where there are no tokens."""
         weight = self._weights[name]
         return self._sums[name] / weight if weight else None
+
+    def means(self) -> dict[str, float | None]:
+        """Every mean, and `ess_ratio`: the ratio of the two mean effective sample sizes.
+
+        (A mean of per-token ratios would be that of a few tokens with tiny denominators.)
+        """
+        means = {name: self.mean(name) for name in MEANS}
+        student, teacher = means["ess_student"], means["ess_teacher"]
+        ratio = teacher / student if student and teacher is not None else None
+        return means | {"ess_ratio": ratio}
 
 
 @dataclass
@@ -205,9 +216,10 @@ def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
     With `failed`, also the last record of each sample that never succeeded.
     Reads the files twice and keeps no record in memory. Raises RunFolderError.
     """
-    files = _record_files(Path(run))
+    folder = Path(run).expanduser()
+    files = _record_files(folder)
     if not files:
-        raise RunFolderError(f"{run} holds no records (no {Path(run) / 'records'}/*.jsonl)")
+        raise RunFolderError(f"{run} holds no records (no {folder / 'records'}/*.jsonl)")
     best: dict[Key, tuple[bool, int, Path, int]] = {}
     for path in files:
         for offset, record in Scan(path).with_offsets():

@@ -11,7 +11,16 @@ from hashlib import blake2b
 from operator import attrgetter
 from typing import Annotated, Any, NotRequired, TypedDict, cast, get_type_hints
 
-from optimal_sampling.types import Completion, FinishReason, TokenTrace, Unreadable, prompt_id
+from optimal_sampling.types import (
+    Completion,
+    FinishReason,
+    Mode,
+    Request,
+    TokenTrace,
+    Unreadable,
+    prompt_id,
+    weighted_mean,
+)
 
 __all__ = [
     "FIELDS",
@@ -63,6 +72,12 @@ class Sample:
     attempts: int
     raw_text: str | None = None
     """The completion, decoded with its special tokens; None where there is none."""
+    mode: Mode = "mixture"
+
+    @property
+    def request(self) -> Request:
+        """The request that the completion answers."""
+        return self.completion.request
 
     @property
     def trace(self) -> TokenTrace:
@@ -78,6 +93,8 @@ class Field:
     take: Callable[[Sample], Any]
     is_mean: bool = False
     """A mean over the tokens of the completion; summaries average it over all tokens."""
+    weight: str = ""
+    """Field that is the weight of a token in this mean, beside 1."""
 
 
 def _finite(values: Iterable[float]) -> list[float]:
@@ -100,6 +117,10 @@ def _mean_of(column: str, meaning: str) -> Field:
 
 def _extreme_alpha(choose: Callable[..., float | None], meaning: str) -> Field:
     return Field(meaning, lambda s: choose(map(_rounded, _finite(s.trace["alpha"])), default=None))
+
+
+def _weighted_alpha(sample: Sample) -> float | None:
+    return _rounded(weighted_mean(sample.trace["alpha"], sample.trace["curvature"]))
 
 
 def _token_list(column: str, meaning: str) -> Field:
@@ -126,7 +147,11 @@ class Record(TypedDict):
             attrgetter("completion.request.sample_index"),
         ),
     ]
-    seed: Annotated[int, Field("the run's seed", attrgetter("completion.request.seed"))]
+    seed: Annotated[int, Field("the run's seed", attrgetter("request.seed"))]
+    mode: Annotated[
+        Mode,
+        Field("what tokens were drawn from: `mixture`, `student` or `teacher`", attrgetter("mode")),
+    ]
     row_index: Annotated[
         int,
         Field(
@@ -200,7 +225,27 @@ class Record(TypedDict):
         Field(
             "mean over tokens of the effective sample size to the teacher over that to the student",
             lambda s: _mean(s.trace.ess_ratio),
+        ),
+    ]
+    ess_student: Annotated[
+        float | None,
+        _mean_of("ess_student", "effective sample size to the student, a share, mean over tokens"),
+    ]
+    ess_teacher: Annotated[
+        float | None,
+        _mean_of("ess_teacher", "effective sample size to the teacher, a share, mean over tokens"),
+    ]
+    curvature: Annotated[
+        float | None,
+        _mean_of("curvature", "mean over tokens of Var_q[log p_teacher − log p_student], in nats²"),
+    ]
+    alpha_weighted: Annotated[
+        float | None,
+        Field(
+            "alpha where the models differ: mean over tokens, each with its `curvature` as weight",
+            _weighted_alpha,
             is_mean=True,
+            weight="curvature",
         ),
     ]
     error: Annotated[

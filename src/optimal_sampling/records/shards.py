@@ -51,26 +51,24 @@ def merge(shards: Sequence[str | Path], target: str | Path) -> int:
     says were asked for. A sample that two shards hold is written once: its tokens are the same in
     both. Raises RunFolderError.
     """
-    folders = [Path(shard) for shard in shards]
-    target = Path(target)
+    folders = [Path(shard).expanduser() for shard in shards]
+    target = Path(target).expanduser()
     if not folders:
         raise RunFolderError("there is no shard to merge")
-    if target.exists() and any(target.iterdir()):
+    if target.is_file() or (target.exists() and any(target.iterdir())):
         raise RunFolderError(f"{target} is not empty; merge into a new folder")
     document = _common_config(folders)
+    for folder in folders:  # before anything is written
+        _check_count(folder, sum(1 for _ in load(folder)))
     write_atomically(target / "config.json", json.dumps(document, indent=2) + "\n")
     kept: set[Key] = set()
     with RecordFile(target / "records" / "main.jsonl") as file:
         file.open(Scan(file.path))
         for folder in folders:
-            keys: set[Key] = set()
             for record in load(folder):
-                key = key_of(record)
-                keys.add(key)
-                if key not in kept:
+                if key_of(record) not in kept:
                     file.append(record)
-            kept |= keys
-            _check_count(folder, len(keys))
+                    kept.add(key_of(record))
     return len(kept)
 
 

@@ -22,7 +22,7 @@ from optimal_sampling.types import TRACE_FIELDS
 
 __all__ = ["AlphaStatsRequest", "AlphaStatsSender", "summarize"]
 
-_HISTORY = ("alpha", "clamped", "kl_student", "kl_teacher")
+_HISTORY = ("alpha", "clamped", "curvature", "kl_student", "kl_teacher")
 _MEANS = ("kl_student", "kl_teacher")
 
 
@@ -146,7 +146,9 @@ class AlphaStatsSender:
 def summarize(rows: TraceRows, history: bool, error: str = "") -> dict[str, Any]:
     """`alpha_stats` of one choice. Numbers that are not finite are None: JSON has none."""
     columns = {name: [row[TRACE_FIELDS.index(name)] for row in rows] for name in _HISTORY}
-    result: dict[str, Any] = alpha_summary(columns["alpha"], columns["clamped"])
+    result: dict[str, Any] = alpha_summary(
+        columns["alpha"], columns["clamped"], columns["curvature"]
+    )
     for name in _MEANS:
         result[name] = math.fsum(columns[name]) / len(rows) if rows else math.nan
     result = {name: _finite(value) for name, value in result.items()}

@@ -57,7 +57,7 @@ def check_model_folder(name: str, folder: Path) -> None:
 
 
 def check_weight_files(name: str, folder: Path) -> None:
-    """Raises ModelError where a folder has no weights in safetensors; the message begins with name."""
+    """Raises ModelError, which begins with `name`, where a folder has no weights in safetensors."""
     if not folder.is_dir() or any(folder.glob("*.safetensors*")):
         return
     problem = "it has no weights"

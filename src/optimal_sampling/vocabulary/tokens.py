@@ -1,4 +1,4 @@
-"""One model by name: its folder or hub id, its tokenizer, end tokens, sizes. Reads no weights."""
+"""One model by name: its folder or hub id, tokenizer, end tokens and sizes. Reads no weights."""
 
 from __future__ import annotations
 

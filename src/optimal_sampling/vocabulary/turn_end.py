@@ -25,8 +25,9 @@ def turn_end(tokenizer: Any, end_ids: Set[int]) -> int | None:
     while len(ends) > 1 and opening[-1:] == ends[-1:]:
         opening.pop()  # the template begins another turn whether it is asked to or not
         ends.pop()
-    if not ends:
-        ends = _around_reply(tokenizer, [_USER, _REPLY, _NEXT])[1][:1]
+    within = _around_reply(tokenizer, [_USER, _REPLY, _NEXT])[1]
+    # what follows the turn's end in a last turn only ends the conversation
+    ends = ends[:1] + [marker for marker in ends[1:] if marker in within] or within[:1]
     return None if not ends or end_ids & set(ends) else ends[-1]
 
 

@@ -131,11 +131,9 @@ def test_memory_stays_within_the_budget(models):
     stop_free = dataclasses.replace(vocabulary(), stop_ids=frozenset())
     engine = engine_of(*models, vocab=stop_free, kv_memory_gib=0.001, batch_size=4096)
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 300, new=70)
-    count = 0
-    for _ in engine.generate(requests):
-        count += 1
-        assert allocated(engine) <= 0.001 * 2**30
-    assert count == 300
+    sizes = [allocated(engine) for _ in engine.generate(requests)]
+    assert len(sizes) == 300
+    assert 0.0005 * 2**30 < max(sizes) <= 0.001 * 2**30
 
 
 def test_a_request_beyond_the_budget_fails_alone(models):

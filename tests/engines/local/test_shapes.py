@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from optimal_sampling.engines.local.layers import (
     PLAIN,
@@ -71,9 +72,21 @@ def test_lengths_are_rounded_within_their_class():
     assert [PLAIN.padded_tokens(n) for n in (1, 7)] == [1, 7]
 
 
-def test_measured_rules_are_those_of_this_machine():
-    """Guards: rules that pad nothing, or more than they may."""
-    rules = measured_rules(tiny_model(1), {8})
-    assert 1 <= rules.tokens <= 16
-    assert rules.queries in (1, 2, 4, 8, 16, 32)
-    assert 32 % rules.token_multiple == 0
+def test_measured_rules_hold_on_this_machine():
+    """Guards: rules that pad less than the layers and the attention of this machine need."""
+    model = tiny_model(1)
+    replace_linears(model)
+    rules = measured_rules(model, {8})
+    assert rules.token_multiple == 2, "elementwise loops over rows of 16, 32 and 48 numbers"
+    assert rules.tokens <= 16
+    layers = [module for module in model.modules() if hasattr(module, "in_features")]
+    assert len(layers) == 2 * 7 + 1
+    for layer in layers:
+        x = torch.randn(64, layer.in_features)
+        full = layer(x)
+        assert all(torch.equal(layer(x[:n]), full[:n]) for n in range(rules.tokens, 64))
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (64, 48, 48))
+    full = scaled_dot_product_attention(q, k, v, torch.zeros(64, 48))
+    for n in range(rules.queries, 64, rules.queries):
+        part = scaled_dot_product_attention(q[:, :, :n].clone(), k, v, torch.zeros(n, 48))
+        assert torch.equal(part, full[:, :, :n])

@@ -11,6 +11,7 @@ from optimal_sampling.config import ModelConfig
 from optimal_sampling.engines.local.loading import load_model
 from optimal_sampling.errors import MissingDependencyError, ModelError
 from tests.engines.local.conftest import tiny_model
+from tests.engines.local.test_architectures import REFUSED, RUN, model_of
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}
 
@@ -117,7 +118,7 @@ def test_a_head_of_its_own_is_kept_where_the_config_calls_it_tied(saved):
 def test_the_attention_that_a_config_names_need_not_be_there(saved, key, value):
     """Guards: a model refused for a package that is never called."""
     model = load(saved(config={key: value}))
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "sdpa", "the default of Transformers"
 
 
 def write_adapter(folder, rank=2):
@@ -183,3 +184,16 @@ def test_an_adapter_with_peft_is_applied(saved, tmp_path):
     name = "base_model.model.model.layers.1.self_attn.q_proj"
     change = 3 * parts[f"{name}.lora_B.weight"] @ parts[f"{name}.lora_A.weight"]
     torch.testing.assert_close(merged.weight, base + change)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*RUN, *REFUSED])
+def test_what_a_family_saves_is_all_used(name, tmp_path):
+    """Guards: a refusal of a whole model, for names that a family changes as it is loaded."""
+    changes = RUN[name] if name in RUN else REFUSED[name][0]
+    model = model_of(name, changes)
+    model.save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    assert type(loaded) is type(model)
+    for key, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], weight), key

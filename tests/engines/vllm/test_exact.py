@@ -1,4 +1,4 @@
-"""Distributions against float32 Transformers: every token id and option, and what vLLM does to requests on the way."""
+"""Distributions against float32 Transformers: every token id, option and route of a request."""
 
 import contextlib
 import json
@@ -100,7 +100,7 @@ LENGTHS = [(20, 20), (20, 7), (33, 33), (50, 12), (300, 40), (60, 3), (3, 60), (
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_every_token_of_every_prompt_length(wide, lengths):
-    """Guards: positions, masks or blocks that are off by one where prompts differ or come in chunks."""
+    """Guards: positions, masks or blocks off by one where prompts differ or come in chunks."""
     pair, engine = wide
     mixture = MixtureConfig(alpha_min=0.0)
     teacher_ids = some_ids(lengths[0], 1)
@@ -111,7 +111,7 @@ def test_every_token_of_every_prompt_length(wide, lengths):
 
 @pytest.mark.parametrize("lengths", [(20, 20), (50, 12), (12, 50)])
 def test_drafts_change_no_distribution(drafted, lengths):
-    """Guards: log-probabilities of the draft model, or of another row, where drafts are accepted."""
+    """Guards: log-probabilities of the draft model or of another row for accepted drafts."""
     pair, engine = drafted
     mixture = MixtureConfig(alpha_min=0.0)
     teacher_ids = some_ids(lengths[0], 1)
@@ -141,9 +141,10 @@ MIXTURES = [
     ids=lambda m: f"{m.alpha_method} {m.temperature} {m.alpha_min}-{m.alpha_max}",
 )
 def test_every_method_and_option(wide, mixture):
-    """Guards: an option that vLLM's route to the worker loses, or a q* solved at another temperature."""
+    """Guards: an option lost on the way to the worker, or a q* solved at another temperature."""
     pair, engine = wide
-    # The oracle finds the largest entropy on a grid of 400 alphas, and trust_region is found to 1e-6 of a KL.
+    # The oracle finds the largest entropy on a grid of 400 alphas; trust_region is found to 1e-6
+    # of a KL.
     limit = {"entropy": 2e-2, "trust_region": 1e-4}.get(mixture.alpha_method, LIMIT)
     ids, own = some_ids(12, 3), some_ids(9, 4)
     tokens, rows = full_rows(engine, mixture, own, ids)
@@ -163,7 +164,7 @@ def test_truncation_comes_after_mixing(wide, truncation):
 
 
 def test_the_teacher_alone(wide):
-    """Guards: a student that still has a say, and blocks without the student's part found by another request."""
+    """Guards: a student that still has a say; blocks without its part, found by another request."""
     pair, engine = wide
     ids = some_ids(150, 5)
     tokens, rows = full_rows(engine, MixtureConfig(temperature=0.7), ids, ids, mode="teacher")
@@ -241,7 +242,7 @@ def test_other_architectures(folders, kinds):
 
 
 def test_context_of_the_longer_prompt(folders):
-    """Guards: blocks or positions beyond the context where the student's prompt is the longer one."""
+    """Guards: blocks or positions beyond the context where the student's prompt is longer."""
     with contextlib.closing(Pair(folders["student"], folders["teacher"]).open(0, 4)) as engine:
         [done] = engine.generate([Request("a", 0, 0, tuple([1] * (CONTEXT - 2)), (1, 2), 50)])
         assert done.finish_reason in ("stop", "length")
@@ -249,7 +250,7 @@ def test_context_of_the_longer_prompt(folders):
 
 
 def test_compiled_models(folders):
-    """Guards: a compiled graph of one model used for the other, or one that holds the first batch's lengths."""
+    """Guards: a compiled graph of one model used for the other, or of the first batch's lengths."""
     pair = Pair(folders["wide_student"], folders["wide_teacher"], 2048, 4096)
     mixture = MixtureConfig(alpha_min=0.0)
     settings = {"enforce_eager": False, "max_num_batched_tokens": 64, "max_logprobs": -1}

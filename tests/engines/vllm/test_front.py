@@ -1,4 +1,4 @@
-"""`OptimalSamplingV1` on the shipped pair: the examples of the predecessor's document run as they are written there."""
+"""`OptimalSamplingV1` on the shipped pair: its documented examples run as they are written."""
 
 import contextlib
 import math
@@ -206,7 +206,7 @@ def test_failed_prompts_leave_empty_rows(sampler):
         ({"watermark_config": {"key": 1}}, "watermarks"),
         ({"speculative_config": {}}, "draft_tokens"),
         ({"max_model_length": 9}, "did you mean 'max_model_len'"),
-        ({"alpha_method": "best"}, "unknown alpha method"),
+        ({"alpha_method": "best"}, "alpha_method must be one of"),
         ({"target_top_k": 5}, "constraint_to_target"),
         ({"max_model_len": 10**6}, "context"),
     ],

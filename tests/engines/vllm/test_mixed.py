@@ -35,6 +35,7 @@ COMPARED = (
     "ess_teacher",
     "entropy",
     "log_q",
+    "curvature",
 )
 
 

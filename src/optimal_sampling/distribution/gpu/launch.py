@@ -56,6 +56,7 @@ TRACED = (
     "log_p_teacher",
     "log_q",
     "fallback",
+    "curvature",
 )
 """The fields of the trace that `finish` writes, in the order of its names for their columns."""
 

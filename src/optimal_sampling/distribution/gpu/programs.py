@@ -171,10 +171,10 @@ _HEAD_STUDENT, _HEAD_TEACHER, _SHARED, _MOST_D, _LEAST_D = map(constexpr, range(
 ) = map(constexpr, range(11))
 
 # of `mix`; the last two of `draft` too
-_Q = constexpr(0)  # to the first power
-_SQUARES_STUDENT = constexpr(3)  # no power
-_SQUARES_TEACHER = constexpr(5)
-_Q_X, _HIGHEST, _BEST_ID = map(constexpr, range(7, 10))
+_Q = constexpr(0)  # to the second power
+_SQUARES_STUDENT = constexpr(4)  # no power
+_SQUARES_TEACHER = constexpr(6)
+_Q_X, _HIGHEST, _BEST_ID = map(constexpr, range(8, 11))
 
 # of the trace
 (
@@ -189,6 +189,7 @@ _Q_X, _HIGHEST, _BEST_ID = map(constexpr, range(7, 10))
     _TRACE_LOG_P_TEACHER,
     _TRACE_LOG_Q,
     _TRACE_FALLBACK,
+    _TRACE_CURVATURE,
 ) = (constexpr(TRACE_FIELDS.index(name)) for name in TRACED)
 _TRACE_WIDTH = constexpr(len(TRACE_FIELDS))
 
@@ -372,6 +373,7 @@ def _add(sums, x, d, POWER: constexpr):
     if POWER >= 2:
         p_dd = p_d * d
         w_dd = w_dd * fade + p_dd
+    if POWER >= 3:
         w_ddd = w_ddd * fade + p_dd * d
     return Sums(top, w, w_d, w_dd, w_ddd)
 
@@ -419,6 +421,7 @@ def _put_sums(out, first, sums, POWER: constexpr):
         _put(out, first + 2, sums.w_d)
     if POWER >= 2:
         _put(out, first + 3, sums.w_dd)
+    if POWER >= 3:
         _put(out, first + 4, sums.w_ddd)
 
 
@@ -469,6 +472,7 @@ def _row_sums(pieces, first, POWER: constexpr):
         w_d = _sum(pieces, first + 2, scale)
     if POWER >= 2:
         w_dd = _sum(pieces, first + 3, scale)
+    if POWER >= 3:
         w_ddd = _sum(pieces, first + 4, scale)
     return Sums(top, w, w_d, w_dd, w_ddd)
 
@@ -750,14 +754,14 @@ def mix(batch, noise, solved, mixed, HASHED: constexpr, PIECE: constexpr, BLOCK:
         p, top, fade = _weigh(x, q.top)
         q_x += q.w * (q.top - top)
         q_x = q_x * fade + p * (x - top)
-        q = _add(q, x, d, 1)
+        q = _add(q, x, d, 2)
         # q^2 / p_student = exp(2 x - s)
         squares_s = _add(squares_s, _if_shared(d, x + alpha * d), d, 0)
         squares_t = _add(squares_t, _if_shared(d, x - (1 - alpha) * d), d, 0)
         score = x + _gumbel(noise, ids, ids < batch.vocab, a, b, HASHED)
         best, best_id = _better(best, best_id, score, ids)
     out = mixed + (row * batch.pieces + piece) * _COLUMNS
-    _put_sums(out, _Q, q, 1)
+    _put_sums(out, _Q, q, 2)
     _put_sums(out, _SQUARES_STUDENT, squares_s, 0)
     _put_sums(out, _SQUARES_TEACHER, squares_t, 0)
     _put(out, _Q_X, _total(q_x))
@@ -788,7 +792,7 @@ def _trace_mixture(trace, pieces, known):
     log_z_t = _get(known, _LOG_Z_TEACHER)
     no_student = _get(known, _NO_STUDENT) != 0
     no_teacher = _get(known, _NO_TEACHER) != 0
-    q = _row_sums(pieces, _Q, 1)
+    q = _row_sums(pieces, _Q, 2)
     _, scale = _scales(pieces, _Q)
     # E[x] relative to the row's largest: each piece's is relative to its own
     lower = _column(pieces, _Q, _NO_MAXIMUM) - q.top
@@ -797,7 +801,10 @@ def _trace_mixture(trace, pieces, known):
     q_x += _sum(pieces, _Q + 1, lowered)
     log_sum = _log_sum(q)
     gap = log_z_t - log_z_s
-    slope = q.w_d / q.w - gap
+    mean_d = q.w_d / q.w
+    slope = mean_d - gap
+    variance = tl.maximum(q.w_dd / q.w - mean_d * mean_d, 0.0)
+    curvature = tl.where(no_student | no_teacher, _INF, variance)
     F = log_sum - log_z_s - alpha * gap
     kl_s = tl.maximum(alpha * slope - F, 0.0)
     kl_t = tl.maximum((alpha - 1) * slope - F, 0.0)
@@ -812,6 +819,7 @@ def _trace_mixture(trace, pieces, known):
     _put_field(trace, _TRACE_ESS_TEACHER, tl.where(no_teacher, 0.0, ess_t))
     _put_field(trace, _TRACE_ENTROPY, tl.maximum(entropy, 0.0))
     _put_field(trace, _TRACE_FALLBACK, _get(known, _FALLBACK))
+    _put_field(trace, _TRACE_CURVATURE, curvature)
     return F
 
 

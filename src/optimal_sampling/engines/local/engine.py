@@ -121,7 +121,7 @@ class LocalEngine(Engine):
         shared = os.path.realpath(paths["student"]) == os.path.realpath(paths["teacher"])
         loaded: dict[str, Any] = {}
         for role in ("teacher", "student"):
-            if role == "student" and shared:
+            if role == "student" and shared and "teacher" in loaded:
                 loaded[role] = loaded["teacher"]
             elif mode in ("mixture", role):
                 loaded[role] = load_model(paths[role], models, role, load_kwargs)

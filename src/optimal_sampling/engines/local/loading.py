@@ -76,7 +76,7 @@ def load_model(
         kwargs["adapter_kwargs"] = {"subfolder": "none"}
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        settings._attn_implementation = "eager"  # ours is plugged in: another need not be installed
+        settings._attn_implementation = None  # what the file names need not be installed
         model_class, reads_images = _model_class(settings)
         model, info = model_class.from_pretrained(
             path, config=settings, output_loading_info=True, **kwargs
@@ -126,7 +126,7 @@ def _four_bit(kwargs: dict[str, Any]) -> Any:
     try:
         import bitsandbytes  # noqa: F401 - Transformers asks for it late and less clearly
     except ImportError as error:
-        message = "load_in_4bit needs bitsandbytes: pip install 'optimal-sampling[4bit]'"
+        message = "load_in_4bit needs: pip install 'bitsandbytes>=0.48' 'accelerate>=1.10'"
         raise MissingDependencyError(message) from error
     from transformers import BitsAndBytesConfig
 

@@ -16,7 +16,7 @@ BESIDE_MODEL = re.compile(
     r"rotary_emb\.|\.(attn|attention)\.(masked_)?bias$|\.causal_mask$"
     r"|(^|\.)(mtp|vision|visual|audio|image|speech|mm|multi_?modal)(_|\.)"
 )
-"""Weights of no text model: buffers that are computed, next-token heads for drafts, other inputs."""
+"""Weights of no text model: computed buffers, heads that draft further tokens, other inputs."""
 
 
 def check_weights(model: Any, info: dict[str, Any], name: str, allow_unused: bool) -> None:

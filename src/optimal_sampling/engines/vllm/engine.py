@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from optimal_sampling.config import EngineOptions, MixtureConfig, ModelConfig, VllmOptions
@@ -89,6 +89,9 @@ class VllmEngine(Engine):
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        if mode == "teacher":
+            revision = models.teacher_revision
+            models = replace(models, student=models.teacher, student_revision=revision)
         given = {"skip_tokenizer_init": True, **(settings or {})}
         arguments = engine_arguments(models, mixture, options, vocabulary, given)
         core = LLMEngine.from_engine_args(EngineArgs(**arguments))

@@ -42,7 +42,7 @@ def vllm_version() -> str:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    raise MissingDependencyError("the vLLM engine needs vLLM: pip install 'optimal-sampling[vllm]'")
+    raise MissingDependencyError("the vLLM engine needs vLLM: pip install 'vllm>=0.32,<0.33'")
 
 
 def check_version(version: str | None = None) -> None:

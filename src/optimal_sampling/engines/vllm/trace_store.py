@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
+from optimal_sampling.types import weighted_mean
+
 __all__ = ["TraceRows", "TraceStore", "Traces", "alpha_summary"]
 
 TraceRows = list[list[float]]
@@ -76,10 +78,16 @@ class TraceStore:
         self.errors.pop(request_id, None)
 
 
-def alpha_summary(alpha: Sequence[float], clamped: Sequence[float]) -> dict[str, float]:
-    """Statistics over tokens; NaN without tokens. `std` is the population's."""
+def alpha_summary(
+    alpha: Sequence[float], clamped: Sequence[float], curvature: Sequence[float]
+) -> dict[str, float]:
+    """Statistics over tokens; NaN without tokens. `std` is the population's.
+
+    `weighted_mean`, with `curvature` as weights, is alpha where the models differ.
+    """
     return {
         "mean": statistics.fmean(alpha) if alpha else math.nan,
+        "weighted_mean": weighted_mean(alpha, curvature),
         "std": statistics.pstdev(alpha) if alpha else math.nan,
         "min": min(alpha, default=math.nan),
         "max": max(alpha, default=math.nan),

@@ -27,7 +27,8 @@ def one_segment(query, keys, values, scale, window):
 
 
 def fake_varlen_attn(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
+    return_aux=None, scale=None, window_size=(-1, -1),
     enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
 ):  # fmt: skip
     """torch.nn.attention.varlen.varlen_attn of PyTorch, which takes no table of pages."""

@@ -1,4 +1,4 @@
-"""Python imports this at its start, because the tests put this folder on PYTHONPATH: processes that vLLM starts."""
+"""Imported by Python at its start in processes of vLLM: the tests put this folder on PYTHONPATH."""
 
 from tests.engines.vllm.interpreter import install
 

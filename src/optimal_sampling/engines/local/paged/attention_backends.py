@@ -194,6 +194,6 @@ def _packaged() -> Choice:
         import flash_attn as package
     except ImportError as error:
         message = "attention 'flash_attn' needs the flash-attn package"
-        remedy = "pip install 'optimal-sampling[flash]'"
+        remedy = "pip install 'flash-attn>=2.8'"
         raise MissingDependencyError(f"{message}: {remedy}") from error
     return Choice(flash_attn, f"flash-attn {getattr(package, '__version__', '')}".strip())
