@@ -15,7 +15,7 @@ from optimal_sampling.bench.workload import Variant
 from optimal_sampling.config import ModelConfig
 from optimal_sampling.engines.local.paged.page_manager import PAGE, SPARE
 from optimal_sampling.errors import ConfigError
-from optimal_sampling.types import Completion, Request, TokenTrace
+from optimal_sampling.types import TRACE_FIELDS, Completion, Request, TokenTrace
 
 MODELS = ModelConfig(device="cpu", dtype="float32")
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
@@ -54,7 +54,9 @@ def test_a_batch_that_does_not_fit_completes_by_admission():
 
 
 def completion(tokens=(1, 2), kl=0.5, captured=1.0):
-    trace = TokenTrace.from_rows([(0.5, 0.0, kl, *[float("nan")] * 8)] * len(tokens))
+    trace = TokenTrace.from_rows(
+        [(0.5, 0.0, kl, *[float("nan")] * (len(TRACE_FIELDS) - 3))] * len(tokens)
+    )
     request = Request("x", 0, 0, (1,), (1,), 4)
     return Completion(
         request, tuple(tokens), "length", trace, captured={"log_q": torch.tensor([captured])}

@@ -56,6 +56,25 @@ def test_rows_of_one_length_share_forward_passes(invariant):
     assert how in engine.notes()["attention"]
 
 
+@pytest.mark.parametrize("long_role", ["student", "teacher"])
+def test_a_row_moves_before_one_of_its_models_has_cached_a_token(long_role):
+    """Guards: a KeyError that ends the whole call, where a prompt has one token and the other
+    model's prompt is still being read."""
+    vocab = vocabulary(12, 3000, frozenset())
+    models = [recurrent(1), tiny_model(2, max_position_embeddings=3000)]
+    engine = engine_of(*models, vocab=vocab, prefill_chunk=64)
+    short, long = ((1,), (4,) * 200), ((1,), (4,) * 400)
+    rows = [
+        Request("a", 0, 0, (1,), (4,) * 5, 1),
+        Request("b", 0, 0, *(long if long_role == "teacher" else long[::-1]), 2),
+        Request("c", 0, 0, *(short if long_role == "teacher" else short[::-1]), 2),
+    ]
+    done = {each.request.id: each for each in engine.generate(rows)}
+    assert {name: len(each.token_ids) for name, each in done.items()} == {"a": 1, "b": 2, "c": 2}
+    alone = {r.id: next(iter(engine.generate([r]))).token_ids for r in rows}
+    assert {name: each.token_ids for name, each in done.items()} == alone
+
+
 def test_the_note_says_what_single_rows_cost():
     """Guards: a slow run that nothing announces, and a factor that nobody measured."""
     model = recurrent(1)

@@ -114,7 +114,9 @@ class StockCache(Cache):
 
     def move(self, source: int, target: int, count: int) -> None:
         """Row `target` becomes what row `source` is, which ends; `count` tokens are cached."""
-        self.rows[target] = self.rows.pop(source)
+        self.clear(target)
+        if count:  # else it has no row yet
+            self.rows[target] = self.rows.pop(source)
 
     def clear(self, row: int) -> None:
         """Forget a row."""
