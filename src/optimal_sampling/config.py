@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -32,6 +33,7 @@ __all__ = [
     "ToyOptions",
     "VllmOptions",
     "engine_options",
+    "expand_user",
     "parse_slice",
 ]
 
@@ -392,7 +394,16 @@ class RunConfig(Checked):
         super().__post_init__()
         self._check_range("max_new_tokens max_attempts", 1)
         self._check_path("output_dir")
-        object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
+        object.__setattr__(self, "output_dir", str(expand_user(self.output_dir)))
+
+
+def expand_user(path: str | Path) -> Path:
+    """The path with the home folder in place of a `~` at its start; the `~` of `./~/x` is a folder.
+
+    The latter becomes absolute, so that it is not expanded when this is called again.
+    """
+    expanded = Path(os.path.expanduser(path))
+    return expanded.absolute() if str(expanded).startswith("~") else expanded
 
 
 @dataclass(frozen=True)

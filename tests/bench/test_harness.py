@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -24,6 +25,7 @@ from optimal_sampling.bench.subcommands import SUBCOMMANDS, Size, parse_size
 from optimal_sampling.bench.workload import ModelPair
 from optimal_sampling.cli import main
 from optimal_sampling.config import ModelConfig
+from optimal_sampling.errors import ConfigError
 
 ONE_SHAPE = ["--teacher-shape", "tiny", "--prompt-tokens", "5"]
 TINY = [*ONE_SHAPE, "--student-shape", "tiny"]
@@ -265,6 +267,7 @@ def test_an_option_of_another_subcommand_is_refused(arguments, name, capsys):
         (["memory", "--sizes", "8*256"], "'8*256'"),
         (["gpu", "--huge", "0x4"], "'0x4'"),
         (["solver", "--output", "/nowhere/at/all.json"], "/nowhere/at"),
+        (["solver", "--repeats", "1", "--output", "/tmp"], "'/tmp' is a folder"),
         (["speed", "--teacher-shape", "tiny"], "give both or none"),
         (["speed", *TINY, "--teacher", "a-folder"], "exclude each other"),
         (["speed", *TINY, "--load-in-4bit"], "exclude each other"),
@@ -279,6 +282,23 @@ def test_options_that_make_no_sense_are_refused(arguments, message, capsys):
         raise SystemExit(main(["bench", *arguments]))
     assert refused.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_run(tmp_path, monkeypatch):
+    """Guards: a measurement that runs before the message. Root passes `access`: replaced."""
+    path = tmp_path / "line.json"
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match=r"line\.json' cannot be written"):
+        SUBCOMMANDS["solver"](output=str(path))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_an_output_on_a_full_disk_is_a_message(capsys):
+    """Guards: a traceback after minutes of measuring; the line of JSON is printed all the same."""
+    assert main(["bench", "solver", "--repeats", "1", "--output", "/dev/full"]) == 1
+    shown = capsys.readouterr()
+    assert "cannot write the output '/dev/full'" in " ".join(shown.err.split())
+    assert '"benchmark": "solver"' in shown.out
 
 
 def test_without_a_subcommand_it_is_speed():

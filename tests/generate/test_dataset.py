@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from optimal_sampling.config import DataConfig
+from optimal_sampling.config import DataConfig, RunConfig
 from optimal_sampling.errors import DatasetError, MissingDependencyError
 from optimal_sampling.generate.dataset import open_dataset
 
@@ -24,6 +24,15 @@ def write_jsonl(path, rows):
 
 def read(dataset, **options):
     return list(open_dataset(DataConfig(dataset=str(dataset), **options), seed=0))
+
+
+def test_a_folder_named_tilde_is_no_home(tmp_path, monkeypatch):
+    """Guards: `./~/rows.jsonl` looked for in the home folder, where the output folder is not."""
+    (tmp_path / "~").mkdir()
+    write_jsonl(tmp_path / "~" / "rows.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    assert len(read("./~/rows.jsonl")) == len(ROWS)
+    assert RunConfig(output_dir="./~/run").output_dir == str(tmp_path / "~" / "run")
 
 
 def test_jsonl_and_parquet_give_the_same_rows(tmp_path):

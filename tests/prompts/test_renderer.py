@@ -91,6 +91,43 @@ def test_unknown_column_lists_what_there_is() -> None:
         plain(config, columns=["problem", "answer"])
 
 
+@pytest.mark.parametrize(
+    "place",
+    ["{problem", "{problem.x}", "{0}", "{problem!r:>9}", "{problem:>9}", "{answer[0]}"],
+)
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_mistyped_placeholder_is_refused(role: str, place: str) -> None:
+    """Guards: every row of a run given the text `{problem.x}`, with exit code 0."""
+    config = PromptConfig(chat_template=False, **{f"{role}_template": f"Q: {place}"})
+    with pytest.raises(ConfigError) as error:
+        plain(config, columns=["problem", "answer"])
+    assert f"the {role}'s template has {place!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{}",
+        r"\boxed{answer",
+        r"\text{answer:x}",
+        r"x^{2} \frac{1}{answer.x}",
+        "the set {1}",
+        '{"answer": 1}',
+        "{answer: 4}",
+        "{answer here}",
+        "{ answer",
+        "{",
+        "{other.x}",
+        "{{problem.x}}",
+    ],
+)
+def test_other_braces_beside_a_column_are_text(text: str) -> None:
+    """Guards: LaTeX and JSON in a template taken for mistyped placeholders."""
+    config = PromptConfig(chat_template=False, student_template="{problem} " + text)
+    rendered = plain(config, columns=["problem", "answer"]).render({"problem": "p"})
+    assert rendered.student_text == f"p {text}"
+
+
 def test_column_that_one_row_lacks_fails_that_row_only() -> None:
     """Guards: a run that stops at the first row of another shape."""
     renderer = plain(PromptConfig(teacher_template="{problem} {hint}"), columns=["problem", "hint"])
@@ -121,6 +158,7 @@ def test_null_is_never_written_into_a_prompt(null: object) -> None:
         ),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not text"),
         ({"problem": "half \ud800"}, "surrogate"),
+        ({"problem": {"a": 1}}, "turn 0 is no object with `role` and `content`"),
     ],
 )
 def test_row_without_a_problem_is_a_prompt_error(row: dict[str, Any], reason: str) -> None:

@@ -1,11 +1,14 @@
 """Folders that are no model, or not all of one: what they are, and what to do."""
 
+from pathlib import Path
+
 import pytest
 
 from optimal_sampling import toy_pair
 from optimal_sampling.errors import ModelError
 from optimal_sampling.vocabulary import resolve_model
 from optimal_sampling.vocabulary.model_folder import check_weight_files
+from optimal_sampling.vocabulary.tokens import load_tokens
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 16060522240\n"
 
@@ -91,3 +94,33 @@ def test_shipped_models_and_hub_ids_pass():
     for name in toy_pair.NAMES:
         assert resolve_model(name) == str(toy_pair.path(name))
     assert resolve_model("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+
+
+@pytest.mark.parametrize("name", ["toy-studnt", "toy_teacher"])
+def test_a_name_near_a_shipped_model_is_told(name):
+    """Guards: the hub asked for a mistyped name, and its message about a repository."""
+    with pytest.raises(ModelError, match="did you mean 'toy-"):
+        resolve_model(name)
+
+
+def test_a_folder_named_tilde_is_no_home(tmp_path, monkeypatch):
+    """Guards: `./~/m` read from the home folder, when resolved once or twice."""
+    write(tmp_path / "~" / "m", "config.json")
+    monkeypatch.chdir(tmp_path)
+    found = resolve_model("./~/m")
+    assert found == resolve_model(found) == str(tmp_path / "~" / "m")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("config.json", '{"model_type": "qwen3", "eos_token_id": "x"}', "eos_token_id': .*TypeErr"),
+        ("tokenizer.json", "{}", "KeyError: '"),
+    ],
+)
+def test_a_broken_file_says_the_whole_reason(model_folder, file, text, said):
+    """Guards: a first line that ends in a colon, or a KeyError's key alone."""
+    folder = Path(model_folder("m", {"eos_token_id": 258}))
+    (folder / file).write_text(text)
+    with pytest.raises(ModelError, match=said):
+        load_tokens(str(folder))

@@ -97,6 +97,17 @@ def test_second_end_token_that_is_cut_is_noted() -> None:
     assert any("left out: ids 259" in note for note in vocabulary.notes)
 
 
+def test_end_id_outside_its_own_vocabulary_is_told() -> None:
+    """Guards: the other model blamed for an end id that no token has."""
+    models = [tokens(name="m", end_ids=frozenset({258, 99999}))] * 2
+    notes = " ".join(Vocabulary.share(*models).notes)
+    assert "that lie outside its own vocabulary are left out: ids 99999" in notes
+    assert "other model" not in notes
+    alone = tokens(name="m", end_ids=frozenset({99999}))
+    with pytest.raises(TokenizerMismatchError, match="id 99999, which lies outside its own"):
+        Vocabulary.share(alone, alone)
+
+
 def test_tokenizer_of_another_model_is_told_by_its_size() -> None:
     """Guards: ids beyond the rows of the model reaching its embedding."""
     with pytest.raises(TokenizerMismatchError, match="only 100 rows of logits"):
@@ -274,7 +285,8 @@ def test_hub_that_cannot_be_reached_is_a_model_error(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
     with pytest.raises(
-        ModelError, match=r"couldn't connect to the hub\. There is no folder .* either"
+        ModelError,
+        match=r"couldn't connect to the hub and more lines\. There is no folder .* either",
     ):
         Vocabulary.load("some/model", "some/model")
 

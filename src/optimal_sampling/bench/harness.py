@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from optimal_sampling.bench.subcommands import BenchOptions
-from optimal_sampling.config import ModelConfig
+from optimal_sampling.config import ModelConfig, expand_user
+from optimal_sampling.errors import StorageError
 from optimal_sampling.version import __version__
 
 __all__ = [
@@ -268,5 +269,8 @@ def run_bench(options: BenchOptions, console: Console) -> int:
     line = json.dumps(result) + "\n"
     console.file.write(line)
     if options.output is not None:
-        Path(options.output).expanduser().write_text(line)
+        try:
+            expand_user(options.output).write_text(line)
+        except OSError as error:
+            raise StorageError(f"cannot write the output {options.output!r}: {error}") from error
     return 1 if report.failed else 0

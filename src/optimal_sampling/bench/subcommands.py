@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from optimal_sampling.config import ModelConfig
+from optimal_sampling.config import ModelConfig, expand_user
 from optimal_sampling.errors import ConfigError
 
 __all__ = [
@@ -54,6 +55,16 @@ def parse_size(text: str) -> Size:
     return Size(int(match[1]), int(match[2]))
 
 
+def _check_output(path: Path) -> None:
+    """Raise ConfigError for a path that no file can be written to."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"output: there is no folder {str(path.parent)!r}; make it first")
+    if path.is_dir():
+        raise ConfigError(f"output: {str(path)!r} is a folder; name a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"output: {str(path)!r} cannot be written; choose another file")
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """Options of every subcommand."""
@@ -73,9 +84,8 @@ class BenchOptions:
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        folder = Path(self.output or "file").expanduser().parent
-        if not folder.is_dir():
-            raise ConfigError(f"output: there is no folder {str(folder)!r}; make it first")
+        if self.output is not None:
+            _check_output(expand_user(self.output))
 
     def _refuse(self, names: Sequence[str], reason: str) -> None:
         """Raise ConfigError where one of the named options differs from its default."""

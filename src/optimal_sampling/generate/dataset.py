@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from optimal_sampling.config import DataConfig, parse_slice
+from optimal_sampling.config import DataConfig, expand_user, parse_slice
 from optimal_sampling.errors import DatasetError, MissingDependencyError
 from optimal_sampling.generate.json_rows import is_json, read_json
 from optimal_sampling.prompts import PROMPT_COLUMNS
@@ -138,15 +138,14 @@ def _source(config: DataConfig, seed: int) -> Source:
         _check_unused(config, "split", "subset", "revision")
         return _synthetic(seed, config.num_examples or _SYNTHETIC_ROWS)
     try:
-        path = Path(config.dataset).expanduser()
+        path = expand_user(config.dataset)
         if path.is_dir():
             _check_unused(config, "revision")
             return _folder(path, config)
         if path.exists():
             _check_unused(config, "split", "subset", "revision")
             return _file(path)
-    except (OSError, RuntimeError, ValueError) as error:
-        # a name too long for the disk, a user without a home, a NUL in the name
+    except (OSError, ValueError) as error:  # a name too long for the disk, a NUL in the name
         raise DatasetError(f"dataset {config.dataset[:200]!r} is no path: {error}") from error
     if _is_path(config.dataset):
         raise DatasetError(

@@ -21,7 +21,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from optimal_sampling.config import GenerateConfig
+from optimal_sampling.config import GenerateConfig, expand_user
 from optimal_sampling.records.run_folder import RunFolder, Totals, load
 from optimal_sampling.records.schema import Record
 from optimal_sampling.records.store import read_json, write_atomically
@@ -240,7 +240,7 @@ def folder_status(run: str | Path) -> Table:
 
     What was asked for is known from the summaries of calls that ended. Raises RunFolderError.
     """
-    folder = Path(run).expanduser()
+    folder = expand_user(run)
     totals, failed = Totals(), Counter[str]()
     for record in load(folder, failed=True):
         if record["error"]:

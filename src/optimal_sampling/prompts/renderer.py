@@ -22,6 +22,7 @@ from optimal_sampling.prompts.rows import (
     conversation_of,
     fill,
     literals_in,
+    mistyped,
     names_in,
     user_turn,
     value_text,
@@ -215,12 +216,19 @@ class PromptRenderer:
     def _check_literals(self) -> list[str]:
         """Notes on templates that show no column.
 
-        Raises ConfigError for one that has the name of a column in double braces instead.
+        Raises ConfigError for one that has the name of a column in double braces instead, and for
+        a mistyped `{column}`.
         """
         notes = []
         known = self._names(set()) if self._columns is None else self._columns
         for role in ("student", "teacher"):
             template = getattr(self._config, f"{role}_template")
+            if place := mistyped(template, known):
+                raise ConfigError(
+                    f"the {role}'s template has {place!r}, which shows no column: write the name "
+                    "of a column alone in braces, such as {problem}; for the text itself write a "
+                    "space after the brace"
+                )
             if names_in(template):
                 continue
             for name in sorted(literals_in(template) & known):

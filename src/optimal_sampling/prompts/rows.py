@@ -11,13 +11,16 @@ of a template only `{name}` is, where name is an identifier.
     {{{problem}}}    the value of that column in braces
     {{}}             {}
     anything else    stays as it is: \\boxed{}, x^{2}, \\frac{1}{2}, { problem }
+
+Refused are a column's name in a brace that is not closed, and the `{problem.x}`, `{problem[0]}`,
+`{problem!r}`, `{problem:>9}` and `{0}` of `str.format`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -30,6 +33,7 @@ __all__ = [
     "conversation_of",
     "fill",
     "literals_in",
+    "mistyped",
     "names_in",
     "user_turn",
     "value_text",
@@ -43,6 +47,16 @@ _FIELD = re.compile(
       \{\{\{ (?P<braced>  [A-Za-z_][A-Za-z0-9_]*)    \}\}\}
     | \{\{   (?P<literal> ([A-Za-z_][A-Za-z0-9_]*)?) \}\}
     | \{     (?P<name>    [A-Za-z_][A-Za-z0-9_]*)    \}
+    """,
+    re.VERBOSE,
+)
+# Braces of LaTeX are those after a command, `^`, `_` or a closing brace.
+_MISTYPED = re.compile(
+    r"""
+      \\[A-Za-z]+\{
+    | (?<![\^_{}]) (?P<place> \{ (?P<name> [A-Za-z_][A-Za-z0-9_]*)
+        (?: (?: \.\w | \[ | ![rsa] | :(?!\s)) [^{}]* \}? | (?![A-Za-z0-9_]) [^{}]* (?=\{|\Z) ))
+    | (?<!\S) (?P<number> \{ [0-9]+ \})
     """,
     re.VERBOSE,
 )
@@ -130,8 +144,8 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]] | None:
     """
     if isinstance(value, str):
         value = _parsed_messages(value, column)
-    if isinstance(value, Mapping) and "role" in value:
-        value = _columnar(value) if _is_sequence(value["role"]) else [value]
+    if isinstance(value, Mapping):
+        value = _columnar(value) if _is_sequence(value.get("role")) else [value]
     if not _is_sequence(value):
         return None
     return [_message(each, f"column {column!r}: turn {place}") for place, each in enumerate(value)]
@@ -240,6 +254,20 @@ def names_in(template: str) -> frozenset[str]:
 def literals_in(template: str) -> frozenset[str]:
     """The names that a template writes as text in braces: `{{name}}`."""
     return frozenset(match["literal"] for match in _FIELD.finditer(template) if match["literal"])
+
+
+def mistyped(template: str, known: Container[str]) -> str | None:
+    """The first text of a template that is meant as `{column}` and is none; None without one.
+
+    `{0}` counts only in a template that asks for no column.
+    """
+    numbers = not names_in(template)
+    for match in _MISTYPED.finditer(_FIELD.sub("\0", template)):
+        if match["number"] and numbers:
+            return match["number"]
+        if match["name"] and match["name"] in known:
+            return match["place"].replace("\0", "...")
+    return None
 
 
 def fill(template: str, text_of: Callable[[str], str]) -> str:

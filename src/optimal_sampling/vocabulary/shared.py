@@ -218,17 +218,25 @@ def _check_end_is_shared(model: ModelTokens, role: str, size: int) -> list[str]:
     main = model.tokenizer.eos_token_id
     if lost and (main in lost or len(lost) == len(model.end_ids)):
         index = main if main in lost else lost[0]
-        token = model.id_map.get(index, "no token at all")
+        if index not in model.id_map:
+            raise TokenizerMismatchError(
+                f"{role} {model.name!r} ends its texts with id {index}, which lies outside its own "
+                "vocabulary, so its texts would never end. Correct eos_token_id in its configs."
+            )
         raise TokenizerMismatchError(
-            f"{role} {model.name!r} ends its texts with {token!r} (id {index}), which the other "
-            "model does not know, so its texts would never end. "
+            f"{role} {model.name!r} ends its texts with {model.id_map[index]!r} (id {index}), "
+            "which the other model does not know, so its texts would never end. "
             "Take two models of one family whose tokenizers have the same end tokens."
         )
-    if not lost:
-        return []
+    own = [index for index in lost if index in model.id_map]
+    reasons = {
+        "that the other model does not know": own,
+        "that lie outside its own vocabulary": sorted({*lost} - {*own}),
+    }
     return [
-        f"end tokens of {role} {model.name!r} that the other model does not know are left out: "
-        f"ids {_listed(lost)}"
+        f"end tokens of {role} {model.name!r} {reason} are left out: ids {_listed(ids)}"
+        for reason, ids in reasons.items()
+        if ids
     ]
 
 

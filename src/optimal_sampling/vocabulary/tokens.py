@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from optimal_sampling import toy_pair
-from optimal_sampling.errors import MissingDependencyError, ModelError
+from optimal_sampling.config import expand_user
+from optimal_sampling.errors import MissingDependencyError, ModelError, did_you_mean
 from optimal_sampling.vocabulary.model_folder import check_model_folder
 from optimal_sampling.vocabulary.turn_end import turn_end
 
@@ -99,9 +100,9 @@ def _resolve_name(name: str) -> str:
     if name in toy_pair.NAMES:
         return _model_folder(name, toy_pair.path(name))
     try:
-        folder = Path(name).expanduser()
+        folder = expand_user(name)
         is_folder, is_file = folder.is_dir(), folder.is_file()
-    except (OSError, RuntimeError) as error:  # a name too long for the disk, a user without a home
+    except OSError as error:  # a name too long for the disk
         raise ModelError(f"{name[:200]!r} is no name of a model: {error}") from error
     if is_folder:
         return _model_folder(name, folder)
@@ -111,6 +112,8 @@ def _resolve_name(name: str) -> str:
         raise ModelError(
             f"there is no model at {name!r}: looked for the folder {folder.absolute()}"
         )
+    if near := did_you_mean(name, toy_pair.NAMES):
+        raise ModelError(f"there is no model {name!r}{near}")
     return name
 
 
@@ -234,8 +237,10 @@ def _cannot(what: str, name: str, folder: str, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    kind = type(error).__name__
+    text = " ".join(str(error).split()) or kind
+    if isinstance(error, KeyError):  # its text is the key alone
+        text = f"{kind}: {text}"
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
