@@ -5,7 +5,7 @@ import pytest
 from optimal_sampling import load
 from optimal_sampling.api.batch import BatchSampler
 from optimal_sampling.config import MixtureConfig, ModelConfig, PromptConfig, ToyOptions
-from optimal_sampling.errors import EngineError
+from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.prompts import PromptRenderer
 
 
@@ -36,3 +36,10 @@ def test_a_class_over_another_engine():
         assert alone.token_ids == rows[3].token_ids
     with pytest.raises(EngineError, match="this ToySampler is closed"):
         sampler.generate([("a", "b")])
+
+
+@pytest.mark.parametrize("models", ["toy-teacher", None, {}])
+def test_load_says_what_to_pass(models):
+    """Guards: an AttributeError for the name of a model in the place of a ModelConfig."""
+    with pytest.raises(ConfigError, match=r"models must be a ModelConfig, such as .*, got"):
+        load(models)

@@ -328,6 +328,7 @@ def test_notes_are_warned_of_once() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"alpha_minn": 0.3}, "unknown option 'alpha_minn'; did you mean 'alpha_min'"),
         ({"load_in_4bits": True}, "unknown option 'load_in_4bits'; did you mean 'load_in_4bit'"),
         ({"alpha_method": "best"}, "alpha_method must be one of"),
         ({"alpha_min": 0.9, "alpha_max": 0.1}, "alpha_min"),
@@ -348,6 +349,9 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
     ("arguments", "message"),
     [
         ({"prompts": "one text"}, "list of strings"),
+        ({"prompts": None}, "prompts must be a list of strings, got None"),
+        ({"prompts": ["a"], "temperatur": 4}, "'temperatur'; did you mean 'temperature'"),
+        ({"prompts": ["a"], "x_y_z": 4}, "there are: batch_size, .*, prompts, .*, top_p$"),
         ({"prompts": ["a"], "prompts_t": []}, "1 prompts but 0 prompts_t"),
         ({"prompts": ["a"], "max_new_tokens": 0}, "max_new_tokens"),
         ({"prompts": ["a"], "temperature": 0.0}, "temperature"),

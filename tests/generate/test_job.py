@@ -11,7 +11,7 @@ import pytest
 
 import optimal_sampling.engines.local.engine as engine_module
 from optimal_sampling import toy_pair
-from optimal_sampling.config import ModelConfig, PromptConfig, RunConfig, ToyOptions
+from optimal_sampling.config import MixtureConfig, ModelConfig, PromptConfig, RunConfig, ToyOptions
 from optimal_sampling.engines import load as load_engine
 from optimal_sampling.engines.toy import ToyEngine
 from optimal_sampling.errors import ConfigError, DatasetError, EngineError, RunFolderError
@@ -80,6 +80,37 @@ def test_more_of_the_same(fake_engine, job):
     summary = generate(job(ROWS, samples_per_prompt=2))
     assert (served, summary.already_good, summary.generated) == (5, 5, 19)
     assert len(fake_engine.served) == 24
+
+
+@pytest.mark.parametrize("config", [{}, None, "run.yaml"])
+def test_generate_says_what_to_pass(config):
+    """Guards: an AttributeError for options given in another form than a GenerateConfig."""
+    with pytest.raises(ConfigError, match=r"config must be a GenerateConfig, such as .*, got"):
+        generate(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        ({"fixed_alpha": 0.7}, {"alpha_method": "fixed"}),
+        ({"trust_region": 5.0}, {"alpha_method": "trust_region"}),
+        ({"schedule_tokens": 9}, {"alpha_method": "schedule"}),
+        ({"schedule_start": 0.9}, {"alpha_method": "schedule"}),
+        ({"schedule_end": 0.9}, {"alpha_method": "schedule"}),
+    ],
+)
+def test_an_option_of_another_method_is_noted(fake_engine, job, options, others):
+    """Guards: `--fixed-alpha 0.3` that is silently ignored for want of `--alpha-method fixed`."""
+    [(name, value)] = options.items()
+    config = replace(job(ROWS[:1]), mixture=MixtureConfig(**options))
+    method = others["alpha_method"]
+    assert generate(config).notes["note 1"] == (
+        f"{name} ({value}) does nothing with alpha_method kl_symmetry; "
+        f"it belongs to alpha_method {method}"
+    )
+    fitting = job(ROWS[:1], "fitting")
+    fitting = replace(fitting, mixture=MixtureConfig(**options, **others))
+    assert "note 1" not in generate(fitting).notes
 
 
 def test_an_interrupted_run_goes_on(fake_engine, job):

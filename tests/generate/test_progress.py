@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from optimal_sampling.generate.progress import (
     TerminalProgress,
     progress_for,
 )
+from optimal_sampling.records import merge
 from optimal_sampling.records.run_folder import Totals
 
 RECORD = {
@@ -185,3 +187,59 @@ def test_the_status_of_a_folder(fake_engine, job):
     fake_engine.fails = lambda request: ""
     console.print(folder_status(folder))
     assert "not known before a call has ended" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("data_slice", "expected"), [(None, "20/40"), ("1::2", "10/20")])
+def test_a_resumed_run_begins_with_what_is_there(fake_engine, job, data_slice, expected):
+    """Guards: `0/40 done, 40 owed` at the start of a call on a folder whose last rows are good."""
+    rows = [{"problem": f"{n}+1=?"} for n in range(20)]
+    generate(job(rows, samples_per_prompt=3, data_slice="10:20"))
+    stream = io.StringIO()
+    generate(job(rows, samples_per_prompt=2, data_slice=data_slice), LinesProgress(stream))
+    [first, *_] = [line for line in stream.getvalue().splitlines() if "done" in line]
+    done, asked = map(int, expected.split("/"))
+    assert first.startswith(f"{expected} done, {asked - done} owed")
+
+
+def test_a_sample_of_another_slice_counts_once(fake_engine, job):
+    """Guards: a count of rows that misses a prompt which a row of another slice has made."""
+    rows = [{"problem": "1+1=?"}, {"problem": "2+2=?"}, {"problem": "1+1=?"}]
+    generate(job(rows, data_slice="0:1"))
+    summary = generate(job(rows, data_slice="1:3"))
+    assert (summary.already_good, summary.generated, summary.owed) == (1, 1, 0)
+
+
+def test_no_reason_of_failure_is_lost(fake_engine, job):
+    """Guards: the sixth reason dropped from the table and from summary.json without a word."""
+    fake_engine.fails = lambda request: f"reason {len(fake_engine.served)}"
+    config = job([{"problem": f"{n}+1=?"} for n in range(8)])
+    summary = generate(config)
+    folder = Path(config.run.output_dir)
+    for table in (summary.table(), folder_status(folder)):
+        assert "and 3 more reasons" in shown(table)
+        assert shown(table).count("x failed") == 5
+    assert len(json.loads((folder / "summary.json").read_text())["errors"]) == 8
+
+
+def test_a_call_without_tokens_has_no_speed(fake_engine, job):
+    """Guards: `0.0 tokens/s (0 tokens in 0.0 s)` for a call that had nothing to do."""
+    config = job([{"problem": "1+1=?"}])
+    assert "tokens/s" in shown(generate(config).table())
+    assert "tokens/s" not in shown(generate(config).table())
+    assert "tokens/s" not in shown(folder_status(config.run.output_dir))
+
+
+def test_the_status_of_a_merged_folder(fake_engine, job, tmp_path):
+    """Guards: `owed: not known` of a folder that merge has found complete."""
+    rows = [{"problem": f"{n}+1=?"} for n in range(3)]
+    for part in ("0::2", "1::2"):
+        generate(job(rows, part[0], data_slice=part))
+    merge([tmp_path / "0", tmp_path / "1"], tmp_path / "all")
+    assert "0 of 3 asked" in shown(folder_status(tmp_path / "all"))
+    assert merge([tmp_path / "all"], tmp_path / "again") == 3
+
+
+def shown(table):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table)
+    return console.file.getvalue()

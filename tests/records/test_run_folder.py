@@ -182,7 +182,7 @@ def test_damage_is_counted(config, make_record):
     path.write_bytes(first.replace(b"answer", b"Answer") + second + third[:-9])
     with RunFolder(config) as folder:
         assert (folder.bad_lines, folder.torn_lines) == (1, 1)
-        assert folder.ledger.good == {key_of(make_record(1))}
+        assert folder.ledger.good == {key_of(make_record(1)): 1}
 
 
 def test_shards_share_a_folder(config, make_record):

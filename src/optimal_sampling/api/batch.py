@@ -146,8 +146,10 @@ def prompt_lists(
 
 def _listed(name: str, prompts: Iterable[str]) -> list[str]:
     """The prompts as a list. A single string is refused: it would be one prompt per letter."""
-    given = [] if isinstance(prompts, str) else list(prompts)
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in given):
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise ConfigError(f"{name} must be a list of strings, got {prompts!r}")
+    given = list(prompts)
+    if not all(isinstance(prompt, str) for prompt in given):
         raise ConfigError(f"{name} must be a list of strings")
     return given
 

@@ -5,6 +5,7 @@ In names of arguments and outputs, `theta` is the student and `t` the teacher.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -146,7 +147,7 @@ class OptimalSamplingModel(BatchSampler):
         dtype: torch.dtype = torch.float16,
         **kwargs: Any,
     ) -> None:
-        _check_options(kwargs)
+        _check_options(kwargs, _OPTIONS, OptimalSamplingModel)
         support = _teacher_support(constraint_to_target, target_top_k, target_top_p)
         self._mixture = MixtureConfig(
             alpha_method=cast(AlphaMethod, alpha_method),
@@ -216,7 +217,7 @@ class OptimalSamplingModel(BatchSampler):
         in `errors`, and a warning. Raises ConfigError for an option, EngineError where no prompt
         can go on or the model is closed.
         """
-        _check_options(prompt_options, _PROMPT_OPTIONS)
+        _check_options(prompt_options, _PROMPT_OPTIONS, OptimalSamplingModel.generate)
         student, teacher = prompt_lists(prompts, prompts_t, "prompts_t")
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
         seed = whole_number("seed", seed)
@@ -289,11 +290,20 @@ def _diagnostics(rows: Sequence[Completion]) -> dict[str, Any]:
     return result
 
 
-def _check_options(given: Mapping[str, Any], known: frozenset[str] = _OPTIONS) -> None:
-    for name in given:
-        if name not in known:
-            hint = did_you_mean(name, known) or f"; there are: {', '.join(sorted(known))}"
-            raise ConfigError(f"unknown option {name!r}{hint}")
+def _check_options(
+    given: Mapping[str, Any], known: frozenset[str], function: Callable[..., Any]
+) -> None:
+    """Raise ConfigError for a keyword argument that is not known.
+
+    The message names the parameters of the function too.
+    """
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        parameters = inspect.signature(function).parameters.values()
+        named = {each.name for each in parameters if each.kind != each.VAR_KEYWORD} - {"self"}
+        options = sorted(known | named)
+        hint = did_you_mean(unknown[0], options) or f"; there are: {', '.join(options)}"
+        raise ConfigError(f"unknown option {unknown[0]!r}{hint}")
 
 
 def _teacher_support(constraint_to_target: bool, top_k: int, top_p: float) -> dict[str, Any]:

@@ -24,6 +24,11 @@ def load(
     By default the local engine. The engine's `vocabulary` encodes prompts and decodes completions.
     Raises ModelError, ConfigError, TokenizerMismatchError, MissingDependencyError.
     """
+    if not isinstance(models, ModelConfig):
+        raise ConfigError(
+            "models must be a ModelConfig, such as "
+            f"ModelConfig(teacher='toy-teacher', student='toy-student'), got {models!r}"
+        )
     vocabulary = Vocabulary.load(
         models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
     )

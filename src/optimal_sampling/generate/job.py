@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from optimal_sampling.config import GenerateConfig
-from optimal_sampling.errors import EngineError, OptimalSamplingError, PromptError
+from optimal_sampling.config import GenerateConfig, MixtureConfig
+from optimal_sampling.errors import ConfigError, EngineError, OptimalSamplingError, PromptError
 from optimal_sampling.generate.dataset import Dataset, open_dataset
 from optimal_sampling.generate.fingerprint import check_rows, model_facts
 from optimal_sampling.generate.progress import Progress, Summary, Tally
@@ -18,6 +18,16 @@ from optimal_sampling.types import Completion, Request, prompt_id
 from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["Interrupted", "generate", "input_notes", "open_inputs", "prompt_of", "render_row"]
+
+
+_METHOD_OF = {
+    "fixed_alpha": "fixed",
+    "trust_region": "trust_region",
+    "schedule_start": "schedule",
+    "schedule_end": "schedule",
+    "schedule_tokens": "schedule",
+}
+"""The alpha method that reads each of these options of MixtureConfig."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -35,6 +45,11 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
     calls try again. Raises Interrupted for Ctrl-C, and an OptimalSamplingError where the run as a
     whole cannot go on; in both cases every finished record is on the disk.
     """
+    if not isinstance(config, GenerateConfig):
+        raise ConfigError(
+            f"config must be a GenerateConfig, such as GenerateConfig(run=RunConfig("
+            f"output_dir='outputs/run')), got {config!r}"
+        )
     progress = progress or Progress()
     dataset, vocabulary, renderer = open_inputs(config)
     facts = model_facts(config.models) if config.engine.loads_models else {}
@@ -94,7 +109,14 @@ class _Job:
         self.folder = folder
         self.progress = progress
         self.tally = Tally(len(dataset), config.data.samples_per_prompt)
+        self.tally.already_good = self._recorded()
         self._in_flight: dict[Key, Prompt] = {}
+
+    def _recorded(self) -> int:
+        """Good samples of the selected rows by the ledger, before any row is rendered."""
+        samples, rows = self.config.data.samples_per_prompt, self.dataset.selection
+        good = self.folder.ledger.good.items()
+        return sum(sample < samples and row in rows for (_, sample), row in good)
 
     def run(self) -> dict[str, str]:
         """Generate the owed samples; notes of the vocabulary, the renderer and the engine, by name.
@@ -131,6 +153,7 @@ class _Job:
     def _owed_requests(self) -> Iterator[Request]:
         """Requests for the owed samples; those of rows without prompts fail at once."""
         seen: set[str] = set()
+        good = 0
         for row_index, row in self.dataset:
             rendered = render_row(self.renderer, row)
             prompt = prompt_of(row_index, row, rendered)
@@ -138,22 +161,30 @@ class _Job:
                 self.tally.duplicates += 1
                 continue
             seen.add(prompt.id)
-            for sample_index in self._owed_samples(prompt.id):
+            missing = self._missing_samples(prompt.id)
+            good += self.config.data.samples_per_prompt - len(missing)
+            # a row of another data slice may have made this prompt's samples
+            self.tally.already_good = max(self.tally.already_good, good)
+            for sample_index in self._owed_samples(prompt.id, missing):
                 request = self._request(prompt.id, sample_index, rendered)
                 self._in_flight[prompt.id, sample_index] = prompt
                 if isinstance(rendered, str):
                     self._finish(Completion.failed(request, rendered))
                 else:
                     yield request
+        self.tally.already_good = good
 
-    def _owed_samples(self, prompt: str) -> Iterator[int]:
-        """Sample indices that a prompt's id still owes. Counts the others."""
-        ledger = self.folder.ledger
-        for sample_index in range(self.config.data.samples_per_prompt):
-            if ledger.owes((prompt, sample_index), self.config.run.max_attempts):
-                yield sample_index
-            elif (prompt, sample_index) in ledger.good:
-                self.tally.already_good += 1
+    def _missing_samples(self, prompt: str) -> list[int]:
+        """Indices of a prompt's samples that are not good."""
+        good = self.folder.ledger.good
+        samples = range(self.config.data.samples_per_prompt)
+        return [sample for sample in samples if (prompt, sample) not in good]
+
+    def _owed_samples(self, prompt: str, missing: list[int]) -> Iterator[int]:
+        """Those of a prompt's missing samples to try again. Counts the others."""
+        for sample in missing:
+            if self.folder.ledger.owes((prompt, sample), self.config.run.max_attempts):
+                yield sample
             else:
                 self.tally.given_up += 1
 
@@ -197,7 +228,21 @@ def input_notes(
     texts = [*vocabulary.notes, *renderer.notes, *row_notes]
     if config.run.mode != "mixture":
         texts.insert(0, f"drawn from the {config.run.mode} alone; the options of alpha do nothing")
+    else:
+        texts = [*_idle_options(config.mixture), *texts]
     return {f"note {number}": text for number, text in enumerate(texts, start=1)}
+
+
+def _idle_options(mixture: MixtureConfig) -> Iterator[str]:
+    """Notes on options of alpha that were given and belong to another method."""
+    default = MixtureConfig()
+    for name, method in _METHOD_OF.items():
+        value = getattr(mixture, name)
+        if value != getattr(default, name) and mixture.alpha_method != method:
+            yield (
+                f"{name} ({value}) does nothing with alpha_method {mixture.alpha_method}; "
+                f"it belongs to alpha_method {method}"
+            )
 
 
 def render_row(renderer: PromptRenderer, row: Mapping[str, Any]) -> RenderedPrompt | str:

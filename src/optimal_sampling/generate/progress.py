@@ -60,6 +60,7 @@ class Tally:
     duplicates: int = 0
     """Rows whose two prompts are those of an earlier row."""
     already_good: int = 0
+    """Good samples of before this call."""
     given_up: int = 0
     """Samples that had failed `max_attempts` times before this call."""
     failed: int = 0
@@ -177,7 +178,7 @@ class Summary:
             folder_tokens=totals.tokens,
             means=totals.means(),
             finish_reasons=dict(totals.finish_reasons),
-            errors=dict(tally.errors.most_common(_ERRORS_SHOWN)),
+            errors=dict(tally.errors.most_common()),
             notes=dict(notes),
         )
 
@@ -206,10 +207,11 @@ class Summary:
             yield "drawn from", f"the {self.mode} alone"
         yield "samples", f"{self.good} good of {self.asked} asked ({self.generated} new)"
         yield from ((name, str(count)) for name, count in optional.items() if count)
-        made = f"{self.tokens} tokens in {self.seconds:.1f} s"
-        yield "speed", f"{self.tokens_per_second:.1f} tokens/s ({made})"
+        if self.tokens:
+            made = f"{self.tokens} tokens in {self.seconds:.1f} s"
+            yield "speed", f"{self.tokens_per_second:.1f} tokens/s ({made})"
         yield from _mean_lines(self.means, self.finish_reasons)
-        yield from ((f"{count} x failed", error) for error, count in self.errors.items())
+        yield from _error_lines(self.errors)
         yield from self.notes.items()
         yield "records", self.records_file
 
@@ -222,6 +224,15 @@ def _table(title: str, lines: Iterable[tuple[str, str]]) -> Table:
         # Text: an error may quote [/brackets] that look like markup
         table.add_row(Text(name), Text(value))
     return table
+
+
+def _error_lines(errors: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """The most frequent reasons of failed samples, and how many more there are."""
+    for error, count in Counter(errors).most_common(_ERRORS_SHOWN):
+        yield f"{count} x failed", error
+    more = len(errors) - _ERRORS_SHOWN
+    if more > 0:
+        yield "", f"and {more} more reason{'s' if more > 1 else ''}"
 
 
 def _mean_lines(
@@ -260,8 +271,10 @@ def _status_lines(
     owed = max(0, asked - totals.records)
     yield "samples", f"{totals.records} good, {failed.total()} failed, {totals.tokens} tokens"
     yield "owed", f"{owed} of {asked} asked" if calls else "not known before a call has ended"
-    yield from ((f"{count} x failed", error) for error, count in failed.most_common(_ERRORS_SHOWN))
+    yield from _error_lines(failed)
     for call in calls:
+        if not call.get("tokens"):  # a merge, or a call that had nothing to do
+            continue
         made = f"{call['tokens']} tokens in {call['seconds']} s, {call['status']}"
         yield Path(call["records_file"]).stem, f"{call['tokens_per_second']} tokens/s ({made})"
     yield from _mean_lines(totals.means(), totals.finish_reasons)

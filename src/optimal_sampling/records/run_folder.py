@@ -106,7 +106,8 @@ class Totals:
 class Ledger:
     """The samples of a run folder. Owed = asked for, less the good ones."""
 
-    good: set[Key] = field(default_factory=set)
+    good: dict[Key, int] = field(default_factory=dict)
+    """Index in the dataset of the row that each good sample was made of."""
     failed: dict[Key, int] = field(default_factory=dict)
     """Attempts at each sample that is not good yet."""
     rows: dict[int, str] = field(default_factory=dict)
@@ -122,7 +123,7 @@ class Ledger:
             self.failed[key] = max(record["attempts"], self.attempts(key))
             return
         self.failed.pop(key, None)
-        self.good.add(key)
+        self.good[key] = record["row_index"]
         self.rows[record["row_index"]] = row_id(record["row"])
         self.totals.add(record)
 

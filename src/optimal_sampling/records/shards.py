@@ -69,7 +69,21 @@ def merge(shards: Sequence[str | Path], target: str | Path) -> int:
                 if key_of(record) not in kept:
                     file.append(record)
                     kept.add(key_of(record))
+    _write_summary(target, file.path, len(kept))
     return len(kept)
+
+
+def _write_summary(target: Path, records_file: Path, count: int) -> None:
+    """Write the counts of a complete run. It has no speed: no token was made."""
+    summary = {
+        "status": "complete",
+        "run_folder": str(target),
+        "records_file": str(records_file),
+        "asked": count,
+        "good": count,
+        "owed": 0,
+    }
+    write_atomically(target / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _common_config(folders: Sequence[Path]) -> dict[str, Any]:
