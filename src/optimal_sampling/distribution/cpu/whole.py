@@ -93,7 +93,8 @@ class WholePair(Pair):
             np.maximum(self._both, MASKED_LOGIT, out=self._both)
             top = np.where(top < MASKED, 0.0, top)
         self._both -= top[:, :, None]
-        self._shifted = np.logical_or.reduce(self._least - top < _MIN_EXPONENT)
+        student, teacher = self._least - top < _MIN_EXPONENT
+        self._shifted = student | teacher
         self._underflows = bool(self._shifted.any())
         if self._underflows:
             tiny = (self._both < _MIN_EXPONENT) & (self._both > MASKED)
