@@ -98,7 +98,7 @@ class WholePair(Pair):
         self._underflows = bool(self._shifted.any())
         if self._underflows:
             tiny = (self._both < _MIN_EXPONENT) & (self._both > MASKED)
-            self._clamped = tiny.any((0, 2))
+            self._clamped = np.logical_or.reduce(tiny, (0, 2))
         self._weights = self._exp(self._both)
         self._z = np.add.reduce(self._weights, -1)
         log_z = np.log(self._z)
