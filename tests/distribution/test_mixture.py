@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -28,12 +27,6 @@ from optimal_sampling.distribution.naive import naive_step
 from optimal_sampling.types import ALPHA_METHODS, TRACE_FIELDS, TRACE_TABLE, TraceField
 
 CONFIG = MixtureConfig(alpha_min=0.1)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with np.errstate(all="ignore"):
-        yield
 
 
 def batch(rows, vocab, seed=0):
@@ -93,14 +86,58 @@ def test_draws_do_not_depend_on_the_last_alpha_seen(vocab):
     assert all((a == b).all() for a, b in zip(before, after, strict=True))
 
 
-def test_a_pair_with_restored_support_is_solved_once():
+@pytest.mark.parametrize("masked", [-math.inf, 0.0])
+def test_a_pair_is_solved_once(masked):
     """Guards: a second solve on rows whose support is no longer the common one."""
     student, teacher, _, position = batch(3, 40)
-    student[0, 1] = -math.inf
+    student[0, 1] = masked
     pair = make_pair(student, teacher, CONFIG)
     solve(pair, position, CONFIG)
     with pytest.raises(RuntimeError, match="solved already"):
         solve(pair, position, CONFIG)
+
+
+@pytest.mark.parametrize("other", [{"temperature": 2.0}, {"teacher_support_top_k": 3}])
+def test_a_pair_is_solved_with_its_own_mixture(other):
+    """Guards: q at the pair's temperature and support under another configuration, silently."""
+    student, teacher, _, position = batch(3, 40)
+    pair = make_pair(student, teacher, CONFIG)
+    with pytest.raises(ValueError, match=next(iter(other))):
+        solve(pair, position, replace(CONFIG, **other))
+
+
+def test_an_unknown_role_is_refused():
+    """Guards: a misspelt role that is traced as the student."""
+    with pytest.raises(ValueError, match="'Teacher'"):
+        solve_single(batch(1, 9)[0], CONFIG, "Teacher")
+
+
+@pytest.mark.parametrize("vocab", [40, 5000])
+@pytest.mark.parametrize("cut", [lambda x: x[:, :-1], lambda x: x[:-1]])
+@pytest.mark.parametrize("use", [lambda *x: step(*x, CONFIG), lambda *x: make_pair(*x[:2], CONFIG)])
+def test_logits_of_unequal_shapes_are_refused(vocab, cut, use):
+    """Guards: torch that resizes a buffer, and rows that are left out."""
+    student, teacher, noise, position = batch(3, vocab)
+    with pytest.raises(ValueError, match=rf"\(3, {vocab}\) and \("):
+        use(student, cut(teacher), noise, position)
+
+
+@pytest.mark.parametrize("vocab", [2, 5000])
+@pytest.mark.parametrize("method", ["reverse_kl_symmetry", "kl_symmetry"])
+@pytest.mark.parametrize("kind", ["equal", "disjoint", "bad"])
+def test_the_parts_do_not_warn(vocab, method, kind):
+    """Guards: warnings of 0/0 on ordinary rows where the parts are used without `step`."""
+    student = torch.zeros(1, vocab)
+    teacher = student.clone()
+    if kind == "disjoint":
+        student[:, 1:], teacher[:, :1] = -math.inf, -math.inf
+    if kind == "bad":
+        student[0, 0], teacher[:] = math.inf, -math.inf
+    config = MixtureConfig(alpha_method=method)
+    noise = torch.zeros_like(student)
+    solved = solve(make_pair(student, teacher, config), torch.zeros(1, dtype=torch.int64), config)
+    log_q(solved)
+    trace_of(solved, draw(solved, noise)[0])
 
 
 def test_ess_is_left_out_on_request():

@@ -236,6 +236,55 @@ def test_rows_are_bitwise_independent(vocab, counts, method):
             assert torch.equal(some, whole[part])
 
 
+def test_a_row_beside_one_with_an_underflow_keeps_its_bits():
+    """Guards: sums relative to the largest score, for all rows of a block where one needs them.
+
+    Row 0 took the score of its masked tokens, -1e18, into its entropy.
+    """
+    student = torch.zeros(2, 5000)
+    teacher = torch.full((2, 5000), -INF)
+    student[0, :2], teacher[0, :2] = torch.tensor([[-36.0, -37.0], [0.0, -1.0]])
+    student[1, 2], teacher[1, 2] = -200.0, 0.0
+    assert_first_row_is_independent(student, teacher, "entropy")
+
+
+@pytest.mark.parametrize("method", ["fixed", "mirror"])
+def test_a_small_row_beside_one_with_an_underflow_keeps_its_bits(method):
+    """Guards: scores that are shifted by their largest in every row where one needs it.
+
+    Models that are far apart had other bits in tiny values of the trace.
+    """
+    for seed in range(20):
+        student, teacher, *_ = batch(2, 30, seed, apart=30.0)
+        student[1, 3] = -2000.0
+        assert_first_row_is_independent(student, teacher, method)
+
+
+def assert_first_row_is_independent(student, teacher, method):
+    mixture = MixtureConfig(alpha_method=method, alpha_min=0.0)
+    rows = student, teacher, torch.zeros_like(student), torch.arange(len(student))
+    together = step(*rows, mixture, keep_log_q=True)
+    alone = step(*(x[:1] for x in rows), mixture, keep_log_q=True)
+    assert torch.equal(alone.pack()[0], together.pack()[0])
+    assert torch.equal(alone.log_q[0], together.log_q[0])
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "temperature"),
+    [([0, -800], [-1, 0], 1.0), ([0, -100], [0, 0], 0.1), ([0, -800, -INF], [-1, 0, 0], 1.0)],
+)
+def test_ess_where_a_probability_underflows(student, teacher, temperature):
+    """Guards: 1 / sum q^2/p with a p that is clamped at e^-700: 1.0 where it is 0.27."""
+    for alpha in (0.5, 1.0):
+        mixture = MixtureConfig(
+            alpha_method="fixed", fixed_alpha=alpha, temperature=temperature, alpha_min=0.0
+        )
+        got = trace_row(one(student, teacher, mixture))
+        want = naive_step(student, teacher, [0.0] * len(student), 0, mixture).trace
+        for name in ("ess_student", "ess_teacher"):
+            assert close(got[name], want[name]), (name, alpha)
+
+
 def test_rows_are_bitwise_independent_on_two_threads():
     """Guards: sums that are split among threads where the batch is large."""
     threads = torch.get_num_threads()

@@ -25,6 +25,7 @@ __all__ = [
     "array_of",
     "at_least",
     "at_most",
+    "check_shapes",
     "cuts",
     "dot",
     "fill_rows",
@@ -170,6 +171,16 @@ def dot(x: Array | Tensor, y: Array, out: Array) -> None:
         torch.sum(x * tensor_of(y), -1, out=tensor_of(out))
     else:
         np.vecdot(x, y, out=out)
+
+
+def check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """ValueError where the logits of the two models have different shapes."""
+    if student_logits.shape != teacher_logits.shape:
+        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        raise ValueError(
+            f"student and teacher logits have the shapes {shapes}: "
+            "give both the same rows and the same vocabulary"
+        )
 
 
 def cuts(top_k: int, top_p: float) -> bool:

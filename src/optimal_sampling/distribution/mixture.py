@@ -26,6 +26,7 @@ from optimal_sampling.distribution.arrays import (
     array_of,
     at_least,
     at_most,
+    check_shapes,
     cuts,
     fill_rows,
     keep_largest,
@@ -62,6 +63,7 @@ _WHOLE_CHUNK = 1 << 15  # logits per model that are worked on together: near the
 _TILED_CHUNK = 1 << 23
 _NAN = float("nan")
 _INF = float("inf")
+_quiet = np.errstate(all="ignore")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,11 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solved:
-    """q of every row: proportional to p_student^(1-alpha) * p_teacher^alpha, or one model alone."""
+    """q of every row: proportional to p_student^(1-alpha) * p_teacher^alpha, or one model alone.
+
+    `trace_of` reads the logits that `make_pair` was given: they must stay as they are until its
+    last call.
+    """
 
     models: Pair | SingleModel
     mixture: MixtureConfig
@@ -122,7 +128,7 @@ class Solved:
 
 
 @torch.no_grad()
-@np.errstate(all="ignore")
+@_quiet
 def step(
     student_logits: Logits,
     teacher_logits: Logits,
@@ -136,16 +142,17 @@ def step(
 
     `position` is the index of the token in its completion, 0 for the first. A row's result has the
     same bits whatever rows are beside it. On a GPU the programs of `gpu` do what they cover, where
-    Triton is installed.
+    Triton is installed. ValueError where the two logits have different shapes.
     """
+    check_shapes(student_logits, teacher_logits)
     rows, vocab = student_logits.shape
     device = student_logits.device
     if runs_fused(device, mixture, keep_log_q):
         return Drawn(*fused_step(student_logits, teacher_logits, noise, position, mixture))
     parts = []
     for part in row_slices(rows, vocab, device):
-        pair = make_pair(student_logits[part], teacher_logits[part], mixture)
-        solved = solve(pair, position[part], mixture)
+        pair = _make_pair(student_logits[part], teacher_logits[part], mixture)
+        solved = _solve(pair, position[part], mixture)
         parts.append(_draw_and_trace(solved, noise[part], keep_log_q))
     if len(parts) == 1:
         return parts[0]
@@ -153,6 +160,7 @@ def step(
 
 
 @torch.no_grad()
+@_quiet
 def single_step(
     logits: Logits,
     noise: NoiseSource,
@@ -164,11 +172,11 @@ def single_step(
 
 
 def _draw_and_trace(solved: Solved, noise: NoiseSource, keep_log_q: bool = False) -> Drawn:
-    kept = log_q(solved) if keep_log_q else None
-    token, drawn_log_q = draw(solved, noise, kept)
+    kept = _log_q(solved) if keep_log_q else None
+    token, drawn_log_q = _draw(solved, noise, kept)
     return Drawn(
         token,
-        trace_of(solved, token, drawn_log_q),
+        _trace_of(solved, token, drawn_log_q),
         tensor_of(solved.models.bad_student),
         tensor_of(solved.models.bad_teacher),
         kept,
@@ -198,24 +206,31 @@ def row_slices(rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
 # In parts
 
 
-def make_pair(
+def _make_pair(
     student_logits: Logits,
     teacher_logits: Logits,
     mixture: MixtureConfig,
 ) -> Pair:
-    """The class of pair that suits the vocabulary and the device, whatever the number of rows."""
+    """The class of pair that suits the vocabulary and the device, whatever the number of rows.
+
+    A pair refers to the logits: they must not be changed until the last `trace_of`. ValueError
+    where the two have different shapes.
+    """
     small = student_logits.shape[1] <= MAX_VOCAB
     if small and uses_numpy(student_logits.device):
         return WholePair(student_logits, teacher_logits, mixture)
     return TiledPair(student_logits, teacher_logits, mixture)
 
 
-def solve(pair: Pair, position: Positions, mixture: MixtureConfig, *, ess: bool = True) -> Solved:
+def _solve(pair: Pair, position: Positions, mixture: MixtureConfig, *, ess: bool = True) -> Solved:
     """q of every row of a pair, made with the same `mixture`; once per pair.
 
     `position` is the index of the token in its completion, 0 for the first. Both ESS, a further
-    pass over the vocabulary, are NaN in the trace without `ess`.
+    pass over the vocabulary, are NaN in the trace without `ess`. ValueError where the pair is of
+    another temperature or teacher support, RuntimeError the second time.
     """
+    if mixture is not pair.mixture:
+        _check_mixture(pair.mixture, mixture)
     alpha, clamped = _choose_alpha(pair, position, mixture)
     pair.restore_support(alpha)
     moments = pair.moments(alpha)
@@ -229,8 +244,23 @@ def solve(pair: Pair, position: Positions, mixture: MixtureConfig, *, ess: bool 
     )
 
 
+def _check_mixture(made: MixtureConfig, mixture: MixtureConfig) -> None:
+    """ValueError where a pair made with one mixture is not that of the other."""
+    for name in ("temperature", "teacher_support_top_k", "teacher_support_top_p"):
+        has = getattr(made, name)
+        wanted = getattr(mixture, name)
+        if has != wanted:
+            raise ValueError(
+                f"the pair was made with {name}={has} and is solved with {wanted}: "
+                "give `make_pair` and `solve` the same mixture"
+            )
+
+
 def solve_single(logits: Logits, mixture: MixtureConfig, role: str) -> Solved:
-    """The `student` or the `teacher` alone. What takes two models is NaN in the trace."""
+    """The `student` or the `teacher` alone. What takes two models is NaN in the trace.
+
+    ValueError for another role.
+    """
     model = SingleModel(logits, mixture.temperature, role)
     unknown = model.moments.F
     return Solved(model, mixture, model.moments, clamped=unknown, fallback=unknown, ess=None)
@@ -266,7 +296,7 @@ def _ess(pair: Pair, moments: Moments) -> tuple[Array, Array]:
     return student, teacher
 
 
-def log_q(solved: Solved) -> Scores:
+def _log_q(solved: Solved) -> Scores:
     """What tokens are drawn from, normalised, after top-k and top-p. NaN in bad rows."""
     scores = solved.moments.log_q()
     if solved.truncated:
@@ -278,7 +308,7 @@ def log_q(solved: Solved) -> Scores:
     return scores
 
 
-def draw(
+def _draw(
     solved: Solved, noise: NoiseSource, from_log_q: Scores | None = None
 ) -> tuple[Tokens, Array]:
     """argmax(log q + noise) of every row, the first of equals, and its log q; token 0 in bad rows.
@@ -288,7 +318,7 @@ def draw(
     models = solved.models
     made = noise_tensor(noise, models.vocab)
     if from_log_q is None and solved.truncated:
-        from_log_q = log_q(solved)
+        from_log_q = _log_q(solved)
     if from_log_q is None:
         token, chosen = solved.moments.draw(made)
     else:
@@ -299,7 +329,7 @@ def draw(
     return token, chosen
 
 
-def trace_of(
+def _trace_of(
     solved: Solved, token: Tokens, drawn_log_q: Array | None = None
 ) -> Float32[Tensor, "rows fields"]:
     """The fields of `types.TRACE_TABLE` for one token per row; NaN in bad rows.
@@ -357,3 +387,11 @@ def _mixed_log_p(solved: Solved, student: Array, teacher: Array) -> Array:
     mixed -= solved.moments.F
     below_one = where(alpha == 0, student, mixed)
     return where(alpha == 1, teacher, below_one)
+
+
+# NumPy's warnings are off in each; `step` turns them off once, which takes a microsecond
+make_pair = _quiet(_make_pair)
+solve = _quiet(_solve)
+log_q = _quiet(_log_q)
+draw = _quiet(_draw)
+trace_of = _quiet(_trace_of)

@@ -30,6 +30,7 @@ from optimal_sampling.distribution.arrays import (
     argmax,
     array_of,
     at_least,
+    check_shapes,
     cuts,
     fill_rows,
     full,
@@ -122,11 +123,14 @@ class Pair(ABC):
         teacher_logits: Logits,
         mixture: MixtureConfig,
     ) -> None:
+        check_shapes(student_logits, teacher_logits)
         self.rows, self.vocab = student_logits.shape
         self.device = student_logits.device
         self.xp = namespace(self.device)
         self.on_cpu = uses_numpy(self.device)
+        self.mixture = mixture
         self.temperature = mixture.temperature
+        self._solved = False
         self._last: Moments | None = None
         self._load(student_logits, teacher_logits)
         self._neutralise_bad()
@@ -184,10 +188,11 @@ class Pair(ABC):
 
         Once per pair: RuntimeError the second time.
         """
-        if not self.maybe_masked:
-            return
-        if self._uncut is None:
+        if self._solved:
             raise RuntimeError("this pair is solved already; make another one")
+        self._solved = True
+        if self._uncut is None:
+            return
         self.use_teacher = (alpha == 1) & (self.student_misses | self.disjoint)
         self.use_student = (alpha == 0) & (self.teacher_misses | self.disjoint)
         student, teacher = self._uncut
@@ -320,6 +325,8 @@ class SingleModel:
     """A model's log-probabilities, [rows, vocab], and which rows are bad."""
 
     def __init__(self, logits: Logits, temperature: float, role: str) -> None:
+        if role not in ("student", "teacher"):
+            raise ValueError(f"role must be 'student' or 'teacher', not {role!r}")
         self.device = logits.device
         self.xp = namespace(self.device)
         self.vocab = logits.shape[1]

@@ -205,10 +205,13 @@ class TiledPair(Pair):
         if not underflow.any():
             return
         self._relative = True
+        usual = space.sums_array.copy()
         for block in space.blocks:
             relative = underflow[block.rows, None]
             if relative.any():
                 self._sums(block, True, relative)
+        # relative sums do not clamp the score: they have other bits
+        space.sums_array[:, ~underflow] = usual[:, ~underflow]
 
     def _sums(self, block: Block, underflows: bool, relative: Flags | None = None) -> None:
         """Sums of w, w score, w d, w d^2 and w d^3, with w = exp(score - shift)."""

@@ -60,6 +60,11 @@ class WholeMoments(Moments):
 class WholePair(Pair):
     """A pair of float64 arrays, [2, rows, vocab]."""
 
+    _shifted: Flags
+    """Rows whose scores are taken relative to their largest: exp of one could underflow."""
+    _clamped: Flags
+    """Rows where a p that is not 0 is less than exp(_MIN_EXPONENT); set where any underflows."""
+
     def _load(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
         self._logits = [_array(student_logits), _array(teacher_logits)]
         self._both = np.empty((2, self.rows, self.vocab))
@@ -88,8 +93,12 @@ class WholePair(Pair):
             np.maximum(self._both, MASKED_LOGIT, out=self._both)
             top = np.where(top < MASKED, 0.0, top)
         self._both -= top[:, :, None]
-        lowest = (self._least - top).min(initial=0.0)
-        self._underflows = bool(lowest < _MIN_EXPONENT)
+        student, teacher = self._least - top < _MIN_EXPONENT
+        self._shifted = student | teacher
+        self._underflows = bool(self._shifted.any())
+        if self._underflows:
+            tiny = (self._both < _MIN_EXPONENT) & (self._both > MASKED)
+            self._clamped = np.logical_or.reduce(tiny, (0, 2))
         self._weights = self._exp(self._both)
         self._z = np.add.reduce(self._weights, -1)
         log_z = np.log(self._z)
@@ -112,7 +121,7 @@ class WholePair(Pair):
         score += self._student
         top: Any = 0.0
         if self._underflows:
-            top = np.maximum.reduce(score, -1)
+            top = np.where(self._shifted, np.maximum.reduce(score, -1), 0.0)
             score -= top[:, None]
         weight = self._exp(score)
         total = np.add.reduce(weight, -1)
@@ -137,14 +146,20 @@ class WholePair(Pair):
         return log_sums
 
     def ess(self, at: Moments) -> Array:
-        """Both ESS; with p_student and p_teacher in memory, by a division."""
+        """Both ESS; with p_student and p_teacher in memory, by a division.
+
+        Where a p is clamped the quotient is wrong, and the sums are those of `Pair.ess`.
+        """
         at = cast(WholeMoments, at)
         squares = np.empty((2, self.rows))
         for p, square in zip(self._weights, squares, strict=True):
             np.vecdot(at.weight, at.weight / p, out=square)
         squares *= self._z
         squares /= at.total * at.total
-        return 1 / np.maximum(squares, 1.0)
+        divided: Array = 1 / np.maximum(squares, 1.0)
+        if self._underflows and self._clamped.any():
+            return np.where(self._clamped, super().ess(at), divided)
+        return divided
 
     def _logits_of(self, token: Tokens) -> list[Array]:
         ids = token.numpy()
