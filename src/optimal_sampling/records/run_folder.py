@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
-from optimal_sampling.config import ENGINES, GenerateConfig
+from optimal_sampling.config import ENGINES, GenerateConfig, expand_user
 from optimal_sampling.errors import RunFolderError
 from optimal_sampling.records.schema import FIELDS, SCHEMA_VERSION, Key, Record, key_of, row_id
 from optimal_sampling.records.store import RecordFile, Scan, read_json, write_atomically
@@ -217,7 +217,7 @@ def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
     With `failed`, also the last record of each sample that never succeeded.
     Reads the files twice and keeps no record in memory. Raises RunFolderError.
     """
-    folder = Path(run).expanduser()
+    folder = expand_user(run)
     files = _record_files(folder)
     if not files:
         raise RunFolderError(f"{run} holds no records (no {folder / 'records'}/*.jsonl)")

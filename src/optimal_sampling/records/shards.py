@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from optimal_sampling.config import parse_slice
+from optimal_sampling.config import expand_user, parse_slice
 from optimal_sampling.errors import RunFolderError
 from optimal_sampling.records.run_folder import differences, load
 from optimal_sampling.records.schema import Key, key_of
@@ -51,8 +51,8 @@ def merge(shards: Sequence[str | Path], target: str | Path) -> int:
     says were asked for. A sample that two shards hold is written once: its tokens are the same in
     both. Raises RunFolderError.
     """
-    folders = [Path(shard).expanduser() for shard in shards]
-    target = Path(target).expanduser()
+    folders = [expand_user(shard) for shard in shards]
+    target = expand_user(target)
     if not folders:
         raise RunFolderError("there is no shard to merge")
     if target.is_file() or (target.exists() and any(target.iterdir())):
