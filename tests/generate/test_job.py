@@ -18,7 +18,7 @@ from optimal_sampling.errors import ConfigError, DatasetError, EngineError, RunF
 from optimal_sampling.generate import Interrupted, dry_run, generate
 from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.records import RunFolder, load, merge
-from optimal_sampling.records.run_folder import config_hash
+from optimal_sampling.records.run_folder import Ledger, config_hash
 from optimal_sampling.types import Request, prompt_id
 
 ROWS = [{"problem": f"{n}+1=?", "answer": str(n + 1)} for n in range(12)]
@@ -111,6 +111,22 @@ def test_an_option_of_another_method_is_noted(fake_engine, job, options, others)
     fitting = job(ROWS[:1], "fitting")
     fitting = replace(fitting, mixture=MixtureConfig(**options, **others))
     assert "note 1" not in generate(fitting).notes
+
+
+def test_an_interrupt_between_a_write_and_its_count(fake_engine, job, monkeypatch):
+    """Guards: a summary that names fewer records than are on the disk."""
+    config = job(ROWS, "broken")
+    count, seen = Ledger.add, []
+
+    def interrupted(ledger, record):
+        seen.append(record)
+        interrupt(len(seen) == 3)
+        count(ledger, record)
+
+    monkeypatch.setattr(Ledger, "add", interrupted)
+    summary = outcome(config)
+    assert summary.status == "interrupted"
+    assert summary.folder_records == len(records(config)) == 3
 
 
 def test_an_interrupted_run_goes_on(fake_engine, job):

@@ -64,6 +64,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
             folder.close()
         except KeyboardInterrupt:
             folder.close()
+            folder.recount()
             summary = Summary.of(job.tally, folder, {}, mode=config.run.mode, interrupted=True)
             summary.save(config.shard)
             raise Interrupted(summary) from None

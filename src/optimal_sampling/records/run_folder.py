@@ -186,6 +186,16 @@ class RunFolder:
         """Commit the waiting records and release the shard's file."""
         self.file.close()
 
+    def recount(self) -> None:
+        """Count the records on the disk again.
+
+        An interrupt may have come between the write of a record and its count.
+        """
+        self.ledger = Ledger()
+        for path in _record_files(self.path):
+            for record in Scan(path):
+                self.ledger.add(record)
+
     def __enter__(self) -> Self:
         return self
 
