@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from optimal_sampling.bench import costs, parse_bench, speed
@@ -173,11 +174,18 @@ def test_self_distillation_shows_what_became_of_the_drafts():
 
 
 def test_the_mixture_alone_has_a_column_per_method():
-    """Guards: a method that is not timed; a table that cannot be made."""
-    cost = costs.measure_solver((50, 2, 1), 1, Report())
+    """Guards: a method that is not timed; a share of clamped rows that is another column."""
+    cost = costs.measure_solver((50, 16, 1), 1, Report())
     assert set(cost["milliseconds"]) == {"noise", *costs.MIXTURES}
     assert all(x > 0 for x in cost["milliseconds"].values())
-    assert 0 <= cost["clamped"] <= 1
+    generator = torch.Generator().manual_seed(0)
+    student = 3 * torch.randn(16, 50, generator=generator).double()
+    teacher = 1.2 * student + torch.randn(16, 50, generator=generator)
+    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    # F' grows with alpha: where it is positive at 1/2, the root lies below the bound
+    half = ((student + teacher) / 2).softmax(-1)
+    clamped = (half * (teacher - student)).sum(-1) > 0
+    assert cost["clamped"] == clamped.double().mean()
 
 
 def run_line(capsys, *arguments):

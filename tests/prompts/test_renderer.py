@@ -342,7 +342,7 @@ def test_plain_prompt_does_not_end_with_eos() -> None:
 
 
 def test_raw_texts_are_the_prompts() -> None:
-    """Guards: user turns of the seeds' `prompts`/`prompts_t` filled as templates, or one of them
+    """Guards: `prompts` and `prompts_t` filled as templates, or one of them
     used for both.
     """
     rendered = plain(

@@ -21,6 +21,7 @@ from optimal_sampling.bench.subcommands import (
 from optimal_sampling.bench.workload import ModelPair, Workload
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import gumbel, keys_tensor, step
+from optimal_sampling.types import TRACE_FIELDS
 
 __all__ = ["predicted_bytes", "run_memory", "run_scaling", "run_solver"]
 
@@ -169,7 +170,7 @@ def measure_solver(size: tuple[int, int, int], repeats: int, report: Report) -> 
     return {
         "vocab": vocab,
         "batch": batch,
-        "clamped": drawn.trace[:, 1].mean().item(),
+        "clamped": drawn.trace[:, TRACE_FIELDS.index("clamped")].mean().item(),
         "milliseconds": {name: 1e3 / rate for name, rate in per_second(timings, "cpu").items()},
     }
 
