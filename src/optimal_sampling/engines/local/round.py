@@ -99,9 +99,7 @@ class RoundNoise:
         self._vocab = vocab
         self._fused = runs_fused(device)
         self._made: list[Float32[Tensor, "rows vocab"]] = []
-        if not self._fused and width > 1 and len(rows) * width * vocab <= self.BLOCK:
-            keys, positions = self._keys.repeat(width), self.positions(width).T.reshape(-1)
-            self._made = list(gumbel(keys, positions, vocab).view(width, len(rows), vocab))
+        self._block = width if len(rows) * width * vocab <= self.BLOCK else 1
 
     def positions(self, width: int) -> Int64[Tensor, "rows width"]:
         """Index of each token in its completion."""
@@ -111,9 +109,16 @@ class RoundNoise:
         """Noise of the token `offset` places after every row's next one."""
         if self._fused:
             return NoiseKeys(self._keys, self._first + offset)
+        if self._block > 1 and not self._made:
+            self._make_block(self._block)
         while len(self._made) <= offset:
             self._made.append(gumbel(self._keys, self._first + len(self._made), self._vocab))
         return self._made[offset]
+
+    def _make_block(self, width: int) -> None:
+        keys, positions = self._keys.repeat(width), self.positions(width).T.reshape(-1)
+        rows = len(self._keys)
+        self._made = list(gumbel(keys, positions, self._vocab).view(width, rows, self._vocab))
 
     def upto(self, width: int) -> Float32[Tensor, "tokens vocab"] | NoiseKeys:
         """Noise of rows * width tokens, row by row."""
@@ -141,6 +146,8 @@ class Sampler:
         self.policy = policy
         self.device = models[0].runner.device
         self.overlap = Overlap(self.device)
+        self.measures_confidence = self.device.type == "cpu"
+        """The drafter's probabilities are on the host, where the policy needs them."""
 
     def sample(self, plan: RoundPlan, rows: list[Sequence]) -> SampledRound:
         """One round. The sequences are left as they are."""
@@ -169,7 +176,7 @@ class Sampler:
             settled &= lasting
             if len(steps) == plan.width or len(steps) == forced:
                 break
-            token = draft(steps[-1], noise.at(len(steps) - 1), self.settings.mixture)
+            token = self._drafted(steps[-1], noise, len(steps) - 1)
             if not expected.wants(self._confidence(steps[-1], token), insist=forced is not None):
                 break
             drafts = torch.cat([drafts, token[:, None]], 1)
@@ -215,7 +222,7 @@ class Sampler:
         self, logits: Float[Tensor, "rows vocab"], token: Int64[Tensor, " rows"]
     ) -> list[float]:
         """The student's probability of its drafts."""
-        if self.device.type != "cpu":
+        if not self.measures_confidence:
             return [self.GPU_CONFIDENCE] * len(token)
         scaled = logits.float().numpy() * np.float32(1 / self.settings.mixture.temperature)
         drafted = np.take_along_axis(scaled, token.numpy()[:, None], -1)
@@ -269,6 +276,12 @@ class Sampler:
     def _shared_ids(self, ids: list[int]) -> list[int]:
         """Up to the first id that no model shares, which cannot be drawn: prompts may hold them."""
         return list(takewhile(lambda token: token < self.settings.vocab_size, ids))
+
+    def _drafted(
+        self, logits: Float[Tensor, "rows vocab"], noise: RoundNoise, offset: int
+    ) -> Int64[Tensor, " rows"]:
+        """The student's draft for the token `offset` places after every row's next one."""
+        return draft(logits, noise.at(offset), self.settings.mixture)
 
     def _draw(self, logits: Seq[Float[Tensor, "rows width vocab"]], noise: RoundNoise) -> Drawn:
         """From logits in order of contexts to tokens."""
