@@ -176,9 +176,7 @@ class HostEngine(LocalEngine):
             runner.new_recorder = lambda: idle_recorder(clock)
             runners[role] = runner
         memory = len(runners) * tokens * TOKEN_BYTES / 2**30
-        local = LocalOptions(
-            batch_size=batch, draft_tokens=draft_tokens, kv_memory_gib=memory
-        )
+        local = LocalOptions(batch_size=batch, draft_tokens=draft_tokens, kv_memory_gib=memory)
         vocabulary = Vocabulary(VOCAB, frozenset({0}), longest, longest)
         engine = cls(LoadedPair(dict(runners), shared=False), MixtureConfig(), local, vocabulary)
         engine.clock, engine.acceptance = clock, options.acceptance

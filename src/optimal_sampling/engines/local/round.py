@@ -28,7 +28,6 @@ from optimal_sampling.distribution import (
     NoiseKeys,
     draft,
     gumbel,
-    keys_tensor,
     runs_fused,
     single_step,
     step,
@@ -67,8 +66,8 @@ class SampledRound:
     """Per context, at the drafts' positions and at the one after."""
     step: Drawn
     """Rows * width tokens, row by row."""
-    confidences: Seq[Seq[float]]
-    """Per draft and row, the probability that the drafter gave it."""
+    confidences: Seq[Float[np.ndarray, " rows"]]
+    """Per draft, the probability that the drafter gave it in each row; 0: there was none."""
     stopwatch: Stopwatch
     """Two laps: all drafting, and the verification."""
     settled: bool
@@ -94,8 +93,9 @@ class RoundNoise:
     BLOCK = 2**22
 
     def __init__(self, rows: list[Sequence], width: int, vocab: int, device: torch.device) -> None:
-        self._keys = to_device(keys_tensor([s.request.noise_key for s in rows]).numpy(), device)
-        self._first = to_device(np.array([len(s.output) for s in rows]), device)
+        keys = np.array([s.noise_key for s in rows], dtype=np.uint64).view(np.int64)
+        self._keys = to_device(keys, device)
+        self._first = to_device(np.array([len(s.outputs[0]) for s in rows]), device)
         self._vocab = vocab
         self._fused = runs_fused(device)
         self._made: list[Float32[Tensor, "rows vocab"]] = []
@@ -220,16 +220,16 @@ class Sampler:
 
     def _confidence(
         self, logits: Float[Tensor, "rows vocab"], token: Int64[Tensor, " rows"]
-    ) -> list[float]:
+    ) -> Float[np.ndarray, " rows"]:
         """The student's probability of its drafts."""
         if not self.measures_confidence:
-            return [self.GPU_CONFIDENCE] * len(token)
+            return np.full(len(token), self.GPU_CONFIDENCE)
         scaled = logits.float().numpy() * np.float32(1 / self.settings.mixture.temperature)
         drafted = np.take_along_axis(scaled, token.numpy()[:, None], -1)
         with np.errstate(all="ignore"):
-            probabilities = np.nan_to_num(1 / np.exp(scaled - drafted).sum(-1))
-        confidences: list[float] = probabilities.tolist()
-        return confidences
+            confidences = 1 / np.exp(scaled - drafted).sum(-1)
+        known: Float[np.ndarray, " rows"] = np.nan_to_num(confidences)
+        return known
 
     def _with_lookup(
         self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise
@@ -253,7 +253,7 @@ class Sampler:
 
     def _looked_up(
         self, plan: RoundPlan, rows: list[Sequence], most: int
-    ) -> tuple[list[list[int]], list[Seq[float]]]:
+    ) -> tuple[list[list[int]], list[Float[np.ndarray, " rows"]]]:
         """Drafts of equal number for every row, and their confidences.
 
         Rows with fewer get id 0 with confidence 0.
@@ -266,8 +266,9 @@ class Sampler:
         ]
         expected = PerRound(self.policy, plan.ready)
         insist = self.policy.forced() is not None
-        for i in range(max(map(len, found))):
-            sure = [self.LOOKUP_CONFIDENCE if i < len(ids) else 0.0 for ids in found]
+        counts = np.array([len(ids) for ids in found])
+        for i in range(counts.max()):
+            sure = self.LOOKUP_CONFIDENCE * (counts > i)
             if not expected.wants(sure, insist=insist):
                 break
         count = expected.drafted

@@ -173,6 +173,7 @@ class CachedModel:
     ) -> None:
         self.runner = runner
         self.contexts = contexts
+        self._columns = list(contexts)
         self.cache: Cache = runner.open_cache(contexts, tokens, sequences)
 
     def move(self, source: int, target: int, sequence: Sequence) -> None:
@@ -200,9 +201,11 @@ class CachedModel:
         `offset - 1` drafts are cached already, and only `drafts` are fed.
         """
         width = len(self.contexts)
-        not_ready = [row for row, ready in enumerate(plan.ready) if not ready]
-        idle = [row * width + i for row in not_ready for i in range(width)]
-        start = np.array([n[c] - 1 + offset for n in plan.lengths for c in self.contexts])
+        idle: list[int] = []
+        if not all(plan.ready):
+            not_ready = [row for row, ready in enumerate(plan.ready) if not ready]
+            idle = [row * width + i for row in not_ready for i in range(width)]
+        start = plan.lengths[:, self._columns].ravel() + (offset - 1)
         tokens = drafts.repeat_interleave(width, 0) if width > 1 else drafts
         chunks: list[Chunk] = []
         if offset == 0:
