@@ -209,7 +209,9 @@ class CachedModel:
         tokens = drafts.repeat_interleave(width, 0) if width > 1 else drafts
         chunks: list[Chunk] = []
         if offset == 0:
-            last = np.array([[s.last(c)] for s in rows for c in self.contexts])
+            last = np.array(
+                [[(s.outputs[c] or s.prompts[c])[-1]] for s in rows for c in self.contexts]
+            )
             tokens = torch.cat([to_device(last, drafts.device), tokens], 1)
             chunks = self._chunks(plan)
         done = self.runner.forward(self.cache, tokens, start, idle, chunks)

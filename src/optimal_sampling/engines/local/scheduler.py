@@ -69,11 +69,6 @@ class Sequence:
         """Known tokens that must be cached before decoding, which itself feeds the last one."""
         return self.known(context) - 1 - self.cached[context]
 
-    def last(self, context: int) -> int:
-        """The last known token, which is fed to decode the next one."""
-        output = self.outputs[context]
-        return output[-1] if output else self.prompts[context][-1]
-
     def tokens(self, context: int, start: int, count: int) -> list[int]:
         """`count` known token ids from position `start`."""
         prompt, output = self.prompts[context], self.outputs[context]
