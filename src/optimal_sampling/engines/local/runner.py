@@ -173,7 +173,7 @@ class CachedModel:
     ) -> None:
         self.runner = runner
         self.contexts = contexts
-        self._columns = list(contexts)
+        self._columns = slice(contexts[0], contexts[-1] + 1)
         self.cache: Cache = runner.open_cache(contexts, tokens, sequences)
 
     def move(self, source: int, target: int, sequence: Sequence) -> None:

@@ -166,8 +166,7 @@ class Scheduler:
         some there too.
         """
         self._granted.clear()
-        live = self._preempt_until_it_fits()
-        lengths = self._lengths(live)
+        live, lengths = self._preempt_until_it_fits()
         left = [self.limits.prefill_chunk] * len(self.limits.context_lengths)
         for sequence in self._reading(live, lengths):
             self._grant(sequence, left)
@@ -181,15 +180,16 @@ class Scheduler:
 
     # memory
 
-    def _preempt_until_it_fits(self) -> list[Sequence]:
-        """The sequences that go on.
+    def _preempt_until_it_fits(self) -> tuple[list[Sequence], Lengths]:
+        """The sequences that go on, and their lengths.
 
         The one admitted last gives way, keeps its output, and is the first to wait.
         """
         holes = set(self._holes)
         live = [s for row, s in enumerate(self.running) if row not in holes]
-        if live and self.memory.fits(self._lengths(live), 1):
-            return live
+        lengths = self._lengths(live)
+        if live and self.memory.fits(lengths, 1):
+            return live, lengths
         live.sort(key=attrgetter("order"))
         while live and not self.memory.fits(self._lengths(live), 1):
             sequence = live.pop()
@@ -200,7 +200,7 @@ class Scheduler:
                 self.preemptions += 1
             else:
                 self._reject(sequence)
-        return live
+        return live, self._lengths(live)
 
     def _reject(self, sequence: Sequence) -> None:
         lengths = self._lengths([sequence])
