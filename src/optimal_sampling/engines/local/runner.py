@@ -108,6 +108,8 @@ class ModelRunner(ABC, Generic[CacheT]):
 
     kv_boundary = sys.maxsize
     """Key length at which attention changes its bits."""
+    gather = 0.0
+    """`Limits.gather` for this kind of memory."""
     drafts = True
     """Several tokens of a row can go through the model at once, and be forgotten."""
 
