@@ -53,14 +53,14 @@ class Pass:
 def check_replay(one: Pass) -> int:
     """Graphs recorded. Raises AssertionError where a replay differs from the eager pass."""
     eager = one.record()
-    count, off = one.runner.recorded_graphs() or (0, "")
-    assert not off, f"recording was switched off: {off}"
+    recordings = one.runner.recorded_graphs()
+    assert not recordings.off, recordings
     for _ in range(3):
         replayed = one()
         difference = float((replayed.float() - eager.float()).abs().max())
         same = torch.equal(replayed, eager)
         assert same, f"a replay of {tuple(one.tokens.shape)} differs by {difference}"
-    return count
+    return recordings.count
 
 
 def check_overlap(first: Pass, second: Pass, device: torch.device) -> None:

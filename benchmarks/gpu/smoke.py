@@ -176,9 +176,9 @@ class Smoke:
             recorder = self.pair.engine(workload, scale.batch, variant).record(workload.requests)
             assert recorder.whole.tokens == scale.batch * scale.tokens
             found.append(f"drafts {drafts}: {recorder.whole.rate():.0f} tokens/s")
-        off = (self.pair.loaded().pair.recorded_graphs or (0, ""))[1]
-        assert not off, f"recording was switched off: {off}"
-        return ", ".join(found) + " (with recording)"
+        recordings = self.pair.loaded().pair.recorded_graphs
+        assert not (recordings and recordings.off), recordings
+        return ", ".join(found) + f" (with recording); {recordings}"
 
     scale_roles = ("teacher", "student")
 
