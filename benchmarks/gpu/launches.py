@@ -26,7 +26,7 @@ from optimal_sampling.bench.architectures import ARCHITECTURES, Architecture
 from optimal_sampling.config import MixtureConfig, ModelConfig
 from optimal_sampling.distribution.gpu.launch import fused_step
 from optimal_sampling.distribution.mixture import Drawn
-from optimal_sampling.distribution.noise import NoiseKeys
+from optimal_sampling.distribution.noise import NoiseKeys, scrambled_ids
 from optimal_sampling.engines.local import attention
 from optimal_sampling.engines.local.layers import fuse_norms
 from optimal_sampling.engines.local.paged.attention_backends import varlen
@@ -79,13 +79,13 @@ class Counted(TorchDispatchMode):
             JITFunction.run = started
 
 
-def runner_of(shape: Architecture, **options) -> PageRunner:
+def runner_of(shape: Architecture, fused: bool) -> PageRunner:
     """A small model of the shape's family over pages, on the meta device."""
     attention.register()
     model = shape.model(ModelConfig(device="cpu", dtype="bfloat16"), 0)
     model.set_attn_implementation(attention.NAME)
     fuse_norms(model)
-    return PageRunner(model.to("meta"), VOCAB, 0, varlen, **options)
+    return PageRunner(model.to("meta"), VOCAB, 0, varlen, fused)
 
 
 @torch.inference_mode()
@@ -108,15 +108,16 @@ def mixture_launches() -> Counter[str]:
     logits = torch.zeros(ROWS, VOCAB, dtype=torch.bfloat16, device="meta")
     integers = torch.zeros(ROWS, dtype=torch.int64, device="meta")
     noise = NoiseKeys(integers, integers)
+    scrambled_ids(VOCAB, logits.device)  # made once
     with Counted().of_triton() as counted:
         Drawn(*fused_step(logits, logits, noise, integers, MixtureConfig())).pack()
     return counted.names
 
 
-def per_layer(architecture: str, **options) -> tuple[Counter[str], Counter[str]]:
+def per_layer(architecture: str, fused: bool) -> tuple[Counter[str], Counter[str]]:
     """Launches of one layer, and of what a pass has beside its layers."""
     small = replace(ARCHITECTURES[architecture], **SMALL)
-    one, two = (launches(runner_of(replace(small, layers=n), **options)) for n in (1, 2))
+    one, two = (launches(runner_of(replace(small, layers=n), fused)) for n in (1, 2))
     layer = two - one
     return layer, one - layer
 
@@ -127,19 +128,26 @@ def show(title: str, names: Counter[str]) -> None:
     print(f"{title}: {names.total()} ({listed})")
 
 
-def main() -> None:
-    """Print the table."""
-    print(f"PyTorch {torch.__version__}, {ROWS} rows, one token each")
+def report(fused: bool) -> None:
+    """Print a line per architecture, and the sum of a lockstep round."""
+    print("fused layers" if fused else "layers of Transformers")
     passes = {}
     for name in ("Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen3-1.7B", "Llama-3.2-1B"):
-        layer, beside = per_layer(name)
-        show(f"{name}, per layer", layer)
-        show(f"{name}, beside the layers", beside)
+        layer, beside = per_layer(name, fused)
+        show(f"  {name}, per layer", layer)
         passes[name] = layer.total() * ARCHITECTURES[name].layers + beside.total()
+    show("  beside the layers of a pass", beside)
     mixture = mixture_launches()
-    show("mixture", mixture)
+    show("  mixture", mixture)
     both = [passes[name] for name in ("Qwen2.5-3B", "Qwen2.5-1.5B")]
-    print(f"lockstep round, Qwen2.5-3B + 1.5B: {sum(both) + mixture.total()}")
+    print(f"  lockstep round, Qwen2.5-3B + 1.5B: {sum(both) + mixture.total()}")
+
+
+def main() -> None:
+    """Print both."""
+    print(f"PyTorch {torch.__version__}, {ROWS} rows, one token each")
+    for fused in (False, True):
+        report(fused)
 
 
 if __name__ == "__main__":
