@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from optimal_sampling.distribution.gpu import launch, programs
+from optimal_sampling.engines.local.paged import layer_ops, layer_programs
 
 SPILLED = 64
 """Bytes of stack per thread, of which some are not spills."""
@@ -36,6 +37,7 @@ TYPES = {
     "settings": programs.Settings._make(["fp32"] * len(programs.Settings._fields)),
     "outputs": programs.Outputs("*i64", "*fp32", "*i1", "*i1"),
     "position": "*i64",
+    "work": programs.Work("*fp64", "*fp64", "*fp64"),
     "measured": "*fp64",
     "solved": "*fp64",
     "mixed": "*fp64",
@@ -46,18 +48,33 @@ TYPES = {
 CONSTANTS = {
     "METHOD": "kl_symmetry",
     "HASHED": True,
-    "WIDTH": 16,
+    "PASS": 2,
+    "PASSES": launch.SIZES.passes,
+    "WIDTH": 32,
     "PIECE": launch.SIZES.piece,
     "BLOCK": launch.SIZES.block,
 }
 MIXTURE = {
     "measure": launch._LAUNCH,
+    "refine": launch._LAUNCH,
     "solve": launch._LAUNCH,
     "mix": launch._LAUNCH,
     "finish": launch._SMALL,
     "draft": launch._LAUNCH,
     "choose": launch._SMALL,
 }
+LAYER_TYPES = {
+    **dict.fromkeys(("residual", "x", "weight", "out", "qkv", "cos", "sin", "gate_up"), "*bf16"),
+    **dict.fromkeys(("q_weight", "k_weight", "keys", "values", "query"), "*bf16"),
+    "index": "*i64",
+    "eps": "fp32",
+}
+LAYER_SIZES = {
+    "add_rms_norm": {"SIZE": 2048, "BLOCK": 2048, "ADD": True},
+    "rotate_and_store": {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "BLOCK": 64, "NORM": True},
+    "silu_mul": {"SIZE": 11_008, "BLOCK": layer_ops.SILU_BLOCK},
+}
+"""Of Qwen2.5-3B, with the head norms of Qwen3."""
 METHODS = ("reverse_kl_symmetry", "ess_balance", "schedule")
 
 
@@ -131,6 +148,9 @@ def mixture_usage(generation: int, **constants: object) -> Iterator[tuple[str, U
 def every_usage(check: bool) -> Iterator[tuple[str, Usage]]:
     """Title and usage of all programs."""
     yield from mixture_usage(90)
+    for name, sizes in LAYER_SIZES.items():
+        options = {"num_warps": layer_ops.LAUNCH[name]}
+        yield name, compiled(getattr(layer_programs, name), LAYER_TYPES, sizes, options)
     if check:
         for name, usage in mixture_usage(80):
             yield f"{name}, sm_80", usage
