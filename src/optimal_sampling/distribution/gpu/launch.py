@@ -30,6 +30,7 @@ __all__ = [
     "fused_step",
     "kernel_note",
     "runs_fused",
+    "triton_version",
 ]
 
 
