@@ -24,6 +24,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 
 from optimal_sampling.bench.architectures import ARCHITECTURES, Architecture
 from optimal_sampling.config import MixtureConfig, ModelConfig
+from optimal_sampling.distribution.arrays import keep_by_threshold, keep_largest
 from optimal_sampling.distribution.gpu import launch
 from optimal_sampling.distribution.mixture import Drawn, draw, make_pair, solve, trace_of
 from optimal_sampling.distribution.noise import NoiseKeys, keys_tensor, noise_tensor
@@ -38,6 +39,8 @@ from optimal_sampling.types import TRACE_FIELDS
 
 LAYERS, KEYS = 4, 512
 REPEATS_MS = 20
+SORTED = 16
+"""Rows that are also sorted on the CPU, which takes long."""
 TINY = replace(ARCHITECTURES["tiny"], family="qwen2")
 Result = tuple[str, Callable[[], object], Callable[[], object] | None]
 """What was compared, the fused function, the unfused one."""
@@ -275,6 +278,22 @@ def check_draft(setting: Setting, rows: int) -> Result:
     )
 
 
+def check_top_p(setting: Setting, rows: int) -> Result:
+    """Top-k and top-p by thresholds, against sorting every row."""
+    scores = logits_of(setting, rows)[0].float().log_softmax(-1)
+    for top_k, top_p in ((50, 1.0), (-1, 0.9), (50, 0.9)):
+        found = keep_by_threshold(scores, top_k, top_p)[:SORTED].cpu()
+        differ = int((found != keep_largest(scores[:SORTED].cpu(), top_k, top_p)).sum())
+        assert not differ, f"{differ} tokens differ at top-k {top_k}, top-p {top_p}"
+
+    def by_sorting() -> Tensor:
+        ranked, order = scores.sort(stable=True, dim=-1, descending=True)
+        share = ranked.to(torch.float64).softmax(-1).cumsum(-1)
+        return torch.zeros_like(scores).scatter_(-1, order, (share < 0.9).float())
+
+    return "kept as by sorting", lambda: keep_by_threshold(scores, -1, 0.9), by_sorting
+
+
 CHECKS = {
     "add_rms_norm": check_add_rms_norm,
     "rotate_and_store": check_rotate_and_store,
@@ -283,10 +302,11 @@ CHECKS = {
     "merged_products": check_merged_products,
     "draft": check_draft,
     "mixture": check_mixture,
+    "top_p": check_top_p,
     "mixture_sizes": check_mixture_sizes,
     "pass": check_pass,
 }
-UNRECORDED = {"mixture", "draft"}
+UNRECORDED = {"mixture", "draft", "top_p"}
 """Their unfused path waits for the host, so it is no CUDA graph."""
 
 
