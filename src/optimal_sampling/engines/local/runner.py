@@ -19,7 +19,7 @@ from optimal_sampling.engines.local.memory import BlockManager, Lengths
 from optimal_sampling.engines.local.rotary import LONG, split_by_row
 from optimal_sampling.engines.local.scheduler import Chunk, RoundPlan, Sequence
 
-__all__ = ["Cache", "CachedModel", "FlatCache", "ForwardPass", "ModelRunner"]
+__all__ = ["Cache", "CachedModel", "FlatCache", "ForwardPass", "ModelRunner", "Recordings"]
 
 
 class Cache(ABC):
@@ -70,6 +70,18 @@ class FlatCache(Cache):
         """Keys, then values, of all layers that have written."""
         return [*self._keys.values(), *self._values.values()]
 
+    def allocate(
+        self,
+        layer: int,
+        keys: Float[Tensor, "_ heads key_dim"],
+        values: Float[Tensor, "_ heads value_dim"],
+    ) -> None:
+        """Make a layer's memory for keys and values like these, where it has none."""
+        if layer not in self._keys:
+            # zeros, not empty: a masked key has weight 0, and 0 * NaN is NaN
+            made = [part.new_zeros(self.tokens, *part.shape[1:]) for part in (keys, values)]
+            self._keys[layer], self._values[layer] = made  # both, or none where memory is out
+
     def write(
         self,
         layer: int,
@@ -78,10 +90,7 @@ class FlatCache(Cache):
         values: Float[Tensor, "tokens heads value_dim"],
     ) -> None:
         """Store the tokens of one forward pass at these indices."""
-        if layer not in self._keys:
-            # zeros, not empty: a masked key has weight 0, and 0 * NaN is NaN
-            made = [part.new_zeros(self.tokens, *part.shape[1:]) for part in (keys, values)]
-            self._keys[layer], self._values[layer] = made  # both, or none where memory is out
+        self.allocate(layer, keys, values)
         self._keys[layer].index_copy_(0, index, keys)
         self._values[layer].index_copy_(0, index, values)
 

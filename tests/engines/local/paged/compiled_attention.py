@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from optimal_sampling.engines.local.paged import split_attention as module
-from tests.distribution.compiled import spilled
 
 TYPES = {
     **dict.fromkeys(("query", "keys", "values", "output"), "*bf16"),
@@ -20,6 +24,16 @@ ALIGNED = [["tt.divisibility", 16]]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 
 
+def spilled(cubin):
+    """Bytes of stack per thread."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
 def compile_for(generation, function, warps, stages=3, **constants):
     names = function.arg_names
     signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in names}
@@ -27,7 +41,9 @@ def compile_for(generation, function, warps, stages=3, **constants):
         fn=function,
         signature=signature,
         constexprs={(i,): constants[name] for i, name in enumerate(names) if name in constants},
-        attrs={(i,): ALIGNED for i, name in enumerate(names) if signature[name] in ("i32", "*bf16")},
+        attrs={
+            (i,): ALIGNED for i, name in enumerate(names) if signature[name] in ("i32", "*bf16")
+        },
     )
     options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)

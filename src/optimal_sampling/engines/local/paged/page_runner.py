@@ -22,6 +22,7 @@ from optimal_sampling.engines.device import to_device
 from optimal_sampling.engines.local.memory import round_up
 from optimal_sampling.engines.local.paged.attention_backends import Backend, PagePlan
 from optimal_sampling.engines.local.paged.cuda_graphs import CudaRecorder, Graphs, Recorder
+from optimal_sampling.engines.local.paged.fused_decoder import FusedDecoder
 from optimal_sampling.engines.local.paged.page_cache import Batch, PageCache, lay_out
 from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
 from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner, Recordings
@@ -49,9 +50,17 @@ def power_of_two(value: int) -> int:
 class PageRunner(ModelRunner[PageCache]):
     """A model with its attention backend, and released caches with the graphs recorded on them."""
 
-    def __init__(self, model: Any, vocab_size: int, bytes_per_token: int, backend: Backend) -> None:
+    def __init__(
+        self,
+        model: Any,
+        vocab_size: int,
+        bytes_per_token: int,
+        backend: Backend,
+        fused: bool = False,
+    ) -> None:
         super().__init__(model, vocab_size, bytes_per_token)
         self.backend = backend
+        self.decoder = FusedDecoder(model) if fused else None
         config = model.config.get_text_config()
         self.longest: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.new_recorder: Callable[[], Recorder] | None = (
@@ -168,6 +177,8 @@ class PageRunner(ModelRunner[PageCache]):
         self, cache: PageCache, batch: Batch
     ) -> tuple[Float[Tensor, "outputs vocab"], PagePlan]:
         plan = PagePlan(cache, batch, self.backend)
+        if self.decoder is not None:
+            return self.decoder(batch.ids, plan), plan
         logits = self.model(
             input_ids=batch.ids[None],
             position_ids=plan.positions[None],
