@@ -290,5 +290,6 @@ def test_a_cell_that_was_cut_off_is_judged_by_its_decoding(pair):
 
 def test_large_shapes_are_not_asked_of_a_cpu():
     """Guards: a machine without a GPU that is brought to its knees by two large models."""
-    with pytest.raises(ConfigError, match="tiny"):
-        gpu_result(huge_shape="Qwen3-1.7B")
+    for options in ({"huge_shape": "Qwen3-1.7B"}, {"gap_teacher_shape": "Qwen2.5-7B"}):
+        with pytest.raises(ConfigError, match="tiny"):
+            large_shapes.run(replace(GPU, **options), Report())

@@ -122,7 +122,7 @@ class Cell:
     skipped: str = ""
     """Why there is no figure."""
     roofline: float = 0.0
-    """Most tokens per second of lockstep at this size."""
+    """Most tokens per second by the bandwidth of memory; 0 for rows with drafts."""
     byte_ratio: float = 0.0
     """Bytes that a step of the student reads, over those of the teacher."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -240,7 +240,7 @@ def measure_cell(pair: RandomPair, task: Task, budget: Budget) -> Cell:
     cached = pair.prompt_tokens + task.size.tokens / 2
     return replace(
         cell,
-        roofline=models.roofline(task.size.batch, cached),
+        roofline=_roofline(models, task, cached),
         byte_ratio=_byte_ratio(pair, task.size.batch, cached),
         **_engine_facts(pair),
     )
@@ -321,14 +321,27 @@ def _workload(pair: RandomPair, size: Size, row: str) -> Workload:
     return Workload(tuple(requests), made.natural_end)
 
 
+def _roofline(pair: RandomPair, task: Task, cached: float) -> float:
+    """Of lockstep, or of the one model that the row runs."""
+    variant, batch = VARIANTS[task.row], task.size.batch
+    if variant.mode != "mixture":
+        return batch * pair.bandwidth / _step_bytes(pair, batch, cached)[variant.mode]
+    return pair.roofline(batch, cached) if variant.draft_tokens == 0 else 0.0
+
+
 def _byte_ratio(pair: RandomPair, batch: int, cached: float) -> float:
-    """Bytes of a step of the student over one of the teacher: weights and caches."""
+    """Bytes of a step of the student over one of the teacher."""
+    read = _step_bytes(pair, batch, cached)
+    return read["student"] / read["teacher"]
+
+
+def _step_bytes(pair: RandomPair, batch: int, cached: float) -> dict[str, float]:
+    """Weights and caches that a step reads, by role."""
     runners = pair.loaded().pair.runners
-    read = {
+    return {
         role: weight_bytes(runner.model) + batch * cached * runner.bytes_per_token
         for role, runner in runners.items()
     }
-    return read["student"] / read["teacher"]
 
 
 def speculation_bound(byte_ratio: float, acceptance: float, most: int = MOST_WIDTH) -> float:

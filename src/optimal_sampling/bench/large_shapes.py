@@ -132,7 +132,7 @@ def _tables(cells: Sequence[Cell], report: Report) -> dict[str, Any]:
             report.show(
                 make_table(f"{cell.task.size} tokens, lockstep", ("by admission", ""), rows)
             )
-    notes = [cell.engine for cell in cells if cell.engine]
+    notes = [cell.engine for cell in cells if cell.engine and cell.task.pair != "huge"]
     result["engine"] = notes[-1] if notes else {}
     report.show(_line(result["engine"]))
     return result
