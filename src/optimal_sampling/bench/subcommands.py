@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from optimal_sampling.config import ModelConfig, expand_user
+from optimal_sampling.config import Attention, ModelConfig, expand_user
 from optimal_sampling.errors import ConfigError
 
 __all__ = [
@@ -254,13 +254,25 @@ class GpuOptions(BenchOptions):
     memory fills at once."""
     huge_shape: str = "Qwen3-1.7B"
     """The model of --huge, for both roles."""
+    huge_share: float = 0.2
+    """Share of the budget for --huge; 0 leaves it out."""
+    gap_teacher_shape: str = "Qwen2.5-7B"
+    """The large model of a pair whose student is cheap."""
+    gap_student_shape: str = "Qwen2.5-0.5B"
+    """The small one."""
+    gap_sizes: tuple[str, ...] = ("32x512",)
+    """Sizes of that pair; none leaves it out."""
+    attention: Attention = "auto"
+    """As of `generate`; varlen and flash_attn insist, and fail where slots would run."""
     budget: float = 540.0
     """Seconds of wall clock, loading included. What does not fit is skipped and named."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for size in (*self.sizes, self.huge):
+        for size in (*self.sizes, *self.gap_sizes, self.huge):
             parse_size(size)
+        if not 0 <= self.huge_share < 1:
+            raise ConfigError(f"huge_share must lie in [0, 1), got {self.huge_share}")
         if not self.budget > 0:
             raise ConfigError(f"budget must be larger than 0 seconds, got {self.budget}")
 
