@@ -17,6 +17,7 @@ __all__ = [
     "BenchOptions",
     "DraftsOptions",
     "GpuOptions",
+    "HostOptions",
     "IdentityOptions",
     "MemoryOptions",
     "ModelOptions",
@@ -232,6 +233,35 @@ class SolverOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
+class HostOptions(BenchOptions):
+    """CPU time of a GPU run's rounds without the GPU: what the GPU waits for."""
+
+    name = "host"
+    function = "host:run"
+    batches: tuple[int, ...] = (1, 8, 32, 128, 256)
+    """Texts at once."""
+    draft_tokens: tuple[int, ...] = (0, 4)
+    """Drafts per row and round; 0: lockstep."""
+    acceptance: float = 0.9
+    """Share of drafts that counts as accepted."""
+    prompt_tokens: int = 128
+    """Length of the prompts."""
+    new_tokens: int = 256
+    """Length of every completion."""
+    repeats: int = 3
+    """Counted runs of every row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.batches, default=0) < 1:
+            raise ConfigError(f"batches must be numbers of at least 1, got {self.batches}")
+        if min(self.draft_tokens, default=-1) < 0:
+            raise ConfigError(f"draft_tokens must be numbers from 0 on, got {self.draft_tokens}")
+        if not 0 <= self.acceptance <= 1:
+            raise ConfigError(f"acceptance must lie in [0, 1], got {self.acceptance}")
+
+
+@dataclass(frozen=True)
 class GpuOptions(BenchOptions):
     """A table of large shapes, within a budget of time."""
 
@@ -290,6 +320,7 @@ _KINDS: tuple[type[BenchOptions], ...] = (
     MemoryOptions,
     IdentityOptions,
     SolverOptions,
+    HostOptions,
     GpuOptions,
 )
 SUBCOMMANDS = {kind.name: kind for kind in _KINDS}
