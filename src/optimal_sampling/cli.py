@@ -83,6 +83,12 @@ EXAMPLES = {
     "serve": f"""examples:
   {PROGRAM} serve --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct
   {PROGRAM} serve --port 9000 --alpha-min 0.3 --draft-tokens 4""",
+    "sft": f"""examples:
+  {PROGRAM} sft --dataset_name outputs/export --output_dir outputs/sft --learning_rate 1e-3
+  {PROGRAM} sft --model_name_or_path Qwen/Qwen3-1.7B --dataset_name outputs/export \\
+      --output_dir checkpoints/q3-1.7b --fsdp full_shard --max_length 16384 \\
+      --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --num_train_epochs 3
+  {PROGRAM} sft --dataset_name outputs/export --use_peft --lora_r 32 --learning_rate 2e-4""",
 }
 """Command lines at the end of each subcommand's `--help`."""
 
@@ -212,6 +218,28 @@ def run_serve(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_sft(arguments: Sequence[str]) -> int:
+    """The subcommand `sft`."""
+    from rich.console import Console
+
+    from optimal_sampling.train import launch, parse_sft
+
+    options, trl = parse_sft(arguments, f"{PROGRAM} sft")
+    command = launch.launch_command(options, arguments)
+    if command:
+        print(f"starting: {launch.printable(command)}", file=sys.stderr, flush=True)
+        os.execv(command[0], command)
+    from optimal_sampling.train.sft import sft
+
+    with launch.quiet_but_for_the_main_process():
+        summary = sft(options, trl)
+    if launch.is_main_process():
+        Console().print(summary.table())
+    if summary.status == "interrupted" and launch.is_main_process():
+        _say_interrupted(f"{summary.checkpoint} is safe", launch.typed_again(arguments))
+    return 130 if summary.status == "interrupted" else 0
+
+
 def _run_interruptible(job: Callable[[], int]) -> int:
     """Exit code of a job. Ctrl-C prints what is safe and how to go on."""
     from optimal_sampling.generate import Interrupted
@@ -233,6 +261,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
         run_demo,
     ),
     "bench": ("speed and memory on this machine, beside Transformers", run_bench),
+    "sft": ("train the student on an exported dataset, with TRL", run_sft),
     "serve": ("an OpenAI-compatible server of q* (needs the extra `vllm`)", run_serve),
 }
 """Subcommands: a line of help, and what runs them, which imports what it needs."""
@@ -459,8 +488,8 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say_interrupted(state: str) -> None:
-    command = typed_command(sys.orig_argv)
+def _say_interrupted(state: str, command: str = "") -> None:
+    command = command or typed_command(sys.orig_argv)
     print(f"\n{PROGRAM}: interrupted; {state}. To go on:\n  {command}", file=sys.stderr)
 
 
