@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optimal_sampling.config import expand_user
-from optimal_sampling.errors import RunFolderError
+from optimal_sampling.errors import ConfigError, OptimalSamplingError, RunFolderError
 from optimal_sampling.generate.fingerprint import fingerprint
 from optimal_sampling.records.store import Lock, read_json, write_atomically
 from optimal_sampling.train.checkpoints import find_checkpoints
@@ -145,16 +145,22 @@ class _Session:
         if config.eval_strategy != "no":
             test = load_split(options, options.dataset_test_split)
         self._say_settings(config)
-        trainer = StudentTrainer(
-            self._source,
-            args=config,
-            train_dataset=load_split(options, options.dataset_train_split),
-            eval_dataset=test,
-            processing_class=self._tokens.tokenizer,
-            peft_config=lora_config(options),
-            callbacks=[TrainingProgress(), stop],
-            check=self._check,
-        )
+        rows = load_split(options, options.dataset_train_split)
+        try:
+            trainer = StudentTrainer(
+                self._source,
+                args=config,
+                train_dataset=rows,
+                eval_dataset=test,
+                processing_class=self._tokens.tokenizer,
+                peft_config=lora_config(options),
+                callbacks=[TrainingProgress(), stop],
+                check=self._check,
+            )
+        except OptimalSamplingError:
+            raise
+        except (ValueError, TypeError, ImportError) as error:
+            raise ConfigError(f"TRL refuses these options: {error}") from error
         trainer.remove_callback(PrinterCallback)
         return trainer
 
