@@ -80,10 +80,15 @@ class FlatCache(Cache):
         """Store the tokens of one forward pass at these indices."""
         if layer not in self._keys:
             # zeros, not empty: a masked key has weight 0, and 0 * NaN is NaN
-            self._keys[layer] = keys.new_zeros(self.tokens, *keys.shape[1:])
-            self._values[layer] = values.new_zeros(self.tokens, *values.shape[1:])
+            made = [part.new_zeros(self.tokens, *part.shape[1:]) for part in (keys, values)]
+            self._keys[layer], self._values[layer] = made  # both, or none where memory is out
         self._keys[layer].index_copy_(0, index, keys)
         self._values[layer].index_copy_(0, index, values)
+
+    def free(self) -> None:
+        """Give the memory back, also where something still refers to this cache."""
+        self._keys.clear()
+        self._values.clear()
 
 
 CacheT = TypeVar("CacheT", bound=Cache)

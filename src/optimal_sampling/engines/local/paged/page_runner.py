@@ -75,6 +75,7 @@ class PageRunner(ModelRunner[PageCache]):
         for cache in self.released:
             if cache not in kept:
                 self.graphs.pop(cache, None)
+                cache.free()
         self.released.clear()
 
     def recorded_graphs(self) -> tuple[int, str] | None:
