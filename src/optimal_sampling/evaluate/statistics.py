@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from optimal_sampling.errors import ConfigError, MissingDependencyError
+from optimal_sampling.errors import ConfigError, MissingDependencyError, did_you_mean
 
 __all__ = [
     "CheckpointScores",
@@ -44,6 +44,8 @@ Values: TypeAlias = Float[np.ndarray, " questions"]
 """One number in [0, 1] per question."""
 
 MetricName = Literal["avg", "pass", "maj"]
+
+VERDICTS = ("correct", "wrong", "no_answer", "truncated", "skipped")
 
 RIGHT, NO_VOTE, UNKNOWN = 0, -1, -2
 """Votes that are no number of a wrong answer; UNKNOWN: wrong, and its answer was not extracted."""
@@ -86,11 +88,12 @@ class CheckpointScores:
 
     @classmethod
     def from_samples(cls, samples: Iterable[Sample]) -> CheckpointScores:
-        """Raises ConfigError where a sample is there twice, where the questions do not all have
-        the same samples, and where there is no question with a usable reference.
+        """Raises ConfigError where a sample is there twice or has an unknown verdict, where the
+        questions do not all have the same samples, and where none has a usable reference.
         """
         table: dict[str, dict[int, Sample]] = {}
         for sample in samples:
+            _check_verdict(sample)
             row = table.setdefault(sample.question, {})
             if sample.sample_index in row:
                 raise ConfigError(
@@ -240,6 +243,14 @@ def truncated_rate(scores: CheckpointScores, level: float = 0.95) -> Estimate:
 def no_answer_rate(scores: CheckpointScores, level: float = 0.95) -> Estimate:
     """Share of samples that ended by themselves and hold no answer."""
     return interval(scores.no_answer.mean(axis=1), scores.samples, level)
+
+
+def _check_verdict(sample: Sample) -> None:
+    if sample.verdict not in VERDICTS:
+        raise ConfigError(
+            f"question {sample.question!r} has the unknown verdict {sample.verdict!r}"
+            f"{did_you_mean(sample.verdict, VERDICTS)}"
+        )
 
 
 def _is_skipped(row: Iterable[Sample]) -> bool:
