@@ -1,5 +1,5 @@
 """Scores of checkpoints on benchmarks.
 
-    statistics      avg@k, pass@k, maj@k, intervals, paired differences: pure functions on arrays
-    tables          the scores as JSON, Markdown and a terminal table
+statistics      avg@k, pass@k, maj@k, intervals, paired differences: pure functions on arrays
+tables          the scores as JSON, Markdown and a terminal table
 """
