@@ -17,7 +17,7 @@ from optimal_sampling.records.schema import Key, Prompt, Sample, record_of, row_
 from optimal_sampling.types import Completion, Request, prompt_id
 from optimal_sampling.vocabulary import Vocabulary
 
-__all__ = ["Interrupted", "generate", "input_notes", "open_inputs", "prompt_of", "render_row"]
+__all__ = ["Interrupted", "generate", "input_notes", "open_inputs", "prompt_of", "render_rows"]
 
 
 _METHOD_OF = {
@@ -155,8 +155,7 @@ class _Job:
         """Requests for the owed samples; those of rows without prompts fail at once."""
         seen: set[str] = set()
         good = 0
-        for row_index, row in self.dataset:
-            rendered = render_row(self.renderer, row)
+        for row_index, row, rendered in render_rows(self.renderer, self.dataset):
             prompt = prompt_of(row_index, row, rendered)
             if prompt.id in seen:
                 self.tally.duplicates += 1
@@ -227,6 +226,9 @@ def input_notes(
 ) -> dict[str, str]:
     """What is not as the options say, or easily overlooked, by name. Known without any weights."""
     texts = [*vocabulary.notes, *renderer.notes, *row_notes]
+    hint, shown_to = config.prompt.hint, config.prompt.hint_to
+    if hint != "none" and config.run.mode not in ("mixture", shown_to):
+        texts.insert(0, f"hint {hint} does nothing: it is shown to the {shown_to} alone")
     if config.run.mode != "mixture":
         texts.insert(0, f"drawn from the {config.run.mode} alone; the options of alpha do nothing")
     else:
@@ -246,10 +248,24 @@ def _idle_options(mixture: MixtureConfig) -> Iterator[str]:
             )
 
 
-def render_row(renderer: PromptRenderer, row: Mapping[str, Any]) -> RenderedPrompt | str:
+def render_rows(
+    renderer: PromptRenderer, dataset: Dataset
+) -> Iterator[tuple[int, Mapping[str, Any], RenderedPrompt | str]]:
+    """Each row with its index, and its prompts or the reason why it has none."""
+    if renderer.needs_following:
+        for index, row, following in dataset.with_following():
+            yield index, row, _render_row(renderer, row, following)
+    else:
+        for index, row in dataset:
+            yield index, row, _render_row(renderer, row, None)
+
+
+def _render_row(
+    renderer: PromptRenderer, row: Mapping[str, Any], following: Mapping[str, Any] | None
+) -> RenderedPrompt | str:
     """The row's prompts, or the reason why it has none."""
     try:
-        return renderer.render(row)
+        return renderer.render(row, following)
     except PromptError as error:
         return str(error)
     except OptimalSamplingError:
