@@ -5,7 +5,9 @@ Grades with lm-eval's and math-verify's own comparisons, none of this package's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 
@@ -23,9 +25,14 @@ def synthetic(**_: Any) -> dict[str, Any]:
     """The rows of the benchmark `synthetic`."""
     from datasets import Dataset
 
-    from optimal_sampling.evaluate.benchmarks import BENCHMARKS, benchmark_rows
+    from optimal_sampling.evaluate.benchmarks import BENCHMARKS, prepare
+    from optimal_sampling.evaluate.options import EvaluateConfig
 
-    return {"test": Dataset.from_list([*benchmark_rows(BENCHMARKS["synthetic"])])}
+    with TemporaryDirectory() as folder:
+        config = EvaluateConfig(extra_models=("toy-student",), output_dir=folder)
+        questions = prepare(BENCHMARKS["synthetic"], config)
+        lines = questions.path.read_text("utf-8").splitlines()
+    return {"test": Dataset.from_list([json.loads(line) for line in lines])}
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:
