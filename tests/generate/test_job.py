@@ -424,7 +424,7 @@ def test_hints_of_the_next_row(fake_engine, job):
     assert all(r["row"] == ROWS[r["row_index"]] for r in load(config.run.output_dir))
     sliced = replace(config, data=replace(config.data, data_slice="1::2"))
     assert generate(sliced).generated == 0
-    assert [rendered.teacher_text for _, rendered in dry_run(sliced).first][0] == "1+1=? 3"
+    assert dry_run(sliced).first[0][1].teacher_text == "1+1=? 3"
     alone = job(ROWS, name="alone")
     alone = replace(alone, prompt=prompt, run=replace(alone.run, mode="student"))
     assert "hint other does nothing" in " ".join(generate(alone).notes.values())

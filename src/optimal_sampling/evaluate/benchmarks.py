@@ -91,7 +91,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "synthetic",
             template="{problem}",
             grader="synthetic",
-            pinned="7f7d147b36a148a5611d20940fe8cbb0",
+            pinned="a7a6637a10f862f1d17305d83878c043",
         ),
     )
 }
@@ -196,8 +196,7 @@ def _read(benchmark: Benchmark, config: EvaluateConfig) -> tuple[str, list[Row]]
     """Where the questions come from, and their rows in one form."""
     local = _local_path(benchmark, config)
     if benchmark.name == "synthetic" and local is None:
-        rows: Iterable[Row] = synthetic_rows(_SYNTHETIC_SEED, _SYNTHETIC_ROWS)
-        return "synthetic", [benchmark_row(row) for row in rows]
+        return "synthetic", _synthetic()
     if local is None:
         data = DataConfig(benchmark.hub, split=benchmark.split, subset=benchmark.subset)
         source = f"{benchmark.hub}, split {benchmark.split}"
@@ -206,6 +205,13 @@ def _read(benchmark: Benchmark, config: EvaluateConfig) -> tuple[str, list[Row]]
         data, source = DataConfig(str(local), split=split), str(local)
     dataset = open_dataset(data, seed=0)
     return source, [benchmark_row(row) for _, row in dataset]
+
+
+def _synthetic() -> list[Row]:
+    """The first distinct problems of the seed."""
+    rows = map(benchmark_row, synthetic_rows(_SYNTHETIC_SEED, 2 * _SYNTHETIC_ROWS))
+    distinct = {row["problem"]: row for row in rows}
+    return list(distinct.values())[:_SYNTHETIC_ROWS]
 
 
 def _local_path(benchmark: Benchmark, config: EvaluateConfig) -> Path | None:

@@ -54,6 +54,8 @@ def find_checkpoints(
     `leave_out`: a folder below which nothing is looked for. Raises ModelError where a folder holds
     no complete checkpoint, ConfigError for a model that is given twice.
     """
+    if not checkpoint_dir and not extra_models:
+        raise ConfigError("name what to evaluate: --checkpoint-dir FOLDER or --extra-models NAME")
     found = _named(extra_models)
     skipped: list[Skipped] = []
     if checkpoint_dir:
@@ -67,7 +69,7 @@ def find_checkpoints(
 
 
 def _named(names: Sequence[str]) -> list[Checkpoint]:
-    """Hub ids under their name; folders under that of the folder, or the path where two are equal."""
+    """Hub ids as they are; folders by their name, or by their path where two names are equal."""
     folders = [expand_user(name).resolve() for name in names]
     last = [folder.name for folder in folders]
     checkpoints = []
@@ -207,8 +209,8 @@ def _merge_command(folder: Path) -> str:
         )
     if (folder / "zero_to_fp32.py").is_file():
         script = str(folder / "zero_to_fp32.py")
-        command = ["python", script, str(folder), str(merged), "--safe_serialization"]
-        return f"shards of DeepSpeed; merge them first: {shlex.join(command)}"
+        words = ["python", script, str(folder), str(merged), "--safe_serialization"]
+        return f"shards of DeepSpeed; merge them first: {shlex.join(words)}"
     return ""
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from optimal_sampling.config import (
     DataConfig,
-    EngineOptions,
     GenerateConfig,
     LocalOptions,
     MixtureConfig,
@@ -102,8 +101,6 @@ class EvaluateConfig:
     """Show the first right and the first wrong completion of each run."""
 
     def __post_init__(self) -> None:
-        if not self.checkpoint_dir and not self.extra_models:
-            raise ConfigError("name what to evaluate: --checkpoint-dir FOLDER, --extra-models NAME")
         if self.workers != 1:
             raise ConfigError(
                 f"--workers {self.workers}: one process evaluates on one device. For more devices "
@@ -156,7 +153,7 @@ class EvaluateConfig:
     ) -> GenerateConfig:
         """The `generate` config of one checkpoint on one benchmark. Raises ConfigError."""
         is_greedy = self.temperature == 0
-        options: EngineOptions = LocalOptions() if self.engine == "local" else VllmOptions()
+        engine_options = LocalOptions if self.engine == "local" else VllmOptions
         return GenerateConfig(
             models=ModelConfig(
                 teacher=model,
@@ -191,7 +188,7 @@ class EvaluateConfig:
                 max_new_tokens=self.max_new_tokens,
                 token_lists=False,
             ),
-            engine=replace(options, batch_size=self.batch_size, kv_memory_gib=self.kv_memory_gib),
+            engine=engine_options(batch_size=self.batch_size, kv_memory_gib=self.kv_memory_gib),
         )
 
     def settings(self) -> Mapping[str, object]:
