@@ -69,6 +69,11 @@ EXAMPLES = {
       --dataset prompts.jsonl --output-dir outputs/run --max-new-tokens 512 \\
       --teacher-template '{{problem}} Reference solution: {{solution}}'
   {PROGRAM} generate --config run.yaml --data-slice 0::8""",
+    "evaluate": f"""examples:
+  {PROGRAM} evaluate --extra-models toy-student toy-teacher --benchmarks synthetic \\
+      --max-new-tokens 160 --output-dir outputs/scores
+  {PROGRAM} evaluate --checkpoint-dir checkpoints --extra-models Qwen/Qwen3-1.7B \\
+      --benchmarks math500 aime24 --samples 16 --pass-at 1 8 --output-dir outputs/scores""",
     "status": f"""examples:
   {PROGRAM} status outputs/run
   {PROGRAM} status outputs/shard-*""",
@@ -156,6 +161,27 @@ def _generate(config: GenerateConfig) -> int:
     summary = generate(config, progress_for())
     Console().print(summary.table())
     return 3 if summary.failed else 0
+
+
+def run_evaluate(arguments: Sequence[str]) -> int:
+    """The subcommand `evaluate`."""
+    from rich.console import Console
+
+    from optimal_sampling.evaluate import EvaluateConfig, evaluate
+    from optimal_sampling.evaluate.tables import rich_table
+    from optimal_sampling.generate.progress import progress_for
+
+    config = _parse("evaluate", EvaluateConfig(), arguments)
+    try:
+        report = evaluate(config, progress_for, lambda line: print(line, file=sys.stderr))
+    except KeyboardInterrupt:
+        _say_interrupted(f"what was finished is safe in {config.output_dir}")
+        return 130
+    Console().print(rich_table(report.summary))
+    for line in report.missing:
+        print(f"{PROGRAM}: without a whole score: {line}", file=sys.stderr)
+    print(" ".join(map(str, report.files)))
+    return 3 if report.missing else 0
 
 
 def run_status(arguments: Sequence[str]) -> int:
@@ -254,6 +280,7 @@ def _run_interruptible(job: Callable[[], int]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "generate": ("generate records of q* for the prompts of a dataset", run_generate),
+    "evaluate": ("scores of checkpoints on benchmarks of mathematics", run_evaluate),
     "status": ("what run folders hold: good, owed, failed, speed, means", run_status),
     "merge": ("the run folders of several shards -> one", run_merge),
     "demo": (
