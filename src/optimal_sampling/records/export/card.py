@@ -38,7 +38,7 @@ def train_command(options: ExportOptions, tokens: StudentTokens, longest: int) -
     if options.format == "prompts":
         return None
     words = ["trl", "sft", "--model_name_or_path", tokens.model]
-    words += ["--dataset_name", str(Path(str(options.output_dir)).absolute())]
+    words += ["--dataset_name", options.push_to_hub or str(options.output_dir)]
     words += ["--max_length", str(longest)]
     if tokens.eos_option is not None:
         words += ["--eos_token", tokens.eos_option]

@@ -31,8 +31,7 @@ class Conversations:
         """What the chat template was told about thinking."""
 
     def student(self, row: Mapping[str, Any]) -> list[Message]:
-        """Messages of the student's prompt. Raises DatasetError for those that are not only text.
-        """
+        """Messages of the student's prompt. Raises DatasetError where they are not only text."""
         conversation = self._conversation(row)
         turn = self._turn(self._student, row, conversation)
         messages: list[dict[str, Any]] = list(conversation.messages)

@@ -39,7 +39,8 @@ class Questions:
     def add(self, benchmark: str, texts: Iterable[str]) -> None:
         """Questions of a benchmark. Raises DatasetError where there are none."""
         count = 0
-        for count, text in enumerate(texts, start=1):
+        for text in texts:
+            count += 1
             words = _words(text)
             if len(words) < NGRAM:
                 self._short.setdefault(" ".join(words), benchmark)

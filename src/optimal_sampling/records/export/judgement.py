@@ -136,7 +136,7 @@ class Exported:
 
     options: ExportOptions
     drawn_at: str = ""
-    """What log_p_student of the records is about, where that is not the student at temperature 1."""
+    """How the student that log_p_student is about differs from the student at temperature 1."""
     rows: Counter[str] = field(default_factory=Counter)
     """By split."""
     prompts: set[bytes] = field(default_factory=set)

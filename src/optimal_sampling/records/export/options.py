@@ -83,8 +83,6 @@ class ExportOptions:
     """Make a new hub repository private."""
 
     def __post_init__(self) -> None:
-        if not self.runs:
-            raise ConfigError("name the run folders: optimal-sampling export outputs/run")
         if not 0 <= self.validation_share < 1:
             raise ConfigError(f"validation_share must lie in [0, 1), got {self.validation_share}")
         if self.max_per_prompt is not None and self.max_per_prompt < 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from optimal_sampling.config import expand_user
-from optimal_sampling.errors import RunFolderError
+from optimal_sampling.errors import ConfigError, RunFolderError
 from optimal_sampling.records.export.options import MODE_OF_KIND, ExportOptions
 from optimal_sampling.records.run_folder import differences, record_lines
 from optimal_sampling.records.schema import Key, Record, key_of
@@ -66,6 +66,8 @@ def content_hash(content: str | bytes) -> bytes:
 
 def open_runs(options: ExportOptions) -> list[Run]:
     """The run folders of an export. Raises RunFolderError where they do not belong together."""
+    if not options.runs:
+        raise ConfigError("name the run folders: optimal-sampling export outputs/run")
     runs = [_open(expand_user(run)) for run in options.runs]
     wanted = MODE_OF_KIND.get(options.kind)
     for run in runs:
@@ -188,7 +190,7 @@ def _entry(run: int, file: Path, line: Line, verdicts: _Verdicts) -> Entry:
 
 
 def records_of(entries: Iterable[Entry]) -> Iterator[tuple[Entry, Record]]:
-    """The records of entries, read one at a time. Raises RunFolderError where a file has changed."""
+    """The records of entries, one at a time. Raises RunFolderError where a file has changed."""
     with ExitStack() as stack:
         files: dict[Path, BinaryIO] = {}
         for entry in entries:

@@ -165,9 +165,7 @@ class PromptMaker(Form):
         return Row(columns)
 
 
-def form_of(
-    options: ExportOptions, tokens: StudentTokens, runs: list[Run], first: Record
-) -> Form:
+def form_of(options: ExportOptions, tokens: StudentTokens, runs: list[Run], first: Record) -> Form:
     """The form that the options ask for."""
     kind = PromptMaker if options.format == "prompts" else RowMaker
     return kind(options, tokens, runs, first)

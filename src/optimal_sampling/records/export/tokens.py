@@ -44,7 +44,9 @@ class StudentTokens:
         common = self.ends.most_common(1)
         end_id = common[0][0] if common else self.tokenizer.eos_token_id
         if end_id is None:
-            raise ConfigError(f"the tokenizer of {model!r} has no end token; choose another --model")
+            raise ConfigError(
+                f"the tokenizer of {model!r} has no end token; choose another --model"
+            )
         self.end_id = int(end_id)
         self.end_text = str(self.tokenizer.convert_ids_to_tokens(self.end_id))
 
@@ -111,8 +113,7 @@ class StudentTokens:
         prompt_ids: list[int],
         ids: list[int],
     ) -> bool:
-        """Whether TRL makes these ids of messages. A template may write more after the end token.
-        """
+        """Whether TRL makes these ids of messages. Templates may write more after the end token."""
         alone = self._rendered(prompt, add_generation_prompt=True, **template_options)
         whole = self._rendered([*prompt, *completion], **template_options)
         wanted = prompt_ids + ids
