@@ -79,6 +79,10 @@ EXAMPLES = {
   {PROGRAM} status outputs/shard-*""",
     "merge": f"""examples:
   {PROGRAM} merge outputs/shard-0 outputs/shard-1 --output-dir outputs/run""",
+    "export": f"""examples:
+  {PROGRAM} export outputs/run --output-dir outputs/sft/os --only correct
+  {PROGRAM} export outputs/teacher --kind baseline --max-per-prompt 1 --prefer shortest
+  {PROGRAM} export outputs/run --decontaminate test.jsonl --validation-share 0.02""",
     "demo": f"""examples:
   {PROGRAM} demo
   {PROGRAM} demo --num-examples 50 --output-dir outputs/small""",
@@ -214,6 +218,21 @@ def _checked_path(text: str) -> str:
     return RunConfig(output_dir=text).output_dir
 
 
+def run_export(arguments: Sequence[str]) -> int:
+    """The subcommand `export`."""
+    from rich.console import Console
+
+    from optimal_sampling.export_tools import print_report, tools
+    from optimal_sampling.records.export import ExportOptions, export, push
+
+    options = _parse("export", ExportOptions(), arguments)
+    report = export(options, tools(), [typed_command(sys.orig_argv)])
+    print_report(report, Console())
+    if options.push_to_hub is not None:
+        print(push(report.folder, options.push_to_hub, private=options.hub_private))
+    return 0
+
+
 def run_demo(arguments: Sequence[str]) -> int:
     """The subcommand `demo`."""
     from rich.console import Console
@@ -283,6 +302,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "evaluate": ("scores of checkpoints on benchmarks of mathematics", run_evaluate),
     "status": ("what run folders hold: good, owed, failed, speed, means", run_status),
     "merge": ("the run folders of several shards -> one", run_merge),
+    "export": ("run folders -> a training set for load_dataset and trl sft", run_export),
     "demo": (
         "q* beside student and teacher alone, with the shipped pair of small models",
         run_demo,

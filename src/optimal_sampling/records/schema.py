@@ -123,6 +123,13 @@ def _weighted_alpha(sample: Sample) -> float | None:
     return _rounded(weighted_mean(sample.trace["alpha"], sample.trace["curvature"]))
 
 
+def _chernoff(sample: Sample) -> float | None:
+    """−F(alpha) = (1 − alpha) KL(q‖p_student) + alpha KL(q‖p_teacher), mean over tokens."""
+    trace = sample.trace
+    columns = zip(trace["alpha"], trace["kl_student"], trace["kl_teacher"], strict=True)
+    return _mean((1 - alpha) * student + alpha * teacher for alpha, student, teacher in columns)
+
+
 def _token_list(column: str, meaning: str) -> Field:
     """A column of the trace, one number per token."""
     meaning = f"{meaning} of every token; absent with `--no-token-lists`"
@@ -246,6 +253,22 @@ class Record(TypedDict):
             _weighted_alpha,
             is_mean=True,
             weight="curvature",
+        ),
+    ]
+    chernoff: Annotated[
+        float | None,
+        Field(
+            "mean over tokens of −log Σ p_student^(1−alpha) p_teacher^alpha, in nats: the Chernoff "
+            "information where alpha is the free root of `kl_symmetry`, a lower bound elsewhere",
+            _chernoff,
+            is_mean=True,
+        ),
+    ]
+    log_p_student: Annotated[
+        float | None,
+        _mean_of(
+            "log_p_student",
+            "log p_student of the tokens drawn, at the run's temperature, mean over tokens",
         ),
     ]
     error: Annotated[
