@@ -31,7 +31,7 @@ class Checkpoints:
 def find_checkpoints(folder: Path) -> Checkpoints:
     """Looks from the newest `checkpoint-STEP` down to the first complete one."""
     found = {int(m[1]): path for path in _entries(folder) if (m := _NAME.fullmatch(path.name))}
-    incomplete = []
+    incomplete: list[tuple[Path, str]] = []
     for step in sorted(found, reverse=True):
         reason = defect(found[step])
         if not reason:

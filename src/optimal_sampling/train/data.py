@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,21 +103,19 @@ class Scan:
 def scan(dataset: Any, end_ids: frozenset[int]) -> Scan:
     """Reads `input_ids` and `labels` of a prepared dataset."""
     digest = hashlib.blake2b(digest_size=8)
-    lengths, trained, ends, strange = [], [], [], 0
-    rows = dataset.with_format("numpy", columns=[*_TOKENS])
-    for row in rows:
+    table: list[tuple[int, int, int]] = []
+    strange = 0
+    for row in dataset.with_format("numpy", columns=[*_TOKENS]):
         ids, labels = (np.asarray(row[name], dtype=np.int64) for name in _TOKENS)
         for values in (ids, labels):
             digest.update(len(values).to_bytes(8, "little") + values.tobytes())
-        same_length = len(ids) == len(labels)
         kept = labels[labels != _IGNORED]
-        strange += not (same_length and np.array_equal(kept, ids[labels != _IGNORED]))
+        is_same = len(ids) == len(labels) and np.array_equal(kept, ids[labels != _IGNORED])
+        strange += not is_same
         found = [int(token) for token in kept[-_LAST:] if int(token) in end_ids]
-        lengths.append(len(ids))
-        trained.append(len(kept))
-        ends.append(found[-1] if found else -1)
-    columns = (np.array(values, dtype=np.int64) for values in (lengths, trained, ends))
-    return Scan(*columns, strange=strange, digest=digest.hexdigest())
+        table.append((len(ids), len(kept), found[-1] if found else -1))
+    lengths, trained, ends = np.array(table, dtype=np.int64).T
+    return Scan(lengths, trained, ends, strange, digest.hexdigest())
 
 
 def check_cuts(found: Scan, options: SftOptions, context: int | None) -> list[str]:
@@ -162,7 +159,7 @@ def check_loss(found: Scan, completion_only: bool) -> list[str]:
     return [f"loss on {trained} of {total} tokens ({trained / total:.0%})"]
 
 
-def check_ends(found: Scan, tokens: ModelTokens, eos_ids: Sequence[int]) -> list[str]:
+def check_ends(found: Scan, tokens: ModelTokens, eos_ids: Set[int]) -> list[str]:
     """Notes on how examples end.
 
     `eos_ids`: ids at which the saved model will stop. Raises DatasetError where no example ends
@@ -200,5 +197,3 @@ def shown(row: dict[str, Any], decode: Callable[[list[int]], str]) -> list[str]:
         parts[-1][1].append(token)
     names = {True: "loss   ", False: "no loss"}
     return [f"  {names[has_loss]} | {decode(ids)!r}" for has_loss, ids in parts]
-
-

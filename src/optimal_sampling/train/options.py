@@ -199,6 +199,4 @@ def trl_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _given(values: Mapping[str, Any], typed: set[str]) -> dict[str, Any]:
     """The values of the options that were typed; `--no_x` is the option `x`."""
-    return {
-        name: value for name, value in values.items() if {name, f"no_{name}"} & typed
-    }
+    return {name: value for name, value in values.items() if {name, f"no_{name}"} & typed}

@@ -92,6 +92,8 @@ def sft(options: SftOptions, trl: Mapping[str, Any] | None = None) -> SftSummary
     source = resolve_model(name, revision, weights=True)
     check_weight_files(f"model {name!r}", Path(source))
     tokens = load_tokens(name, options.trust_remote_code, revision)
+    if options.eos_token not in (None, *tokens.tokenizer.get_vocab()):
+        raise ConfigError(f"--eos_token {options.eos_token!r} is no token of model {name!r}")
     folder = expand_user(options.output_dir)
     with ExitStack() as stack:
         if is_main_process():
@@ -181,8 +183,7 @@ class _Session:
 
         options, tokens = self._options, self._tokens
         found = scan(dataset, tokens.end_ids | self._eos_ids())
-        context = tokens.context
-        notes = check_cuts(found, options, context)
+        notes = check_cuts(found, options, tokens.context)
         notes += check_loss(found, options.completion_only_loss)
         notes += check_ends(found, tokens, self._eos_ids())
         for note in notes:
@@ -198,9 +199,8 @@ class _Session:
     def _eos_ids(self) -> frozenset[int]:
         """Ids at which the saved model stops."""
         own = self._tokens.end_ids - {self._tokens.turn_end}
-        if self._options.eos_token is None:
-            return own
-        return own | {self._tokens.tokenizer.convert_tokens_to_ids(self._options.eos_token)}
+        name = self._options.eos_token
+        return own if name is None else own | {self._tokens.tokenizer.get_vocab()[name]}
 
     def _facts(self, config: Any) -> dict[str, Any]:
         """What has to be the same when training goes on."""
@@ -213,7 +213,7 @@ class _Session:
         return facts
 
     def _claim(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Write `sft.json` into a new folder. Raises RunFolderError for that of another training."""
+        """Write `sft.json` into a new folder. Raises RunFolderError where it is of another call."""
         path = folder / "sft.json"
         if not path.exists():
             if is_main_process():
