@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -119,7 +120,9 @@ def test_two_processes_are_killed_and_go_on(data, tmp_path, sharding):
     while find_checkpoints(tmp_path / "killed").last is None:
         assert process.poll() is None
         time.sleep(0.05)
-    process.kill()  # torchrun's processes end with it
+    torchrun = psutil.Process(process.pid)
+    for each in (torchrun, *torchrun.children(recursive=True)):
+        each.kill()
     process.stderr.read()
     process.wait()
     command = shlex.split(printed)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from optimal_sampling import toy_pair
 from optimal_sampling.cli import main
+from optimal_sampling.records.export.tokens import vocabulary_hash
 from optimal_sampling.toy_pair.problems import synthetic_rows
 from optimal_sampling.train.checkpoints import defect, find_checkpoints
 
@@ -251,6 +252,21 @@ def test_the_source_documents_command_line_is_understood(export, sft):
     assert code == 0
     assert "--fsdp has no effect: one process" in said
     assert "--use_liger_kernel has no effect on a CPU" in said
+
+
+def test_data_of_another_tokenizer_is_refused(export, sft, tmp_path):
+    """Guards: ids that mean other tokens to the model that is trained on them."""
+    folder = export(rows(2, as_tokens))
+    facts = {"model": "toy-student", "vocabulary": vocabulary_hash(STUDENT.get_vocab())}
+    (folder / "export.json").write_text(json.dumps(facts))
+    model = tmp_path / "renamed"
+    shutil.copytree(toy_pair.path("toy-student"), model)
+    given = ["--max_steps", "1", "--model_name_or_path", model]
+    assert sft(folder, *given, output="same")[0] == 0
+    tokenizer = model / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<think>", "<reason>"))
+    code, _, said = sft(folder, *given, output="other")
+    assert (code, "was exported for toy-student, whose tokens have other ids" in said) == (2, True)
 
 
 def test_what_a_checkpoint_lacks_is_said(export, sft, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimal_sampling.config import expand_user
-from optimal_sampling.errors import ConfigError, DatasetError, OptimalSamplingError
+from optimal_sampling.errors import (
+    ConfigError,
+    DatasetError,
+    OptimalSamplingError,
+    TokenizerMismatchError,
+)
+from optimal_sampling.records.export.tokens import vocabulary_hash
 from optimal_sampling.train.options import SftOptions
 from optimal_sampling.vocabulary import ModelTokens
 
-__all__ = ["Scan", "check_cuts", "check_ends", "check_loss", "load_split", "scan", "shown"]
+__all__ = [
+    "Scan",
+    "check_cuts",
+    "check_ends",
+    "check_loss",
+    "check_vocabulary",
+    "load_split",
+    "scan",
+    "shown",
+]
 
 _IGNORED = -100  # label of a token without loss
 _LAST = 3  # a template may write a line break after the end token
@@ -83,6 +99,23 @@ def _without_nulls(rows: Any, name: str) -> Any:
         if empty:
             raise DatasetError(f"column {column} of dataset {name} is null in {empty} rows")
     return rows
+
+
+def check_vocabulary(name: str, rows: Any, tokens: ModelTokens) -> None:
+    """Raises TokenizerMismatchError where the rows of a local export are of another tokenizer.
+
+    Ids and texts with markers are written for one tokenizer; lists of messages are for any.
+    """
+    path = expand_user(name) / "export.json"
+    if not path.is_file() or isinstance(rows[0].get("prompt"), list):
+        return
+    exported = json.loads(path.read_text("utf-8"))
+    if exported.get("vocabulary") not in (None, vocabulary_hash(tokens.tokenizer.get_vocab())):
+        raise TokenizerMismatchError(
+            f"dataset {name} was exported for {exported.get('model')}, whose tokens have other ids "
+            f"than those of {tokens.name}: export it again with --model {tokens.name}, or with "
+            "--messages, which the trainer renders itself"
+        )
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class _Session:
     def _trainer(self, stop: Any) -> Any:
         from transformers import PrinterCallback
 
-        from optimal_sampling.train.data import load_split
+        from optimal_sampling.train.data import check_vocabulary, load_split
         from optimal_sampling.train.progress import TrainingProgress
         from optimal_sampling.train.trainer import StudentTrainer, lora_config, sft_config
 
@@ -148,6 +148,7 @@ class _Session:
             test = load_split(options, options.dataset_test_split)
         self._say_settings(config)
         rows = load_split(options, options.dataset_train_split)
+        check_vocabulary(options.dataset_name, rows, self._tokens)
         try:
             trainer = StudentTrainer(
                 self._source,
