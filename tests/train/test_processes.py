@@ -123,8 +123,7 @@ def test_two_processes_are_killed_and_go_on(data, tmp_path, sharding):
     torchrun = psutil.Process(process.pid)
     for each in (torchrun, *torchrun.children(recursive=True)):
         each.kill()
-    process.stderr.read()
-    process.wait()
+    process.communicate()
     command = shlex.split(printed)
     assert command[0] == "torchrun"
     again = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
