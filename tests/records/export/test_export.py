@@ -346,15 +346,19 @@ def test_kill(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".out.lock", "out"]
 
 
+def interrupted(target):
+    with new_folder(target, overwrite=True) as folder:
+        (folder / "data").mkdir()
+        raise KeyboardInterrupt
+
+
 def test_killed_between_the_two_renames(tmp_path):
     """Guards: an export that is gone because its replacement was interrupted."""
     old = tmp_path / ".out.old"
     old.mkdir()
     (old / "README.md").write_text("the export")
-    interrupted = new_folder(tmp_path / "out", overwrite=True)
-    (interrupted.__enter__() / "data").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        interrupted.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        interrupted(tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text() == "the export"
     assert sorted(os.listdir(tmp_path)) == [".out.lock", "out"]
 
