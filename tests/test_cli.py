@@ -32,8 +32,8 @@ from optimal_sampling.cli import (
 )
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.demo import DemoOptions
-from optimal_sampling.records.store import Lock
 from optimal_sampling.records.export import ExportOptions
+from optimal_sampling.records.store import Lock
 from optimal_sampling.serve import ServeConfig
 
 
