@@ -32,6 +32,7 @@ from optimal_sampling.cli import (
 )
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.demo import DemoOptions
+from optimal_sampling.records.export import ExportOptions
 from optimal_sampling.records.store import Lock
 from optimal_sampling.serve import ServeConfig
 
@@ -261,6 +262,7 @@ def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
         "generate": parse_generate,
         "status": partial(_parse, "status", StatusOptions()),
         "merge": partial(_parse, "merge", MergeOptions()),
+        "export": partial(_parse, "export", ExportOptions()),
         "demo": partial(_parse, "demo", DemoOptions()),
         "bench": partial(parse_bench, program="bench"),
         "serve": partial(_parse, "serve", ServeConfig()),

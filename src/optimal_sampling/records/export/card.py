@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from optimal_sampling import toy_pair
 from optimal_sampling.records.export.options import ExportOptions
 from optimal_sampling.records.export.reading import Run
 from optimal_sampling.records.export.tokens import StudentTokens
@@ -37,12 +38,17 @@ def train_command(options: ExportOptions, tokens: StudentTokens, longest: int) -
     """TRL's command line that trains on the folder; None where rows have no completions."""
     if options.format == "prompts":
         return None
-    words = ["trl", "sft", "--model_name_or_path", tokens.model]
+    words = ["trl", "sft", "--model_name_or_path", _path(tokens.model)]
     words += ["--dataset_name", options.push_to_hub or str(options.output_dir)]
     words += ["--max_length", str(longest)]
     if tokens.eos_option is not None:
         words += ["--eos_token", tokens.eos_option]
     return shlex.join([*words, "--output_dir", "checkpoints/sft"])
+
+
+def _path(model: str) -> str:
+    """A name that Transformers knows."""
+    return str(toy_pair.path(model)) if model in toy_pair.NAMES else model
 
 
 def card(

@@ -27,7 +27,9 @@ def compile_for(generation, function, warps, stages=3, **constants):
         fn=function,
         signature=signature,
         constexprs={(i,): constants[name] for i, name in enumerate(names) if name in constants},
-        attrs={(i,): ALIGNED for i, name in enumerate(names) if signature[name] in ("i32", "*bf16")},
+        attrs={
+            (i,): ALIGNED for i, name in enumerate(names) if signature[name] in ("i32", "*bf16")
+        },
     )
     options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)

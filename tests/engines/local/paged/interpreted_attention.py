@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from optimal_sampling.engines.local.attention import AttentionCall
+from optimal_sampling.engines.local.paged.attention_backends import PagePlan, split_or
+from optimal_sampling.engines.local.paged.page_cache import Batch, BatchShape
 from optimal_sampling.engines.local.paged.split_attention import split_attention, split_count
 from tests.engines.local.paged.conftest import one_segment
 
@@ -72,3 +75,37 @@ def test_the_number_of_splits_fills_a_gpu_and_leaves_each_some_keys():
     assert split_count(32, 2, 2048) == 5
     assert split_count(256, 8, 1 << 15) == 1
     assert split_count(1, 1, 1 << 17) == 32
+
+
+def plan_of(counts, width_of_last, starts, used):
+    """Plan of a pass with segments of these numbers of queries."""
+    tokens = sum(counts)
+    ends = torch.tensor([0, *counts]).cumsum(0)
+    zeros = torch.zeros(tokens, dtype=torch.long)
+    numbers = torch.cat([zeros, zeros, ends, starts.long(), torch.zeros(1).long(), used.long()])
+    shape = BatchShape(tokens, len(counts), max(counts), int(used.max()), width_of_last)
+    return PagePlan(None, Batch(shape, zeros, numbers), None)
+
+
+def test_passes_with_few_queries_per_row_take_it_and_others_do_not():
+    """Guards: a prompt chunk read as if every row had as many queries; a scale of None."""
+    asked = []
+
+    def flash(call, keys, values, plan):
+        asked.append(plan)
+        return call.query
+
+    attend = split_or(flash)
+    for width, heads in ((1, 4), (5, 4)):
+        query, keys, values, starts, used = case(width, heads, 2, 16, [9, 70])
+        plan = plan_of([width, width], 2 * width, starts, used)
+        call = AttentionCall(0, query.transpose(0, 1), None, 30, None, None)
+        expected = reference(query, keys, values, starts, used, 16**-0.5, 30)
+        found = attend(call, keys, values, plan)
+        torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=2e-5)
+    assert not asked
+    chunk = plan_of([7, 3], 3, starts, used)
+    attend(call, keys, values, chunk)
+    call = AttentionCall(0, torch.zeros(64, 10, 16), None, None, None, None)
+    attend(call, keys[:, :1], values, plan_of([5, 5], 10, starts, used))  # 320 queries per KV head
+    assert len(asked) == 2

