@@ -166,7 +166,7 @@ def _score_grid(benchmark: str, rows: Sequence[Row], metrics: Sequence[str]) -> 
         f"{questions} questions x {samples} samples" for questions, samples in counts
     )
     return _Grid(
-        title=f"{benchmark}: {sizes}",
+        title=f"{benchmark}: {' or '.join(sizes)}",
         columns=("checkpoint", *metrics),
         rows=tuple(_score_cells(row, metrics) for row in rows),
     )
@@ -198,7 +198,7 @@ def _difference_grid(benchmark: str, rows: Sequence[Row], summary: Mapping[str, 
     metrics = summary["metrics"]
     cells = [[_points(row["differences"][metric]) for metric in metrics] for row in rows]
     return _Grid(
-        title=f"{benchmark}: difference from {summary['baseline']} in points, paired by question",
+        title=f"{benchmark}: minus {summary['baseline']}, in points, paired by question",
         columns=("checkpoint", *metrics),
         rows=tuple((row["checkpoint"], *line) for row, line in zip(rows, cells, strict=True)),
     )
