@@ -9,6 +9,7 @@ import pytest
 import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -22,6 +23,7 @@ from optimal_sampling.records import load as load_records
 from optimal_sampling.toy_pair.problems import make_problem
 from optimal_sampling.verify import Task, grade, resolve_grader
 from optimal_sampling.verify.graders import load_grader
+from optimal_sampling.vocabulary import resolve_model
 from optimal_sampling.vocabulary.thinking import KNOWN_BLOCKS
 
 MODEL = "toy-student"
@@ -76,10 +78,10 @@ def ours(folder, name, **options):
     return found
 
 
-def theirs(engine, task, include_path, limit=None):
+def theirs(model, task, include_path, limit=None):
     """Completion and exact match by question, from lm-eval."""
     results = simple_evaluate(
-        EngineLM(engine),
+        model,
         tasks=[task],
         task_manager=TaskManager(include_path=include_path, include_defaults=False),
         apply_chat_template=True,
@@ -108,10 +110,17 @@ def assert_same(theirs, ours):
 
 def test_both_harnesses_agree_on_synthetic(engine, tmp_path):
     """Guards: another prompt, other tokens or another answer key in one of the harnesses."""
-    found = theirs(engine, "optimal_sampling_synthetic", TASKS, limit=40)
+    found = theirs(EngineLM(engine), "optimal_sampling_synthetic", TASKS, limit=40)
     own = ours(tmp_path, "synthetic", num_examples=40)
     assert found.keys() == own.keys()
     assert_same(found, own)
+
+
+def test_lm_eval_alone_gives_the_same_texts(engine):
+    """Guards: a score that nobody else can reproduce: here Transformers generates, not we."""
+    model = HFLM(resolve_model(MODEL), device="cpu", dtype="float32", batch_size=8)
+    alone = theirs(model, "optimal_sampling_synthetic", TASKS, limit=16)
+    assert alone == theirs(EngineLM(engine), "optimal_sampling_synthetic", TASKS, limit=16)
 
 
 @pytest.mark.parametrize(("name", "rows"), [("gsm8k", GSM8K), ("math500", MATH500)])
@@ -129,7 +138,7 @@ def test_both_harnesses_agree_on_local_rows(engine, tmp_path, name, rows):
     }
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "local.yaml").write_text(yaml.safe_dump(task))
-    found = theirs(engine, "local", str(tmp_path / "tasks"))
+    found = theirs(EngineLM(engine), "local", str(tmp_path / "tasks"))
     options = {"benchmark_file": (f"{name}={file}",), "allow_other_questions": True}
     own = ours(tmp_path, name, template="{problem}", benchmarks=(name,), **options)
     assert found.keys() == own.keys()
