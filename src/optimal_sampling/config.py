@@ -249,7 +249,7 @@ class LocalOptions(EngineOptions):
 
     name = "local"
     engine_class = "optimal_sampling.engines.local.engine:LocalEngine"
-    fixed = frozenset({"attention", "batch_invariant"})
+    fixed = frozenset({"attention", "batch_invariant", "fused_layers"})
 
     batch_size: int = 32
     """Most requests in flight at once. Fewer run where the memory budget does not hold so many."""
@@ -265,6 +265,9 @@ class LocalOptions(EngineOptions):
     else the `flash_attn` package), otherwise PyTorch's SDPA over slots; the notes say why."""
     batch_invariant: bool = True
     """On a CPU in float32: shapes under which a row's logits do not depend on its batch."""
+    fused_layers: bool = True
+    """On a GPU over pages: Llama-like layers with merged projections and fused kernels, where they
+    give the stock model's logits; the notes say why not."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The mathematics: two rows of logits and noise in, one token and its diagnostics out."""
 
-from optimal_sampling.distribution.gpu.launch import kernel_note, runs_fused
+from optimal_sampling.distribution.gpu.launch import kernel_note, runs_fused, triton_version
 from optimal_sampling.distribution.methods import METHODS
 from optimal_sampling.distribution.mixture import (
     Drawn,
@@ -38,4 +38,5 @@ __all__ = [
     "solve_single",
     "step",
     "trace_of",
+    "triton_version",
 ]
