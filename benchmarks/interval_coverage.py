@@ -232,7 +232,8 @@ def show_power(console: Console, simulation: Simulation) -> list[dict[str, Any]]
             for shift in SHIFTS:
                 found = power(simulation, law, k, shift)
                 shares = [f"{100 * found[column]:.1f}%" for column in columns[3:]]
-                table.add_row(name, str(k), f"{100 * found['difference']:+.1f}", *shares)
+                points = f"{100 * found['difference']:+.1f}" if shift else "0"
+                table.add_row(name, str(k), points, *shares)
                 rows.append({"law": name, "k": k, "shift": shift, **found})
     console.print(table)
     return rows

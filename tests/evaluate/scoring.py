@@ -2,8 +2,10 @@
 
 from optimal_sampling.evaluate.statistics import CheckpointScores, Sample
 
-VERDICTS = {"R": "correct", "T": "truncated", "-": "no_answer", "S": "skipped", "?": "wrong"}
-"""Letters of `scores_of`; other letters are wrong answers, `?` is one that was not extracted."""
+VERDICTS = {"R": "correct", "T": "truncated", "-": "no_answer", "S": "skipped"}
+VERDICTS |= {"!": "correct", "?": "wrong"}
+"""Letters of `scores_of`; other letters are wrong answers. The answers of `!` and `?` were not
+extracted."""
 
 
 def samples_of(*questions: str) -> list[Sample]:
@@ -13,7 +15,7 @@ def samples_of(*questions: str) -> list[Sample]:
             question=f"question {number}",
             sample_index=index,
             verdict=VERDICTS.get(letter, "wrong"),
-            answer=None if letter in "T-S?" else letter,
+            answer=None if letter in "T-S!?" else letter,
             tokens=10 * number + index,
             hedging=index / 10,
         )

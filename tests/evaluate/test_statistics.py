@@ -74,6 +74,7 @@ def test_majority_at_k_is_the_mean_over_subsets_and_ties(letters, data):
         ("R-TT", 2, 1 / 2),  # 3 of 6 pairs hold R, which then wins unopposed
         ("----", 4, 0),
         ("RRAA", 2, 1 / 2),  # RR wins (1 of 6), AA loses (1), the other 4 tie
+        ("R??", 3, 1 / 3),  # answers that are not known agree with none
         ("RRRAA", 3, 7 / 10),  # RRR and RRA: 1 + 3 * 2 of 10
     ],
 )
@@ -253,7 +254,7 @@ REFUSED = {
     "k too large": (lambda: pass_at_k(scores_of("RR"), 3), r"\[1, 2\].*got 3"),
     "k of avg too large": (lambda: score(scores_of("R"), Metric("avg", 4)), "got 4"),
     "k = 0": (lambda: majority_at_k(scores_of("RR"), 0), "got 0"),
-    "unknown answers": (lambda: majority_at_k(scores_of("R?"), 2), "leave maj out"),
+    "unknown answers": (lambda: majority_at_k(scores_of("!A"), 2), "leave maj out"),
     "level": (lambda: interval(np.array([0.0, 1.0]), 1, 95), "such as 0.95; got 95"),
     "other questions": (
         lambda: paired_difference(scores_of("R", "R"), scores_of("R"), Metric("avg", 1)),

@@ -71,8 +71,7 @@ def test_a_markdown_table_has_as_many_cells_in_every_row():
     rows = [Evaluation("a|b", "my | set", BASE), Evaluation("c\nd", "my | set", BETTER)]
     text = markdown_text(summarize(rows, METRICS))
     lines = [re.sub(r"\\\|", "", line) for line in text.splitlines() if line.startswith("|")]
-    assert sorted({line.count("|") for line in lines}) == [5, 9]
-    assert len(lines) == 4 + 3
+    assert [line.count("|") for line in lines] == [5] * 7 + [6] * 4
 
 
 def test_rich_markup_in_a_name_is_text():

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from optimal_sampling.errors import ConfigError, MissingDependencyError, did_you_mean
+from optimal_sampling.records.verdicts import VERDICTS
 
 __all__ = [
     "CheckpointScores",
@@ -45,10 +46,8 @@ Values: TypeAlias = Float[np.ndarray, " questions"]
 
 MetricName = Literal["avg", "pass", "maj"]
 
-VERDICTS = ("correct", "wrong", "no_answer", "truncated", "skipped")
-
 RIGHT, NO_VOTE, UNKNOWN = 0, -1, -2
-"""Votes that are no number of a wrong answer; UNKNOWN: wrong, and its answer was not extracted."""
+"""Votes that are no number of a wrong answer; UNKNOWN: right, but the answer was not extracted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ class Sample:
     verdict: str
     """One of `records.verdicts.Verdict`."""
     answer: str | None
-    """As extracted; wrong answers with the same text vote together."""
+    """As extracted; wrong answers with the same text vote together, one without text alone."""
     tokens: int
     """Length of the completion."""
     hedging: float = 0.0
@@ -166,12 +165,12 @@ def majority_at_k(scores: CheckpointScores, k: int) -> Values:
     The expected value over all subsets of k samples and over a fair choice among tied answers,
     exactly. Right answers vote together, samples without an answer do not vote, and where none
     votes the question is wrong. Raises ConfigError for k above the number of samples, and where
-    the answers of wrong samples are not known.
+    the grader extracts no answers: every wrong sample would then vote alone.
     """
     _checked_k(scores, k)
     if (scores.votes == UNKNOWN).any():
         raise ConfigError(
-            f"maj@{k} needs the answers of wrong samples, and this grader extracts none; "
+            f"maj@{k} needs the answers that were given, and this grader extracts none; "
             "leave maj out"
         )
     return np.array([_majority_of(Counter(row.tolist()), k) for row in scores.votes])
@@ -274,18 +273,18 @@ def _check_complete(table: Mapping[str, Mapping[int, Sample]], questions: Sequen
 
 def _votes(row: Sequence[Sample]) -> list[int]:
     """One question's samples as RIGHT, NO_VOTE, UNKNOWN or the number of the wrong answer."""
-    numbers: dict[str, int] = {}
+    numbers: dict[str | int, int] = {}
     return [_vote(sample, numbers) for sample in row]
 
 
-def _vote(sample: Sample, numbers: dict[str, int]) -> int:
+def _vote(sample: Sample, numbers: dict[str | int, int]) -> int:
+    """`numbers`: those of wrong answers by text; of one without text, by its sample index."""
     if sample.verdict == "correct":
-        return RIGHT
-    if sample.verdict in ("no_answer", "truncated"):
+        return UNKNOWN if sample.answer is None else RIGHT
+    if sample.verdict != "wrong":
         return NO_VOTE
-    if sample.answer is None:
-        return UNKNOWN
-    return numbers.setdefault(sample.answer, len(numbers) + 1)
+    answer = sample.sample_index if sample.answer is None else sample.answer
+    return numbers.setdefault(answer, len(numbers) + 1)
 
 
 def _checked_k(scores: CheckpointScores, k: int) -> int:

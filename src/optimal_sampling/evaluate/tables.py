@@ -26,8 +26,6 @@ __all__ = ["Evaluation", "json_text", "markdown_text", "rich_table", "summarize"
 Row = dict[str, Any]
 """What is known of one checkpoint on one benchmark."""
 
-DESCRIPTIVE = ("truncated", "no answer", "mean tokens", "hedging words")
-
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -95,7 +93,7 @@ def json_text(summary: Mapping[str, Any]) -> str:
 
 
 def markdown_text(summary: Mapping[str, Any]) -> str:
-    """The summary as Markdown: by benchmark the scores, then the paired differences."""
+    """The summary as Markdown: by benchmark scores, differences, completions."""
     blocks = [_markdown_grid(grid) for grid in _grids(summary)]
     notes = "\n".join(f"- {_escaped(line)}" for line in _footnotes(summary))
     return "\n".join([*blocks, notes]) + "\n"
@@ -158,23 +156,37 @@ def _grids(summary: Mapping[str, Any]) -> list[_Grid]:
         compared = [row for row in rows if row["differences"]]
         if compared:
             grids.append(_difference_grid(name, compared, summary))
+        grids.append(_completion_grid(name, rows))
     return grids
 
 
 def _score_grid(benchmark: str, rows: Sequence[Row], metrics: Sequence[str]) -> _Grid:
     counts = sorted({(row["questions"], row["samples"]) for row in rows})
-    sizes = " or ".join(f"{questions} questions x {samples}" for questions, samples in counts)
+    sizes = " or ".join(
+        f"{questions} questions x {samples} samples" for questions, samples in counts
+    )
     return _Grid(
         title=f"{benchmark}: {sizes}",
-        columns=("checkpoint", *metrics, *DESCRIPTIVE),
+        columns=("checkpoint", *metrics),
         rows=tuple(_score_cells(row, metrics) for row in rows),
     )
 
 
 def _score_cells(row: Row, metrics: Sequence[str]) -> tuple[str, ...]:
+    return row["checkpoint"], *(_percent(row["scores"][metric]) for metric in metrics)
+
+
+def _completion_grid(benchmark: str, rows: Sequence[Row]) -> _Grid:
+    return _Grid(
+        title=f"{benchmark}: the completions",
+        columns=("checkpoint", "truncated", "no answer", "mean tokens", "hedging words"),
+        rows=tuple(_completion_cells(row) for row in rows),
+    )
+
+
+def _completion_cells(row: Row) -> tuple[str, ...]:
     return (
         row["checkpoint"],
-        *(_percent(row["scores"][metric]) for metric in metrics),
         f"{100 * row['truncated']['value']:.1f}%",
         f"{100 * row['no_answer']['value']:.1f}%",
         f"{row['mean_tokens']:.0f}",
@@ -186,7 +198,7 @@ def _difference_grid(benchmark: str, rows: Sequence[Row], summary: Mapping[str, 
     metrics = summary["metrics"]
     cells = [[_points(row["differences"][metric]) for metric in metrics] for row in rows]
     return _Grid(
-        title=f"{benchmark}: minus {summary['baseline']}, in points, paired by question",
+        title=f"{benchmark}: difference from {summary['baseline']} in points, paired by question",
         columns=("checkpoint", *metrics),
         rows=tuple((row["checkpoint"], *line) for row, line in zip(rows, cells, strict=True)),
     )
