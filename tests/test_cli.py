@@ -25,6 +25,7 @@ from optimal_sampling.cli import (
     EXIT_CODES,
     MergeOptions,
     StatusOptions,
+    VerifyCommand,
     _parse,
     main,
     parse_generate,
@@ -263,6 +264,7 @@ def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
     parsers = {
         "generate": parse_generate,
         "evaluate": partial(_parse, "evaluate", EvaluateConfig()),
+        "verify": partial(_parse, "verify", VerifyCommand()),
         "status": partial(_parse, "status", StatusOptions()),
         "merge": partial(_parse, "merge", MergeOptions()),
         "export": partial(_parse, "export", ExportOptions()),
