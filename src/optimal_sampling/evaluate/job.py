@@ -21,7 +21,6 @@ from optimal_sampling.errors import (
 )
 from optimal_sampling.evaluate.benchmarks import Questions, chosen_benchmarks, prepare
 from optimal_sampling.evaluate.checkpoints import Checkpoint, Skipped, find_checkpoints
-from optimal_sampling.evaluate.grading import grade_run
 from optimal_sampling.evaluate.options import EvaluateConfig
 from optimal_sampling.evaluate.samples import graded_samples, leave_out
 from optimal_sampling.evaluate.statistics import CheckpointScores, Metric, Sample
@@ -36,7 +35,7 @@ from optimal_sampling.version import __version__
 if TYPE_CHECKING:
     from optimal_sampling.engines import Engine
 
-__all__ = ["Report", "evaluate"]
+__all__ = ["Report", "evaluate", "run_config", "run_folder"]
 
 
 @dataclass
@@ -181,7 +180,7 @@ def _run(
     """One checkpoint on one benchmark: answers, verdicts, samples."""
     config, benchmark = state.config, questions.benchmark
     folder = run_folder(config, checkpoint.label, benchmark.name)
-    run = _run_config(config, checkpoint.model, questions, folder)
+    run = run_config(config, checkpoint.model, questions, folder)
     summary = generate(run, progress, engine.open)
     if summary.failed:
         reasons = "; ".join(f"{count} x {error}" for error, count in summary.errors.items())
@@ -189,7 +188,6 @@ def _run(
             f"{summary.failed} samples of {checkpoint.label} on {benchmark.name} failed and count "
             f"as wrong: {reasons or 'they had failed --max-attempts times'}"
         )
-    grade_run(folder, benchmark.grader)
     counted = config.num_examples or questions.count
     samples = graded_samples(folder, counted, config.samples)
     state.samples.setdefault(benchmark.name, {})[checkpoint.label] = samples
@@ -203,7 +201,7 @@ def _run(
         state.say(line)
 
 
-def _run_config(
+def run_config(
     config: EvaluateConfig, model: str, questions: Questions, folder: Path
 ) -> GenerateConfig:
     """The `generate` config of one checkpoint on one benchmark. The model has both roles."""
@@ -215,6 +213,7 @@ def _run_config(
         data=replace(common.data, dataset=str(questions.path)),
         prompt=replace(common.prompt, student_template=turn, teacher_template=turn),
         run=replace(common.run, output_dir=str(folder)),
+        verify=replace(common.verify, verify=questions.benchmark.grader, reference="answer"),
     )
 
 

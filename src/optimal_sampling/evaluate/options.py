@@ -27,9 +27,9 @@ __all__ = ["EvaluateConfig"]
 class EvaluateConfig:
     """Score checkpoints on benchmarks of mathematics.
 
-    Every checkpoint answers every question alone, as with `generate --mode student`; one run folder
-    for each checkpoint and benchmark. A second call on the same --output-dir goes on where the first one
-    ended.
+    Every checkpoint answers every question alone, as with `generate --mode student`, in a run
+    folder for each checkpoint and benchmark. A second call on the same --output-dir goes on where
+    the first one ended.
     """
 
     checkpoint_dir: str | None = None
