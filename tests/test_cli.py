@@ -32,6 +32,7 @@ from optimal_sampling.cli import (
 )
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.demo import DemoOptions
+from optimal_sampling.evaluate import EvaluateConfig
 from optimal_sampling.records.store import Lock
 from optimal_sampling.serve import ServeConfig
 
@@ -259,6 +260,7 @@ def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
     (tmp_path / "run.yaml").touch()  # named by an example
     parsers = {
         "generate": parse_generate,
+        "evaluate": partial(_parse, "evaluate", EvaluateConfig()),
         "status": partial(_parse, "status", StatusOptions()),
         "merge": partial(_parse, "merge", MergeOptions()),
         "demo": partial(_parse, "demo", DemoOptions()),

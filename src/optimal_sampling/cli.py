@@ -162,7 +162,7 @@ def run_evaluate(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from optimal_sampling.evaluate import EvaluateConfig, evaluate
-    from optimal_sampling.evaluate.tables import rich_table
+    from optimal_sampling.evaluate.tables import markdown_text, rich_table
     from optimal_sampling.generate.progress import progress_for
 
     config = _parse("evaluate", EvaluateConfig(), arguments)
@@ -171,7 +171,10 @@ def run_evaluate(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _say_interrupted(f"what was finished is safe in {config.output_dir}")
         return 130
-    Console().print(rich_table(report.summary))
+    if sys.stdout.isatty():
+        Console().print(rich_table(report.summary))
+    else:
+        print(markdown_text(report.summary))  # a terminal's table is cut to a width
     for line in report.missing:
         print(f"{PROGRAM}: without a whole score: {line}", file=sys.stderr)
     print(" ".join(map(str, report.files)))

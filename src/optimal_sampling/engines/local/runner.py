@@ -19,7 +19,7 @@ from optimal_sampling.engines.local.memory import BlockManager, Lengths
 from optimal_sampling.engines.local.rotary import LONG, split_by_row
 from optimal_sampling.engines.local.scheduler import Chunk, RoundPlan, Sequence
 
-__all__ = ["Cache", "CachedModel", "FlatCache", "ForwardPass", "ModelRunner"]
+__all__ = ["Cache", "CachedModel", "FlatCache", "ForwardPass", "ModelRunner", "Recordings"]
 
 
 class Cache(ABC):
