@@ -23,7 +23,7 @@ from optimal_sampling.evaluate.benchmarks import Questions, chosen_benchmarks, p
 from optimal_sampling.evaluate.checkpoints import Checkpoint, Skipped, find_checkpoints
 from optimal_sampling.evaluate.options import EvaluateConfig
 from optimal_sampling.evaluate.samples import graded_samples, leave_out
-from optimal_sampling.evaluate.statistics import CheckpointScores, Metric, Sample
+from optimal_sampling.evaluate.statistics import CheckpointScores, Metric, Sample, check_scipy
 from optimal_sampling.evaluate.tables import Evaluation, json_text, markdown_text, summarize
 from optimal_sampling.generate import generate
 from optimal_sampling.generate.progress import Progress
@@ -93,6 +93,7 @@ def evaluate(
     benchmarks = chosen_benchmarks(config)
     for grader in {each.grader for each in benchmarks}:
         resolve_grader(grader)
+    check_scipy()
     _name_skipped(skipped, state)
     questions = list(_prepared(benchmarks, state))
     if not questions:
