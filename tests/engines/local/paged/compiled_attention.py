@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from optimal_sampling.engines.local.paged import split_attention as module
-from tests.distribution.compiled import spilled
 
 TYPES = {
     **dict.fromkeys(("query", "keys", "values", "output"), "*bf16"),
@@ -18,6 +22,16 @@ TYPES = {
 ALIGNED = [["tt.divisibility", 16]]
 """What Triton finds out of strides and pointers when it launches."""
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+
+
+def spilled(cubin):
+    """Bytes of stack per thread."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
 def compile_for(generation, function, warps, stages=3, **constants):
