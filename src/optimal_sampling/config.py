@@ -273,6 +273,13 @@ class LocalOptions(EngineOptions):
     fused_layers: bool = True
     """On a GPU over pages: Llama-like layers with merged projections and fused kernels, where they
     give the stock model's logits; the notes say why not."""
+    top_tokens: int = 0
+    """Keep, for every token, ids and log-probabilities of the k likeliest tokens of student,
+    teacher and q: soft targets (docs/records.md). 0: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_range("top_tokens", 0)
 
 
 @dataclass(frozen=True)
