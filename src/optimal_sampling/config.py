@@ -21,6 +21,7 @@ from optimal_sampling.types import AlphaMethod, Hint, Mode
 __all__ = [
     "ENGINES",
     "MIN_TEMPERATURE",
+    "Attention",
     "Checked",
     "DataConfig",
     "EngineOptions",
@@ -220,6 +221,7 @@ class ModelConfig(Checked):
 
 
 DraftTokens = int | Literal["auto"]
+Attention = Literal["auto", "varlen", "flash_attn", "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ class LocalOptions(EngineOptions):
     draft_tokens: DraftTokens = "auto"
     """Tokens drafted ahead per round: `auto` measures what pays, 0 is plain decoding.
     Never changes what is drawn."""
-    attention: Literal["auto", "varlen", "flash_attn", "sdpa"] = "auto"
+    attention: Attention = "auto"
     """`auto`: on a GPU in half precision Flash Attention over pages of memory (PyTorch's `varlen`,
     else the `flash_attn` package), otherwise PyTorch's SDPA over slots; the notes say why."""
     batch_invariant: bool = True

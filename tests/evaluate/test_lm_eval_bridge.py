@@ -17,6 +17,7 @@ from optimal_sampling import generate, load
 from optimal_sampling.config import ModelConfig, PromptConfig
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.evaluate.benchmarks import BENCHMARKS, prepare
+from optimal_sampling.evaluate.job import run_config
 from optimal_sampling.evaluate.lm_eval_bridge import TASKS, EngineLM
 from optimal_sampling.evaluate.options import EvaluateConfig
 from optimal_sampling.records import load as load_records
@@ -66,8 +67,7 @@ def ours(folder, name, **options):
         **options,
     )
     benchmark = BENCHMARKS[name]
-    questions = prepare(benchmark, config).path
-    run = config.run_config(MODEL, questions, benchmark.template, folder / "run")
+    run = run_config(config, MODEL, prepare(benchmark, config), folder / "run")
     generate(run)
     grader = load_grader(resolve_grader(benchmark.grader))
     found = {}

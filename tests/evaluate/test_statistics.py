@@ -1,6 +1,7 @@
 """Scores against enumeration, intervals against closed forms and published values."""
 
 import random
+import sys
 from fractions import Fraction
 from itertools import combinations, pairwise, product
 from math import comb, sqrt
@@ -13,7 +14,8 @@ from scipy.stats import binomtest, ttest_1samp
 from scipy.stats import t as student_t
 from tests.evaluate.scoring import samples_of, scores_of
 
-from optimal_sampling.errors import ConfigError
+from optimal_sampling.errors import ConfigError, MissingDependencyError
+from optimal_sampling.evaluate import EvaluateConfig, evaluate
 from optimal_sampling.evaluate.statistics import (
     CheckpointScores,
     Metric,
@@ -278,6 +280,17 @@ def test_every_verdict_is_known():
         wrong = type(sample)("q", 0, verdict, "1", 1)
         with pytest.raises(ConfigError, match="verdict"):
             CheckpointScores.from_samples([wrong])
+
+
+def test_without_scipy_an_evaluation_does_not_begin(monkeypatch, tmp_path):
+    """Guards: hours of generation before the message that a package is missing."""
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    config = EvaluateConfig(
+        extra_models=("toy-student",), benchmarks=("synthetic",), output_dir=str(tmp_path / "out")
+    )
+    with pytest.raises(MissingDependencyError, match=r"pip install '\.\[eval\]'"):
+        evaluate(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_enumeration_of_all_small_cases():

@@ -4,11 +4,11 @@ job             checkpoints x benchmarks -> run folders -> tables
 options         the options of `evaluate`
 benchmarks      the questions, from a file or the hub, and that they stay the same
 checkpoints     the complete checkpoints below a folder
-grading         verdicts for the records of a run folder
 samples         records and verdicts -> graded samples
 hedging         the share of hedging words
 statistics      avg@k, pass@k, maj@k, intervals, paired differences: pure functions on arrays
-tables          the scores as JSON, Markdown and a terminal table
+tables          the scores as JSON, Markdown and terminal tables
+lm_eval_bridge  our engines as a model of lm-evaluation-harness, and its tasks
 """
 
 from __future__ import annotations

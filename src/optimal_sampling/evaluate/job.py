@@ -6,10 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimal_sampling.config import GenerateConfig
 from optimal_sampling.errors import (
     ConfigError,
     ModelError,
@@ -20,10 +21,9 @@ from optimal_sampling.errors import (
 )
 from optimal_sampling.evaluate.benchmarks import Questions, chosen_benchmarks, prepare
 from optimal_sampling.evaluate.checkpoints import Checkpoint, Skipped, find_checkpoints
-from optimal_sampling.evaluate.grading import grade_run
 from optimal_sampling.evaluate.options import EvaluateConfig
 from optimal_sampling.evaluate.samples import graded_samples, leave_out
-from optimal_sampling.evaluate.statistics import CheckpointScores, Metric, Sample
+from optimal_sampling.evaluate.statistics import CheckpointScores, Metric, Sample, check_scipy
 from optimal_sampling.evaluate.tables import Evaluation, json_text, markdown_text, summarize
 from optimal_sampling.generate import generate
 from optimal_sampling.generate.progress import Progress
@@ -35,7 +35,7 @@ from optimal_sampling.version import __version__
 if TYPE_CHECKING:
     from optimal_sampling.engines import Engine
 
-__all__ = ["Report", "evaluate"]
+__all__ = ["Report", "evaluate", "run_config", "run_folder"]
 
 
 @dataclass
@@ -93,6 +93,7 @@ def evaluate(
     benchmarks = chosen_benchmarks(config)
     for grader in {each.grader for each in benchmarks}:
         resolve_grader(grader)
+    check_scipy()
     _name_skipped(skipped, state)
     questions = list(_prepared(benchmarks, state))
     if not questions:
@@ -180,7 +181,7 @@ def _run(
     """One checkpoint on one benchmark: answers, verdicts, samples."""
     config, benchmark = state.config, questions.benchmark
     folder = run_folder(config, checkpoint.label, benchmark.name)
-    run = config.run_config(checkpoint.model, questions.path, benchmark.template, folder)
+    run = run_config(config, checkpoint.model, questions, folder)
     summary = generate(run, progress, engine.open)
     if summary.failed:
         reasons = "; ".join(f"{count} x {error}" for error, count in summary.errors.items())
@@ -188,18 +189,33 @@ def _run(
             f"{summary.failed} samples of {checkpoint.label} on {benchmark.name} failed and count "
             f"as wrong: {reasons or 'they had failed --max-attempts times'}"
         )
-    grade_run(folder, benchmark.grader)
     counted = config.num_examples or questions.count
     samples = graded_samples(folder, counted, config.samples)
     state.samples.setdefault(benchmark.name, {})[checkpoint.label] = samples
     compared: Any = read_json(folder / "config.json")["compared"]
     state.facts[checkpoint.label] = {
         "model": checkpoint.model,
-        "files": compared.get("student_files"),
+        "files": compared.get(f"{config.role}_files"),
     }
     state.precision[checkpoint.label] = compared["precision"]
     for line in _result_lines(samples, folder, config.verbose):
         state.say(line)
+
+
+def run_config(
+    config: EvaluateConfig, model: str, questions: Questions, folder: Path
+) -> GenerateConfig:
+    """The `generate` config of one checkpoint on one benchmark. The model has both roles."""
+    common = config.run_config()
+    turn = config.template or questions.benchmark.template
+    return replace(
+        common,
+        models=replace(common.models, student=model, teacher=model),
+        data=replace(common.data, dataset=str(questions.path)),
+        prompt=replace(common.prompt, student_template=turn, teacher_template=turn),
+        run=replace(common.run, output_dir=str(folder)),
+        verify=replace(common.verify, verify=questions.benchmark.grader, reference="answer"),
+    )
 
 
 def run_folder(config: EvaluateConfig, label: str, benchmark: str) -> Path:
@@ -221,7 +237,8 @@ def _examples(folder: Path) -> Iterator[str]:
         if graded and graded["verdict"] in {"correct", "wrong"} - shown:
             shown.add(graded["verdict"])
             yield f"  --- {graded['verdict']}, reference {graded['reference']}:"
-            yield f"{record['student_prompt']}{record['completion']}"
+            prompt = record[f"{record['mode']}_prompt"]  # type: ignore[literal-required]
+            yield f"{prompt}{record['completion']}"
 
 
 class _SharedEngine:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from optimal_sampling.config import (
@@ -28,9 +27,9 @@ __all__ = ["EvaluateConfig"]
 class EvaluateConfig:
     """Score checkpoints on benchmarks of mathematics.
 
-    Every checkpoint answers every question with `generate --mode student`; one run folder for each
-    checkpoint and benchmark. A second call on the same --output-dir goes on where the first one
-    ended.
+    Every checkpoint answers every question alone, as with `generate --mode student`, in a run
+    folder for each checkpoint and benchmark. A second call on the same --output-dir goes on where
+    the first one ended.
     """
 
     checkpoint_dir: str | None = None
@@ -115,7 +114,7 @@ class EvaluateConfig:
         self._check_samples()
         object.__setattr__(self, "output_dir", str(expand_user(self.output_dir)))
         self.files  # noqa: B018 - raises for what is no NAME=PATH
-        self.run_config("toy-student", Path("x"), "", Path("x"))
+        self.run_config()
 
     def _check_samples(self) -> None:
         if self.temperature == 0 and self.samples > 1:
@@ -144,20 +143,21 @@ class EvaluateConfig:
         return found
 
     @property
+    def role(self) -> Literal["student", "teacher"]:
+        """The mode of the runs. The model has both roles, and vLLM has no mode `student`."""
+        return "student" if self.engine == "local" else "teacher"
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """The k of pass@k and maj@k."""
         return tuple(sorted({*self.pass_at})) or (self.samples,)
 
-    def run_config(
-        self, model: str, questions: Path, template: str, run_folder: Path
-    ) -> GenerateConfig:
-        """The `generate` config of one checkpoint on one benchmark. Raises ConfigError."""
+    def run_config(self) -> GenerateConfig:
+        """What the runs of all checkpoints and benchmarks have in common. Raises ConfigError."""
         is_greedy = self.temperature == 0
         engine_options = LocalOptions if self.engine == "local" else VllmOptions
         return GenerateConfig(
             models=ModelConfig(
-                teacher=model,
-                student=model,
                 dtype=self.dtype,
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
@@ -167,23 +167,17 @@ class EvaluateConfig:
                 top_p=1.0 if is_greedy else self.top_p,
                 top_k=1 if is_greedy else self.top_k,
             ),
-            data=DataConfig(
-                dataset=str(questions),
-                num_examples=self.num_examples,
-                samples_per_prompt=self.samples,
-            ),
+            data=DataConfig(num_examples=self.num_examples, samples_per_prompt=self.samples),
             prompt=PromptConfig(
                 chat_template=self.chat_template,
                 thinking=self.thinking,
                 student_system_prompt=self.system_prompt,
                 teacher_system_prompt=self.system_prompt,
-                student_template=self.template or template,
                 hint=self.hint,
-                hint_to="student",
+                hint_to=self.role,
             ),
             run=RunConfig(
-                output_dir=str(run_folder),
-                mode="student",
+                mode=self.role,
                 seed=self.seed,
                 max_new_tokens=self.max_new_tokens,
                 token_lists=False,

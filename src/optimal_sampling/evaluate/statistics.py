@@ -31,6 +31,7 @@ __all__ = [
     "Sample",
     "Values",
     "average_at_k",
+    "check_scipy",
     "interval",
     "majority_at_k",
     "no_answer_rate",
@@ -234,6 +235,16 @@ def paired_difference(
     return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half), level)
 
 
+def check_scipy() -> None:
+    """Raises MissingDependencyError without SciPy, which intervals need."""
+    try:
+        import scipy.special  # noqa: F401 - whether it is there
+    except ImportError as error:
+        raise MissingDependencyError(
+            "intervals need SciPy: pip install '.[eval]' in the folder of this package"
+        ) from error
+
+
 def truncated_rate(scores: CheckpointScores, level: float = 0.95) -> Estimate:
     """Share of samples that ended by length."""
     return interval(scores.truncated.mean(axis=1), scores.samples, level)
@@ -360,10 +371,9 @@ def _effective_size(values: Values, draws: int) -> float:
 
 def _t_quantile(level: float, freedom: int) -> float:
     """Two-sided critical value of Student's t."""
-    try:
-        from scipy.special import stdtrit
-    except ImportError as error:
-        raise MissingDependencyError("intervals need SciPy: pip install '.[eval]'") from error
+    check_scipy()
+    from scipy.special import stdtrit
+
     return float(stdtrit(max(freedom, 1), (1 + _checked_level(level)) / 2))
 
 
