@@ -27,6 +27,7 @@ from optimal_sampling.vocabulary.model_folder import check_weight_files
 __all__ = ["SftSummary", "sft"]
 
 _MOST_CHECKED = 1024  # most tokens of a completion that is drawn to see whether it ends
+_FIRST = 100  # examples whose prompts are looked at
 _UNCOMPARED = {
     "output_dir",
     "num_processes",
@@ -184,21 +185,23 @@ class _Session:
 
     def _check(self, dataset: Any) -> None:
         """Checks of the tokens of a split, before it is cut or packed; says what they found."""
-        from optimal_sampling.train.data import check_cuts, check_ends, check_loss, scan, shown
+        from optimal_sampling.train import data
 
         options, tokens = self._options, self._tokens
-        found = scan(dataset, tokens.end_ids | self._eos_ids())
-        notes = check_cuts(found, options, tokens.context)
-        notes += check_loss(found, options.completion_only_loss)
-        notes += check_ends(found, tokens, self._eos_ids())
+        found = data.scan(dataset, tokens.end_ids | self._eos_ids())
+        first = [dict(dataset[i]) for i in range(min(len(dataset), _FIRST))]
+        notes = data.check_cuts(found, options, tokens.context)
+        notes += data.check_loss(found, options.completion_only_loss)
+        notes += data.check_ends(found, tokens, self._eos_ids())
+        notes += data.check_prompts(first, tokens.tokenizer)
         for note in notes:
             _say(note)
         if not self._examples:
             self._digest, self._count = found.digest, len(found.lengths)
             self._longest = int(found.trained.max())
-            self._examples = [dict(dataset[i]) for i in range(min(self._count, 100))]
+            self._examples = first
             _say("the first example as it is trained:")
-            for line in shown(self._examples[0], tokens.tokenizer.decode):
+            for line in data.shown(self._examples[0], tokens.tokenizer.decode):
                 _say(line)
 
     def _eos_ids(self) -> frozenset[int]:
