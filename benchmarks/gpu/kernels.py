@@ -253,15 +253,15 @@ def check_mixture_sizes(setting: Setting, rows: int) -> Result:
     student, teacher, keys = logits_of(setting, rows)
     mixture = MixtureConfig()
     base = launch.SIZES
-    cuts = [base._replace(passes=count) for count in range(4)]
-    cuts += [base._replace(piece=base.piece * 2), base._replace(piece=base.piece // 2)]
-    cuts += [base._replace(block=base.block * 2), base._replace(block=base.block // 2)]
+    cuts = [base, *(base._replace(passes=count) for count in (0, 1, 2))]
+    cuts += [base._replace(stages=1), base._replace(piece=base.piece * 2)]
+    cuts += [base._replace(block=base.block * 2)]
 
     def run(sizes: launch.Sizes) -> None:
         launch.fused_step(student, teacher, keys, keys.position, mixture, sizes)
 
     said = [f"{tuple(cut)} {microseconds(lambda c=cut: run(c)):.0f} us" for cut in cuts]
-    return f"(piece, block, passes): {', '.join(said)}", lambda: run(base), None
+    return f"(piece, block, passes, stages): {', '.join(said)}", lambda: run(base), None
 
 
 def check_draft(setting: Setting, rows: int) -> Result:
