@@ -25,6 +25,7 @@ from optimal_sampling.cli import (
     EXIT_CODES,
     MergeOptions,
     StatusOptions,
+    VerifyCommand,
     _parse,
     main,
     parse_generate,
@@ -259,6 +260,7 @@ def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
     (tmp_path / "run.yaml").touch()  # named by an example
     parsers = {
         "generate": parse_generate,
+        "verify": partial(_parse, "verify", VerifyCommand()),
         "status": partial(_parse, "status", StatusOptions()),
         "merge": partial(_parse, "merge", MergeOptions()),
         "demo": partial(_parse, "demo", DemoOptions()),

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TypeVar
@@ -26,6 +26,7 @@ from optimal_sampling.config import (
     EngineOptions,
     GenerateConfig,
     RunConfig,
+    VerifyOptions,
     VllmOptions,
     engine_options,
 )
@@ -69,6 +70,9 @@ EXAMPLES = {
       --dataset prompts.jsonl --output-dir outputs/run --max-new-tokens 512 \\
       --teacher-template '{{problem}} Reference solution: {{solution}}'
   {PROGRAM} generate --config run.yaml --data-slice 0::8""",
+    "verify": f"""examples:
+  {PROGRAM} verify outputs/run
+  {PROGRAM} verify outputs/run --grader graders.py:check --reference solution --workers 8""",
     "status": f"""examples:
   {PROGRAM} status outputs/run
   {PROGRAM} status outputs/shard-*""",
@@ -112,6 +116,18 @@ class GenerateOptions(GenerateConfig):
 
 
 @dataclass(frozen=True)
+class VerifyCommand:
+    """Grade the completions of run folders. Verdicts are written beside the records.
+
+    A second call goes on where the first one ended.
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders."""
+    grading: VerifyOptions = field(default_factory=VerifyOptions)
+
+
+@dataclass(frozen=True)
 class StatusOptions:
     """What run folders hold: good, owed and failed samples, speed, means. Changes nothing."""
 
@@ -150,6 +166,26 @@ def _generate(config: GenerateConfig) -> int:
     summary = generate(config, progress_for())
     Console().print(summary.table())
     return 3 if summary.failed else 0
+
+
+def run_verify(arguments: Sequence[str]) -> int:
+    """The subcommand `verify`."""
+    from optimal_sampling.verify.job import Interrupted, verify
+    from optimal_sampling.verify.progress import progress_for
+
+    command = _parse("verify", VerifyCommand(), arguments)
+    if not command.runs:
+        raise ConfigError(f"name the run folders: {PROGRAM} verify outputs/run")
+    try:
+        tally = verify(
+            [_checked_path(run) for run in command.runs], command.grading, progress_for()
+        )
+    except Interrupted as interrupt:
+        _say_interrupted(f"{interrupt.tally.new} new verdicts are safe")
+        return 130
+    for line in tally.lines():
+        print(line)
+    return 3 if tally.failures else 0
 
 
 def run_status(arguments: Sequence[str]) -> int:
@@ -226,6 +262,7 @@ def _run_interruptible(job: Callable[[], int]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "generate": ("generate records of q* for the prompts of a dataset", run_generate),
+    "verify": ("grade the completions of run folders: are the answers right?", run_verify),
     "status": ("what run folders hold: good, owed, failed, speed, means", run_status),
     "merge": ("the run folders of several shards -> one", run_merge),
     "demo": (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -15,6 +17,8 @@ from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.records.run_folder import TEMPLATE_DATE, RunFolder, template_date
 from optimal_sampling.records.schema import Key, Prompt, Sample, record_of, row_id
 from optimal_sampling.types import Completion, Request, prompt_id
+from optimal_sampling.verify import resolve_grader
+from optimal_sampling.verify.job import Grading, Source, check_columns
 from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["Interrupted", "generate", "input_notes", "open_inputs", "prompt_of", "render_row"]
@@ -55,13 +59,17 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
     facts = model_facts(config.models) if config.engine.loads_models else {}
     if renderer.prints_date:
         facts[TEMPLATE_DATE] = renderer.day.isoformat()
-    with RunFolder(config, facts) as folder:
+    source = _grading_source(config, dataset, vocabulary)
+    with RunFolder(config, facts) as folder, _grading(config, source) as grading:
         check_rows(dataset, folder)
         job = _Job(config, dataset, renderer, vocabulary, folder, progress)
+        job.grading = grading
+        verdicts: Mapping[str, int] = {}
         try:
             with progress:
                 notes = job.run()
-            folder.close()
+                folder.close()
+                verdicts = job.finish_grading()
         except KeyboardInterrupt:
             folder.close()
             folder.recount()
@@ -69,8 +77,30 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
             summary.save(config.shard)
             raise Interrupted(summary) from None
         summary = Summary.of(job.tally, folder, notes, mode=config.run.mode, interrupted=False)
+        summary = replace(summary, verdicts=verdicts)
         summary.save(config.shard)
         return summary
+
+
+def _grading_source(
+    config: GenerateConfig, dataset: Dataset, vocabulary: Vocabulary
+) -> Source | None:
+    """How completions are graded; None where they are not. Raises ConfigError."""
+    if config.verify.verify is None:
+        return None
+    column = config.verify.reference or dataset.answer_column
+    grader = resolve_grader(config.verify.verify)
+    if grader.path is None or column is not None:
+        check_columns(dataset.columns, column)
+    return Source(grader, column, lambda: vocabulary.thinking_blocks)
+
+
+def _grading(
+    config: GenerateConfig, source: Source | None
+) -> AbstractContextManager[Grading | None]:
+    if source is None:
+        return nullcontext()
+    return Grading(config.run.output_dir, config.shard, source, config.verify)
 
 
 def open_inputs(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRenderer]:
@@ -109,6 +139,7 @@ class _Job:
         self.vocabulary = vocabulary
         self.folder = folder
         self.progress = progress
+        self.grading: Grading | None = None
         self.tally = Tally(len(dataset), config.data.samples_per_prompt)
         self.tally.already_good = self._recorded()
         self._in_flight: dict[Key, Prompt] = {}
@@ -132,6 +163,8 @@ class _Job:
         if first is None:
             self.progress.update(self.tally)
             return notes
+        if self.grading is not None:
+            self.grading.check()
         self.progress.start_loading(self.config)
         from optimal_sampling.engines import open_engine  # torch is loaded here
 
@@ -214,9 +247,18 @@ class _Job:
             mode=self.config.run.mode,
         )
         record = record_of(sample, token_lists=self.config.run.token_lists)
-        self.folder.add(record)
+        checksum = self.folder.add(record)
         self.tally.add(record)
+        if self.grading is not None:
+            self.grading.add(record, checksum)
         self.progress.update(self.tally)
+
+    def finish_grading(self) -> Mapping[str, int]:
+        """Grade what is on the disk without a verdict; how many completions have each verdict."""
+        if self.grading is None:
+            return {}
+        self.progress.show("grading the completions that have no verdict yet")
+        return self.grading.finish()
 
 
 def input_notes(

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-__all__ = ["is_correct", "synthetic_rows"]
+__all__ = ["boxed", "is_correct", "synthetic_rows"]
 
 Step = tuple[int, str, int, int]  # left, operator, right, result
 Compute = Callable[[int, str, int, int], int]  # left, operator, right, index of the step -> result
