@@ -69,6 +69,8 @@ LAYER_TYPES = {
     **dict.fromkeys(("residual", "x", "weight", "out", "qkv", "cos", "sin", "gate_up"), "*bf16"),
     **dict.fromkeys(("q_weight", "k_weight", "keys", "values", "query"), "*bf16"),
     "index": "*i64",
+    "position": "*i64",
+    "positions": "i32",
     "eps": "fp32",
 }
 LAYER_SIZES = {
