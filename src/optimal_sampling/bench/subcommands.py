@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from optimal_sampling.config import ModelConfig, expand_user
+from optimal_sampling.config import Attention, ModelConfig, expand_user
 from optimal_sampling.errors import ConfigError
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Size",
     "SolverOptions",
     "SpeedOptions",
+    "TopTokensOptions",
     "parse_bench",
     "parse_size",
 ]
@@ -262,6 +263,23 @@ class HostOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
+class TopTokensOptions(BenchOptions):
+    """What --top-tokens adds to the draw of a token, without a model, on one thread."""
+
+    name = "top-tokens"
+    function = "costs:run_top_tokens"
+    repeats: int = 5
+    """Counted repeats of every row."""
+    top_tokens: int = 20
+    """Tokens kept of each distribution."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_tokens < 1:
+            raise ConfigError(f"top_tokens must be at least 1, got {self.top_tokens}")
+
+
+@dataclass(frozen=True)
 class GpuOptions(BenchOptions):
     """A table of large shapes, within a budget of time."""
 
@@ -284,13 +302,25 @@ class GpuOptions(BenchOptions):
     memory fills at once."""
     huge_shape: str = "Qwen3-1.7B"
     """The model of --huge, for both roles."""
+    huge_share: float = 0.2
+    """Share of the budget for --huge; 0 leaves it out."""
+    gap_teacher_shape: str = "Qwen2.5-7B"
+    """The large model of a pair whose student is cheap."""
+    gap_student_shape: str = "Qwen2.5-0.5B"
+    """The small one."""
+    gap_sizes: tuple[str, ...] = ("32x512",)
+    """Sizes of that pair; none leaves it out."""
+    attention: Attention = "auto"
+    """As of `generate`; varlen and flash_attn insist, and fail where slots would run."""
     budget: float = 540.0
     """Seconds of wall clock, loading included. What does not fit is skipped and named."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for size in (*self.sizes, self.huge):
+        for size in (*self.sizes, *self.gap_sizes, self.huge):
             parse_size(size)
+        if not 0 <= self.huge_share < 1:
+            raise ConfigError(f"huge_share must lie in [0, 1), got {self.huge_share}")
         if not self.budget > 0:
             raise ConfigError(f"budget must be larger than 0 seconds, got {self.budget}")
 
@@ -309,6 +339,7 @@ _KINDS: tuple[type[BenchOptions], ...] = (
     IdentityOptions,
     SolverOptions,
     HostOptions,
+    TopTokensOptions,
     GpuOptions,
 )
 SUBCOMMANDS = {kind.name: kind for kind in _KINDS}

@@ -149,6 +149,10 @@ class DraftPolicy:
             return self.EXPLORE[self._rounds]
         return 2 if self._idle >= 100 else None
 
+    def first_widths(self) -> Sequence[int]:
+        """Widths of the first rounds."""
+        return self.EXPLORE
+
     def observe_round(self, width: int, rows: int, step: float, verify: float, rest: float) -> None:
         """Seconds of a round without prompt tokens: all drafter steps, verification, the rest."""
         self._rounds += 1
@@ -178,6 +182,10 @@ class FixedDrafts(DraftPolicy):
         self, confidences: Float[np.ndarray, " drafts"], accepted: Bool[np.ndarray, " drafts"]
     ) -> None:
         """Nothing follows from them."""
+
+    def first_widths(self) -> Sequence[int]:
+        """The only one."""
+        return (self.most + 1,)
 
 
 class Lookup:
