@@ -3,6 +3,7 @@
 schema      the fields of a record
 store       a file of records: append-only lines with checksums, locks, atomic writes
 run_folder  `config.json`, the files of records, and counts: what is good, what failed, means
+verdicts    what graders said about the records
 shards      several run folders -> one
 """
 
@@ -11,5 +12,15 @@ from __future__ import annotations
 from optimal_sampling.records.run_folder import RunFolder, load
 from optimal_sampling.records.schema import Record
 from optimal_sampling.records.shards import merge
+from optimal_sampling.records.verdicts import Graded, Verdict, graded_records, load_verdicts
 
-__all__ = ["Record", "RunFolder", "load", "merge"]
+__all__ = [
+    "Graded",
+    "Record",
+    "RunFolder",
+    "Verdict",
+    "graded_records",
+    "load",
+    "load_verdicts",
+    "merge",
+]

@@ -18,7 +18,7 @@ from typing import Any, Self
 from optimal_sampling.config import ENGINES, GenerateConfig, expand_user
 from optimal_sampling.errors import RunFolderError
 from optimal_sampling.records.schema import FIELDS, SCHEMA_VERSION, Key, Record, key_of, row_id
-from optimal_sampling.records.store import RecordFile, Scan, read_json, write_atomically
+from optimal_sampling.records.store import Line, RecordFile, Scan, read_json, write_atomically
 from optimal_sampling.version import __version__
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Totals",
     "differences",
     "load",
+    "record_lines",
     "template_date",
 ]
 
@@ -48,6 +49,10 @@ MAY_DIFFER = frozenset(
         "draft_tokens",
         "attention",  # as `device`
         "max_attempts",
+        "verify",  # verdicts say themselves what they are about
+        "reference",
+        "verify_workers",
+        "verify_timeout",
     }
 )
 """Options that a later call on the same folder may change.
@@ -174,13 +179,17 @@ class RunFolder:
         self.torn_lines = own.torn_lines
         self.file.open(own)
 
-    def add(self, record: Record) -> None:
-        """Append a record to the shard's file. It is on the disk after the next commit."""
+    def add(self, record: Record) -> str:
+        """Append a record to the shard's file; its checksum.
+
+        It is on the disk after the next commit.
+        """
         if not self._has_config:
             _write_config(self.path, self._options)
             self._has_config = True
-        self.file.append(record)
+        checksum = self.file.append(record)
         self.ledger.add(record)
+        return checksum
 
     def close(self) -> None:
         """Commit the waiting records and release the shard's file."""
@@ -227,22 +236,28 @@ def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
     With `failed`, also the last record of each sample that never succeeded.
     Reads the files twice and keeps no record in memory. Raises RunFolderError.
     """
+    for _, line in record_lines(run, failed=failed):
+        yield line.record
+
+
+def record_lines(run: str | Path, *, failed: bool = False) -> Iterator[tuple[str, Line]]:
+    """What `load` yields, as lines, each with the name of its shard."""
     folder = expand_user(run)
     files = _record_files(folder)
     if not files:
         raise RunFolderError(f"{run} holds no records (no {folder / 'records'}/*.jsonl)")
     best: dict[Key, tuple[bool, int, Path, int]] = {}
     for path in files:
-        for offset, record in Scan(path).with_offsets():
+        for start, _, record in Scan(path).lines():
             _check_version(record, path)
-            attempt = (not record["error"], record["attempts"], path, offset)
+            attempt = (not record["error"], record["attempts"], path, start)
             key = key_of(record)
             best[key] = max(best.get(key, attempt), attempt)
-    chosen = {(path, offset) for good, _, path, offset in best.values() if good or failed}
+    chosen = {(path, start) for good, _, path, start in best.values() if good or failed}
     for path in files:
-        for offset, record in Scan(path).with_offsets():
-            if (path, offset) in chosen:
-                yield record
+        for line in Scan(path).lines():
+            if (path, line.start) in chosen:
+                yield path.stem, line
 
 
 def _check_version(record: Record, path: Path) -> None:

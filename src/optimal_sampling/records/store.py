@@ -15,12 +15,22 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from optimal_sampling.errors import OptimalSamplingError, RunFolderError, StorageError
 from optimal_sampling.records.schema import Record
 
-__all__ = ["Lock", "RecordFile", "Scan", "read_json", "write_atomically"]
+__all__ = [
+    "Line",
+    "Lock",
+    "RecordFile",
+    "Scan",
+    "decode_line",
+    "disk_error",
+    "read_json",
+    "sync_folder",
+    "write_atomically",
+]
 
 _GROUP_RECORDS = 256  # most records that wait for one fsync
 _SYNC_SHARE = 0.05  # largest share of the time that goes to fsync
@@ -166,6 +176,21 @@ def _tail(data: bytes) -> bytes:
     return _CHECKSUM_START + checksum + _LINE_END
 
 
+def _checksum(line: bytes) -> str:
+    """The checksum that a whole line ends with."""
+    return line[-_TAIL_LENGTH + len(_CHECKSUM_START) : -len(_LINE_END)].decode()
+
+
+class Line(NamedTuple):
+    """A good line of a file."""
+
+    start: int
+    """Offset in the file, in bytes."""
+    checksum: str
+    """16 hex digits."""
+    record: Record
+
+
 class Scan:
     """The good records of a file, in order, and after the iteration the counts of bad lines.
 
@@ -183,13 +208,13 @@ class Scan:
         """Bytes read."""
 
     def __iter__(self) -> Iterator[Record]:
-        for _, record in self.with_offsets():
-            yield record
+        for line in self.lines():
+            yield line.record
 
-    def with_offsets(self) -> Iterator[tuple[int, Record]]:
-        """Each good record with the offset of its line, in bytes."""
+    def lines(self) -> Iterator[Line]:
+        """Each good line."""
         self.bad_lines = self.torn_lines = self.good_end = self.size = 0
-        for line in self._lines():
+        for line in self._raw_lines():
             start = self.size
             self.size += len(line)
             record = decode_line(line)
@@ -200,9 +225,9 @@ class Scan:
             self.bad_lines += self.torn_lines
             self.torn_lines = 0
             self.good_end = self.size
-            yield start, record
+            yield Line(start, _checksum(line), record)
 
-    def _lines(self) -> Iterator[bytes]:
+    def _raw_lines(self) -> Iterator[bytes]:
         try:
             with self.path.open("rb") as file:
                 yield from file
@@ -250,11 +275,13 @@ class RecordFile:
             raise disk_error(self.path, error) from error
         self._length = scan.good_end
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record. It is on the disk after the next commit."""
-        self._buffer.append(encode_line(record))
+    def append(self, record: Mapping[str, Any]) -> str:
+        """Add a record; its checksum. It is on the disk after the next commit."""
+        line = encode_line(record)
+        self._buffer.append(line)
         if time.monotonic() >= self._due or len(self._buffer) >= _GROUP_RECORDS:
             self.commit()
+        return _checksum(line)
 
     def commit(self) -> None:
         """Write and fsync the waiting records, all or none."""

@@ -209,6 +209,7 @@ class LocalEngine(Engine):
             embeddings=tuple(runner.embeddings for runner in runners),
             memory=memory,
             capture=self.capture,
+            top_tokens=self.options.top_tokens,
         )
 
     def _policy(self) -> DraftPolicy:

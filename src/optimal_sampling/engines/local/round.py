@@ -26,6 +26,7 @@ from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import (
     Drawn,
     NoiseKeys,
+    cuts,
     draft,
     gumbel,
     runs_fused,
@@ -55,6 +56,15 @@ class RunSettings:
     memory: int
     """Bytes for all caches."""
     capture: frozenset[str] = frozenset()
+    top_tokens: int = 0
+    """Of every token, how many of the likeliest are kept."""
+
+    @property
+    def keeps_log_q(self) -> bool:
+        """Whether q is needed of the whole vocabulary."""
+        mixture = self.mixture
+        restricted = cuts(mixture.teacher_support_top_k, mixture.teacher_support_top_p)
+        return "log_q" in self.capture or (self.top_tokens > 0 and restricted)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -296,5 +306,5 @@ class Sampler:
             noise.upto(width),
             noise.positions(width).reshape(-1),
             settings.mixture,
-            keep_log_q="log_q" in settings.capture,
+            keep_log_q=settings.keeps_log_q,
         )

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from optimal_sampling.distribution import top_tokens
 from optimal_sampling.engines.base import bad_logits_message, prompt_problem
 from optimal_sampling.engines.local.drafting import DraftPolicy, Lookup
 from optimal_sampling.engines.local.emission import Drawing, Emission
@@ -204,15 +205,24 @@ class GenerationLoop:
             for i in range(first, first + count):
                 rows[row].captured.append({name: x[i] for name, x in captured.items()})
 
-    def _captured(self, sampled: SampledRound) -> dict[str, Float[Tensor, "tokens vocab"]]:
-        """What `capture` names, on the host."""
+    def _captured(self, sampled: SampledRound) -> dict[str, Tensor]:
+        """What `capture` and `top_tokens` ask for, on the host: a row per token."""
         if not self.settings.capture:
-            return {}
+            return self._top_tokens(sampled)
         pairs = zip(self.settings.roles, sampled.logits, strict=True)
         made = {f"{role}_logits": logits.flatten(0, 1) for role, logits in pairs}
         if sampled.step.log_q is not None:
             made["log_q"] = sampled.step.log_q
-        return {name: x.float().cpu() for name, x in made.items() if name in self.settings.capture}
+        kept = {name: x.float().cpu() for name, x in made.items() if name in self.settings.capture}
+        return kept | self._top_tokens(sampled)
+
+    def _top_tokens(self, sampled: SampledRound) -> dict[str, Tensor]:
+        settings = self.settings
+        if not settings.top_tokens:
+            return {}
+        logits = [each.flatten(0, 1) for each in sampled.logits]
+        ids, log_p = top_tokens(logits, sampled.step, settings.mixture, settings.top_tokens)
+        return {"top_ids": ids.cpu(), "top_log_p": log_p.to(torch.float16).cpu()}
 
     def _learn(
         self, sampled: SampledRound, drawing: Drawing, emission: Emission, ready: list[bool]
