@@ -27,6 +27,7 @@ __all__ = [
     "Size",
     "SolverOptions",
     "SpeedOptions",
+    "TopTokensOptions",
     "parse_bench",
     "parse_size",
 ]
@@ -262,6 +263,23 @@ class HostOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
+class TopTokensOptions(BenchOptions):
+    """What --top-tokens adds to the draw of a token, without a model, on one thread."""
+
+    name = "top-tokens"
+    function = "costs:run_top_tokens"
+    repeats: int = 5
+    """Counted repeats of every row."""
+    top_tokens: int = 20
+    """Tokens kept of each distribution."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_tokens < 1:
+            raise ConfigError(f"top_tokens must be at least 1, got {self.top_tokens}")
+
+
+@dataclass(frozen=True)
 class GpuOptions(BenchOptions):
     """A table of large shapes, within a budget of time."""
 
@@ -321,6 +339,7 @@ _KINDS: tuple[type[BenchOptions], ...] = (
     IdentityOptions,
     SolverOptions,
     HostOptions,
+    TopTokensOptions,
     GpuOptions,
 )
 SUBCOMMANDS = {kind.name: kind for kind in _KINDS}

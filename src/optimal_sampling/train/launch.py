@@ -32,8 +32,8 @@ def import_trl() -> None:
     missing = [name for name in ("trl", "datasets", "accelerate") if find_spec(name) is None]
     if missing:
         raise MissingDependencyError(
-            f"training needs {', '.join(missing)}: in a clone pip install '.[train]', "
-            "elsewhere pip install 'optimal-sampling[train]'"
+            f"training needs {', '.join(missing)}: pip install '.[train]' "
+            "in the folder of this package"
         )
 
 

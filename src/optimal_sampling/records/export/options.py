@@ -11,10 +11,13 @@ from optimal_sampling.config import expand_user
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Mode
 
-__all__ = ["MODE_OF_KIND", "ExportOptions", "Kind"]
+__all__ = ["MODE_OF_KIND", "ExportOptions", "Kind", "SoftLayout"]
 
 Kind = Literal["optimal_sampling", "baseline", "student", "warmstart"]
 """Where completions come from: q*, the teacher alone, the student alone, or reference solutions."""
+
+SoftLayout = Literal["distillkit", "trl"]
+"""How columns of soft targets are laid out."""
 
 MODE_OF_KIND: dict[str, Mode] = {
     "optimal_sampling": "mixture",
@@ -41,6 +44,13 @@ class ExportOptions:
     format: Literal["text", "tokens", "prompts"] = "text"
     """`text`: columns `prompt` and `completion`; `tokens`: `input_ids` and `labels`, the very ids
     that were drawn; `prompts`: `prompt` and `privileged_context`, without completions."""
+    soft_targets: Literal["none", "mixture", "teacher", "student"] = "none"
+    """With `tokens`: also columns with the likeliest tokens of q, of the teacher or of the student,
+    from runs with --top-tokens."""
+    soft_layout: SoftLayout = "distillkit"
+    """`distillkit`: `token_ids` and `top_values`, a row per position; `trl`: `logprob_token_ids`,
+    `logprobs` and the token drawn, a row per token, as TRL's client of a teacher server has them.
+    """
     messages: bool = False
     """With `text`: prompts and completions as lists of messages, which the trainer renders."""
     model: str | None = None
@@ -96,6 +106,11 @@ class ExportOptions:
     def _check_combinations(self) -> None:
         if self.messages and self.format != "text":
             raise ConfigError(f"--messages is a form of --format text, not of {self.format}")
+        if self.soft_targets != "none" and (self.format != "tokens" or self.kind == "warmstart"):
+            raise ConfigError(
+                "--soft-targets needs --format tokens and completions that were drawn: they belong "
+                "to the very ids"
+            )
         if self.kind == "warmstart" and self.only == "correct":
             raise ConfigError(
                 "--only correct is about completions that were drawn; reference solutions have no "

@@ -10,6 +10,7 @@ from optimal_sampling.prompts.rows import value_text
 from optimal_sampling.records.export.conversations import Conversations
 from optimal_sampling.records.export.options import ExportOptions
 from optimal_sampling.records.export.reading import Entry, Run
+from optimal_sampling.records.export.soft_targets import soft_columns, soft_schema
 from optimal_sampling.records.export.tokens import Message, StudentTokens, raw_text
 from optimal_sampling.records.schema import Record
 from optimal_sampling.vocabulary.thinking import KNOWN_BLOCKS
@@ -71,6 +72,8 @@ class RowMaker(Form):
         columns: dict[str, pa.DataType] = {"prompt": text, "completion": text}
         if self.options.format == "tokens":
             columns = dict.fromkeys(("input_ids", "labels"), pa.list_(pa.int32()))
+        if self.options.soft_targets != "none":
+            columns |= soft_schema(self.options.soft_layout)
         if self.options.messages and any(each.template_options for each in self.conversations):
             columns["chat_template_kwargs"] = pa.struct({"enable_thinking": pa.bool_()})
         return pa.schema(columns | {"id": pa.string(), "sample_index": pa.int32()})
@@ -88,6 +91,10 @@ class RowMaker(Form):
                 "input_ids": prompt_ids + ids,
                 "labels": [IGNORED] * len(prompt_ids) + ids,
             }
+            if self.options.soft_targets != "none":
+                made.columns |= soft_columns(
+                    record, self.options.soft_targets, self.options.soft_layout, prompt_ids
+                )
         elif self.options.messages:
             self._add_messages(made, entry, record)
         else:
