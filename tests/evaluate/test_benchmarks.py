@@ -172,6 +172,9 @@ def test_questions_and_answers_that_change(tmp_path):
     with pytest.raises(DatasetError, match="the questions of aime25 are not those"):
         prepare(benchmark, config)
     assert [row["problem"] for row in kept(first)] == ["a", "b"]
+    write_rows(file, kept(first))
+    first.path.write_text('{"problem": "edited", "answer": "1"}\n')
+    assert [row["problem"] for row in kept(prepare(benchmark, config))] == ["a", "b"]
 
 
 def test_a_source_that_is_gone(tmp_path, monkeypatch):
@@ -179,13 +182,15 @@ def test_a_source_that_is_gone(tmp_path, monkeypatch):
     that were edited where they are kept.
     """
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    file = write_rows(tmp_path / "mine.jsonl", [{"problem": "a", "answer": "1"}])
-    config = config_for(tmp_path, benchmark_file=(f"mine={file}",))
+    monkeypatch.chdir(tmp_path)
+    file = write_rows(tmp_path / "mine.jsonl", [{"problem": "a\u2028b", "answer": "1"}])
+    config = config_for(tmp_path, benchmark_file=(f"mine={file}",), output_dir="out")
     (benchmark,) = chosen_benchmarks(config)
     first = prepare(benchmark, config)
     file.unlink()
     again = prepare(benchmark, config)
     assert (again.digest, again.source, again.count) == (first.digest, str(file), 1)
+    assert again.path == first.path
     assert "does not exist" in again.note
     again.path.write_text('{"problem": "b", "answer": "1"}\n')
     with pytest.raises(DatasetError, match="was changed after it was written"):
