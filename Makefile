@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 DEMO_DIR ?= outputs/demo
+PIPELINE_DIR ?= outputs/pipeline
 # One thread: the shipped models are too small to share, and waiting for a busy core costs more than it brings.
 THREADS ?= 1
 JOBS ?= 2
@@ -11,10 +12,13 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-vllm lint format bench clean
+.PHONY: demo pipeline test test-slow test-vllm lint format bench clean
 
 demo: $(VENV)/.base
 	$(BIN)/optimal-sampling demo --output-dir $(DEMO_DIR)
+
+pipeline: $(VENV)/.dev
+	PATH="$(abspath $(BIN)):$$PATH" examples/pipeline.sh $(PIPELINE_DIR)
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadgroup

@@ -49,6 +49,11 @@ class Pass:
             self()
         return eager
 
+    def close(self) -> None:
+        """Give back the cache and its graphs."""
+        self.cache.release()
+        self.runner.drop_caches()
+
 
 def check_replay(one: Pass) -> int:
     """Graphs recorded. Raises AssertionError where a replay differs from the eager pass."""

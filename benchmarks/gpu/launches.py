@@ -3,8 +3,8 @@
     python benchmarks/gpu/launches.py
 
 Models are run over meta tensors. Every PyTorch operation that is not a view or an allocation is
-one launch, and so is every start of a Triton program; an attention call with split keys is two on
-a GPU and counted as one.
+one launch, and so is every start of a Triton program. PyTorch's Flash Attention counts as one, but
+is two where it splits the keys of a row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from optimal_sampling.distribution.mixture import Drawn
 from optimal_sampling.distribution.noise import NoiseKeys, scrambled_ids
 from optimal_sampling.engines.local import attention
 from optimal_sampling.engines.local.layers import fuse_norms
-from optimal_sampling.engines.local.paged.attention_backends import varlen
+from optimal_sampling.engines.local.paged.attention_backends import Backend, split_or, varlen
 from optimal_sampling.engines.local.paged.page_cache import Batch, BatchShape
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
@@ -85,7 +85,12 @@ def runner_of(shape: Architecture, fused: bool) -> PageRunner:
     model = shape.model(ModelConfig(device="cpu", dtype="bfloat16"), 0)
     model.set_attn_implementation(attention.NAME)
     fuse_norms(model)
-    return PageRunner(model.to("meta"), VOCAB, 0, varlen, fused)
+    return PageRunner(model.to("meta"), VOCAB, 0, _backend(fused), fused)
+
+
+def _backend(fused: bool) -> Backend:
+    """What runs on a GPU; PyTorch's own beside the layers of Transformers."""
+    return split_or(varlen) if fused else varlen
 
 
 @torch.inference_mode()

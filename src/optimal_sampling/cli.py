@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TypeVar
@@ -26,6 +26,7 @@ from optimal_sampling.config import (
     EngineOptions,
     GenerateConfig,
     RunConfig,
+    VerifyOptions,
     VllmOptions,
     engine_options,
 )
@@ -69,6 +70,14 @@ EXAMPLES = {
       --dataset prompts.jsonl --output-dir outputs/run --max-new-tokens 512 \\
       --teacher-template '{{problem}} Reference solution: {{solution}}'
   {PROGRAM} generate --config run.yaml --data-slice 0::8""",
+    "evaluate": f"""examples:
+  {PROGRAM} evaluate --extra-models toy-student toy-teacher --benchmarks synthetic \\
+      --max-new-tokens 160 --output-dir outputs/scores
+  {PROGRAM} evaluate --checkpoint-dir checkpoints --extra-models Qwen/Qwen3-1.7B \\
+      --benchmarks math500 aime24 --samples 16 --pass-at 1 8 --output-dir outputs/scores""",
+    "verify": f"""examples:
+  {PROGRAM} verify outputs/run
+  {PROGRAM} verify outputs/run --grader graders.py:check --reference solution --workers 8""",
     "status": f"""examples:
   {PROGRAM} status outputs/run
   {PROGRAM} status outputs/shard-*""",
@@ -87,6 +96,12 @@ EXAMPLES = {
     "serve": f"""examples:
   {PROGRAM} serve --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct
   {PROGRAM} serve --port 9000 --alpha-min 0.3 --draft-tokens 4""",
+    "sft": f"""examples:
+  {PROGRAM} sft --dataset_name outputs/export --output_dir outputs/sft --learning_rate 1e-3
+  {PROGRAM} sft --model_name_or_path Qwen/Qwen3-1.7B --dataset_name outputs/export \\
+      --output_dir checkpoints/q3-1.7b --fsdp full_shard --max_length 16384 \\
+      --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --num_train_epochs 3
+  {PROGRAM} sft --dataset_name outputs/export --use_peft --lora_r 32 --learning_rate 2e-4""",
 }
 """Command lines at the end of each subcommand's `--help`."""
 
@@ -113,6 +128,18 @@ class GenerateOptions(GenerateConfig):
         return GenerateConfig(
             **{item.name: getattr(self, item.name) for item in fields(GenerateConfig)}
         )
+
+
+@dataclass(frozen=True)
+class VerifyCommand:
+    """Grade the completions of run folders. Verdicts are written beside the records.
+
+    A second call goes on where the first one ended.
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders."""
+    grading: VerifyOptions = field(default_factory=VerifyOptions)
 
 
 @dataclass(frozen=True)
@@ -154,6 +181,50 @@ def _generate(config: GenerateConfig) -> int:
     summary = generate(config, progress_for())
     Console().print(summary.table())
     return 3 if summary.failed else 0
+
+
+def run_evaluate(arguments: Sequence[str]) -> int:
+    """The subcommand `evaluate`."""
+    from rich.console import Console
+
+    from optimal_sampling.evaluate import EvaluateConfig, evaluate
+    from optimal_sampling.evaluate.tables import markdown_text, rich_table
+    from optimal_sampling.generate.progress import progress_for
+
+    config = _parse("evaluate", EvaluateConfig(), arguments)
+    try:
+        report = evaluate(config, progress_for, lambda line: print(line, file=sys.stderr))
+    except KeyboardInterrupt:
+        _say_interrupted(f"what was finished is safe in {config.output_dir}")
+        return 130
+    if sys.stdout.isatty():
+        Console().print(rich_table(report.summary))
+    else:
+        print(markdown_text(report.summary))  # a terminal's table is cut to a width
+    for line in report.missing:
+        print(f"{PROGRAM}: without a whole score: {line}", file=sys.stderr)
+    print(" ".join(map(str, report.files)))
+    return 3 if report.missing else 0
+
+
+def run_verify(arguments: Sequence[str]) -> int:
+    """The subcommand `verify`."""
+    from optimal_sampling.verify.job import Interrupted, verify
+    from optimal_sampling.verify.progress import progress_for
+
+    command = _parse("verify", VerifyCommand(), arguments)
+    if not command.runs:
+        raise ConfigError(f"name the run folders: {PROGRAM} verify outputs/run")
+    try:
+        tally = verify(
+            [_checked_path(run) for run in command.runs], command.grading, progress_for()
+        )
+    except Interrupted as interrupt:
+        _say_interrupted(f"{interrupt.tally.new} new verdicts are safe")
+        return 130
+    for line in tally.lines():
+        print(line)
+    return 3 if tally.failures else 0
 
 
 def run_status(arguments: Sequence[str]) -> int:
@@ -231,6 +302,28 @@ def run_serve(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_sft(arguments: Sequence[str]) -> int:
+    """The subcommand `sft`."""
+    from rich.console import Console
+
+    from optimal_sampling.train import launch, parse_sft
+
+    options, trl = parse_sft(arguments, f"{PROGRAM} sft")
+    command = launch.launch_command(options, arguments)
+    if command:
+        print(f"starting: {launch.printable(command)}", file=sys.stderr, flush=True)
+        os.execv(command[0], command)
+    from optimal_sampling.train.sft import sft
+
+    with launch.quiet_but_for_the_main_process():
+        summary = sft(options, trl)
+    if launch.is_main_process():
+        Console().print(summary.table())
+    if summary.status == "interrupted" and launch.is_main_process():
+        _say_interrupted(f"{summary.checkpoint} is safe", launch.typed_again(arguments))
+    return 130 if summary.status == "interrupted" else 0
+
+
 def _run_interruptible(job: Callable[[], int]) -> int:
     """Exit code of a job. Ctrl-C prints what is safe and how to go on."""
     from optimal_sampling.generate import Interrupted
@@ -245,6 +338,8 @@ def _run_interruptible(job: Callable[[], int]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "generate": ("generate records of q* for the prompts of a dataset", run_generate),
+    "evaluate": ("scores of checkpoints on benchmarks of mathematics", run_evaluate),
+    "verify": ("grade the completions of run folders: are the answers right?", run_verify),
     "status": ("what run folders hold: good, owed, failed, speed, means", run_status),
     "merge": ("the run folders of several shards -> one", run_merge),
     "export": ("run folders -> a training set for load_dataset and trl sft", run_export),
@@ -253,6 +348,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
         run_demo,
     ),
     "bench": ("speed and memory on this machine, beside Transformers", run_bench),
+    "sft": ("train the student on an exported dataset, with TRL", run_sft),
     "serve": ("an OpenAI-compatible server of q* (needs the extra `vllm`)", run_serve),
 }
 """Subcommands: a line of help, and what runs them, which imports what it needs."""
@@ -479,8 +575,8 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say_interrupted(state: str) -> None:
-    command = typed_command(sys.orig_argv)
+def _say_interrupted(state: str, command: str = "") -> None:
+    command = command or typed_command(sys.orig_argv)
     print(f"\n{PROGRAM}: interrupted; {state}. To go on:\n  {command}", file=sys.stderr)
 
 

@@ -16,11 +16,12 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from optimal_sampling.errors import ConfigError, did_you_mean
-from optimal_sampling.types import AlphaMethod, Mode
+from optimal_sampling.types import AlphaMethod, Hint, Mode
 
 __all__ = [
     "ENGINES",
     "MIN_TEMPERATURE",
+    "Attention",
     "Checked",
     "DataConfig",
     "EngineOptions",
@@ -29,8 +30,11 @@ __all__ = [
     "MixtureConfig",
     "ModelConfig",
     "PromptConfig",
+    "Regrade",
     "RunConfig",
     "ToyOptions",
+    "VerifyConfig",
+    "VerifyOptions",
     "VllmOptions",
     "engine_options",
     "expand_user",
@@ -217,6 +221,7 @@ class ModelConfig(Checked):
 
 
 DraftTokens = int | Literal["auto"]
+Attention = Literal["auto", "varlen", "flash_attn", "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,7 @@ class LocalOptions(EngineOptions):
     draft_tokens: DraftTokens = "auto"
     """Tokens drafted ahead per round: `auto` measures what pays, 0 is plain decoding.
     Never changes what is drawn."""
-    attention: Literal["auto", "varlen", "flash_attn", "sdpa"] = "auto"
+    attention: Attention = "auto"
     """`auto`: on a GPU in half precision Flash Attention over pages of memory (PyTorch's `varlen`,
     else the `flash_attn` package), otherwise PyTorch's SDPA over slots; the notes say why."""
     batch_invariant: bool = True
@@ -378,6 +383,12 @@ class PromptConfig(Checked):
     """The student's user turn, with {problem}, {answer}, {solution} or any other column."""
     teacher_template: str = "{problem}"
     """The teacher's user turn; {answer} or {solution} show it what the student does not see."""
+    hint: Hint = "none"
+    """Show a solution in a prompt, as a control: the `right` one, a `wrong` one (the right one with
+    another final answer), or an `other` one (of the next row). It stands where the template has
+    {hint}, {solution}, {answer} or {privileged_context}, else after the user turn."""
+    hint_to: Literal["teacher", "student"] = "teacher"
+    """Whose prompt shows the hint."""
     literal_control_tokens: bool = False
     """Encode control tokens in the texts of a row, such as <|im_end|>, as ordinary text."""
 
@@ -407,6 +418,55 @@ class RunConfig(Checked):
         object.__setattr__(self, "output_dir", str(expand_user(self.output_dir)))
 
 
+@dataclass(frozen=True)
+class VerifyConfig(Checked):
+    """The grading of completions as they are finished."""
+
+    verify: str | None = None
+    """Grade completions: `math` (needs the extra `eval`), `synthetic`, or a function of your own,
+    FILE.py:function. Verdicts are written beside the records."""
+    reference: str | None = None
+    """Column with the reference answer to grade with; unset: --answer-column, or one of the usual
+    names."""
+    verify_workers: int | None = None
+    """Processes that grade; unset: half of the cores, at most 8."""
+    verify_timeout: float = 10.0
+    """Most seconds for one completion."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_range("verify_workers", 1)
+        self._check_range("verify_timeout", 0, above=True)
+
+
+Regrade = Literal["none", "failed", "all"]
+
+
+@dataclass(frozen=True)
+class VerifyOptions(Checked):
+    """The grading of the completions of run folders."""
+
+    grader: str = "math"
+    """`math` (needs the extra `eval`), `synthetic`, or a function of your own, FILE.py:function."""
+    reference: str | None = None
+    """Column with the reference answer; unset: the run's --answer-column, or one of the usual
+    names."""
+    workers: int | None = None
+    """Processes that grade; unset: half of the cores, at most 8."""
+    timeout: float = 10.0
+    """Most seconds for one completion."""
+    memory_gib: float = 4.0
+    """Most memory of a process, in GiB."""
+    regrade: Regrade = "none"
+    """What to grade again: completions on which the grader failed (took too long, died, raised an
+    error), or all. Those whose record, reference or grader has changed are graded again anyway."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_range("workers", 1)
+        self._check_range("timeout memory_gib", 0, above=True)
+
+
 def expand_user(path: str | Path) -> Path:
     """The path with the home folder in place of a `~` at its start; the `~` of `./~/x` is a folder.
 
@@ -425,6 +485,7 @@ class GenerateConfig(Checked):
     data: DataConfig = DataConfig()
     prompt: PromptConfig = PromptConfig()
     run: RunConfig = RunConfig()
+    verify: VerifyConfig = VerifyConfig()
     engine: EngineOptions = LocalOptions()
 
     @property

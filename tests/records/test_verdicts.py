@@ -8,7 +8,7 @@ import pytest
 
 from optimal_sampling.errors import RunFolderError
 from optimal_sampling.records.store import RecordFile, Scan
-from optimal_sampling.records.verdicts import VerdictFile, graded_records, load_verdicts
+from optimal_sampling.records.verdicts import Subject, VerdictFile, graded_records, load_verdicts
 
 
 def verdict(record, checksum, verdict="correct", **changes):
@@ -110,7 +110,11 @@ def test_a_damaged_verdict_is_no_verdict(tmp_path, make_record):
     assert [bool(graded) for _, graded in graded_records(tmp_path)] == [False, True, True]
     with VerdictFile(tmp_path, "main") as again:
         assert again.bad_lines == 1
-        assert again.latest((records[0]["id"], 0)) is None
+        held = [
+            again.has((record["id"], 0), Subject(checksum, "1", "math"))
+            for record, checksum in zip(records, sums, strict=True)
+        ]
+    assert held == [False, True, True]
 
 
 def test_one_process_writes_a_file(tmp_path):
@@ -120,3 +124,20 @@ def test_one_process_writes_a_file(tmp_path):
         pytest.raises(RunFolderError, match=f"pid {os.getpid()}"),
     ):
         VerdictFile(tmp_path, "main")
+
+
+def test_a_verdict_counts_for_what_it_is_about(tmp_path, make_record):
+    """Guards: records, references or graders that changed, and verdicts that stayed."""
+    record = make_record(0)
+    key = record["id"], 0
+    with VerdictFile(tmp_path, "main") as file:
+        file.append(verdict(record, "a" * 16))
+    with VerdictFile(tmp_path, "main") as file:
+        assert file.has(key, Subject("a" * 16, "1", "math"))
+        assert not file.has(key, Subject("b" * 16, "1", "math"))
+        assert not file.has(key, Subject("a" * 16, "2", "math"))
+        assert not file.has(key, Subject("a" * 16, "1", "synthetic"))
+        file.append(verdict(record, "a" * 16, "wrong", failed=True))
+        assert file.has(key, Subject("a" * 16, "1", "math"))
+        assert not file.has(key, Subject("a" * 16, "1", "math"), failed=False)
+        assert file.counts() == {"wrong": 1}

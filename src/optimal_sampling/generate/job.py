@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from optimal_sampling.config import GenerateConfig, MixtureConfig
 from optimal_sampling.errors import ConfigError, EngineError, OptimalSamplingError, PromptError
@@ -15,10 +17,18 @@ from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.records.run_folder import TEMPLATE_DATE, RunFolder, template_date
 from optimal_sampling.records.schema import Key, Prompt, Sample, record_of, row_id
 from optimal_sampling.types import Completion, Request, prompt_id
+from optimal_sampling.verify import resolve_grader
+from optimal_sampling.verify.job import Grading, Source, check_columns
 from optimal_sampling.vocabulary import Vocabulary
 
-__all__ = ["Interrupted", "generate", "input_notes", "open_inputs", "prompt_of", "render_row"]
+if TYPE_CHECKING:
+    from optimal_sampling.engines import Engine
 
+__all__ = ["Interrupted", "generate", "input_notes", "open_inputs", "prompt_of", "render_rows"]
+
+
+OpenEngine: TypeAlias = Callable[..., "AbstractContextManager[Engine]"]
+"""A function with the arguments of `engines.open_engine`."""
 
 _METHOD_OF = {
     "fixed_alpha": "fixed",
@@ -38,8 +48,14 @@ class Interrupted(KeyboardInterrupt):
         self.summary = summary
 
 
-def generate(config: GenerateConfig, progress: Progress | None = None) -> Summary:
+def generate(
+    config: GenerateConfig,
+    progress: Progress | None = None,
+    open_with: OpenEngine | None = None,
+) -> Summary:
     """Generate every sample that the run folder still owes.
+
+    `open_with` is called in place of `engines.open_engine`, for runs that share an engine.
 
     Rows that cannot be rendered and requests that fail become records with an error, which later
     calls try again. Raises Interrupted for Ctrl-C, and an OptimalSamplingError where the run as a
@@ -55,13 +71,17 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
     facts = model_facts(config.models) if config.engine.loads_models else {}
     if renderer.prints_date:
         facts[TEMPLATE_DATE] = renderer.day.isoformat()
-    with RunFolder(config, facts) as folder:
+    source = _grading_source(config, dataset, vocabulary)
+    with RunFolder(config, facts) as folder, _grading(config, source) as grading:
         check_rows(dataset, folder)
         job = _Job(config, dataset, renderer, vocabulary, folder, progress)
+        job.grading = grading
+        verdicts: Mapping[str, int] = {}
         try:
             with progress:
-                notes = job.run()
-            folder.close()
+                notes = job.run(open_with)
+                folder.close()
+                verdicts = job.finish_grading()
         except KeyboardInterrupt:
             folder.close()
             folder.recount()
@@ -69,8 +89,30 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
             summary.save(config.shard)
             raise Interrupted(summary) from None
         summary = Summary.of(job.tally, folder, notes, mode=config.run.mode, interrupted=False)
+        summary = replace(summary, verdicts=verdicts)
         summary.save(config.shard)
         return summary
+
+
+def _grading_source(
+    config: GenerateConfig, dataset: Dataset, vocabulary: Vocabulary
+) -> Source | None:
+    """How completions are graded; None where they are not. Raises ConfigError."""
+    if config.verify.verify is None:
+        return None
+    column = config.verify.reference or dataset.answer_column
+    grader = resolve_grader(config.verify.verify)
+    if grader.path is None or column is not None:
+        check_columns(dataset.columns, column)
+    return Source(grader, column, lambda: vocabulary.thinking_blocks)
+
+
+def _grading(
+    config: GenerateConfig, source: Source | None
+) -> AbstractContextManager[Grading | None]:
+    if source is None:
+        return nullcontext()
+    return Grading(config.run.output_dir, config.shard, source, config.verify)
 
 
 def open_inputs(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRenderer]:
@@ -109,6 +151,7 @@ class _Job:
         self.vocabulary = vocabulary
         self.folder = folder
         self.progress = progress
+        self.grading: Grading | None = None
         self.tally = Tally(len(dataset), config.data.samples_per_prompt)
         self.tally.already_good = self._recorded()
         self._in_flight: dict[Key, Prompt] = {}
@@ -119,7 +162,7 @@ class _Job:
         good = self.folder.ledger.good.items()
         return sum(sample < samples and row in rows for (_, sample), row in good)
 
-    def run(self) -> dict[str, str]:
+    def run(self, open_with: OpenEngine | None = None) -> dict[str, str]:
         """Generate the owed samples; notes of the vocabulary, the renderer and the engine, by name.
 
         Models are loaded only if a sample is owed.
@@ -132,11 +175,13 @@ class _Job:
         if first is None:
             self.progress.update(self.tally)
             return notes
+        if self.grading is not None:
+            self.grading.check()
         self.progress.start_loading(self.config)
         from optimal_sampling.engines import open_engine  # torch is loaded here
 
         config = self.config
-        with open_engine(
+        with (open_with or open_engine)(
             config.engine, config.models, config.mixture, self.vocabulary, config.run.mode
         ) as engine:
             self.progress.show_notes(engine.notes())
@@ -155,8 +200,7 @@ class _Job:
         """Requests for the owed samples; those of rows without prompts fail at once."""
         seen: set[str] = set()
         good = 0
-        for row_index, row in self.dataset:
-            rendered = render_row(self.renderer, row)
+        for row_index, row, rendered in render_rows(self.renderer, self.dataset):
             prompt = prompt_of(row_index, row, rendered)
             if prompt.id in seen:
                 self.tally.duplicates += 1
@@ -214,9 +258,18 @@ class _Job:
             mode=self.config.run.mode,
         )
         record = record_of(sample, token_lists=self.config.run.token_lists)
-        self.folder.add(record)
+        checksum = self.folder.add(record)
         self.tally.add(record)
+        if self.grading is not None:
+            self.grading.add(record, checksum)
         self.progress.update(self.tally)
+
+    def finish_grading(self) -> Mapping[str, int]:
+        """Grade what is on the disk without a verdict; how many completions have each verdict."""
+        if self.grading is None:
+            return {}
+        self.progress.show("grading the completions that have no verdict yet")
+        return self.grading.finish()
 
 
 def input_notes(
@@ -227,6 +280,9 @@ def input_notes(
 ) -> dict[str, str]:
     """What is not as the options say, or easily overlooked, by name. Known without any weights."""
     texts = [*vocabulary.notes, *renderer.notes, *row_notes]
+    hint, shown_to = config.prompt.hint, config.prompt.hint_to
+    if hint != "none" and config.run.mode not in ("mixture", shown_to):
+        texts.insert(0, f"hint {hint} does nothing: it is shown to the {shown_to} alone")
     if config.run.mode != "mixture":
         texts.insert(0, f"drawn from the {config.run.mode} alone; the options of alpha do nothing")
     else:
@@ -246,10 +302,24 @@ def _idle_options(mixture: MixtureConfig) -> Iterator[str]:
             )
 
 
-def render_row(renderer: PromptRenderer, row: Mapping[str, Any]) -> RenderedPrompt | str:
+def render_rows(
+    renderer: PromptRenderer, dataset: Dataset
+) -> Iterator[tuple[int, Mapping[str, Any], RenderedPrompt | str]]:
+    """Each row with its index, and its prompts or the reason why it has none."""
+    if renderer.needs_following:
+        for index, row, following in dataset.with_following():
+            yield index, row, _render_row(renderer, row, following)
+    else:
+        for index, row in dataset:
+            yield index, row, _render_row(renderer, row, None)
+
+
+def _render_row(
+    renderer: PromptRenderer, row: Mapping[str, Any], following: Mapping[str, Any] | None
+) -> RenderedPrompt | str:
     """The row's prompts, or the reason why it has none."""
     try:
-        return renderer.render(row)
+        return renderer.render(row, following)
     except PromptError as error:
         return str(error)
     except OptimalSamplingError:

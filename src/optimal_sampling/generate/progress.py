@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -22,9 +23,11 @@ from rich.table import Table
 from rich.text import Text
 
 from optimal_sampling.config import GenerateConfig, expand_user
-from optimal_sampling.records.run_folder import RunFolder, Totals, load
+from optimal_sampling.records.run_folder import RunFolder, Totals
 from optimal_sampling.records.schema import Record
 from optimal_sampling.records.store import read_json, write_atomically
+from optimal_sampling.records.verdicts import Graded, graded_records
+from optimal_sampling.verify.progress import verdict_text
 
 __all__ = [
     "MEANS_SHOWN",
@@ -142,6 +145,8 @@ class Summary:
     finish_reasons: Mapping[str, int]
     errors: Mapping[str, int]
     notes: Mapping[str, str]
+    verdicts: Mapping[str, int] = field(default_factory=dict)
+    """How many completions of the shard have each verdict."""
 
     @classmethod
     def of(
@@ -211,6 +216,8 @@ class Summary:
             made = f"{self.tokens} tokens in {self.seconds:.1f} s"
             yield "speed", f"{self.tokens_per_second:.1f} tokens/s ({made})"
         yield from _mean_lines(self.means, self.finish_reasons)
+        if self.verdicts:
+            yield "verdicts", verdict_text(self.verdicts)
         yield from _error_lines(self.errors)
         yield from self.notes.items()
         yield "records", self.records_file
@@ -252,16 +259,46 @@ def folder_status(run: str | Path) -> Table:
     What was asked for is known from the summaries of calls that ended. Raises RunFolderError.
     """
     folder = expand_user(run)
-    totals, failed = Totals(), Counter[str]()
-    for record in load(folder, failed=True):
+    totals, failed, verdicts = Totals(), Counter[str](), _Verdicts()
+    for record, graded in graded_records(folder, failed=True):
         if record["error"]:
             failed[record["error"]] += 1
-        else:
-            totals.add(record)
+            continue
+        totals.add(record)
+        verdicts.add(graded)
     compared: Any = read_json(folder / "config.json").get("compared", {})
     calls = [read_json(path) for path in sorted(folder.glob("summary*.json"))]
     title = f"{folder}: drawn from the {compared.get('mode', 'mixture')}"
-    return _table(title, _status_lines(totals, failed, calls))
+    return _table(title, chain(_status_lines(totals, failed, calls), verdicts.lines()))
+
+
+@dataclass
+class _Verdicts:
+    """Verdicts on the good records of a folder."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    graders: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    missing: int = 0
+
+    def add(self, graded: Graded | None) -> None:
+        """Count the verdict on a good record; None: it has none."""
+        if graded is None:
+            self.missing += 1
+            return
+        self.counts[graded["verdict"]] += 1
+        self.graders[graded["grader"]] += 1
+        if graded["failed"]:
+            self.failures[str(graded["detail"])] += 1
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Name and value of each line of a table; none where nothing was graded."""
+        if not self.counts:
+            return
+        missing = f", {self.missing} not graded" if self.missing else ""
+        yield "verdicts", f"{verdict_text(self.counts)}{missing} ({', '.join(self.graders)})"
+        for failure, count in self.failures.most_common(_ERRORS_SHOWN):
+            yield f"{count} x not graded", failure
 
 
 def _status_lines(

@@ -49,6 +49,10 @@ MAY_DIFFER = frozenset(
         "draft_tokens",
         "attention",  # as `device`
         "max_attempts",
+        "verify",  # verdicts say themselves what they are about
+        "reference",
+        "verify_workers",
+        "verify_timeout",
     }
 )
 """Options that a later call on the same folder may change.

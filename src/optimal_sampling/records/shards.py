@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from optimal_sampling.errors import RunFolderError
 from optimal_sampling.records.run_folder import differences, load
 from optimal_sampling.records.schema import Key, key_of
 from optimal_sampling.records.store import RecordFile, Scan, read_json, write_atomically
+from optimal_sampling.records.verdicts import VerdictFile, graded_records
 
 __all__ = ["check_partition", "merge"]
 
@@ -49,7 +51,7 @@ def merge(shards: Sequence[str | Path], target: str | Path) -> int:
     `shards` are run folders. All must have the same options, their slices must hold each row once
     (`0::2` and `1::2`, or `0:20` and `20:40`), and each must hold as many samples as its summary
     says were asked for. A sample that two shards hold is written once: its tokens are the same in
-    both. Raises RunFolderError.
+    both. Verdicts go with their records. Raises RunFolderError.
     """
     folders = [expand_user(shard) for shard in shards]
     target = expand_user(target)
@@ -61,15 +63,29 @@ def merge(shards: Sequence[str | Path], target: str | Path) -> int:
     for folder in folders:  # before anything is written
         _check_count(folder, sum(1 for _ in load(folder)))
     write_atomically(target / "config.json", json.dumps(document, indent=2) + "\n")
+    path = target / "records" / "main.jsonl"
+    count = _write_records(folders, path)
+    _write_summary(target, path, count)
+    return count
+
+
+def _write_records(folders: Sequence[Path], path: Path) -> int:
+    """Write the records of the shards into a new file, and their verdicts; their number."""
     kept: set[Key] = set()
-    with RecordFile(target / "records" / "main.jsonl") as file:
-        file.open(Scan(file.path))
+    with RecordFile(path) as file, ExitStack() as opened:
+        file.open(Scan(path))
+        verdicts: VerdictFile | None = None
         for folder in folders:
-            for record in load(folder):
-                if key_of(record) not in kept:
-                    file.append(record)
-                    kept.add(key_of(record))
-    _write_summary(target, file.path, len(kept))
+            for record, graded in graded_records(folder):
+                if key_of(record) in kept:
+                    continue
+                kept.add(key_of(record))
+                checksum = file.append(record)
+                if graded is not None:
+                    verdicts = verdicts or opened.enter_context(
+                        VerdictFile(path.parents[1], path.stem)
+                    )
+                    verdicts.append({**graded, "record": checksum})
     return len(kept)
 
 

@@ -5,9 +5,10 @@ A verdict names the checksum of the record that was graded. It counts as long as
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypedDict, cast, get_args, get_type_hints
+from typing import Annotated, Literal, NamedTuple, Self, TypedDict, cast, get_args, get_type_hints
 
 from optimal_sampling.config import expand_user
 from optimal_sampling.records.run_folder import record_lines
@@ -17,6 +18,7 @@ from optimal_sampling.records.store import RecordFile, Scan
 __all__ = [
     "VERDICTS",
     "Graded",
+    "Subject",
     "Verdict",
     "VerdictFile",
     "graded_records",
@@ -51,6 +53,15 @@ MEANINGS: dict[str, str] = {
 """Meaning of each field of Graded, as in docs/records.md."""
 
 
+class Subject(NamedTuple):
+    """What a verdict is about. Another subject needs another verdict."""
+
+    record: str
+    """`checksum` of the record."""
+    reference: str | None
+    grader: str
+
+
 class VerdictFile:
     """The only writer of a shard's verdicts, under a lock; its torn tail is cut.
 
@@ -59,11 +70,11 @@ class VerdictFile:
 
     def __init__(self, run: str | Path, shard: str) -> None:
         self._file = RecordFile(expand_user(run) / "verdicts" / f"{shard}.jsonl")
-        self._latest: dict[Key, Graded] = {}
+        self._latest: dict[Key, tuple[Subject, Verdict, bool]] = {}
         try:
             scan = Scan(self._file.path)
             for graded in _verdicts(scan):
-                self._latest[graded["id"], graded["sample_index"]] = graded
+                self._count(graded)
             self._file.open(scan)
         except BaseException:
             self._file.close()
@@ -78,14 +89,27 @@ class VerdictFile:
         """The file."""
         return self._file.path
 
-    def latest(self, key: Key) -> Graded | None:
-        """The last verdict on a record of this identity, which may since have been replaced."""
-        return self._latest.get(key)
+    def _count(self, graded: Graded) -> None:
+        subject = Subject(graded["record"], graded["reference"], graded["grader"])
+        key = graded["id"], graded["sample_index"]
+        self._latest[key] = subject, graded["verdict"], graded["failed"]
+
+    def has(self, key: Key, subject: Subject, *, failed: bool = True) -> bool:
+        """Whether the last verdict on a sample is about this subject.
+
+        Without `failed`, verdicts of graders that failed do not count.
+        """
+        latest, _, has_failed = self._latest.get(key, (None, None, False))
+        return latest == subject and (failed or not has_failed)
+
+    def counts(self) -> Counter[str]:
+        """How many samples have each verdict, by the last verdict on each."""
+        return Counter(verdict for _, verdict, _ in self._latest.values())
 
     def append(self, graded: Graded) -> None:
         """Add a verdict. It is on the disk after the next commit."""
         self._file.append(graded)
-        self._latest[graded["id"], graded["sample_index"]] = graded
+        self._count(graded)
 
     def commit(self) -> None:
         """Write and fsync the waiting verdicts, all or none."""
@@ -106,8 +130,10 @@ def _verdicts(scan: Scan) -> Iterator[Graded]:
     return (cast(Graded, line) for line in scan)
 
 
-def graded_records(run: str | Path) -> Iterator[tuple[Record, Graded | None]]:
-    """The good records of a run folder, as `load` yields them, each with its verdict.
+def graded_records(
+    run: str | Path, *, failed: bool = False
+) -> Iterator[tuple[Record, Graded | None]]:
+    """The records of a run folder that `load` yields, each with its verdict.
 
     The last verdict counts, and none that is about another record of the same identity.
     Raises RunFolderError.
@@ -117,7 +143,7 @@ def graded_records(run: str | Path) -> Iterator[tuple[Record, Graded | None]]:
         for graded in _verdicts(Scan(path)):
             key = graded["id"], graded["sample_index"]
             found[key, graded["record"]] = graded
-    for _, line in record_lines(run):
+    for _, line in record_lines(run, failed=failed):
         yield line.record, found.get((key_of(line.record), line.checksum))
 
 

@@ -6,6 +6,7 @@
     pool      graders in processes, with a hard limit of time and memory per completion
     worker    what such a process runs
     job       a run folder -> verdicts; and verdicts while a run goes
+    progress  its counts, shown while it goes
 
 math-verify is loaded in the processes alone.
 """

@@ -6,7 +6,7 @@ import ast
 import hashlib
 import importlib.util
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from optimal_sampling.config import expand_user
 from optimal_sampling.errors import ConfigError, MissingDependencyError, did_you_mean
 from optimal_sampling.records.verdicts import VERDICTS, Verdict
 from optimal_sampling.verify.answers import Block, answer_text, find_answer
+from optimal_sampling.vocabulary.thinking import KNOWN_BLOCKS
 
 __all__ = [
     "BUILT_IN",
@@ -44,6 +45,14 @@ class Task:
     """The prompt ends within a thinking block that the completion has to close."""
     row: Mapping[str, Any] = field(default_factory=dict)
     """The row of the dataset, for functions of the user."""
+    blocks: Sequence[Block] = KNOWN_BLOCKS
+    """Opening and closing markers of reasoning."""
+
+    @property
+    def answer(self) -> str | None:
+        """The answer in the completion: after its reasoning, in a box, or stated."""
+        text = answer_text(self.completion, self.blocks, in_thinking=self.in_thinking)
+        return find_answer(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +68,7 @@ class Grade:
     """The grader took too long, died or raised an error."""
 
 
-Grader = Callable[[Task, tuple[Block, ...]], Grade]
+Grader = Callable[[Task], Grade]
 
 
 @dataclass(frozen=True)
@@ -140,23 +149,20 @@ def load_grader(spec: GraderSpec) -> Grader:
     return _grade_math
 
 
-def grade(task: Task, grader: Grader, blocks: tuple[Block, ...] = ()) -> Grade:
-    """The verdict of a grader on a completion; `truncated` and `skipped` before it is asked.
+def grade(task: Task, grader: Grader) -> Grade:
+    """The verdict of a grader on a completion; `truncated` before it is asked.
 
-    `blocks`: opening and closing markers of reasoning. Raises MemoryError and what the grader
-    itself does not handle.
+    Raises MemoryError and what the grader itself does not handle.
     """
-    if task.finish_reason == "length":
-        return Grade("truncated")
-    return grader(task, blocks)
+    return Grade("truncated") if task.finish_reason == "length" else grader(task)
 
 
-def _grade_math(task: Task, blocks: tuple[Block, ...]) -> Grade:
+def _grade_math(task: Task) -> Grade:
     from optimal_sampling.verify.compare import Unparseable, is_same
 
     if task.reference is None:
         return Grade("skipped", detail="the row has no reference answer")
-    answer = find_answer(answer_text(task.completion, blocks, in_thinking=task.in_thinking))
+    answer = task.answer
     if answer is None:
         return Grade("no_answer")
     try:
@@ -166,7 +172,7 @@ def _grade_math(task: Task, blocks: tuple[Block, ...]) -> Grade:
     return Grade("correct" if same else "wrong", answer)
 
 
-def _grade_synthetic(task: Task, blocks: tuple[Block, ...]) -> Grade:
+def _grade_synthetic(task: Task) -> Grade:
     from optimal_sampling.toy_pair.problems import boxed, is_correct
 
     if task.reference is None:
@@ -183,7 +189,7 @@ def _user_grader(spec: GraderSpec) -> Grader:
     function = _load_function(spec)
     name = f"{Path(spec.path or '').name}:{spec.function}"
 
-    def grader(task: Task, blocks: tuple[Block, ...]) -> Grade:
+    def grader(task: Task) -> Grade:
         try:
             value = function(task.completion, task.reference, dict(task.row))
         except MemoryError:

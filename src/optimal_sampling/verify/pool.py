@@ -9,16 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Generic, Self, TypeVar
 
 from optimal_sampling.errors import ConfigError, OptimalSamplingError
-from optimal_sampling.verify.answers import Block
 from optimal_sampling.verify.graders import Grade, GraderSpec, Task, resolve_grader
-from optimal_sampling.vocabulary.thinking import KNOWN_BLOCKS
 
 __all__ = ["GraderPool", "default_workers"]
 
@@ -53,7 +51,6 @@ class GraderPool(Generic[Tag]):
         workers: int | None = None,
         timeout: float = 10.0,
         memory_gib: float = 4.0,
-        blocks: Sequence[Block] = KNOWN_BLOCKS,
     ) -> None:
         self.spec = resolve_grader(grader) if isinstance(grader, str) else grader
         self.workers = default_workers() if workers is None else workers
@@ -63,7 +60,6 @@ class GraderPool(Generic[Tag]):
             "spec": asdict(self.spec),
             "timeout": timeout,
             "memory_gib": memory_gib,
-            "blocks": list(blocks),
         }
         self._tasks: queue.SimpleQueue[tuple[Tag, Task] | None] = queue.SimpleQueue()
         self._grades: queue.SimpleQueue[tuple[Tag, Grade] | Exception] = queue.SimpleQueue()

@@ -58,11 +58,10 @@ def _load(setup: dict[str, Any]) -> tuple[Grader | None, str]:
 
 def _graded(message: dict[str, Any], grader: Grader, setup: dict[str, Any]) -> Grade:
     spec = GraderSpec(**setup["spec"])
-    blocks = tuple((opening, closing) for opening, closing in setup["blocks"])
     # Where the parent was killed, the system ends this process: the signal has no handler.
     signal.alarm(ceil(setup["timeout"]) + _GRACE_SECONDS)
     try:
-        return grade(Task(**message), grader, blocks)
+        return grade(Task(**message), grader)
     except MemoryError:
         reason = f"the grader needed more than {setup['memory_gib']} GiB"
     except Exception as error:  # sympy may raise anything on one odd answer

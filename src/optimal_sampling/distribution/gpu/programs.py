@@ -9,9 +9,9 @@ A step is these launches, where a program takes one row or one piece of it:
     finish    [rows]          the token and its diagnostics
 
 So a row is read twice, and once more for every alpha that its solver evaluates beyond the first.
-Sums are taken in float32, lane by lane and relative to the largest term so far, the few lanes of a
-thread are added in float32, and all threads and pieces in float64. The pieces depend on the vocabulary alone: a row's result has the same bits whatever rows
-are beside it.
+Sums are taken in float32, lane by lane and relative to the largest term so far; a few neighbouring
+lanes are added up in float32, then threads and pieces in float64. The pieces depend on the
+vocabulary alone: a row's result has the same bits whatever rows are beside it.
 
 Names and mathematics are those of `pair`, `solver`, `methods` and `mixture`.
 """

@@ -322,7 +322,7 @@ def _two_chunks(
     if backend is not None:
         runner = PageRunner(model, vocab, 0, backend, fused)
     cache = runner.open_cache((0,), tokens=3 * PAGE, sequences=2)
-    cache.make_room([[64], [64]], 0)
+    cache.make_room(np.array([[64], [64]]), 0)
     text, other = ids.tolist(), ids.flip(0).tolist()
     nothing = torch.tensor([[0], [0]]).to(model.device)
     runner.forward(cache, nothing, np.array([0, 0]), (0, 1), [Chunk(1, 0, text[:5])])

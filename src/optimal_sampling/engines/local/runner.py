@@ -211,6 +211,7 @@ class CachedModel:
     ) -> None:
         self.runner = runner
         self.contexts = contexts
+        self._columns = list(contexts)
         self.cache: Cache = runner.open_cache(contexts, tokens, sequences)
 
     def prepare(self, sequences: int, widths: Seq[int]) -> None:
@@ -242,13 +243,17 @@ class CachedModel:
         `offset - 1` drafts are cached already, and only `drafts` are fed.
         """
         width = len(self.contexts)
-        not_ready = [row for row, ready in enumerate(plan.ready) if not ready]
-        idle = [row * width + i for row in not_ready for i in range(width)]
-        start = np.array([n[c] - 1 + offset for n in plan.lengths for c in self.contexts])
+        idle: list[int] = []
+        if not all(plan.ready):
+            not_ready = [row for row, ready in enumerate(plan.ready) if not ready]
+            idle = [row * width + i for row in not_ready for i in range(width)]
+        start = plan.lengths[:, self._columns].ravel() + (offset - 1)
         tokens = drafts.repeat_interleave(width, 0) if width > 1 else drafts
         chunks: list[Chunk] = []
         if offset == 0:
-            last = np.array([[s.last(c)] for s in rows for c in self.contexts])
+            last = np.array(
+                [[(s.outputs[c] or s.prompts[c])[-1]] for s in rows for c in self.contexts]
+            )
             tokens = torch.cat([to_device(last, drafts.device), tokens], 1)
             chunks = self._chunks(plan)
         done = self.runner.forward(self.cache, tokens, start, idle, chunks)

@@ -29,7 +29,7 @@ from optimal_sampling.records.export.reading import (
 )
 from optimal_sampling.records.export.rows import Form, form_of
 from optimal_sampling.records.export.selection import Selection, is_validation, select
-from optimal_sampling.records.export.tokens import StudentTokens
+from optimal_sampling.records.export.tokens import StudentTokens, vocabulary_hash
 
 if TYPE_CHECKING:
     from optimal_sampling.vocabulary import Vocabulary
@@ -253,6 +253,7 @@ def _write_summary(
         "format": options.format,
         "rows": dict(exported.rows),
         "model": tokens.model,
+        "vocabulary": vocabulary_hash(tokens.tokenizer.get_vocab()),
         "end_token": tokens.end_text,
         "end_id": tokens.end_id,
         "longest_row": exported.longest,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from optimal_sampling.errors import ConfigError, TokenizerMismatchError
@@ -15,7 +16,7 @@ from optimal_sampling.records.schema import Record
 if TYPE_CHECKING:
     from optimal_sampling.vocabulary import Vocabulary
 
-__all__ = ["Message", "StudentTokens", "raw_text"]
+__all__ = ["Message", "StudentTokens", "raw_text", "vocabulary_hash"]
 
 Message = dict[str, str]
 """`role` and `content`."""
@@ -26,6 +27,12 @@ _SHOWN = 60  # characters of a text in an error
 def raw_text(record: Record) -> str:
     """The completion with its special tokens, without its end token."""
     return record.get("completion_raw", record["completion"])
+
+
+def vocabulary_hash(ids: Mapping[str, int]) -> str:
+    """Hash of the tokens of a tokenizer with their ids: equal where ids mean the same."""
+    lines = "\n".join(f"{ids[token]} {token!r}" for token in sorted(ids, key=ids.__getitem__))
+    return blake2b(lines.encode(), digest_size=8).hexdigest()
 
 
 class StudentTokens:

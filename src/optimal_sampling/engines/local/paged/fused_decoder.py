@@ -158,8 +158,8 @@ class FusedDecoder:
     def __init__(self, model: Any) -> None:
         self.body = model.model
         self.head = model.lm_head
+        calls = _attention_calls(model)
         with torch.inference_mode(False), torch.no_grad():
-            calls = _attention_calls(model)
             self.layers = [
                 FusedLayer(layer, call) for layer, call in zip(self.body.layers, calls, strict=True)
             ]
@@ -195,6 +195,7 @@ class _Recording:
         return torch.zeros_like(call.query).transpose(0, 1)
 
 
+@torch.inference_mode()
 def _attention_calls(model: Any) -> list[AttentionCall]:
     """Scale and window of every layer, as the model itself hands them to attention."""
     recording = _Recording()

@@ -168,10 +168,8 @@ class PageRunner(ModelRunner[PageCache]):
     def _padded_width(self, cache: PageCache, start: Int[np.ndarray, " rows"], width: int) -> int:
         """The next of WIDTHS; `width` where a row's pages or the model's positions end before."""
         wanted = next_of(WIDTHS, width)
-        extents = cache.manager.allocator.rows[: len(start)]
-        ends = [min(extent.pages * PAGE, self.longest) for extent in extents]
-        room = all(first + wanted <= end for first, end in zip(start, ends, strict=True))
-        return wanted if room else width
+        ends = np.minimum(cache.manager.rooms[: len(start)], self.longest)
+        return wanted if (start + wanted <= ends).all() else width
 
     def _run(
         self, cache: PageCache, batch: Batch
