@@ -31,6 +31,7 @@ __all__ = [
     "chosen_benchmarks",
     "prepare",
     "question_hash",
+    "read_rows",
 ]
 
 Row = dict[str, Any]
@@ -141,7 +142,7 @@ def prepare(benchmark: Benchmark, config: EvaluateConfig) -> Questions:
     path, about = folder / f"{benchmark.name}.jsonl", folder / f"{benchmark.name}.json"
     before: Mapping[str, Any] = read_json(about) if about.exists() else {}
     try:
-        source, rows = _read(benchmark, config)
+        source, rows = read_rows(benchmark, config)
     except OptimalSamplingError as error:
         if not path.exists() or not before:
             raise
@@ -193,8 +194,8 @@ def _kept(path: Path, before: Mapping[str, Any]) -> tuple[str, list[Row]]:
     return str(before["source"]), [json.loads(line) for line in text.split("\n") if line]
 
 
-def _read(benchmark: Benchmark, config: EvaluateConfig) -> tuple[str, list[Row]]:
-    """Where the questions come from, and their rows in one form."""
+def read_rows(benchmark: Benchmark, config: EvaluateConfig) -> tuple[str, list[Row]]:
+    """Where the questions come from, and their rows in one form. Raises an OptimalSamplingError."""
     local = _local_path(benchmark, config)
     if benchmark.name == "synthetic" and local is None:
         return "synthetic", _synthetic()
