@@ -120,14 +120,14 @@ class GenerationLoop:
         Each of these is queued before the tokens of the one before it are waited for.
         """
         queued: QueuedRound | None = self._queue(plan)
-        while queued is not None and any(queued.plan.ready):
+        while queued is not None:
             ahead = self._queue_ahead(queued) if self.runs_ahead else None
             done = self._finish(queued)
             self.scheduler.finish(list(done))
             if ahead is not None:
                 for row in done:
                     ahead.plan.ready[row] = False
-            queued = ahead
+            queued = ahead if ahead is not None and any(ahead.plan.ready) else None
             yield from done.values()
 
     @torch.inference_mode()
