@@ -123,6 +123,8 @@ class RoundNoise:
 
     def positions(self, width: int) -> Int64[Tensor, "rows width"]:
         """Index of each token in its completion."""
+        if width == 1:
+            return self._first[:, None]
         return self._first[:, None] + torch.arange(width, device=self._first.device)
 
     def at(self, offset: int) -> Float32[Tensor, "rows vocab"] | NoiseKeys:
@@ -143,7 +145,8 @@ class RoundNoise:
     def upto(self, width: int) -> Float32[Tensor, "tokens vocab"] | NoiseKeys:
         """Noise of rows * width tokens, row by row."""
         if self._fused:
-            return NoiseKeys(self._keys.repeat_interleave(width), self.positions(width).reshape(-1))
+            keys = self._keys if width == 1 else self._keys.repeat_interleave(width)
+            return NoiseKeys(keys, self.positions(width).reshape(-1))
         last = self.at(width - 1)
         if width == 1:
             return last

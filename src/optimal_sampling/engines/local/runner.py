@@ -260,8 +260,11 @@ class CachedModel:
         tokens = drafts.repeat_interleave(width, 0) if width > 1 else drafts
         chunks: list[Chunk] = []
         if offset == 0:
-            known = self._last(rows) if last is None else last.repeat_interleave(width)
-            tokens = torch.cat([known[:, None], tokens], 1)
+            if last is None:
+                last = self._last(rows)
+            elif width > 1:
+                last = last.repeat_interleave(width)
+            tokens = torch.cat([last[:, None], tokens], 1)
             chunks = self._chunks(plan)
         done = self.runner.forward(self.cache, tokens, start, idle, chunks)
         return [done.logits[i::width] for i in range(width)], done.settled

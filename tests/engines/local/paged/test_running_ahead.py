@@ -164,3 +164,4 @@ def test_a_text_alone_wastes_no_round_at_its_limit(models):
     engine = paged_engine(*models, vocab=vocab, ahead=True, draft_tokens=0)
     outcome(engine, requests_of(1, new=(10,)))
     assert (engine.draft_counts.rounds, engine.draft_counts.ahead) == (10, 8)
+    assert engine.notes()["ahead"].startswith("8 of 10 rounds")
