@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -306,6 +307,17 @@ def test_data_of_another_tokenizer_is_refused(export, sft, tmp_path):
     tokenizer.write_text(tokenizer.read_text().replace("<think>", "<reason>"))
     code, _, said = sft(folder, *given, output="other")
     assert (code, "was exported for toy-student, whose tokens have other ids" in said) == (2, True)
+
+
+def test_the_loss_on_the_validation_split_is_shown(export, sft):
+    """Guards: a validation split that is never read, or is trained on."""
+    folder = export(rows(6))
+    Dataset.from_list(rows(8)[6:]).to_parquet(folder / "data" / "validation-00000.parquet")
+    code, _, said = sft(folder, "--max_steps", 2, "--eval_strategy", "steps", "--eval_steps", 2)
+    assert code == 0
+    assert re.search(r"validation loss 0\.\d+ after 2 updates", said)
+    assert "6 examples" in said
+    assert "2 examples" in said
 
 
 def test_what_a_checkpoint_lacks_is_said(export, sft, tmp_path):
