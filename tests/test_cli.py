@@ -33,8 +33,11 @@ from optimal_sampling.cli import (
 )
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.demo import DemoOptions
+from optimal_sampling.evaluate import EvaluateConfig
+from optimal_sampling.records.export import ExportOptions
 from optimal_sampling.records.store import Lock
 from optimal_sampling.serve import ServeConfig
+from optimal_sampling.train import parse_sft
 
 
 @pytest.fixture(autouse=True)
@@ -260,9 +263,12 @@ def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
     (tmp_path / "run.yaml").touch()  # named by an example
     parsers = {
         "generate": parse_generate,
+        "evaluate": partial(_parse, "evaluate", EvaluateConfig()),
         "verify": partial(_parse, "verify", VerifyCommand()),
         "status": partial(_parse, "status", StatusOptions()),
         "merge": partial(_parse, "merge", MergeOptions()),
+        "export": partial(_parse, "export", ExportOptions()),
+        "sft": partial(parse_sft, program="sft"),
         "demo": partial(_parse, "demo", DemoOptions()),
         "bench": partial(parse_bench, program="bench"),
         "serve": partial(_parse, "serve", ServeConfig()),

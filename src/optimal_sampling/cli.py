@@ -70,6 +70,11 @@ EXAMPLES = {
       --dataset prompts.jsonl --output-dir outputs/run --max-new-tokens 512 \\
       --teacher-template '{{problem}} Reference solution: {{solution}}'
   {PROGRAM} generate --config run.yaml --data-slice 0::8""",
+    "evaluate": f"""examples:
+  {PROGRAM} evaluate --extra-models toy-student toy-teacher --benchmarks synthetic \\
+      --max-new-tokens 160 --output-dir outputs/scores
+  {PROGRAM} evaluate --checkpoint-dir checkpoints --extra-models Qwen/Qwen3-1.7B \\
+      --benchmarks math500 aime24 --samples 16 --pass-at 1 8 --output-dir outputs/scores""",
     "verify": f"""examples:
   {PROGRAM} verify outputs/run
   {PROGRAM} verify outputs/run --grader graders.py:check --reference solution --workers 8""",
@@ -78,6 +83,10 @@ EXAMPLES = {
   {PROGRAM} status outputs/shard-*""",
     "merge": f"""examples:
   {PROGRAM} merge outputs/shard-0 outputs/shard-1 --output-dir outputs/run""",
+    "export": f"""examples:
+  {PROGRAM} export outputs/run --output-dir outputs/sft/os --only correct
+  {PROGRAM} export outputs/teacher --kind baseline --max-per-prompt 1 --prefer shortest
+  {PROGRAM} export outputs/run --decontaminate test.jsonl --validation-share 0.02""",
     "demo": f"""examples:
   {PROGRAM} demo
   {PROGRAM} demo --num-examples 50 --output-dir outputs/small""",
@@ -87,6 +96,12 @@ EXAMPLES = {
     "serve": f"""examples:
   {PROGRAM} serve --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct
   {PROGRAM} serve --port 9000 --alpha-min 0.3 --draft-tokens 4""",
+    "sft": f"""examples:
+  {PROGRAM} sft --dataset_name outputs/export --output_dir outputs/sft --learning_rate 1e-3
+  {PROGRAM} sft --model_name_or_path Qwen/Qwen3-1.7B --dataset_name outputs/export \\
+      --output_dir checkpoints/q3-1.7b --fsdp full_shard --max_length 16384 \\
+      --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --num_train_epochs 3
+  {PROGRAM} sft --dataset_name outputs/export --use_peft --lora_r 32 --learning_rate 2e-4""",
 }
 """Command lines at the end of each subcommand's `--help`."""
 
@@ -168,6 +183,30 @@ def _generate(config: GenerateConfig) -> int:
     return 3 if summary.failed else 0
 
 
+def run_evaluate(arguments: Sequence[str]) -> int:
+    """The subcommand `evaluate`."""
+    from rich.console import Console
+
+    from optimal_sampling.evaluate import EvaluateConfig, evaluate
+    from optimal_sampling.evaluate.tables import markdown_text, rich_table
+    from optimal_sampling.generate.progress import progress_for
+
+    config = _parse("evaluate", EvaluateConfig(), arguments)
+    try:
+        report = evaluate(config, progress_for, lambda line: print(line, file=sys.stderr))
+    except KeyboardInterrupt:
+        _say_interrupted(f"what was finished is safe in {config.output_dir}")
+        return 130
+    if sys.stdout.isatty():
+        Console().print(rich_table(report.summary))
+    else:
+        print(markdown_text(report.summary))  # a terminal's table is cut to a width
+    for line in report.missing:
+        print(f"{PROGRAM}: without a whole score: {line}", file=sys.stderr)
+    print(" ".join(map(str, report.files)))
+    return 3 if report.missing else 0
+
+
 def run_verify(arguments: Sequence[str]) -> int:
     """The subcommand `verify`."""
     from optimal_sampling.verify.job import Interrupted, verify
@@ -218,6 +257,21 @@ def _checked_path(text: str) -> str:
     return RunConfig(output_dir=text).output_dir
 
 
+def run_export(arguments: Sequence[str]) -> int:
+    """The subcommand `export`."""
+    from rich.console import Console
+
+    from optimal_sampling.export_tools import print_report, tools
+    from optimal_sampling.records.export import ExportOptions, export, push
+
+    options = _parse("export", ExportOptions(), arguments)
+    report = export(options, tools(), [typed_command(sys.orig_argv)])
+    print_report(report, Console())
+    if options.push_to_hub is not None:
+        print(push(report.folder, options.push_to_hub, private=options.hub_private))
+    return 0
+
+
 def run_demo(arguments: Sequence[str]) -> int:
     """The subcommand `demo`."""
     from rich.console import Console
@@ -248,6 +302,35 @@ def run_serve(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_sft(arguments: Sequence[str]) -> int:
+    """The subcommand `sft`."""
+    from rich.console import Console
+
+    from optimal_sampling.train import launch, parse_sft
+
+    options, trl = parse_sft(arguments, f"{PROGRAM} sft")
+    command = launch.launch_command(options, arguments)
+    if command:
+        print(f"starting: {launch.printable(command)}", file=sys.stderr, flush=True)
+        os.execv(command[0], command)
+    from optimal_sampling.train.sft import sft
+
+    safe = f"what {options.output_dir} holds is safe"
+    try:
+        with launch.quiet_but_for_the_main_process():
+            summary = sft(options, trl)
+    except KeyboardInterrupt:  # while it reads, checks, or saves the model
+        is_interrupted = True
+    else:
+        is_interrupted = summary.status == "interrupted"
+        safe = f"{summary.checkpoint} is safe"
+        if launch.is_main_process():
+            Console().print(summary.table())
+    if is_interrupted and launch.is_main_process():
+        _say_interrupted(safe, launch.typed_again(arguments))
+    return 130 if is_interrupted else 0
+
+
 def _run_interruptible(job: Callable[[], int]) -> int:
     """Exit code of a job. Ctrl-C prints what is safe and how to go on."""
     from optimal_sampling.generate import Interrupted
@@ -262,14 +345,17 @@ def _run_interruptible(job: Callable[[], int]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "generate": ("generate records of q* for the prompts of a dataset", run_generate),
+    "evaluate": ("scores of checkpoints on benchmarks of mathematics", run_evaluate),
     "verify": ("grade the completions of run folders: are the answers right?", run_verify),
     "status": ("what run folders hold: good, owed, failed, speed, means", run_status),
     "merge": ("the run folders of several shards -> one", run_merge),
+    "export": ("run folders -> a training set for load_dataset and trl sft", run_export),
     "demo": (
         "q* beside student and teacher alone, with the shipped pair of small models",
         run_demo,
     ),
     "bench": ("speed and memory on this machine, beside Transformers", run_bench),
+    "sft": ("train the student on an exported dataset, with TRL", run_sft),
     "serve": ("an OpenAI-compatible server of q* (needs the extra `vllm`)", run_serve),
 }
 """Subcommands: a line of help, and what runs them, which imports what it needs."""
@@ -496,8 +582,8 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say_interrupted(state: str) -> None:
-    command = typed_command(sys.orig_argv)
+def _say_interrupted(state: str, command: str = "") -> None:
+    command = command or typed_command(sys.orig_argv)
     print(f"\n{PROGRAM}: interrupted; {state}. To go on:\n  {command}", file=sys.stderr)
 
 

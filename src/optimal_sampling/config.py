@@ -16,11 +16,12 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from optimal_sampling.errors import ConfigError, did_you_mean
-from optimal_sampling.types import AlphaMethod, Mode
+from optimal_sampling.types import AlphaMethod, Hint, Mode
 
 __all__ = [
     "ENGINES",
     "MIN_TEMPERATURE",
+    "Attention",
     "Checked",
     "DataConfig",
     "EngineOptions",
@@ -220,6 +221,7 @@ class ModelConfig(Checked):
 
 
 DraftTokens = int | Literal["auto"]
+Attention = Literal["auto", "varlen", "flash_attn", "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ class LocalOptions(EngineOptions):
 
     name = "local"
     engine_class = "optimal_sampling.engines.local.engine:LocalEngine"
-    fixed = frozenset({"attention", "batch_invariant"})
+    fixed = frozenset({"attention", "batch_invariant", "fused_layers"})
 
     batch_size: int = 32
     """Most requests in flight at once. Fewer run where the memory budget does not hold so many."""
@@ -263,11 +265,21 @@ class LocalOptions(EngineOptions):
     draft_tokens: DraftTokens = "auto"
     """Tokens drafted ahead per round: `auto` measures what pays, 0 is plain decoding.
     Never changes what is drawn."""
-    attention: Literal["auto", "varlen", "flash_attn", "sdpa"] = "auto"
+    attention: Attention = "auto"
     """`auto`: on a GPU in half precision Flash Attention over pages of memory (PyTorch's `varlen`,
     else the `flash_attn` package), otherwise PyTorch's SDPA over slots; the notes say why."""
     batch_invariant: bool = True
     """On a CPU in float32: shapes under which a row's logits do not depend on its batch."""
+    fused_layers: bool = True
+    """On a GPU over pages: Llama-like layers with merged projections and fused kernels, where they
+    give the stock model's logits; the notes say why not."""
+    top_tokens: int = 0
+    """Keep, for every token, ids and log-probabilities of the k likeliest tokens of student,
+    teacher and q: soft targets (docs/records.md). 0: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_range("top_tokens", 0)
 
 
 @dataclass(frozen=True)
@@ -371,6 +383,12 @@ class PromptConfig(Checked):
     """The student's user turn, with {problem}, {answer}, {solution} or any other column."""
     teacher_template: str = "{problem}"
     """The teacher's user turn; {answer} or {solution} show it what the student does not see."""
+    hint: Hint = "none"
+    """Show a solution in a prompt, as a control: the `right` one, a `wrong` one (the right one with
+    another final answer), or an `other` one (of the next row). It stands where the template has
+    {hint}, {solution}, {answer} or {privileged_context}, else after the user turn."""
+    hint_to: Literal["teacher", "student"] = "teacher"
+    """Whose prompt shows the hint."""
     literal_control_tokens: bool = False
     """Encode control tokens in the texts of a row, such as <|im_end|>, as ordinary text."""
 

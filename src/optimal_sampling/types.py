@@ -17,6 +17,7 @@ __all__ = [
     "AlphaMethod",
     "Completion",
     "FinishReason",
+    "Hint",
     "Mode",
     "Request",
     "TokenTrace",
@@ -42,6 +43,9 @@ AlphaMethod = Literal[
 ALPHA_METHODS: tuple[str, ...] = get_args(AlphaMethod)
 
 FinishReason = Literal["stop", "length", "error"]
+
+Hint = Literal["none", "right", "wrong", "other"]
+"""Which solution a prompt shows: its own, that with another final answer, or the next row's."""
 
 Mode = Literal["mixture", "student", "teacher"]
 """What tokens are drawn from: q*, or one of the two models alone."""

@@ -210,6 +210,7 @@ def run_line(capsys, *arguments):
         ("memory", [*TINY, "--sizes", "2x4", "8x4"]),
         ("identity", [*TINY, "--num-prompts", "8", "--new-tokens", "4"]),
         ("solver", ["--repeats", "1"]),
+        ("host", ["--batches", "2", "--new-tokens", "16", "--repeats", "1"]),
     ],
 )
 def test_every_subcommand_ends_with_one_line_of_json(name, options, tmp_path, capsys):
@@ -220,7 +221,7 @@ def test_every_subcommand_ends_with_one_line_of_json(name, options, tmp_path, ca
     assert line["benchmark"] == name
     assert line["hardware"]["torch"]
     assert line["results"]
-    if name != "solver":
+    if name not in ("solver", "host"):
         assert "random weights" in line["models"]["teacher"]
     if name in ("speed", "drafts", "memory"):
         assert line["models"]["emulated_acceptance"] == 0.9

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optimal_sampling.bench import costs, identity, large_shapes
+from optimal_sampling.bench import cells, costs, identity, large_shapes
 from optimal_sampling.bench.architectures import RandomPair
+from optimal_sampling.bench.cells import Budget, Pairs, speculation_bound
 from optimal_sampling.bench.harness import Report
-from optimal_sampling.bench.large_shapes import Budget
-from optimal_sampling.bench.speed import IDEAL
+from optimal_sampling.bench.own_process import Broken
+from optimal_sampling.bench.speed import IDEAL, STUDENT, TEACHER
+from optimal_sampling.bench.speed import LOCKSTEP as LOCKSTEP_ROW
 from optimal_sampling.bench.subcommands import GpuOptions, Size
 from optimal_sampling.bench.workload import Variant
 from optimal_sampling.config import ModelConfig
@@ -92,60 +94,97 @@ GPU = GpuOptions(
     dtype="float32",
     teacher_shape="tiny",
     student_shape="tiny",
+    gap_teacher_shape="tiny",
+    gap_student_shape="tiny",
+    gap_sizes=("2x3",),
     prompt_tokens=5,
     sizes=("2x4", "8x3"),
     huge="4x12",
     huge_shape="tiny",
     budget=120.0,
 )
+ROWS = 2 * (len(cells.VARIANTS) - 1) + 1 + len(cells.GAP_ROWS) + 1
+"""Cells of these options."""
 
 
-def gpu_result(kv_memory_gib=None, **options):
-    """Everything `bench gpu` shows as lines, and its result."""
+def tiny_pairs(options=GPU, kv_memory_gib=None):
+    pairs = Pairs(options, bandwidth=1e9)
+    for pair in pairs.by_name.values():
+        pair.kv_memory_gib = kv_memory_gib
+    return pairs
+
+
+def gpu_result(kv_memory_gib=None, change=lambda cell: cell, **options):
+    """Everything `bench gpu` shows as lines, its result, and the report."""
     shown = []
     given = replace(GPU, **options)
-    pairs = large_shapes.large_pairs(given)
-    for each in pairs:
-        each.bandwidth, each.kv_memory_gib = 1e9, kv_memory_gib
     report = Report(show=shown.append)
-    large_shapes.measure(given, *pairs, report)
-    return [line for line in shown if isinstance(line, str)], report.results[0]
+    budget = Budget(given.budget)
+    pairs = tiny_pairs(given, kv_memory_gib)
+    found = large_shapes.measure(given, cells.tasks_of(given), budget, pairs)
+    large_shapes.collect(given, map(change, found), report)
+    return [line for line in shown if isinstance(line, str)], report.results[0], report
 
 
 def test_the_table_of_large_shapes_is_complete_where_time_is_enough():
     """Guards: a script that is first run where it cannot be mended."""
-    lines, result = gpu_result()
-    assert len(result["cells"]) == 2 * len(large_shapes.VARIANTS)
-    for cell in result["cells"]:
-        assert cell["complete"]
-        assert cell["tokens"] == cell["size"]["batch"] * cell["size"]["tokens"]
+    lines, result, report = gpu_result()
+    assert len(result["cells"]) == ROWS
+    assert all(cell["complete"] for cell in result["cells"])
     assert not any(line.startswith("skipped: ") for line in lines)
+    assert lines[0].startswith("runs: device cpu")
+    assert not report.failed
     assert any("emulated acceptance 0.8" in line for line in lines)
-    assert set(result["bounds"][IDEAL]) == {"2 x 4", "8 x 3"}
-    rates = {
-        cell["row"]: cell["tokens_per_second"]
-        for cell in result["cells"]
-        if cell["size"] == {"batch": 8, "tokens": 3}
-    }
-    teacher, student = rates[large_shapes.TEACHER], rates[large_shapes.STUDENT]
-    found = {name: ratios["8 x 3"] for name, ratios in result["ratios"].items()}
-    assert found == {
-        "q* lockstep / ideal lockstep": pytest.approx(
-            rates[large_shapes.LOCKSTEP] * (1 / teacher + 1 / student)
-        ),
-        "q* speculative at 0.9 / teacher alone": rates[large_shapes.FAST] / teacher,
-    }
-    assert (result["admission"]["finished"], result["admission"]["tokens"]) == (4, 48)
+    assert set(result["pair"]["bounds"][IDEAL]) == {"2 x 4", "8 x 3"}
+    of_size = [c for c in result["cells"] if c["task"]["size"] == {"batch": 8, "tokens": 3}]
+    rates = {cell["task"]["row"]: cell["tokens_per_second"] for cell in of_size}
+    teacher, student = rates[TEACHER], rates[STUDENT]
+    found = {name: ratios["8 x 3"] for name, ratios in result["pair"]["ratios"].items()}
+    lockstep = rates[LOCKSTEP_ROW]
+    assert found[large_shapes.RATIOS[0][0]] == pytest.approx(lockstep * (1 / teacher + 1 / student))
+    speedup = rates[cells.FAST] / teacher
+    assert found[large_shapes.SPECULATIVE] == speedup
+    bound = speculation_bound(1.0, 0.9)
+    assert found[large_shapes.BOUND] == pytest.approx(bound), "equal shapes read equal bytes"
+    assert found[large_shapes.REACHED] == pytest.approx(speedup / bound)
+    uneven, huge = (
+        next(cell for cell in result["cells"] if cell["task"]["row"] == row)
+        for row in (cells.UNEVEN, cells.HUGE)
+    )
+    assert 8 <= uneven["tokens"] < 8 * 4
+    assert huge["tokens"] == 48
+    assert huge["facts"]["finished"] == 4
 
 
 def test_the_table_of_large_shapes_with_pages(flash_on_cpu):
     """Guards: a script that breaks where rows live in pages, as they do on a GPU only."""
-    lines, result = gpu_result(kv_memory_gib=0.02)
+    lines, result, _ = gpu_result(kv_memory_gib=0.02)
     assert result["engine"]["attention"].startswith("Flash Attention")
     assert all(cell["complete"] for cell in result["cells"])
     assert not any(line.startswith("skipped: ") for line in lines)
-    assert result["admission"]["finished"] == 4
-    assert result["admission"]["kv_gib"] == 4 * 2 * SPARE * PAGE * TOKEN_BYTES / 2**30
+    facts = result["cells"][-1]["facts"]
+    assert facts["kv_gib"] == 4 * 2 * SPARE * PAGE * TOKEN_BYTES / 2**30
+
+
+def test_recording_that_was_given_up_fails_the_command():
+    """Guards: figures of an engine without CUDA graphs that pass for those with them."""
+    lines, _, report = gpu_result(change=lambda cell: replace(cell, recording_off="no .item()"))
+    assert report.failed
+    assert lines[-1] == "FAILED: recording was switched off: no .item()"
+
+
+def test_insisting_on_attention_that_is_not_there_fails():
+    """Guards: `--attention varlen` that measures slots."""
+    with pytest.raises(ConfigError, match="needs a CUDA GPU"):
+        gpu_result(attention="varlen")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "bound"), [(0.5, 4.68559 / 4), (1.0, 3.439 / 5), (0.0, (1 - 0.9**17) / 0.1)]
+)
+def test_the_bound_of_speculation(ratio, bound):
+    """Guards: a target that no engine can reach. By hand, best at widths of 6, 4 and 17."""
+    assert speculation_bound(ratio, 0.9) == pytest.approx(bound)
 
 
 def test_caches_of_pages_are_measured_by_the_pages_in_use(flash_on_cpu):
@@ -159,11 +198,9 @@ def test_caches_of_pages_are_measured_by_the_pages_in_use(flash_on_cpu):
 
 def test_what_the_budget_does_not_allow_is_skipped_and_named():
     """Guards: a call that is killed at its limit and shows nothing; rows that vanish."""
-    lines, result = gpu_result(budget=1e-3)
+    lines, result, _ = gpu_result(budget=1e-3)
     assert all(cell["skipped"] == "no time left" for cell in result["cells"])
-    skipped = [line for line in lines if line.startswith("skipped: ")]
-    assert len(skipped) == 2 * len(large_shapes.VARIANTS) + 1
-    assert result["admission"]["skipped"] == "no time left"
+    assert len([line for line in lines if line.startswith("skipped: ")]) == ROWS
 
 
 class Rounds(Budget):
@@ -206,18 +243,43 @@ class BrokenTeacher(RandomPair):
 
 def test_one_cell_that_fails_does_not_cost_the_others():
     """Guards: minutes of measurements lost to one error."""
-    cells = large_shapes.measure_cells(tiny_pair(BrokenTeacher), [Size(2, 3)], Budget(60), Report())
-    assert len(cells) == len(large_shapes.VARIANTS)
-    assert {c.row: c.skipped for c in cells if c.skipped} == {
-        large_shapes.TEACHER: "failed: kernel missing"
+    given = replace(GPU, sizes=("2x3",), gap_sizes=(), huge_share=0)
+    pairs = tiny_pairs(given)
+    pairs.by_name["pair"] = tiny_pair(BrokenTeacher)
+    found = list(large_shapes.measure(given, cells.tasks_of(given), Budget(60), pairs))
+    assert len(found) == len(cells.VARIANTS)
+    assert {c.task.row: c.skipped for c in found if c.skipped} == {
+        TEACHER: "failed: kernel missing"
     }
+
+
+class Lost(RandomPair):
+    """A GPU on which an illegal access has happened."""
+
+    def engine(self, workload, batch_size, variant=LOCKSTEP):
+        if variant.mode == "teacher":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access\nmore")
+        return super().engine(workload, batch_size, variant)
+
+
+def test_an_error_that_the_gpu_keeps_ends_the_process_after_its_cell():
+    """Guards: a table of failures after one illegal access."""
+    given = replace(GPU, sizes=("2x3",), gap_sizes=(), huge_share=0)
+    pairs = tiny_pairs(given)
+    pairs.by_name["pair"] = tiny_pair(Lost)
+    measured = large_shapes.measure(given, cells.tasks_of(given), Budget(60), pairs)
+    found = [next(measured), next(measured)]
+    with pytest.raises(Broken):
+        next(measured)
+    assert [cell.skipped for cell in found] == ["", "failed: CUDA error: an illegal memory access"]
 
 
 def test_a_cell_that_was_cut_off_is_judged_by_its_decoding(pair):
     """Guards: prompts that weigh on a handful of tokens; a rate from a round or two."""
 
     def cell(rounds):
-        return large_shapes.measure_cell(pair, Size(2, 400), large_shapes.LOCKSTEP, Rounds(rounds))
+        task = cells.Task("pair", Size(2, 400), LOCKSTEP_ROW)
+        return cells.measure_cell(pair, task, Rounds(rounds))
 
     cut = cell(20)
     assert (cut.tokens, cut.complete, cut.skipped) == (40, False, "")
@@ -228,5 +290,6 @@ def test_a_cell_that_was_cut_off_is_judged_by_its_decoding(pair):
 
 def test_large_shapes_are_not_asked_of_a_cpu():
     """Guards: a machine without a GPU that is brought to its knees by two large models."""
-    with pytest.raises(ConfigError, match="tiny"):
-        gpu_result(huge_shape="Qwen3-1.7B")
+    for options in ({"huge_shape": "Qwen3-1.7B"}, {"gap_teacher_shape": "Qwen2.5-7B"}):
+        with pytest.raises(ConfigError, match="tiny"):
+            large_shapes.run(replace(GPU, **options), Report())

@@ -181,6 +181,17 @@ def test_default_pieces():
     check(got, step(student, teacher, keys, keys.position, mixture))
 
 
+@pytest.mark.parametrize("passes", [0, 1, 6])
+def test_passes_side_by_side_change_nothing(passes):
+    """Guards: a search that loses its bracket between two launches, or goes on after its end."""
+    student, teacher, keys = batch(9, 300, seed=5, spread=6.0, apart=4.0)
+    spoil(student, teacher)
+    mixture = MixtureConfig(alpha_min=0.0)
+    sizes = SMALL._replace(passes=passes)
+    got = fused_step(student, teacher, keys, keys.position, mixture, sizes)
+    check(got, step(student, teacher, keys, keys.position, mixture))
+
+
 def test_no_rows():
     """Guards: a launch of nothing."""
     student, teacher, keys = batch(0, 9)

@@ -353,3 +353,17 @@ def test_the_first_row_does_not_decide_the_columns(tmp_path, order):
     assert {*dataset.columns} == {"problem", "id", "question", "answer"}
     first = open_dataset(DataConfig(dataset=str(path), num_examples=1), seed=0)
     assert {*first.columns} == {*rows[::order][0]}
+
+
+def test_rows_with_the_one_that_follows(tmp_path):
+    """Guards: a neighbour that depends on the data slice, and a last row without one."""
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    whole = open_dataset(DataConfig(dataset=str(path)), seed=0)
+    pairs = {index: (row, following) for index, row, following in whole.with_following()}
+    assert pairs == {n: (ROWS[n], ROWS[(n + 1) % 10]) for n in range(10)}
+    config = DataConfig(dataset=str(path), num_examples=5, data_slice="1::3")
+    part = open_dataset(config, seed=0).with_following()
+    assert list(part) == [(n, *pairs[n]) for n in (1, 4)]
+    one = write_jsonl(tmp_path / "one.jsonl", ROWS[:1])
+    alone = open_dataset(DataConfig(dataset=str(one)), seed=0)
+    assert list(alone.with_following()) == [(0, ROWS[0], None)]

@@ -410,3 +410,21 @@ def test_a_mode_that_the_engine_lacks_is_refused_before_loading(job, monkeypatch
     config = replace(job(ROWS), engine=ToyOptions())
     with pytest.raises(ConfigError, match="toy has no mode 'student'; it has: mixture, teacher"):
         generate(replace(config, run=replace(config.run, mode="student")))
+
+
+def test_hints_of_the_next_row(fake_engine, job):
+    """Guards: a slice whose hints differ from those of the whole run, a hint in the record's row,
+    and a hint that nobody is shown, without a word.
+    """
+    prompt = PromptConfig(chat_template=False, hint="other", teacher_template="{problem} {hint}")
+    config = replace(job(ROWS), prompt=prompt)
+    generate(config)
+    expected = {f"{n}+1=? {(n + 1) % 12 + 1}" for n in range(12)}
+    assert {r["teacher_prompt"] for r in load(config.run.output_dir)} == expected
+    assert all(r["row"] == ROWS[r["row_index"]] for r in load(config.run.output_dir))
+    sliced = replace(config, data=replace(config.data, data_slice="1::2"))
+    assert generate(sliced).generated == 0
+    assert dry_run(sliced).first[0][1].teacher_text == "1+1=? 3"
+    alone = job(ROWS, name="alone")
+    alone = replace(alone, prompt=prompt, run=replace(alone.run, mode="student"))
+    assert "hint other does nothing" in " ".join(generate(alone).notes.values())

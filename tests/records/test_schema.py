@@ -41,6 +41,7 @@ TYPE_NAMES = {
 
 WIDTH = len(TRACE_FIELDS)
 NEWER = {"mode", "ess_student", "ess_teacher", "curvature", "alpha_weighted"}
+NEWER |= {"chernoff", "log_p_student"}
 """Fields that version 0.1.0 did not write."""
 JSON = st.recursive(
     st.none()
@@ -197,7 +198,7 @@ def test_a_completion_without_tokens_has_no_means():
     """Guards: division by zero where the first token fails."""
     record = record_of(sample([]))
     means = [name for name, kind in TYPES.items() if kind == float | None]
-    assert len(means) == 11
+    assert len(means) == 13
     assert [record[name] for name in means] == [None] * len(means)
 
 

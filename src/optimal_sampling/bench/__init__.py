@@ -10,6 +10,8 @@ speed.py          `speed`, `drafts`, `selfdistil`: tokens per second
 costs.py          `memory`, `scaling`, `solver`: caches, growth with the prompts, the mixture alone
 identity.py       `identity`: speculative decoding against lockstep, bit for bit
 large_shapes.py   `gpu`: a table of large shapes, within a budget of time
+cells.py          single figures of that table
+own_process.py    work in a process that may die
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from optimal_sampling.bench.architectures import make_pair
 from optimal_sampling.bench.harness import Report, interleave, make_table, per_second
@@ -16,14 +17,15 @@ from optimal_sampling.bench.subcommands import (
     ScalingOptions,
     Size,
     SolverOptions,
+    TopTokensOptions,
     parse_size,
 )
 from optimal_sampling.bench.workload import ModelPair, Workload
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution import gumbel, keys_tensor, step
+from optimal_sampling.distribution import gumbel, keys_tensor, step, top_tokens
 from optimal_sampling.types import TRACE_FIELDS
 
-__all__ = ["predicted_bytes", "run_memory", "run_scaling", "run_solver"]
+__all__ = ["predicted_bytes", "run_memory", "run_scaling", "run_solver", "run_top_tokens"]
 
 OVERSIZE = 8
 """The last row of `memory` has this fraction of the memory that its batch took."""
@@ -142,16 +144,20 @@ MIXTURES = {
 }
 
 
+def _random_logits(batch: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """Those of the student, and the teacher's: correlated and sharper, as real pairs' are."""
+    generator = torch.Generator().manual_seed(0)
+    student = 3 * torch.randn(batch, vocab, generator=generator)
+    return student, 1.2 * student + torch.randn(batch, vocab, generator=generator)
+
+
 def measure_solver(size: tuple[int, int, int], repeats: int, report: Report) -> dict[str, Any]:
     """CPU milliseconds of the noise and of one step, and the share of clamped rows.
 
-    Random logits, the teacher's correlated with the student's and sharper, as real pairs' are.
     `size`: vocabulary, batch, and calls per repeat.
     """
     vocab, batch, calls = size
-    generator = torch.Generator().manual_seed(0)
-    student = 3 * torch.randn(batch, vocab, generator=generator)
-    teacher = 1.2 * student + torch.randn(batch, vocab, generator=generator)
+    student, teacher = _random_logits(batch, vocab)
     keys, position = keys_tensor(range(batch)), torch.arange(1, batch + 1)
     noise = gumbel(keys, position, vocab)
 
@@ -189,4 +195,77 @@ def run_solver(options: SolverOptions, report: Report) -> None:
         for cost in costs
     ]
     report.show(make_table("CPU milliseconds per round, one thread", columns, rows))
+    report.results = costs
+
+
+HEAD_WIDTH = 896
+"""Width of the random output layers of `top-tokens`: that of Qwen2.5-0.5B."""
+
+
+def measure_top_tokens(
+    size: tuple[int, int, int], width: int, options: TopTokensOptions, report: Report
+) -> dict[str, Any]:
+    """CPU milliseconds of a draw (noise and step), and of one that keeps top tokens.
+
+    `size`: vocabulary, batch, and calls per repeat. With a `width`, both models' logits are made by
+    an output layer of random weights; 0: they are given.
+    """
+    vocab, batch, calls = size
+    keys, position = keys_tensor(range(batch)), torch.arange(1, batch + 1)
+    logits = _random_heads(batch, vocab, width) if width else partial(_random_logits, batch, vocab)
+    given = logits()
+    mixture = MixtureConfig()
+
+    def draw(k: int) -> int:
+        for _ in range(calls):
+            pair = logits() if width else given
+            noise = gumbel(keys, position, vocab)
+            drawn = step(*pair, noise, position, mixture)
+            if k:
+                top_tokens(pair, drawn, mixture, k)
+        return calls
+
+    works = {"draw": partial(draw, 0), "with top tokens": partial(draw, options.top_tokens)}
+    report.status(f"vocabulary {vocab}, batch {batch}, width {width}")
+    rates = per_second(interleave(works, options.repeats), "cpu")
+    milliseconds = {name: 1e3 / rate for name, rate in rates.items()}
+    ratio = milliseconds["with top tokens"] / milliseconds["draw"]
+    cost = {"vocab": vocab, "batch": batch, "width": width}
+    return cost | {"milliseconds": milliseconds, "ratio": ratio}
+
+
+def _random_heads(batch: int, vocab: int, width: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Makes logits of two models from hidden states, by one random output layer."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(vocab, width, generator=generator) * (3 / width**0.5)
+    student = torch.randn(batch, width, generator=generator)
+    teacher = 1.2 * student + torch.randn(batch, width, generator=generator) / 3
+    return lambda: (student @ head.T, teacher @ head.T)
+
+
+def run_top_tokens(options: TopTokensOptions, report: Report) -> None:
+    """The subcommand `top-tokens`: one thread, no model."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        costs = [
+            measure_top_tokens(size, width, options, report)
+            for width in (0, HEAD_WIDTH)
+            for size in SOLVER_SIZES[2:]
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    columns = ("vocabulary", "batch", "output layers", "draw", "with top tokens", "ratio")
+    rows = [
+        (
+            each["vocab"],
+            each["batch"],
+            f"2 of width {each['width']}" if each["width"] else "none, logits given",
+            *each["milliseconds"].values(),
+            each["ratio"],
+        )
+        for each in costs
+    ]
+    title = f"CPU milliseconds per round with {options.top_tokens} top tokens, one thread"
+    report.show(make_table(title, columns, rows))
     report.results = costs

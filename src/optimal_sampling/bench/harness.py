@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from datetime import date
+from functools import partial
 from importlib import import_module
 from operator import add, sub
 from pathlib import Path
@@ -26,6 +27,7 @@ from rich.table import Table
 from optimal_sampling.bench.subcommands import BenchOptions
 from optimal_sampling.config import ModelConfig, expand_user
 from optimal_sampling.errors import StorageError
+from optimal_sampling.records.store import write_atomically
 from optimal_sampling.version import __version__
 
 __all__ = [
@@ -48,6 +50,10 @@ def ignore(text: Any) -> None:
     """Show nothing."""
 
 
+def nothing() -> None:
+    """Save nothing."""
+
+
 @dataclass
 class Report:
     """What a subcommand shows while it runs, and what it found."""
@@ -59,6 +65,8 @@ class Report:
     models: dict[str, Any] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     """For the line of JSON."""
+    save: Callable[[], None] = nothing
+    """Writes what was found so far to the output."""
     failed: bool = False
     """What the subcommand checks does not hold."""
 
@@ -259,18 +267,29 @@ def run_bench(options: BenchOptions, console: Console) -> int:
     run = getattr(import_module(f"optimal_sampling.bench.{module}"), function)
     with console.status("loading", spinner="dots") as status:
         report = Report(console.print, status.update)
+        report.save = partial(_save, options, facts, report)
         run(options, report)
+    console.file.write(_line(options, facts, report))
+    report.save()
+    return 1 if report.failed else 0
+
+
+def _line(options: BenchOptions, facts: dict[str, Any], report: Report) -> str:
+    """The line of JSON."""
     result = {
         "benchmark": options.name,
         "hardware": facts,
         "models": report.models,
         "results": report.results,
     }
-    line = json.dumps(result) + "\n"
-    console.file.write(line)
-    if options.output is not None:
-        try:
-            expand_user(options.output).write_text(line)
-        except OSError as error:
-            raise StorageError(f"cannot write the output {options.output!r}: {error}") from error
-    return 1 if report.failed else 0
+    return json.dumps(result) + "\n"
+
+
+def _save(options: BenchOptions, facts: dict[str, Any], report: Report) -> None:
+    """Write the line to the output, if one was named. Raises StorageError."""
+    if options.output is None:
+        return
+    try:
+        write_atomically(expand_user(options.output), _line(options, facts, report))
+    except OSError as error:
+        raise StorageError(f"cannot write the output {options.output!r}: {error}") from error

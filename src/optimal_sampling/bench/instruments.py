@@ -53,6 +53,8 @@ class Recorder:
     """Rounds that read no prompt: from the start of each to the start of the next."""
     decoding_rows: int = 0
     """Rows of those rounds, summed."""
+    decoding_rounds: int = 0
+    """How many those are."""
     whole: Spent = field(default_factory=Spent)
     """The call, with the tokens of texts that did not end."""
     lengths: dict[str, int] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class Recorder:
         if self._started is not None:
             self.decoding += _drawn(self._rows) - self._started
             self.decoding_rows += len(self._rows)
+            self.decoding_rounds += 1
         self._rows = list(rows)
         self._started = None if any(plan.chunks) else _drawn(rows)
         if self.stop(self.rounds):

@@ -1,256 +1,185 @@
 """A table of large shapes in one call that keeps to a budget of time; what does not fit is skipped.
 
-Every cell is one run, cut off when its share of the time is over; a share that is not used goes to
-the cells after it. Texts are of equal length, prompts of random
-ids.
+Cells are measured in a process of their own, shown as they are done, and kept whatever happens to
+those after them. Texts are of equal length, prompts of random ids.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeAlias
 
-from optimal_sampling.bench.architectures import RandomPair
-from optimal_sampling.bench.costs import predicted_bytes
+from optimal_sampling.bench.cells import (
+    FAST,
+    RATE,
+    Budget,
+    Cell,
+    Pairs,
+    Task,
+    lost_cell,
+    measure_tasks,
+    speculation_bound,
+    tasks_of,
+)
 from optimal_sampling.bench.harness import Report, Row, make_table, quotients
-from optimal_sampling.bench.instruments import Recorder
-from optimal_sampling.bench.speed import IDEAL, LOCKSTEP, STUDENT, TEACHER, bounds
-from optimal_sampling.bench.speed import VARIANTS as SPEED_VARIANTS
-from optimal_sampling.bench.subcommands import GpuOptions, Size, parse_size
-from optimal_sampling.bench.workload import Variant
+from optimal_sampling.bench.own_process import in_own_process
+from optimal_sampling.bench.speed import IDEAL, LOCKSTEP, ROOFLINE, STUDENT, TEACHER
+from optimal_sampling.bench.subcommands import GpuOptions
+from optimal_sampling.bench.workload import COPIED_MEBIBYTES, memory_bandwidth
 from optimal_sampling.engines.device import resolve_device
-from optimal_sampling.errors import ConfigError, EngineError
+from optimal_sampling.errors import ConfigError
 
-__all__ = ["run"]
+__all__ = ["collect", "measure", "run"]
 
-FAST, SLOW = "q* speculative, emulated acceptance 0.9", "q* speculative, emulated acceptance 0.8"
-SELF = "self-distillation of the teacher, lockstep"
-VARIANTS = {
-    **{name: SPEED_VARIANTS[name] for name in (LOCKSTEP, TEACHER, STUDENT)},
-    FAST: Variant(acceptance=0.9),
-    SLOW: Variant(acceptance=0.8),
-    SELF: SPEED_VARIANTS[LOCKSTEP],
-}
+SPECULATIVE, BOUND, REACHED = (
+    "q* speculative at 0.9 / teacher alone",
+    "its bound, max over n of tokens(n) / (r n + 1)",
+    "reached of the bound (target 0.85)",
+)
 RATIOS = (
     ("q* lockstep / ideal lockstep", LOCKSTEP, (IDEAL,)),
-    ("q* speculative at 0.9 / teacher alone", FAST, (TEACHER,)),
+    (SPECULATIVE, FAST, (TEACHER,)),
+    ("q* lockstep / roofline", LOCKSTEP, (ROOFLINE,)),
 )
-WARM_UP = Size(1, 32)
-FEWEST_ROUNDS = 16
-"""Rounds that a run which is cut off must have for a figure."""
-HUGE_SHARE, MARGIN = 0.2, 0.03
-"""Shares of the budget: for --huge; for the last round and the tables."""
-
-
-class Budget:
-    """A number of seconds of wall clock, from now on."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.end = time.perf_counter() + seconds
-
-    def left(self) -> float:
-        """Seconds."""
-        return self.end - time.perf_counter()
-
-    def share(self, part: float) -> Budget:
-        """A part of what is left."""
-        return Budget(self.left() * part)
-
-    def over(self, rounds: int) -> bool:
-        """Whether a run ends that has had this many rounds."""
-        return self.left() <= 0
-
-
-class Skipped(Exception):
-    """Why there is no figure."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row at one size."""
-
-    size: Size
-    row: str
-    tokens: int = 0
-    """Drawn, over all texts."""
-    seconds: float = 0.0
-    """Prompts included."""
-    decoding: float = 0.0
-    """Tokens per second of the rounds that read no prompt."""
-    complete: bool = False
-    """Every text was drawn to its end."""
-    skipped: str = ""
-    """Why there is no figure."""
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second, prompts included where the texts are complete."""
-        return self.tokens / self.seconds if self.complete else self.decoding
-
-    @property
-    def figure(self) -> str:
-        """The cell of the table."""
-        return "-" if self.skipped else f"{self.rate:.0f}{'' if self.complete else '*'}"
-
-    def __str__(self) -> str:
-        if self.skipped:
-            return f"skipped: {self.size}, {self.row}: {self.skipped}"
-        part = "" if self.complete else ", as the time was up"
-        rate = f"{self.rate:.0f} tokens per second"
-        return f"{self.size}, {self.row}: {rate} ({self.tokens} tokens{part})"
-
-
-def _record(pair: RandomPair, size: Size, row: str, budget: Budget) -> Recorder:
-    """Draw the texts of a row within the budget. Raises Skipped where that is impossible."""
-    if budget.left() <= 0:
-        raise Skipped("no time left")
-    workload = pair.workload(size.batch, size.tokens)
-    try:
-        engine = pair.engine(workload, size.batch, VARIANTS[row])
-        engine.stop = budget.over
-        return engine.record(workload.requests)
-    except (EngineError, RuntimeError) as error:  # other cells can still be measured
-        raise Skipped(f"failed: {str(error).splitlines()[0]}") from error
-
-
-def measure_cells(
-    pair: RandomPair, sizes: Sequence[Size], budget: Budget, report: Report
-) -> list[Cell]:
-    """All rows of all sizes within the budget. Each is shown at once, as a call may be killed."""
-    report.status("random weights")
-    pair.loaded()
-    for row in (LOCKSTEP, FAST):  # what happens once per process
-        with contextlib.suppress(Skipped):  # reported by the row's own cells
-            _record(pair, WARM_UP, row, budget.share(0.1))
-    found: list[Cell] = []
-    todo = [(size, row) for size in sizes for row in VARIANTS]
-    for i, (size, row) in enumerate(todo):
-        report.status(f"{size}, {row}, {budget.left():.0f} s left")
-        found.append(measure_cell(pair, size, row, budget.share(1 / (len(todo) - i))))
-        report.show(str(found[-1]))
-    return found
-
-
-def measure_cell(pair: RandomPair, size: Size, row: str, budget: Budget) -> Cell:
-    """The same run twice within the budget: the first warms up, and records shapes on a GPU."""
-    models = pair.twin() if row == SELF else pair
-    try:
-        _record(models, size, row, budget.share(0.5))
-        done = _record(models, size, row, budget)
-    except Skipped as error:
-        return Cell(size, row, skipped=str(error))
-    whole = done.whole
-    complete = whole.tokens == size.batch * size.tokens
-    if not complete and done.rounds < FEWEST_ROUNDS:
-        reason = f"no more than {done.rounds} rounds within its {budget.seconds:.1f} s"
-        return Cell(size, row, skipped=reason)
-    return Cell(size, row, whole.tokens, whole.wall, done.decoding.rate(), complete)
-
-
-def measure_large_batch(pair: RandomPair, size: Size, budget: Budget) -> dict[str, Any]:
-    """Plain decoding of the batch until the budget is spent, or why it was `skipped`."""
-    try:
-        done = _record(pair, size, LOCKSTEP, budget)
-    except Skipped as reason:
-        return {"skipped": str(reason)}
-    predicted = predicted_bytes(pair, pair.workload(size.batch, size.tokens))
-    return {
-        "prompt_tokens": pair.prompt_tokens,
-        "predicted_gib": predicted / 2**30,
-        "kv_gib": done.kv_bytes / 2**30,
-        "most_rows": done.most_rows,
-        "rounds": done.rounds,
-        "preemptions": done.loop.scheduler.preemptions,
-        "finished": len(done.lengths),
-        "tokens": done.whole.tokens,
-        "seconds": done.whole.wall,
-        "decoding": done.decoding.rate(),
-        "skipped": "",
-    }
-
-
-def large_pairs(options: GpuOptions) -> tuple[RandomPair, RandomPair]:
-    """The pair of the table, and that of --huge. Nothing is loaded yet.
-
-    Raises ConfigError where large shapes are asked of a CPU.
-    """
-    teacher, student, huge = options.teacher_shape, options.student_shape, options.huge_shape
-    on_cpu = resolve_device(options.device).type == "cpu"
-    if on_cpu and {teacher, student, huge} != {"tiny"}:
-        raise ConfigError(
-            "bench gpu is for large shapes, and there is no GPU here; on a CPU try it with "
-            "--teacher-shape tiny --student-shape tiny --huge-shape tiny"
-        )
-    pair = RandomPair(options.models, teacher, student, prompt_tokens=options.prompt_tokens)
-    half = max(1, parse_size(options.huge).tokens // 2)
-    return pair, RandomPair(options.models, huge, huge, same_weights=True, prompt_tokens=half)
+MARGIN = 0.03
+"""Share of the budget for the last round and the tables."""
 
 
 def run(options: GpuOptions, report: Report) -> None:
-    """The subcommand `gpu`."""
-    measure(options, *large_pairs(options), report)
-
-
-def measure(options: GpuOptions, pair: RandomPair, large: RandomPair, report: Report) -> None:
-    """Measure and show the table, and the batch that memory does not hold."""
-    report.models = {**pair.names, "huge": large.names}
+    """The subcommand `gpu`. Raises ConfigError where large shapes are asked of a CPU."""
+    _check_shapes(options)
     budget = Budget(options.budget * (1 - MARGIN))
-    kept = Budget(budget.left() - HUGE_SHARE * options.budget)
-    result = _measure_table(pair, [parse_size(text) for text in options.sizes], kept, report)
-    pair.close()
-    shape, size = options.huge_shape, parse_size(options.huge)
-    report.status(f"{size} tokens of {shape}, {budget.left():.0f} s left")
-    facts = measure_large_batch(large, size, budget)
-    if facts["skipped"]:
-        report.show(f"skipped: {size} of {shape}: {facts['skipped']}")
-    else:
-        title = f"{size} tokens, {shape} shape as both models, lockstep"
-        rows = [(name.replace("_", " "), value) for name, value in facts.items() if value != ""]
-        report.show(make_table(title, ("by admission", ""), rows))
-    result["admission"] = {"size": asdict(size), "shape": shape, **facts}
+    tasks = tasks_of(options)
+    work = partial(measure, options, budget=budget)
+    report.status("the bandwidth of memory, then random weights")
+    collect(options, in_own_process(work, tasks, lost_cell), report)
+
+
+def _check_shapes(options: GpuOptions) -> None:
+    shapes = {
+        options.teacher_shape,
+        options.student_shape,
+        options.gap_teacher_shape if options.gap_sizes else "tiny",
+        options.gap_student_shape if options.gap_sizes else "tiny",
+        options.huge_shape if options.huge_share else "tiny",
+    }
+    if resolve_device(options.device).type == "cpu" and shapes != {"tiny"}:
+        raise ConfigError(
+            "bench gpu is for large shapes, and there is no GPU here; on a CPU try it with "
+            "--teacher-shape tiny --student-shape tiny --huge-shape tiny --gap-sizes"
+        )
+
+
+def measure(
+    options: GpuOptions, tasks: Sequence[Task], budget: Budget, pairs: Pairs | None = None
+) -> Iterator[Cell]:
+    """The cells of all tasks, in this process. The bandwidth of memory is measured first."""
+    device = resolve_device(options.device)
+    if pairs is None:
+        pairs = Pairs(options, memory_bandwidth(device, COPIED_MEBIBYTES[device.type]))
+    yield from measure_tasks(tasks, pairs, budget)
+
+
+def collect(options: GpuOptions, cells: Iterable[Cell], report: Report) -> None:
+    """Show cells as they come, keep them, and end with the tables."""
+    pairs = Pairs(options).by_name
+    report.models = {name: pair.names for name, pair in pairs.items()}
+    kept: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"cells": kept}
     report.results.append(result)
+    found: list[Cell] = []
+    for cell in cells:
+        if cell.engine and not any(each.engine for each in found):
+            report.show("runs: " + _line(cell.engine))
+        found.append(cell)
+        kept.append({**asdict(cell), "tokens_per_second": cell.rate})
+        report.show(str(cell))
+        report.save()
+    result |= _tables(found, report)
+    _check_recording(found, report)
+
+
+def _line(notes: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in notes.items())
+
+
+def _check_recording(cells: Sequence[Cell], report: Report) -> None:
+    """Fail the command where CUDA graphs were given up: its figures are not the engine's."""
+    reasons = [cell.recording_off for cell in cells if cell.recording_off]
+    if reasons:
+        report.show(f"FAILED: recording was switched off: {reasons[0]}")
+        report.failed = True
 
 
 Figures: TypeAlias = dict[str, dict[str, Any]]
 """By row and size."""
 
 
-def _measure_table(
-    pair: RandomPair, sizes: list[Size], budget: Budget, report: Report
-) -> dict[str, Any]:
+def _tables(cells: Sequence[Cell], report: Report) -> dict[str, Any]:
+    """A table per pair, and the figures of the batch that memory does not hold."""
+    result: dict[str, Any] = {}
+    for name, title in (("pair", "Large shapes"), ("gap", "A large and a small model")):
+        own = [cell for cell in cells if cell.task.pair == name]
+        if own:
+            result[name] = _table(title, own, report)
+    for cell in cells:
+        if cell.task.pair == "huge" and not cell.skipped:
+            facts = {"tokens": cell.tokens, "seconds": cell.seconds, **cell.facts}
+            rows = [(key.replace("_", " "), value) for key, value in facts.items()]
+            report.show(
+                make_table(f"{cell.task.size} tokens, lockstep", ("by admission", ""), rows)
+            )
+    notes = [cell.engine for cell in cells if cell.engine and cell.task.pair != "huge"]
+    result["engine"] = notes[-1] if notes else {}
+    report.show(_line(result["engine"]))
+    return result
+
+
+def _table(title: str, cells: Sequence[Cell], report: Report) -> dict[str, Any]:
     """A row per system, bound and ratio, a column per size."""
-    cells = measure_cells(pair, sizes, budget, report)
+    sizes = list(dict.fromkeys(cell.task.size for cell in cells))
     measured: Figures = defaultdict(dict)
     limits: Figures = defaultdict(dict)
     ratios: Figures = defaultdict(dict)
     for cell in cells:
-        measured[cell.row][str(cell.size)] = cell.figure
+        measured[cell.task.row][str(cell.task.size)] = cell.figure
     for size in sizes:
-        rates = {cell.row: cell.rate for cell in cells if cell.size == size and cell.tokens}
-        found = bounds(pair, rates, size.batch, pair.prompt_tokens + size.tokens / 2)
-        for name, rate in found.items():
+        own = [cell for cell in cells if cell.task.size == size and cell.tokens]
+        bounds = _bounds(own)
+        for name, rate in bounds.items():
             limits[name][str(size)] = round(rate)
-        for name, ratio in quotients(rates | found, RATIOS).items():
+        for name, ratio in _ratios(own, bounds).items():
             ratios[name][str(size)] = ratio
     columns = ("tokens per second, batch x tokens", *map(str, sizes))
     sections = [_section(figures, columns[1:]) for figures in (measured, limits, ratios)]
-    table = make_table("Large shapes, random weights", columns, *sections)
+    table = make_table(f"{title}, random weights", columns, *sections)
     table.caption = "* part of the texts, as the time was up, without their prompts; - skipped"
     report.show(table)
-    notes = pair.loaded().notes()
-    report.show(", ".join(f"{name} {value}" for name, value in notes.items()))
-    return {
-        "engine": notes,
-        "bandwidth": pair.bandwidth,
-        "cells": [{**asdict(cell), "tokens_per_second": cell.rate} for cell in cells],
-        "bounds": limits,
-        "ratios": ratios,
-    }
+    return {"bounds": limits, "ratios": ratios}
+
+
+def _bounds(cells: Sequence[Cell]) -> dict[str, float]:
+    """Of lockstep at one size: by bandwidth, and by both models' forward passes."""
+    rates = {cell.task.row: cell.rate for cell in cells}
+    found: dict[str, float] = {}
+    if LOCKSTEP in rates:
+        found[ROOFLINE] = next(cell.roofline for cell in cells if cell.task.row == LOCKSTEP)
+    if STUDENT in rates and TEACHER in rates:
+        found[IDEAL] = 1 / (1 / rates[STUDENT] + 1 / rates[TEACHER])
+    return found
+
+
+def _ratios(cells: Sequence[Cell], bounds: dict[str, float]) -> dict[str, float]:
+    """Of one size."""
+    rates = {cell.task.row: cell.rate for cell in cells}
+    found = quotients(rates | bounds, RATIOS)
+    if SPECULATIVE in found:
+        found[BOUND] = speculation_bound(cells[0].byte_ratio, RATE)
+        found[REACHED] = found[SPECULATIVE] / found[BOUND]
+    return found
 
 
 def _section(figures: Figures, sizes: Sequence[str]) -> list[Row]:

@@ -22,7 +22,7 @@ from optimal_sampling.bench.subcommands import DraftsOptions, SelfDistilOptions,
 from optimal_sampling.bench.workload import ModelPair, Variant, Workload
 from optimal_sampling.config import PromptConfig
 
-__all__ = ["IDEAL", "LOCKSTEP", "STUDENT", "TEACHER", "VARIANTS", "bounds", "run_speed"]
+__all__ = ["IDEAL", "LOCKSTEP", "ROOFLINE", "STUDENT", "TEACHER", "VARIANTS", "run_speed"]
 
 STUDENT, TEACHER = "student alone", "teacher alone"
 PLAIN_TEACHER = "teacher alone, shapes not padded"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from optimal_sampling.config import ModelConfig, expand_user
+from optimal_sampling.config import Attention, ModelConfig, expand_user
 from optimal_sampling.errors import ConfigError
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "BenchOptions",
     "DraftsOptions",
     "GpuOptions",
+    "HostOptions",
     "IdentityOptions",
     "MemoryOptions",
     "ModelOptions",
@@ -26,6 +27,7 @@ __all__ = [
     "Size",
     "SolverOptions",
     "SpeedOptions",
+    "TopTokensOptions",
     "parse_bench",
     "parse_size",
 ]
@@ -232,6 +234,52 @@ class SolverOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
+class HostOptions(BenchOptions):
+    """CPU time of a GPU run's rounds without the GPU: what the GPU waits for."""
+
+    name = "host"
+    function = "host:run"
+    batches: tuple[int, ...] = (1, 8, 32, 128, 256)
+    """Texts at once."""
+    draft_tokens: tuple[int, ...] = (0, 4)
+    """Drafts per row and round; 0: lockstep."""
+    acceptance: float = 0.9
+    """Share of drafts that counts as accepted."""
+    prompt_tokens: int = 128
+    """Length of the prompts."""
+    new_tokens: int = 256
+    """Length of every completion."""
+    repeats: int = 3
+    """Counted runs of every row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.batches, default=0) < 1:
+            raise ConfigError(f"batches must be numbers of at least 1, got {self.batches}")
+        if min(self.draft_tokens, default=-1) < 0:
+            raise ConfigError(f"draft_tokens must be numbers from 0 on, got {self.draft_tokens}")
+        if not 0 <= self.acceptance <= 1:
+            raise ConfigError(f"acceptance must lie in [0, 1], got {self.acceptance}")
+
+
+@dataclass(frozen=True)
+class TopTokensOptions(BenchOptions):
+    """What --top-tokens adds to the draw of a token, without a model, on one thread."""
+
+    name = "top-tokens"
+    function = "costs:run_top_tokens"
+    repeats: int = 5
+    """Counted repeats of every row."""
+    top_tokens: int = 20
+    """Tokens kept of each distribution."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_tokens < 1:
+            raise ConfigError(f"top_tokens must be at least 1, got {self.top_tokens}")
+
+
+@dataclass(frozen=True)
 class GpuOptions(BenchOptions):
     """A table of large shapes, within a budget of time."""
 
@@ -254,13 +302,25 @@ class GpuOptions(BenchOptions):
     memory fills at once."""
     huge_shape: str = "Qwen3-1.7B"
     """The model of --huge, for both roles."""
+    huge_share: float = 0.2
+    """Share of the budget for --huge; 0 leaves it out."""
+    gap_teacher_shape: str = "Qwen2.5-7B"
+    """The large model of a pair whose student is cheap."""
+    gap_student_shape: str = "Qwen2.5-0.5B"
+    """The small one."""
+    gap_sizes: tuple[str, ...] = ("32x512",)
+    """Sizes of that pair; none leaves it out."""
+    attention: Attention = "auto"
+    """As of `generate`; varlen and flash_attn insist, and fail where slots would run."""
     budget: float = 540.0
     """Seconds of wall clock, loading included. What does not fit is skipped and named."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for size in (*self.sizes, self.huge):
+        for size in (*self.sizes, *self.gap_sizes, self.huge):
             parse_size(size)
+        if not 0 <= self.huge_share < 1:
+            raise ConfigError(f"huge_share must lie in [0, 1), got {self.huge_share}")
         if not self.budget > 0:
             raise ConfigError(f"budget must be larger than 0 seconds, got {self.budget}")
 
@@ -278,6 +338,8 @@ _KINDS: tuple[type[BenchOptions], ...] = (
     MemoryOptions,
     IdentityOptions,
     SolverOptions,
+    HostOptions,
+    TopTokensOptions,
     GpuOptions,
 )
 SUBCOMMANDS = {kind.name: kind for kind in _KINDS}

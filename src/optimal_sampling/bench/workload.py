@@ -11,7 +11,13 @@ import torch
 from torch.utils.benchmark import Timer
 
 from optimal_sampling.bench.instruments import MeasuredEngine
-from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
+from optimal_sampling.config import (
+    Attention,
+    LocalOptions,
+    MixtureConfig,
+    ModelConfig,
+    PromptConfig,
+)
 from optimal_sampling.engines.device import resolve_device, resolve_dtype
 from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
 from optimal_sampling.engines.local.loading import load_model
@@ -20,7 +26,14 @@ from optimal_sampling.toy_pair.problems import synthetic_rows
 from optimal_sampling.types import Mode, Request, prompt_id
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
-__all__ = ["ModelPair", "Variant", "Workload", "memory_bandwidth", "weight_bytes"]
+__all__ = [
+    "COPIED_MEBIBYTES",
+    "ModelPair",
+    "Variant",
+    "Workload",
+    "memory_bandwidth",
+    "weight_bytes",
+]
 
 COPIED_MEBIBYTES = {"cpu": 512, "cuda": 2048}
 """Size of what is copied to measure the bandwidth of memory: far more than caches hold."""
@@ -55,6 +68,8 @@ class ModelPair:
     """Emulated acceptance of drafts; None: drafts are accepted or rejected as they are."""
     kv_memory_gib: float | None = None
     """Budget of the KV caches; None: the engine's own choice."""
+    attention: Attention = "auto"
+    """As in `LocalOptions`."""
     equal_tokens = 48
     """Length of texts that do not end by themselves."""
     most_tokens = 160
@@ -146,7 +161,7 @@ class ModelPair:
         """The engine as it was loaded, at the first use."""
         key = batch_invariant and self.padded
         if key not in self._engines:
-            options = LocalOptions(batch_invariant=key)
+            options = LocalOptions(batch_invariant=key, attention=self.attention)
             models = self._load(options)
             self._engines[key] = MeasuredEngine(models, MixtureConfig(), options, self.vocabulary)
         return self._engines[key]

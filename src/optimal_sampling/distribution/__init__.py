@@ -1,6 +1,7 @@
 """The mathematics: two rows of logits and noise in, one token and its diagnostics out."""
 
-from optimal_sampling.distribution.gpu.launch import kernel_note, runs_fused
+from optimal_sampling.distribution.arrays import cuts
+from optimal_sampling.distribution.gpu.launch import kernel_note, runs_fused, triton_version
 from optimal_sampling.distribution.methods import METHODS
 from optimal_sampling.distribution.mixture import (
     Drawn,
@@ -17,6 +18,7 @@ from optimal_sampling.distribution.mixture import (
     trace_of,
 )
 from optimal_sampling.distribution.noise import NoiseKeys, NoiseSource, gumbel, keys_tensor
+from optimal_sampling.distribution.top_tokens import top_tokens
 
 __all__ = [
     "METHODS",
@@ -24,6 +26,7 @@ __all__ = [
     "NoiseKeys",
     "NoiseSource",
     "Solved",
+    "cuts",
     "draft",
     "draw",
     "gumbel",
@@ -37,5 +40,7 @@ __all__ = [
     "solve",
     "solve_single",
     "step",
+    "top_tokens",
     "trace_of",
+    "triton_version",
 ]

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,18 @@ class Dataset:
         chosen = self.selection
         rows = enumerate(self.source.read())
         return islice(rows, chosen.start, chosen.stop, chosen.step)
+
+    def with_following(self) -> Iterator[tuple[int, Row, Row | None]]:
+        """The selected rows, each with the next row of the whole dataset.
+
+        The row after the last is the first; None in a dataset of one row.
+        """
+        first = next(self.source.read())
+        following = chain(islice(self.source.read(), 1, None), [first])
+        rows = zip(count(), self.source.read(), following, strict=False)
+        chosen = self.selection
+        for index, row, after in islice(rows, chosen.start, chosen.stop, chosen.step):
+            yield index, row, None if index == 0 and after is first else after
 
 
 def open_dataset(config: DataConfig, seed: int) -> Dataset:

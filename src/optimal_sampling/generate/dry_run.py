@@ -10,7 +10,7 @@ from typing import Any
 
 from optimal_sampling.config import GenerateConfig, LocalOptions, ModelConfig
 from optimal_sampling.engines.base import prompt_problem
-from optimal_sampling.generate.job import input_notes, open_inputs, prompt_of, render_row
+from optimal_sampling.generate.job import input_notes, open_inputs, prompt_of, render_rows
 from optimal_sampling.prompts import RenderedPrompt
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
@@ -155,8 +155,7 @@ def dry_run(config: GenerateConfig, shown: int = 3) -> DryRun:
     dataset, vocabulary, renderer = open_inputs(config)
     result = DryRun(config, vocabulary, input_notes(config, vocabulary, renderer))
     seen: set[str] = set()
-    for index, row in dataset:
-        rendered = render_row(renderer, row)
+    for index, row, rendered in render_rows(renderer, dataset):
         identity = prompt_of(index, row, rendered).id
         if result.rows < shown:
             result.first.append((index, rendered))

@@ -16,7 +16,7 @@ from optimal_sampling.records.run_folder import RunFolder, load
 from optimal_sampling.records.schema import jsonable, row_id
 from optimal_sampling.vocabulary import resolve_model
 
-__all__ = ["check_rows", "model_facts"]
+__all__ = ["check_rows", "fingerprint", "model_facts"]
 
 _SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model")
 # Training changes weights everywhere, so that samples of a file are enough.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from optimal_sampling.config import GenerateConfig, MixtureConfig
 from optimal_sampling.errors import ConfigError, EngineError, OptimalSamplingError, PromptError
@@ -21,8 +21,14 @@ from optimal_sampling.verify import resolve_grader
 from optimal_sampling.verify.job import Grading, Source, check_columns
 from optimal_sampling.vocabulary import Vocabulary
 
-__all__ = ["Interrupted", "generate", "input_notes", "open_inputs", "prompt_of", "render_row"]
+if TYPE_CHECKING:
+    from optimal_sampling.engines import Engine
 
+__all__ = ["Interrupted", "generate", "input_notes", "open_inputs", "prompt_of", "render_rows"]
+
+
+OpenEngine: TypeAlias = Callable[..., "AbstractContextManager[Engine]"]
+"""A function with the arguments of `engines.open_engine`."""
 
 _METHOD_OF = {
     "fixed_alpha": "fixed",
@@ -42,8 +48,14 @@ class Interrupted(KeyboardInterrupt):
         self.summary = summary
 
 
-def generate(config: GenerateConfig, progress: Progress | None = None) -> Summary:
+def generate(
+    config: GenerateConfig,
+    progress: Progress | None = None,
+    open_with: OpenEngine | None = None,
+) -> Summary:
     """Generate every sample that the run folder still owes.
+
+    `open_with` is called in place of `engines.open_engine`, for runs that share an engine.
 
     Rows that cannot be rendered and requests that fail become records with an error, which later
     calls try again. Raises Interrupted for Ctrl-C, and an OptimalSamplingError where the run as a
@@ -66,7 +78,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> Summar
         job.grading = grading
         try:
             with progress:
-                notes = job.run()
+                notes = job.run(open_with)
                 folder.close()
                 summary = Summary.of(
                     job.tally, folder, notes, mode=config.run.mode, interrupted=False
@@ -150,7 +162,7 @@ class _Job:
         good = self.folder.ledger.good.items()
         return sum(sample < samples and row in rows for (_, sample), row in good)
 
-    def run(self) -> dict[str, str]:
+    def run(self, open_with: OpenEngine | None = None) -> dict[str, str]:
         """Generate the owed samples; notes of the vocabulary, the renderer and the engine, by name.
 
         Models are loaded only if a sample is owed.
@@ -169,7 +181,7 @@ class _Job:
         from optimal_sampling.engines import open_engine  # torch is loaded here
 
         config = self.config
-        with open_engine(
+        with (open_with or open_engine)(
             config.engine, config.models, config.mixture, self.vocabulary, config.run.mode
         ) as engine:
             self.progress.show_notes(engine.notes())
@@ -188,8 +200,7 @@ class _Job:
         """Requests for the owed samples; those of rows without prompts fail at once."""
         seen: set[str] = set()
         good = 0
-        for row_index, row in self.dataset:
-            rendered = render_row(self.renderer, row)
+        for row_index, row, rendered in render_rows(self.renderer, self.dataset):
             prompt = prompt_of(row_index, row, rendered)
             if prompt.id in seen:
                 self.tally.duplicates += 1
@@ -269,6 +280,9 @@ def input_notes(
 ) -> dict[str, str]:
     """What is not as the options say, or easily overlooked, by name. Known without any weights."""
     texts = [*vocabulary.notes, *renderer.notes, *row_notes]
+    hint, shown_to = config.prompt.hint, config.prompt.hint_to
+    if hint != "none" and config.run.mode not in ("mixture", shown_to):
+        texts.insert(0, f"hint {hint} does nothing: it is shown to the {shown_to} alone")
     if config.run.mode != "mixture":
         texts.insert(0, f"drawn from the {config.run.mode} alone; the options of alpha do nothing")
     else:
@@ -288,10 +302,24 @@ def _idle_options(mixture: MixtureConfig) -> Iterator[str]:
             )
 
 
-def render_row(renderer: PromptRenderer, row: Mapping[str, Any]) -> RenderedPrompt | str:
+def render_rows(
+    renderer: PromptRenderer, dataset: Dataset
+) -> Iterator[tuple[int, Mapping[str, Any], RenderedPrompt | str]]:
+    """Each row with its index, and its prompts or the reason why it has none."""
+    if renderer.needs_following:
+        for index, row, following in dataset.with_following():
+            yield index, row, _render_row(renderer, row, following)
+    else:
+        for index, row in dataset:
+            yield index, row, _render_row(renderer, row, None)
+
+
+def _render_row(
+    renderer: PromptRenderer, row: Mapping[str, Any], following: Mapping[str, Any] | None
+) -> RenderedPrompt | str:
     """The row's prompts, or the reason why it has none."""
     try:
-        return renderer.render(row)
+        return renderer.render(row, following)
     except PromptError as error:
         return str(error)
     except OptimalSamplingError:

@@ -2,6 +2,7 @@
 
 A system prompt of the config replaces that of the row. The row's `privileged_context` follows the
 teacher's user turn after a blank line, unless the teacher's template has {privileged_context}.
+`--hint` shows a solution to one of the models in the same way (`hints.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from optimal_sampling.config import PromptConfig
 from optimal_sampling.errors import ConfigError, PromptError
 from optimal_sampling.prompts.chat import SEAM, ChatFormat, Role
+from optimal_sampling.prompts.hints import HINT_COLUMNS, hint_columns
 from optimal_sampling.prompts.probe import PROBE
 from optimal_sampling.prompts.rows import (
     Conversation,
@@ -30,6 +32,9 @@ from optimal_sampling.prompts.rows import (
 from optimal_sampling.vocabulary.shared import Vocabulary
 
 __all__ = ["PromptRenderer", "RenderedPrompt"]
+
+_HINT_TITLE = "Reference solution:\n"
+"""Before a hint that follows the user turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +103,41 @@ class PromptRenderer:
         """Whether prompts depend on `day`."""
         return self._student.prints_date or self._teacher.prints_date
 
-    def render(self, row: Mapping[str, Any]) -> RenderedPrompt:
-        """The two prompts of a row.
+    @property
+    def needs_following(self) -> bool:
+        """Whether the prompts of a row show the solution of the next one."""
+        return self._config.hint == "other"
+
+    def render(
+        self, row: Mapping[str, Any], following: Mapping[str, Any] | None = None
+    ) -> RenderedPrompt:
+        """The two prompts of a row. `following` is the row that the hint `other` shows.
 
         Raises PromptError where the row makes no prompt, ConfigError for an unknown column.
         """
         if self._config.literal_control_tokens:
             row = self._with_seams(row)
+            following = None if following is None else self._with_seams(following)
         conversation = conversation_of(row, self._prompt_column)
-        text_of = partial(self._value, self._values(row, conversation))
-        student_turn = fill(self._config.student_template, text_of)
-        teacher_turn = fill(self._config.teacher_template, text_of)
-        privileged = conversation.privileged
-        if privileged and "privileged_context" not in names_in(self._config.teacher_template):
-            teacher_turn = f"{teacher_turn}\n\n{privileged}"
+        values = self._values(row, conversation)
+        hint = hint_columns(self._config.hint, row, following, self._answer_column)
+        student_turn = self._turn("student", values, hint)
+        teacher_turn = self._turn("teacher", values, hint)
         return self._render(conversation, student_turn, teacher_turn)
+
+    def _turn(self, role: Role, values: Mapping[str, Any], hint: Mapping[str, str]) -> str:
+        """The user turn of a model: its template filled, and what follows it."""
+        template = getattr(self._config, f"{role}_template")
+        names = names_in(template)
+        if hint and role == self._config.hint_to:
+            turn = fill(template, partial(self._value, {**values, **hint}))
+            is_shown = not names.isdisjoint(HINT_COLUMNS)
+            return turn if is_shown else f"{turn}\n\n{_HINT_TITLE}{hint['hint']}"
+        turn = fill(template, partial(self._value, values))
+        privileged = values.get("privileged_context") if role == "teacher" else None
+        if privileged and "privileged_context" not in names:
+            return f"{turn}\n\n{privileged}"
+        return turn
 
     def render_texts(self, student_turn: str, teacher_turn: str | None = None) -> RenderedPrompt:
         """The two prompts of given user turns; no `{column}` is replaced.
@@ -166,6 +191,8 @@ class PromptRenderer:
             return None
         values = self._values(row, conversation)
         names = self._template_names
+        if self._config.hint != "none":
+            names |= {*HINT_COLUMNS}
         shown = [values.get(name) for name in sorted(names)]
         match = self._control_tokens.search(repr([conversation, shown]))
         return match and match[0]
@@ -187,7 +214,8 @@ class PromptRenderer:
 
     def _names(self, columns: set[str]) -> set[str]:
         """Names that a template may use, given the columns of the dataset."""
-        return columns | {"problem"} | ({"answer"} if self._answer_column else set())
+        names = columns | {"problem"} | ({"answer"} if self._answer_column else set())
+        return names if self._config.hint == "none" else names | {*HINT_COLUMNS}
 
     def _values(self, row: Mapping[str, Any], conversation: Conversation) -> dict[str, Any]:
         values = {**row, "problem": conversation.problem}
@@ -208,6 +236,13 @@ class PromptRenderer:
         return text
 
     def _check_columns(self) -> None:
+        other = "student" if self._config.hint_to == "teacher" else "teacher"
+        shown = "hint" in names_in(getattr(self._config, f"{other}_template"))
+        if shown and self._config.hint != "none":
+            raise ConfigError(
+                f"the {other}'s template asks for {{hint}}, which is shown to the "
+                f"{self._config.hint_to}; give --hint-to {other}, or leave it out"
+            )
         if self._columns is None:
             return
         for name in sorted(self._template_names - self._columns):
@@ -268,6 +303,8 @@ def _one_open_block(inside: Role, outside: Role) -> str:
 
 def _unknown_column(name: str, known: Iterable[str]) -> str:
     columns = ", ".join(sorted(map(str, known)))
+    if name == "hint":
+        return "a prompt template asks for {hint}; say which with --hint right, wrong or other"
     return (
         f"a prompt template asks for {{{name}}}, but the rows have: {columns}. "
         f"For the text {{{name}}} itself write {{{{{name}}}}}."

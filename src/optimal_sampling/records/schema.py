@@ -5,6 +5,7 @@
 
 import json
 import math
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -121,6 +122,28 @@ def _extreme_alpha(choose: Callable[..., float | None], meaning: str) -> Field:
 
 def _weighted_alpha(sample: Sample) -> float | None:
     return _rounded(weighted_mean(sample.trace["alpha"], sample.trace["curvature"]))
+
+
+def _chernoff(sample: Sample) -> float | None:
+    """−F(alpha) = (1 − alpha) KL(q‖p_student) + alpha KL(q‖p_teacher), mean over tokens."""
+    trace = sample.trace
+    columns = zip(trace["alpha"], trace["kl_student"], trace["kl_teacher"], strict=True)
+    return _mean((1 - alpha) * student + alpha * teacher for alpha, student, teacher in columns)
+
+
+def _top_tokens(sample: Sample) -> dict[str, Any] | None:
+    """Ids and log-probabilities as the bytes of two arrays, [tokens, distributions, k]."""
+    captured = sample.completion.captured
+    if "top_ids" not in captured:
+        return None
+    ids, log_p = captured["top_ids"].numpy(), captured["top_log_p"].numpy()
+    names = ["student", "teacher", "mixture"] if sample.mode == "mixture" else [sample.mode]
+    return {
+        "k": ids.shape[2],
+        "distributions": names,
+        "ids": b64encode(ids.astype("<i4").tobytes()).decode(),
+        "log_p": b64encode(log_p.astype("<f2").tobytes()).decode(),
+    }
 
 
 def _token_list(column: str, meaning: str) -> Field:
@@ -248,6 +271,22 @@ class Record(TypedDict):
             weight="curvature",
         ),
     ]
+    chernoff: Annotated[
+        float | None,
+        Field(
+            "mean over tokens of −log Σ p_student^(1−alpha) p_teacher^alpha, in nats: the Chernoff "
+            "information where alpha is the free root of `kl_symmetry`, a lower bound elsewhere",
+            _chernoff,
+            is_mean=True,
+        ),
+    ]
+    log_p_student: Annotated[
+        float | None,
+        _mean_of(
+            "log_p_student",
+            "log p_student of the tokens drawn, at the run's temperature, mean over tokens",
+        ),
+    ]
     error: Annotated[
         str,
         Field(
@@ -272,6 +311,14 @@ class Record(TypedDict):
     schema_version: Annotated[
         int, Field(f"version of these fields: {SCHEMA_VERSION}", lambda s: SCHEMA_VERSION)
     ]
+    top_tokens: Annotated[
+        NotRequired[dict[str, Any]],
+        Field(
+            "the k likeliest tokens of student, teacher and q* at every token, with "
+            "`--top-tokens k`; see below",
+            _top_tokens,
+        ),
+    ]
     token_alpha: Annotated[NotRequired[list[float | None]], _token_list("alpha", "alpha")]
     token_kl_student: Annotated[
         NotRequired[list[float | None]], _token_list("kl_student", "KL(q ‖ p_student)")
@@ -292,8 +339,9 @@ def record_of(sample: Sample, *, token_lists: bool = True) -> Record:
     lists = "token_alpha", "token_kl_student", "token_kl_teacher"
     names = [name for name in FIELDS if token_lists or name not in lists]
     record = {name: FIELDS[name].take(sample) for name in names}
-    if record["completion_raw"] is None:
-        del record["completion_raw"]
+    for name in ("completion_raw", "top_tokens"):
+        if record[name] is None:
+            del record[name]
     return cast(Record, record)
 
 

@@ -20,7 +20,17 @@ from typing import Any, NamedTuple, Self
 from optimal_sampling.errors import OptimalSamplingError, RunFolderError, StorageError
 from optimal_sampling.records.schema import Record
 
-__all__ = ["Line", "Lock", "RecordFile", "Scan", "read_json", "write_atomically"]
+__all__ = [
+    "Line",
+    "Lock",
+    "RecordFile",
+    "Scan",
+    "decode_line",
+    "disk_error",
+    "read_json",
+    "sync_folder",
+    "write_atomically",
+]
 
 _GROUP_RECORDS = 256  # most records that wait for one fsync
 _SYNC_SHARE = 0.05  # largest share of the time that goes to fsync

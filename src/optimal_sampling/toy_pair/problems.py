@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-__all__ = ["boxed", "is_correct", "synthetic_rows"]
+__all__ = ["box_span", "boxed", "is_correct", "synthetic_rows"]
 
 Step = tuple[int, str, int, int]  # left, operator, right, result
 Compute = Callable[[int, str, int, int], int]  # left, operator, right, index of the step -> result
@@ -94,18 +94,24 @@ def worked(steps: list[Step]) -> str:
     return rf"{'; '.join(equations)}. \boxed{{{steps[-1][3]}}}"
 
 
-def boxed(completion: str) -> str | None:
-    r"""Content of the last complete `\boxed{...}`, with balanced braces."""
-    start = completion.rfind(r"\boxed{")
+def box_span(text: str) -> tuple[int, int] | None:
+    r"""Start and end of the content of the last complete `\boxed{...}`, with balanced braces."""
+    start = text.rfind(r"\boxed{")
     while start >= 0:
-        inside = completion[start + len(r"\boxed{") :]
+        inside = start + len(r"\boxed{")
         depth = 1
-        for position, character in enumerate(inside):
+        for position, character in enumerate(text[inside:], start=inside):
             depth += {"{": 1, "}": -1}.get(character, 0)
             if depth == 0:
-                return inside[:position]
-        start = completion.rfind(r"\boxed{", 0, start)
+                return inside, position
+        start = text.rfind(r"\boxed{", 0, start)
     return None
+
+
+def boxed(completion: str) -> str | None:
+    r"""Content of the last complete `\boxed{...}`."""
+    span = box_span(completion)
+    return None if span is None else completion[span[0] : span[1]]
 
 
 def is_correct(completion: str, answer: str) -> bool:

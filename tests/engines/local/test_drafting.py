@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +43,7 @@ def simulate(acceptance, step, verify, rows=1, rounds=400, sure=None, seed=0):
         alive, width, made = [True] * rows, 1, rows
         outcomes = []
         while width <= policy.most and width != forced:
-            confidence = [(sure or (lambda r: 0.95))(rng) for _ in range(rows)]
+            confidence = np.array([(sure or (lambda r: 0.95))(rng) for _ in range(rows)])
             if not round_.wants(confidence, insist=forced is not None):
                 break
             outcomes.append(confidence)
@@ -53,7 +54,7 @@ def simulate(acceptance, step, verify, rows=1, rounds=400, sure=None, seed=0):
                     ok = rng.random() < (
                         acceptance(confidence[row]) if callable(acceptance) else acceptance
                     )
-                    policy.accept.observe(confidence[row], ok)
+                    policy.accept.observe(confidence[[row]], np.array([ok]))
                     made += ok
                     alive[row] = ok
         spent = width * step(rows) + verify(width * rows)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -194,15 +195,15 @@ def test_caches_shrink_before_others_grow():
     """Guards: a cache that grows while another still holds memory that it no longer needs."""
     memory = slots(1, 100 * 1 + 100 * 2 + 2)
     [first, second] = memory.managers
-    for i in memory.reservations([[160, 40]], 0):
-        memory.managers[i].reserve([[160, 40]], 0)
+    for i in memory.reservations(np.array([[160, 40]]), 0):
+        memory.managers[i].reserve(np.array([[160, 40]]), 0)
     assert (first.length, second.length) == (160, 40)
-    assert memory.fits([[40, 120]], 0)
-    assert memory.reservations([[40, 120]], 0) == [0, 1]
-    memory.managers[0].reserve([[40, 120]], 0)
-    memory.managers[1].reserve([[40, 120]], 0)
+    assert memory.fits(np.array([[40, 120]]), 0)
+    assert memory.reservations(np.array([[40, 120]]), 0) == [0, 1]
+    memory.managers[0].reserve(np.array([[40, 120]]), 0)
+    memory.managers[1].reserve(np.array([[40, 120]]), 0)
     assert (first.length, second.length) == (40, 120)
-    assert memory.reservations([[4, 4]], 0) == []
+    assert memory.reservations(np.array([[4, 4]]), 0) == []
 
 
 def test_preemption_happens_and_the_latest_gives_way():

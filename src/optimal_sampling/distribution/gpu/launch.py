@@ -22,6 +22,7 @@ from optimal_sampling.types import TRACE_FIELDS
 
 __all__ = [
     "COLUMNS",
+    "LANES",
     "SIZES",
     "TRACED",
     "Sizes",
@@ -29,17 +30,33 @@ __all__ = [
     "fused_step",
     "kernel_note",
     "runs_fused",
+    "triton_version",
 ]
 
 
 class Sizes(NamedTuple):
-    """Tokens of a row that one program takes, and at a time."""
+    """How the work is cut."""
 
     piece: int
+    """Tokens of a row that one program takes."""
     block: int
+    """Tokens that it takes at a time."""
+    passes: int = 3
+    """Alphas beyond the first that all pieces of a row are evaluated at side by side; rows that
+    need more are worked on by one program each."""
+    stages: int = 3
+    """Tiles on their way from memory at a time."""
+
+    @property
+    def of_pieces(self) -> dict[str, int]:
+        """Options of programs that take a piece."""
+        return {"PIECE": self.piece, "BLOCK": self.block, "STAGES": self.stages, **_LAUNCH}
 
 
-SIZES = Sizes(1 << 14, 1 << 11)
+SIZES = Sizes(1 << 13, 1 << 10)
+
+LANES = 4
+"""Neighbouring numbers of a block that are added up in float32: those of one thread."""
 
 COLUMNS = 16
 """Numbers that a program leaves for the next one, in float64."""
@@ -128,9 +145,7 @@ def fused_draft(
             _noise(noise, batch.vocab),
             drafted,
             HASHED=isinstance(noise, NoiseKeys),
-            PIECE=sizes.piece,
-            BLOCK=sizes.block,
-            **_LAUNCH,
+            **sizes.of_pieces,
         )
         width = _power_of_two(batch.pieces)
         programs.choose[rows,](drafted, batch.pieces, token, WIDTH=width, **_SMALL)
@@ -157,22 +172,52 @@ def fused_step(
         bad_teacher=torch.empty(rows, dtype=torch.bool, device=device),
     )
     if rows:
-        measured = _buffer(rows, batch.pieces, device)
-        solved = _buffer(rows, 1, device)
+        solved = _solved(batch, position, mixture, sizes)
         mixed = _buffer(rows, batch.pieces, device)
-        method, settings = _settings(mixture)
-        width = _power_of_two(batch.pieces)
-        pieces = {"PIECE": sizes.piece, "BLOCK": sizes.block, **_LAUNCH}
-        whole = {"WIDTH": width, "BLOCK": sizes.block, **_LAUNCH}
-        hashed = isinstance(noise, NoiseKeys)
-        grid = (rows, batch.pieces)
-        programs.measure[grid](batch, measured, settings, METHOD=method, **pieces)
-        programs.solve[rows,](batch, position, measured, solved, settings, METHOD=method, **whole)
-        programs.mix[grid](
-            batch, _noise(noise, batch.vocab), solved, mixed, HASHED=hashed, **pieces
+        programs.mix[rows, batch.pieces](
+            batch,
+            _noise(noise, batch.vocab),
+            solved,
+            mixed,
+            HASHED=isinstance(noise, NoiseKeys),
+            **sizes.of_pieces,
         )
+        width = _power_of_two(batch.pieces)
         programs.finish[rows,](batch, solved, mixed, outputs, WIDTH=width, **_SMALL)
     return outputs.token, outputs.trace, outputs.bad_student, outputs.bad_teacher
+
+
+def _solved(batch: Any, position: Positions, mixture: MixtureConfig, sizes: Sizes) -> Tensor:
+    """What `solve` leaves for `mix` and `finish`: alpha of every row, log Z of both models."""
+    programs = _programs()
+    rows, device = len(position), position.device
+    method, settings = _settings(mixture)
+    passes = sizes.passes if method == "kl_symmetry" else 0
+    work = programs.Work(
+        measured=_buffer(rows, batch.pieces, device),
+        searched=_buffer(max(1, passes), rows, device),
+        refined=_buffer(max(1, passes) * rows, batch.pieces, device),
+    )
+    width = _power_of_two(batch.pieces)
+    grid = (rows, batch.pieces)
+    programs.measure[grid](batch, work.measured, settings, METHOD=method, **sizes.of_pieces)
+    for number in range(1, passes + 1):
+        programs.refine[grid](batch, work, settings, PASS=number, WIDTH=width, **sizes.of_pieces)
+    solved = _buffer(rows, 1, device)
+    programs.solve[rows,](
+        batch,
+        position,
+        work,
+        solved,
+        settings,
+        METHOD=method,
+        PASSES=passes,
+        WIDTH=width,
+        BLOCK=sizes.block,
+        STAGES=sizes.stages,
+        **_LAUNCH,
+    )
+    return solved
 
 
 def _settings(mixture: MixtureConfig) -> tuple[str, Any]:

@@ -1,16 +1,17 @@
 """The GPU programs behind `launch`, in Triton. Imported only where Triton is installed and used.
 
-Four launches make a step; in the first and the third, every program takes one piece of one row:
+A step is these launches, where a program takes one row or one piece of it:
 
     measure   [rows, pieces]  log Z of both models, their common support, F' at the first alpha
-    solve     [rows]          alpha; by further passes over the row where `measure` is not enough
+    refine    [rows, pieces]  F' at the next alpha, of rows whose alpha is not found yet; repeated
+    solve     [rows]          alpha; by further passes over the row where these are not enough
     mix       [rows, pieces]  the sums of q at alpha, and the largest log q + noise
     finish    [rows]          the token and its diagnostics
 
 So a row is read twice, and once more for every alpha that its solver evaluates beyond the first.
-Sums are taken in float32, lane by lane and relative to the largest term so far, and added up in
-float64. The pieces depend on the vocabulary alone: a row's result has the same bits whatever rows
-are beside it.
+Sums are taken in float32, lane by lane and relative to the largest term so far; a few neighbouring
+lanes are added up in float32, then threads and pieces in float64. The pieces depend on the
+vocabulary alone: a row's result has the same bits whatever rows are beside it.
 
 Names and mathematics are those of `pair`, `solver`, `methods` and `mixture`.
 """
@@ -25,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from optimal_sampling.distribution.gpu.launch import COLUMNS, TRACED
+from optimal_sampling.distribution.gpu.launch import COLUMNS, LANES, TRACED
 from optimal_sampling.types import TRACE_FIELDS
 
 __all__ = [
@@ -33,11 +34,13 @@ __all__ = [
     "Noise",
     "Outputs",
     "Settings",
+    "Work",
     "choose",
     "draft",
     "finish",
     "measure",
     "mix",
+    "refine",
     "solve",
 ]
 
@@ -83,6 +86,17 @@ class Settings(NamedTuple):
     force_first: object
 
 
+class Work(NamedTuple):
+    """What the launches up to `solve` leave for one another."""
+
+    measured: object
+    """[rows, pieces, COLUMNS] of `measure`."""
+    searched: object
+    """[passes, rows, COLUMNS] of `refine`: the search for alpha, with the alpha of this pass."""
+    refined: object
+    """[passes, rows, pieces, COLUMNS] of `refine`: the sums at it."""
+
+
 class Outputs(NamedTuple):
     """What `finish` writes."""
 
@@ -120,6 +134,22 @@ class Known(NamedTuple):
     head_gap: object
 
 
+class Search(NamedTuple):
+    """The search for the root of F'; begins as Origins does."""
+
+    at_student: object
+    at_teacher: object
+    gap: object
+    alpha: object
+    """The latest, and F', F'' and F''' there."""
+    slope: object
+    curvature: object
+    third: object
+    left: object
+    right: object
+    done: object
+
+
 class Sums(NamedTuple):
     """Sums of w = exp(x - top) and of w d, w d^2 and w d^3, with `top` the largest x so far."""
 
@@ -154,6 +184,10 @@ _STUDENT = constexpr(0)  # to the first power
 _TEACHER = constexpr(3)
 _MIXTURE = constexpr(6)  # to the third
 _HEAD_STUDENT, _HEAD_TEACHER, _SHARED, _MOST_D, _LEAST_D = map(constexpr, range(11, 16))
+
+# of `refine`: the search of a row, in order of its fields; of its pieces, sums to the third power
+_SEARCH = constexpr(len(Search._fields))
+_REFINED = constexpr(0)
 
 # of `solve`, where a row has one piece
 (
@@ -193,6 +227,7 @@ _Q_X, _HIGHEST, _BEST_ID = map(constexpr, range(8, 11))
 ) = (constexpr(TRACE_FIELDS.index(name)) for name in TRACED)
 _TRACE_WIDTH = constexpr(len(TRACE_FIELDS))
 
+_LANES = constexpr(LANES)
 _INF = constexpr(float("inf"))
 _NO_MAXIMUM = constexpr(-1e18)  # below every score
 # stands for -inf: its multiples by any alpha have the weight 0, its third power is finite
@@ -380,7 +415,8 @@ def _add(sums, x, d, POWER: constexpr):
 
 @triton.jit
 def _total(x):
-    return tl.sum(x.to(tl.float64), 0)
+    few = tl.sum(tl.reshape(x, [x.shape[0] // _LANES, _LANES]), 1)
+    return tl.sum(few.to(tl.float64), 0)
 
 
 @triton.jit
@@ -487,11 +523,14 @@ def _best(pieces):
     return first.to(tl.int64)
 
 
-# First launch
+# First pass
 
 
 @triton.jit
-def measure(batch, measured, settings, METHOD: constexpr, PIECE: constexpr, BLOCK: constexpr):
+def measure(
+    batch, measured, settings,
+    METHOD: constexpr, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     batch = _row(batch, row)
@@ -506,7 +545,7 @@ def measure(batch, measured, settings, METHOD: constexpr, PIECE: constexpr, BLOC
     shared = most + _NO_MAXIMUM
     power: constexpr = METHOD == "reverse_kl_symmetry"
     first = piece * PIECE
-    for start in range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK):
+    for start in tl.range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK, num_stages=STAGES):
         s, t, d = _pair(batch, start + tl.arange(0, BLOCK), origins)
         shared = tl.maximum(shared, tl.minimum(s, t))
         most = tl.maximum(most, d)
@@ -526,7 +565,7 @@ def measure(batch, measured, settings, METHOD: constexpr, PIECE: constexpr, BLOC
     _put(out, _LEAST_D, tl.min(least, 0))
 
 
-# Second launch
+# Further alphas
 
 
 @triton.jit
@@ -540,14 +579,14 @@ def _derivatives(sums, gap):
 
 
 @triton.jit
-def _derivatives_at(batch, alpha, known, BLOCK: constexpr):
-    """F', F'' and F''' of the whole row at one alpha."""
+def _sums_at(batch, alpha, origins, first, last, BLOCK: constexpr, STAGES: constexpr):
+    """Sums of these tokens at one alpha."""
     weight = alpha.to(tl.float32)
     sums = _no_sums(BLOCK)
-    for start in range(0, batch.vocab, BLOCK):
-        s, t, d = _pair(batch, start + tl.arange(0, BLOCK), known)
+    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+        s, t, d = _pair(batch, start + tl.arange(0, BLOCK), origins)
         sums = _add(sums, _between(s, t, weight), d, 3)
-    return _derivatives(_totals(sums), known.gap)
+    return sums
 
 
 @triton.jit
@@ -557,44 +596,144 @@ def _is_root(slope, curvature):
 
 
 @triton.jit
-def _next(alpha, slope, curvature, third, left, right, passes):
-    """`_Bracket.next`, in float32; the middle in every other pass where parabolas do not help."""
-    squared = curvature * curvature - 2 * slope * third
-    root = tl.sqrt(tl.maximum(squared, 0.0))
-    guess = alpha - 2 * slope / (curvature + root)
-    inside = (guess > left) & (guess < right)
-    useful = inside & ((passes < _SINGLE) | (passes % 2 == 0))
-    guess = tl.where(useful, guess, (left + right) / 2)
-    guess = tl.maximum(guess, left + _TOLERANCE / 2)
-    guess = tl.minimum(guess, right - _TOLERANCE / 2)
-    return guess.to(tl.float32).to(tl.float64)
-
-
-@triton.jit
-def _root(batch, settings, derivatives, known, BLOCK: constexpr):
-    """`solve_kl_symmetry`, from the derivatives at its first alpha; not where there is no root."""
+def _start(pieces, known, settings):
+    """The search after the first alpha, which is that of `measure`."""
     alpha = tl.cast(settings.first, tl.float64)
     low = tl.cast(settings.low, tl.float64)
     high = tl.cast(settings.high, tl.float64)
-    slope, curvature, third = derivatives
+    slope, curvature, third = _derivatives(_row_sums(pieces, _MIXTURE, 3), known.head_gap)
     left = tl.where(slope >= 0, low, alpha)
     right = tl.where(slope >= 0, alpha, high)
     done = known.rootless | _is_root(slope, curvature) | (right - left <= _TOLERANCE)
-    passes = 1
-    while (passes < _MAX_PASSES) & (done == 0):
-        alpha = _next(alpha, slope, curvature, third, left, right, passes)
-        second = (passes == 1) & (settings.second >= 0)
-        alpha = tl.where(second, settings.second, alpha)
-        slope, curvature, third = _derivatives_at(batch, alpha, known, BLOCK)
-        left = tl.where(slope >= 0, left, alpha)
-        right = tl.where(slope >= 0, alpha, right)
-        done = _is_root(slope, curvature) | (right - left <= _TOLERANCE)
+    return Search(
+        known.at_student, known.at_teacher, known.gap,
+        alpha, slope, curvature, third, left, right, done,
+    )  # fmt: skip
+
+
+@triton.jit
+def _at_next(search, settings, passes):
+    """The search with the alpha to evaluate next, unless it is done. `passes`: evaluations so far.
+
+    `_Bracket.next`, in float32; the middle in every other pass where parabolas do not help.
+    """
+    squared = search.curvature * search.curvature - 2 * search.slope * search.third
+    root = tl.sqrt(tl.maximum(squared, 0.0))
+    guess = search.alpha - 2 * search.slope / (search.curvature + root)
+    inside = (guess > search.left) & (guess < search.right)
+    useful = inside & ((passes < _SINGLE) | (passes % 2 == 0))
+    guess = tl.where(useful, guess, (search.left + search.right) / 2)
+    guess = tl.maximum(guess, search.left + _TOLERANCE / 2)
+    guess = tl.minimum(guess, search.right - _TOLERANCE / 2)
+    guess = guess.to(tl.float32).to(tl.float64)
+    second = (passes == 1) & (settings.second >= 0)
+    guess = tl.where(second, settings.second, guess)
+    return Search(
+        search.at_student, search.at_teacher, search.gap,
+        tl.where(search.done, search.alpha, guess),
+        search.slope, search.curvature, search.third, search.left, search.right, search.done,
+    )  # fmt: skip
+
+
+@triton.jit
+def _after(search, sums):
+    """The search when its alpha has been evaluated; as it is where it was done before."""
+    slope, curvature, third = _derivatives(sums, search.gap)
+    left = tl.where(slope >= 0, search.left, search.alpha)
+    right = tl.where(slope >= 0, search.alpha, search.right)
+    found = _is_root(slope, curvature) | (right - left <= _TOLERANCE)
+    done = search.done
+    return Search(
+        search.at_student, search.at_teacher, search.gap, search.alpha,
+        tl.where(done, search.slope, slope),
+        tl.where(done, search.curvature, curvature),
+        tl.where(done, search.third, third),
+        tl.where(done, search.left, left),
+        tl.where(done, search.right, right),
+        done | found,
+    )  # fmt: skip
+
+
+@triton.jit
+def _put_search(out, search):
+    for i in tl.static_range(_SEARCH):
+        _put(out, i, search[i])
+
+
+@triton.jit
+def _get_search(columns):
+    return Search(
+        _get(columns, 0).to(tl.float32),
+        _get(columns, 1).to(tl.float32),
+        _get(columns, 2),
+        _get(columns, 3),
+        _get(columns, 4),
+        _get(columns, 5),
+        _get(columns, 6),
+        _get(columns, 7),
+        _get(columns, 8),
+        _get(columns, 9) != 0,
+    )
+
+
+@triton.jit
+def _search_after(work, settings, row, count, PASSES: constexpr, WIDTH: constexpr):
+    """The search after `measure` and so many passes of `refine`."""
+    if PASSES == 0:
+        pieces = _pieces(work.measured, row, count, WIDTH)
+        return _start(pieces, _known(pieces), settings)
+    else:
+        place = (PASSES - 1) * tl.num_programs(0).to(tl.int64) + row
+        search = _get_search(work.searched + place * _COLUMNS)
+        pieces = _pieces(work.refined, place, count, WIDTH)
+        written = pieces.inside & (search.done == 0)
+        sums = _row_sums(Pieces(pieces.first, written), _REFINED, 3)
+        return _after(search, sums)
+
+
+@triton.jit
+def refine(
+    batch, work, settings,
+    PASS: constexpr, WIDTH: constexpr, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr,
+):  # fmt: skip
+    """Pass 1, 2, ...: every piece makes the same alpha of what the pass before left."""
+    row = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    batch = _row(batch, row)
+    search = _search_after(work, settings, row, batch.pieces, PASS - 1, WIDTH)
+    search = _at_next(search, settings, PASS)
+    place = (PASS - 1) * tl.num_programs(0).to(tl.int64) + row
+    if piece == 0:
+        _put_search(work.searched + place * _COLUMNS, search)
+    if search.done == 0:
+        first = piece * PIECE
+        last = tl.minimum(first + PIECE, batch.vocab)
+        sums = _sums_at(batch, search.alpha, search, first, last, BLOCK, STAGES)
+        out = work.refined + (place * batch.pieces + piece) * _COLUMNS
+        _put_sums(out, _REFINED, sums, 3)
+
+
+@triton.jit
+def _root(
+    batch, search, settings, PASSES: constexpr, BLOCK: constexpr, STAGES: constexpr
+):  # fmt: skip
+    """`solve_kl_symmetry`, continued; not where there is no root."""
+    passes = PASSES + 1
+    while (passes < _MAX_PASSES) & (search.done == 0):
+        search = _at_next(search, settings, passes)
+        sums = _sums_at(batch, search.alpha, search, 0, batch.vocab, BLOCK, STAGES)
+        search = _after(search, _totals(sums))
         passes += 1
-    outside = ~_is_root(slope, curvature)
-    below = outside & (alpha <= low) & (slope > 0)
-    alpha = tl.where(below, _BELOW, alpha)
-    above = outside & (alpha >= high) & (slope < 0)
+    low = tl.cast(settings.low, tl.float64)
+    high = tl.cast(settings.high, tl.float64)
+    outside = ~_is_root(search.slope, search.curvature)
+    below = outside & (search.alpha <= low) & (search.slope > 0)
+    alpha = tl.where(below, _BELOW, search.alpha)
+    above = outside & (alpha >= high) & (search.slope < 0)
     return tl.where(above, _ABOVE, alpha)
+
+
+# One program per row
 
 
 @triton.jit
@@ -677,35 +816,34 @@ def _known(pieces):
 
 @triton.jit
 def _free_alpha(batch, place, pieces, known, settings, METHOD: constexpr, BLOCK: constexpr):
-    """alpha before the bounds: the function of `methods` for this method."""
-    if METHOD == "kl_symmetry":
-        sums = _row_sums(pieces, _MIXTURE, 3)
-        derivatives = _derivatives(sums, known.head_gap)
-        free = _root(batch, settings, derivatives, known, BLOCK)
-        free = tl.where(settings.mirror > 0, 1 - free, free)
-    elif METHOD == "reverse_kl_symmetry":
-        free = _reverse_kl_symmetry(pieces, known)
+    """alpha before the bounds, of the methods that do not search for a root of F'."""
+    if METHOD == "reverse_kl_symmetry":
+        return _reverse_kl_symmetry(pieces, known)
     elif METHOD == "ess_balance":
-        free = _ess_balance(batch, known, BLOCK)
+        return _ess_balance(batch, known, BLOCK)
     else:
         share = tl.minimum(place.to(tl.float64) / settings.tokens, 1.0)
-        free = settings.start + (settings.end - settings.start) * share
-    if METHOD != "schedule":
-        free = tl.where(known.disjoint, 1.0, free)
-    return free
+        return settings.start + (settings.end - settings.start) * share
 
 
 @triton.jit
 def solve(
-    batch, position, measured, solved, settings,
-    METHOD: constexpr, WIDTH: constexpr, BLOCK: constexpr,
+    batch, position, work, solved, settings,
+    METHOD: constexpr, PASSES: constexpr, WIDTH: constexpr, BLOCK: constexpr, STAGES: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = _row(batch, row)
-    pieces = _pieces(measured, row, batch.pieces, WIDTH)
+    pieces = _pieces(work.measured, row, batch.pieces, WIDTH)
     known = _known(pieces)
     place = tl.load(position + row)
-    free = _free_alpha(batch, place, pieces, known, settings, METHOD, BLOCK)
+    if METHOD == "kl_symmetry":
+        search = _search_after(work, settings, row, batch.pieces, PASSES, WIDTH)
+        free = _root(batch, search, settings, PASSES, BLOCK, STAGES)
+        free = tl.where(settings.mirror > 0, 1 - free, free)
+    else:
+        free = _free_alpha(batch, place, pieces, known, settings, METHOD, BLOCK)
+    if METHOD != "schedule":
+        free = tl.where(known.disjoint, 1.0, free)
     alpha = tl.maximum(free, settings.alpha_min)
     alpha = tl.minimum(alpha, settings.alpha_max)
     clamped = tl.abs(alpha - free) > 1e-7
@@ -726,11 +864,14 @@ def solve(
     _put(out, _FALLBACK, known.disjoint & (alpha > 0))
 
 
-# Third launch
+# The draw
 
 
 @triton.jit
-def mix(batch, noise, solved, mixed, HASHED: constexpr, PIECE: constexpr, BLOCK: constexpr):
+def mix(
+    batch, noise, solved, mixed,
+    HASHED: constexpr, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     batch = _row(batch, row)
@@ -747,7 +888,7 @@ def mix(batch, noise, solved, mixed, HASHED: constexpr, PIECE: constexpr, BLOCK:
     best = q_x + _NO_MAXIMUM
     best_id = tl.zeros([BLOCK], tl.int32)
     first = piece * PIECE
-    for start in range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK):
+    for start in tl.range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK, num_stages=STAGES):
         ids = start + tl.arange(0, BLOCK)
         s, t, d = _pair(batch, ids, origins)
         x = _between(s, t, alpha)
@@ -768,7 +909,7 @@ def mix(batch, noise, solved, mixed, HASHED: constexpr, PIECE: constexpr, BLOCK:
     _put_best(out, best, best_id)
 
 
-# Fourth launch
+# The token
 
 
 @triton.jit
@@ -871,7 +1012,10 @@ def finish(batch, solved, mixed, outputs, WIDTH: constexpr):
 
 
 @triton.jit
-def draft(batch, noise, drafted, HASHED: constexpr, PIECE: constexpr, BLOCK: constexpr):
+def draft(
+    batch, noise, drafted,
+    HASHED: constexpr, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr,
+):  # fmt: skip
     """One piece of a row: the student's largest logit + noise."""
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
@@ -880,7 +1024,7 @@ def draft(batch, noise, drafted, HASHED: constexpr, PIECE: constexpr, BLOCK: con
     best = tl.full([BLOCK], _NO_MAXIMUM, tl.float32)
     best_id = tl.zeros([BLOCK], tl.int32)
     first = piece * PIECE
-    for start in range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK):
+    for start in tl.range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK, num_stages=STAGES):
         ids = start + tl.arange(0, BLOCK)
         score = _load(batch.student, ids, batch)
         score += _gumbel(noise, ids, ids < batch.vocab, a, b, HASHED)

@@ -1,4 +1,4 @@
-"""How many tokens to draft, and drafts looked up in the text. Plain Python, no tensors.
+"""How many tokens to draft, and drafts looked up in the text. No tensors.
 
 Drafts never change what is drawn, only how many tokens a round yields.
 """
@@ -6,6 +6,9 @@ Drafts never change what is drawn, only how many tokens a round yields.
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
 
 __all__ = ["DraftPolicy", "FixedDrafts", "LinearCost", "Lookup", "PerRound"]
 
@@ -46,25 +49,34 @@ class Calibration:
 
     BINS = 10
     PRIOR = 4.0
+    KEPT = 0.999
+    """Weight of an observation after one more."""
 
     def __init__(self) -> None:
-        centres = [(i + 0.5) / self.BINS for i in range(self.BINS)]
-        self._tried = [self.PRIOR] * self.BINS
-        self._accepted = [self.PRIOR * (0.4 + 0.6 * centre) for centre in centres]
+        centres = (np.arange(self.BINS) + 0.5) / self.BINS
+        self._tried = np.full(self.BINS, self.PRIOR)
+        self._accepted = self.PRIOR * (0.4 + 0.6 * centres)
 
-    def observe(self, confidence: float, accepted: bool) -> None:
-        """Add one draft whose predecessors were all accepted."""
-        i = self._bin(confidence)
-        self._tried[i] = 0.999 * self._tried[i] + 1
-        self._accepted[i] = 0.999 * self._accepted[i] + accepted
+    def observe(
+        self, confidences: Float[np.ndarray, " drafts"], accepted: Bool[np.ndarray, " drafts"]
+    ) -> None:
+        """Add drafts whose predecessors were all accepted. Their order does not matter."""
+        bins = self._bins(confidences)
+        tried = np.bincount(bins, minlength=self.BINS)
+        share = np.bincount(bins, accepted, self.BINS) / np.maximum(tried, 1)
+        kept = self.KEPT**tried
+        added = (1 - kept) / (1 - self.KEPT)  # 1 + KEPT + KEPT^2 + ...
+        self._tried = kept * self._tried + added
+        self._accepted = kept * self._accepted + added * share
 
-    def __call__(self, confidence: float) -> float:
-        """Probability that such a draft is accepted."""
-        i = self._bin(confidence)
-        return self._accepted[i] / self._tried[i]
+    def __call__(self, confidences: Float[np.ndarray, " drafts"]) -> Float[np.ndarray, " drafts"]:
+        """Probability that such drafts are accepted."""
+        rates = self._accepted / self._tried
+        chances: Float[np.ndarray, " drafts"] = rates[self._bins(confidences)]
+        return chances
 
-    def _bin(self, confidence: float) -> int:
-        return min(self.BINS - 1, max(0, int(confidence * self.BINS)))
+    def _bins(self, confidences: Float[np.ndarray, " drafts"]) -> Int[np.ndarray, " drafts"]:
+        return np.minimum((confidences * self.BINS).astype(np.int64), self.BINS - 1)
 
 
 class PerRound:
@@ -79,19 +91,18 @@ class PerRound:
     def __init__(self, policy: DraftPolicy, ready: Sequence[bool]) -> None:
         self._policy = policy
         self._rows = len(ready)
-        self._alive = [float(r) for r in ready]
-        self._tokens = sum(self._alive)
+        self._alive = np.array(ready, dtype=np.float64)
+        self._tokens = float(self._alive.sum())
         self.drafted = 0
-        self.confidences: list[Sequence[float]] = []
+        self.confidences: list[Float[np.ndarray, " rows"]] = []
 
-    def wants(self, confidences: Sequence[float], insist: bool = False) -> bool:
+    def wants(self, confidences: Float[np.ndarray, " rows"], insist: bool = False) -> bool:
         """Whether to draft one more token per row, given the drafter's probability of each.
 
         `insist`: draft it in any case.
         """
-        accept = self._policy.accept
-        alive = [a * accept(c) for a, c in zip(self._alive, confidences, strict=True)]
-        tokens = self._tokens + sum(alive)
+        alive = self._alive * self._policy.accept(confidences)
+        tokens = self._tokens + float(alive.sum())
         width = self.drafted + 1
         if not insist:
             now = self._policy.seconds(width, self._rows)
@@ -132,6 +143,10 @@ class DraftPolicy:
             return self.EXPLORE[self._rounds]
         return 2 if self._idle >= 100 else None
 
+    def first_widths(self) -> Sequence[int]:
+        """Widths of the first rounds."""
+        return self.EXPLORE
+
     def observe_round(self, width: int, rows: int, step: float, verify: float, rest: float) -> None:
         """Seconds of a round without prompt tokens: all drafter steps, verification, the rest."""
         self._rounds += 1
@@ -150,6 +165,10 @@ class FixedDrafts(DraftPolicy):
     def forced(self) -> int | None:
         """The same width every time."""
         return self.most + 1
+
+    def first_widths(self) -> Sequence[int]:
+        """The only one."""
+        return (self.most + 1,)
 
 
 class Lookup:

@@ -20,7 +20,7 @@ from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts
 from optimal_sampling.engines.local.loading import load_model, prepare_pair
 from optimal_sampling.engines.local.round import RunSettings, Sampler
 from optimal_sampling.engines.local.run import DraftCounts, GenerationLoop
-from optimal_sampling.engines.local.runner import CachedModel, ModelRunner
+from optimal_sampling.engines.local.runner import CachedModel, ModelRunner, Recordings
 from optimal_sampling.engines.local.scheduler import Limits
 from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.types import Completion, Mode, Request
@@ -65,12 +65,11 @@ class LoadedPair:
         return pair
 
     @property
-    def recorded_graphs(self) -> tuple[int, str] | None:
-        """(CUDA graphs recorded, why recording is off); None where none are ever recorded."""
+    def recorded_graphs(self) -> Recordings | None:
+        """CUDA graphs of both models; None where none are ever recorded."""
         found = [runner.recorded_graphs() for runner in set(self.runners.values())]
         counts = [count for count in found if count is not None]
-        reasons = [off for _, off in counts if off]
-        return (sum(n for n, _ in counts), "".join(reasons[:1])) if counts else None
+        return sum(counts, Recordings()) if counts else None
 
 
 class LocalEngine(Engine):
@@ -160,6 +159,9 @@ class LocalEngine(Engine):
         """The loop of one `generate` call, with empty caches."""
         settings, policy = self._settings(), self._policy()
         models = self._cached_models(settings)
+        for model in models:
+            drafting = len(models) == 2 and model is models[0]
+            model.prepare(settings.limits.rows, (1,) if drafting else policy.first_widths())
         return GenerationLoop(models, settings, policy, Sampler(models, settings, policy))
 
     @property
@@ -207,6 +209,7 @@ class LocalEngine(Engine):
             embeddings=tuple(runner.embeddings for runner in runners),
             memory=memory,
             capture=self.capture,
+            top_tokens=self.options.top_tokens,
         )
 
     def _policy(self) -> DraftPolicy:
@@ -244,9 +247,9 @@ class LocalEngine(Engine):
             kernel = kernel_note(self.device, self.mixture)
             notes["mixture"] = kernel.removeprefix("mixture kernel: ")
         if (graphs := self.pair.recorded_graphs) is not None:
-            count, off = graphs
-            failed = f"off, because recording failed: {off}"
-            notes["cuda_graphs"] = failed if off else f"{count} shapes recorded"
+            notes["cuda_graphs"] = str(graphs)
+        elif cuda:
+            notes["cuda_graphs"] = "none, which need Flash Attention over pages"
         notes["batch"] = self._batch_note()
         counts = self.draft_counts
         if counts.drafted:

@@ -7,7 +7,7 @@ its own stock forward pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from optimal_sampling.engines.local.paged.attention_backends import (
     Choice,
     choose_backend,
 )
+from optimal_sampling.engines.local.paged.fused_decoder import unfused_reason
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
 from optimal_sampling.engines.local.rotary import split_by_row
@@ -158,14 +159,14 @@ def prepare_pair(
             notes.append(note)
     distinct = {role: model for role, model in distinct.items() if role not in runners}
     choices = {
-        role: _choose(model, role, probes[role], options.attention)
-        for role, model in distinct.items()
+        role: _choose(model, role, probes[role], options) for role, model in distinct.items()
     }
     backends = [choice.backend for choice in choices.values()] + [None] * len(runners)
     for role, model in distinct.items():
         backend, probe = choices[role].backend, probes[role]
         if backend is not None and None not in backends:
-            runners[role] = PageRunner(model, vocab_size, probe.bytes_per_token, backend)
+            fused = choices[role].fused
+            runners[role] = PageRunner(model, vocab_size, probe.bytes_per_token, backend, fused)
         else:
             runners[role] = _slot_runner(model, vocab_size, options.batch_invariant, probe)
     without = [role for role, choice in choices.items() if choice.backend is None]
@@ -203,17 +204,43 @@ def _stock_runner(
     return runner, note
 
 
-def _choose(model: Any, role: str, probe: Probe, asked: str) -> Choice:
-    """The attention backend for one model, tried on it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chosen:
+    """Attention for one model, and whether its layers run fused over pages."""
+
+    attention: Choice
+    fused: bool = False
+
+    @property
+    def backend(self) -> Backend | None:
+        return self.attention.backend
+
+    @property
+    def note(self) -> str:
+        return self.attention.note
+
+
+def _choose(model: Any, role: str, probe: Probe, options: LocalOptions) -> _Chosen:
+    """The attention backend for one model, tried on it; with fused layers first."""
+    asked = options.attention
     choice = choose_backend(asked, model.device, model.dtype, probe.head_dims, probe.needs)
-    if choice.backend is not None:
+    if choice.backend is None:
+        return _Chosen(choice)
+    reason = unfused_reason(model) if options.fused_layers else "as asked"
+    if not reason:
         try:
-            check_architecture(model, role, choice.backend)
+            check_architecture(model, role, choice.backend, fused=True)
+            return _Chosen(replace(choice, note=f"{choice.note}, fused layers"), fused=True)
         except ModelError as error:
-            if asked != "auto":
-                raise
-            return Choice(None, f"PyTorch SDPA: Flash Attention failed its check, as {error}")
-    return choice
+            reason = f"they failed their check, as {error}"
+    try:
+        check_architecture(model, role, choice.backend)
+    except ModelError as error:
+        if asked != "auto":
+            raise
+        note = f"PyTorch SDPA: Flash Attention failed its check, as {error}"
+        return _Chosen(Choice(None, note))
+    return _Chosen(replace(choice, note=f"{choice.note}, layers not fused: {reason}"))
 
 
 def _slot_runner(model: Any, vocab_size: int, batch_invariant: bool, probe: Probe) -> SlotRunner:
@@ -240,7 +267,9 @@ class Probe:
     """Features of attention beyond grouped heads and windows."""
 
 
-def check_architecture(model: Any, role: str, backend: Backend | None = None) -> Probe:
+def check_architecture(
+    model: Any, role: str, backend: Backend | None = None, fused: bool = False
+) -> Probe:
     """Compare our forward pass, over slots or with a backend over pages, with the stock one.
 
     The model is left with our attention function plugged in, and its norms fused. Raises
@@ -255,7 +284,7 @@ def check_architecture(model: Any, role: str, backend: Backend | None = None) ->
         model.set_attn_implementation(attention.NAME)
         fuse_norms(model)
         split_by_row(model)
-        ours, called, probe = _two_chunks(model, ids, stock.shape[-1], backend)
+        ours, called, probe = _two_chunks(model, ids, stock.shape[-1], backend, fused)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # every architecture has errors of its own
@@ -283,7 +312,7 @@ def _stock_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _two_chunks(
-    model: Any, ids: torch.Tensor, vocab: int, backend: Backend | None
+    model: Any, ids: torch.Tensor, vocab: int, backend: Backend | None, fused: bool
 ) -> tuple[torch.Tensor, list[int], Probe]:
     """The text in three forward passes in row 1, beside another text in row 0.
 
@@ -291,9 +320,9 @@ def _two_chunks(
     """
     runner: ModelRunner[Any] = SlotRunner(model, vocab)
     if backend is not None:
-        runner = PageRunner(model, vocab, 0, backend)
+        runner = PageRunner(model, vocab, 0, backend, fused)
     cache = runner.open_cache((0,), tokens=3 * PAGE, sequences=2)
-    cache.make_room([[64], [64]], 0)
+    cache.make_room(np.array([[64], [64]]), 0)
     text, other = ids.tolist(), ids.flip(0).tolist()
     nothing = torch.tensor([[0], [0]]).to(model.device)
     runner.forward(cache, nothing, np.array([0, 0]), (0, 1), [Chunk(1, 0, text[:5])])

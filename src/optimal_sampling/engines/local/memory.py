@@ -1,6 +1,6 @@
 """KV memory of a run: which sequences fit, and in which order caches change size.
 
-Plain Python: a manager counts tokens and bytes, and its cache (runner.py) holds the tensors.
+No tensors: a manager counts tokens and bytes, and its cache (runner.py) holds the tensors.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+import numpy as np
+from jaxtyping import Int
+
 __all__ = ["BlockManager", "KVMemory", "Lengths", "SlotManager", "round_up"]
 
-Lengths: TypeAlias = Sequence[Sequence[int]]
+Lengths: TypeAlias = Int[np.ndarray, "sequences contexts"]
 """Tokens of every sequence, one number per context."""
 
 
@@ -29,11 +32,13 @@ class BlockManager(ABC):
 
     def __init__(self, contexts: tuple[int, ...], bytes_per_token: int) -> None:
         self.contexts = contexts
+        self._columns = list(contexts)
         self.bytes_per_token = bytes_per_token
 
-    def row_lengths(self, lengths: Lengths, width: int) -> list[int]:
+    def row_lengths(self, lengths: Lengths, width: int) -> Int[np.ndarray, " rows"]:
         """Tokens of each row of this cache, with `width` more."""
-        return [tokens[context] + width for tokens in lengths for context in self.contexts]
+        rows: Int[np.ndarray, " rows"] = np.asarray(lengths)[:, self._columns].ravel() + width
+        return rows
 
     @property
     @abstractmethod
@@ -149,5 +154,5 @@ class SlotManager(BlockManager):
     def _shape(self, lengths: Lengths, width: int) -> tuple[int, int]:
         """The number of sequences is rounded to a power of two, so that the memory seldom moves."""
         sequences = min(self._most_rows, 1 << (len(lengths) - 1).bit_length())
-        longest = max([tokens[context] for tokens in lengths for context in self.contexts])
-        return sequences * len(self.contexts), self._slot_length(longest + width)
+        longest = int(self.row_lengths(lengths, width).max())
+        return sequences * len(self.contexts), self._slot_length(longest)

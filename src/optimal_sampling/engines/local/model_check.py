@@ -177,7 +177,7 @@ class SmallCopy:
         """How the model does not call the attention function once per layer."""
         runner = SlotRunner(self.model, VOCAB)
         cache = runner.open_cache((0,), 0, 1)
-        cache.make_room([[POSITIONS]], 0)
+        cache.make_room(np.array([[POSITIONS]]), 0)
         _, _, plan = runner.forward(cache, torch.tensor([[4]]), np.array([0]))
         config = self.model.config.get_text_config(decoder=True)
         assert plan is not None
@@ -333,7 +333,7 @@ def _logits(model: Any, rows: tuple[int, ...], chunk: int) -> dict[int, Float[Te
     """Logits after each prefix of every row's text: chunks, then 1 or 3 tokens at a time."""
     runner = SlotRunner(model, VOCAB)
     cache = runner.open_cache((0,), 0, len(rows))
-    cache.make_room([[POSITIONS] for _ in rows], 0)
+    cache.make_room(np.array([[POSITIONS] for _ in rows]), 0)
     texts, prompts = zip(*map(_text, rows), strict=True)
     known, cached, long = list(prompts), [0 for _ in rows], [False for _ in rows]
     switch = runner.rope_switch or POSITIONS

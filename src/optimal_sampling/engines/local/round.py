@@ -26,9 +26,9 @@ from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import (
     Drawn,
     NoiseKeys,
+    cuts,
     draft,
     gumbel,
-    keys_tensor,
     runs_fused,
     single_step,
     step,
@@ -56,6 +56,15 @@ class RunSettings:
     memory: int
     """Bytes for all caches."""
     capture: frozenset[str] = frozenset()
+    top_tokens: int = 0
+    """Of every token, how many of the likeliest are kept."""
+
+    @property
+    def keeps_log_q(self) -> bool:
+        """Whether q is needed of the whole vocabulary."""
+        mixture = self.mixture
+        restricted = cuts(mixture.teacher_support_top_k, mixture.teacher_support_top_p)
+        return "log_q" in self.capture or (self.top_tokens > 0 and restricted)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +76,8 @@ class SampledRound:
     """Per context, at the drafts' positions and at the one after."""
     step: Drawn
     """Rows * width tokens, row by row."""
-    confidences: Seq[Seq[float]]
-    """Per draft and row, the probability that the drafter gave it."""
+    confidences: Seq[Float[np.ndarray, " rows"]]
+    """Per draft, the probability that the drafter gave it in each row; 0: there was none."""
     stopwatch: Stopwatch
     """Two laps: all drafting, and the verification."""
     settled: bool
@@ -94,14 +103,13 @@ class RoundNoise:
     BLOCK = 2**22
 
     def __init__(self, rows: list[Sequence], width: int, vocab: int, device: torch.device) -> None:
-        self._keys = to_device(keys_tensor([s.request.noise_key for s in rows]).numpy(), device)
-        self._first = to_device(np.array([len(s.output) for s in rows]), device)
+        keys = np.array([s.noise_key for s in rows], dtype=np.uint64).view(np.int64)
+        self._keys = to_device(keys, device)
+        self._first = to_device(np.array([len(s.outputs[0]) for s in rows]), device)
         self._vocab = vocab
         self._fused = runs_fused(device)
         self._made: list[Float32[Tensor, "rows vocab"]] = []
-        if not self._fused and width > 1 and len(rows) * width * vocab <= self.BLOCK:
-            keys, positions = self._keys.repeat(width), self.positions(width).T.reshape(-1)
-            self._made = list(gumbel(keys, positions, vocab).view(width, len(rows), vocab))
+        self._block = width if len(rows) * width * vocab <= self.BLOCK else 1
 
     def positions(self, width: int) -> Int64[Tensor, "rows width"]:
         """Index of each token in its completion."""
@@ -111,9 +119,16 @@ class RoundNoise:
         """Noise of the token `offset` places after every row's next one."""
         if self._fused:
             return NoiseKeys(self._keys, self._first + offset)
+        if self._block > 1 and not self._made:
+            self._make_block(self._block)
         while len(self._made) <= offset:
             self._made.append(gumbel(self._keys, self._first + len(self._made), self._vocab))
         return self._made[offset]
+
+    def _make_block(self, width: int) -> None:
+        keys, positions = self._keys.repeat(width), self.positions(width).T.reshape(-1)
+        rows = len(self._keys)
+        self._made = list(gumbel(keys, positions, self._vocab).view(width, rows, self._vocab))
 
     def upto(self, width: int) -> Float32[Tensor, "tokens vocab"] | NoiseKeys:
         """Noise of rows * width tokens, row by row."""
@@ -141,6 +156,8 @@ class Sampler:
         self.policy = policy
         self.device = models[0].runner.device
         self.overlap = Overlap(self.device)
+        self.measures_confidence = self.device.type == "cpu"
+        """The drafter's probabilities are on the host, where the policy needs them."""
 
     def sample(self, plan: RoundPlan, rows: list[Sequence]) -> SampledRound:
         """One round. The sequences are left as they are."""
@@ -169,7 +186,7 @@ class Sampler:
             settled &= lasting
             if len(steps) == plan.width or len(steps) == forced:
                 break
-            token = draft(steps[-1], noise.at(len(steps) - 1), self.settings.mixture)
+            token = self._drafted(steps[-1], noise, len(steps) - 1)
             if not expected.wants(self._confidence(steps[-1], token), insist=forced is not None):
                 break
             drafts = torch.cat([drafts, token[:, None]], 1)
@@ -213,16 +230,16 @@ class Sampler:
 
     def _confidence(
         self, logits: Float[Tensor, "rows vocab"], token: Int64[Tensor, " rows"]
-    ) -> list[float]:
+    ) -> Float[np.ndarray, " rows"]:
         """The student's probability of its drafts."""
-        if self.device.type != "cpu":
-            return [self.GPU_CONFIDENCE] * len(token)
+        if not self.measures_confidence:
+            return np.full(len(token), self.GPU_CONFIDENCE)
         scaled = logits.float().numpy() * np.float32(1 / self.settings.mixture.temperature)
         drafted = np.take_along_axis(scaled, token.numpy()[:, None], -1)
         with np.errstate(all="ignore"):
-            probabilities = np.nan_to_num(1 / np.exp(scaled - drafted).sum(-1))
-        confidences: list[float] = probabilities.tolist()
-        return confidences
+            confidences = 1 / np.exp(scaled - drafted).sum(-1)
+        known: Float[np.ndarray, " rows"] = np.nan_to_num(confidences)
+        return known
 
     def _with_lookup(
         self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise
@@ -246,7 +263,7 @@ class Sampler:
 
     def _looked_up(
         self, plan: RoundPlan, rows: list[Sequence], most: int
-    ) -> tuple[list[list[int]], list[Seq[float]]]:
+    ) -> tuple[list[list[int]], list[Float[np.ndarray, " rows"]]]:
         """Drafts of equal number for every row, and their confidences.
 
         Rows with fewer get id 0 with confidence 0.
@@ -259,8 +276,9 @@ class Sampler:
         ]
         expected = PerRound(self.policy, plan.ready)
         insist = self.policy.forced() is not None
-        for i in range(max(map(len, found))):
-            sure = [self.LOOKUP_CONFIDENCE if i < len(ids) else 0.0 for ids in found]
+        counts = np.array([len(ids) for ids in found])
+        for i in range(counts.max()):
+            sure = self.LOOKUP_CONFIDENCE * (counts > i)
             if not expected.wants(sure, insist=insist):
                 break
         count = expected.drafted
@@ -269,6 +287,12 @@ class Sampler:
     def _shared_ids(self, ids: list[int]) -> list[int]:
         """Up to the first id that no model shares, which cannot be drawn: prompts may hold them."""
         return list(takewhile(lambda token: token < self.settings.vocab_size, ids))
+
+    def _drafted(
+        self, logits: Float[Tensor, "rows vocab"], noise: RoundNoise, offset: int
+    ) -> Int64[Tensor, " rows"]:
+        """The student's draft for the token `offset` places after every row's next one."""
+        return draft(logits, noise.at(offset), self.settings.mixture)
 
     def _draw(self, logits: Seq[Float[Tensor, "rows width vocab"]], noise: RoundNoise) -> Drawn:
         """From logits in order of contexts to tokens."""
@@ -282,5 +306,5 @@ class Sampler:
             noise.upto(width),
             noise.positions(width).reshape(-1),
             settings.mixture,
-            keep_log_q="log_q" in settings.capture,
+            keep_log_q=settings.keeps_log_q,
         )

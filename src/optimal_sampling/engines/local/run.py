@@ -14,13 +14,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from optimal_sampling.distribution import top_tokens
 from optimal_sampling.engines.base import bad_logits_message, prompt_problem
 from optimal_sampling.engines.local.drafting import DraftPolicy, Lookup
+from optimal_sampling.engines.local.emission import Drawing, Emission
 from optimal_sampling.engines.local.memory import KVMemory
 from optimal_sampling.engines.local.round import RunSettings, SampledRound, Sampler
 from optimal_sampling.engines.local.runner import CachedModel
 from optimal_sampling.engines.local.scheduler import RoundPlan, Scheduler, Sequence
-from optimal_sampling.types import Completion, FinishReason, Request, TokenTrace
+from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Request, TokenTrace
 
 __all__ = ["DraftCounts", "GenerationLoop"]
 
@@ -51,6 +53,8 @@ class GenerationLoop:
         self.policy = policy
         self.sampler = sampler
         self.counts = DraftCounts()
+        self._is_stop = np.zeros(settings.vocab_size, dtype=bool)
+        self._is_stop[[token for token in settings.stop_ids if token < settings.vocab_size]] = True
         self.memory = KVMemory([model.cache.manager for model in models], settings.memory)
         self.scheduler = Scheduler(settings.limits, self.memory)
 
@@ -122,100 +126,132 @@ class GenerationLoop:
         """Give every ready row its tokens. The copy to the host is the only wait for a GPU."""
         width = sampled.width
         packed = sampled.packed().cpu().numpy().reshape(len(rows), width, -1)
-        drafts, packed = packed[:, :-1, 0].astype(np.int64), packed[:, :, 1:]
-        captured = self._captured(sampled)
+        tokens = packed[:, :, 1].astype(np.int64)
+        drawing = Drawing(
+            tokens=tokens,
+            drafts=packed[:, :-1, 0].astype(np.int64),
+            bad=packed[:, :, 2] + packed[:, :, 3] > 0,
+            stops=self._is_stop[tokens],
+            left=self._left(plan, rows),
+        )
+        emission = Emission.of(drawing, plan.ready)
+        self._learn(sampled, drawing, emission, plan.ready)
+        self._extend(plan, rows, emission, packed)
+        self._keep_captured(sampled, rows, emission)
         done = []
-        for row, sequence in enumerate(rows):
-            if not plan.ready[row]:
-                continue
-            before = len(sequence.output)
-            reason, error = self._extend(sequence, packed[row], drafts[row])
-            emitted = len(sequence.output) - before
-            self._learn(sampled, row, packed[row, :, 0], drafts[row], emitted)
-            first = row * width
-            for i in range(first, first + emitted if captured else first):
-                sequence.captured.append({name: x[i] for name, x in captured.items()})
-            sequence.cached = [known - 1 for known in sequence.lengths]
-            for model in self.models if error else ():
-                model.clear(row)
-            if error and self.policy.most and not sequence.lockstep:
-                # a draft that is not in the text may have put NaN into its caches: recompute it,
-                # and go on without drafts; if the text itself is the cause, the next round shows it
-                sequence.lockstep = True
-                sequence.evict()
-            elif reason is not None:
-                done.append((row, self._completion(sequence, reason, error)))
+        for row, reason in emission.ended.items():
+            error = self._error(rows[row], packed[row]) if reason == "error" else ""
+            if not (error and self._recomputes(row, rows[row])):
+                done.append((row, self._completion(rows[row], reason, error)))
         self.scheduler.finish([row for row, _ in done])
         return [completion for _, completion in done]
 
-    def _captured(self, sampled: SampledRound) -> dict[str, Float[Tensor, "tokens vocab"]]:
-        """What `capture` names, on the host."""
+    def _left(self, plan: RoundPlan, rows: list[Sequence]) -> Int[np.ndarray, " rows"]:
+        """Tokens that each text may still have, by its request and by the contexts."""
+        left = np.array([s.request.max_new_tokens - len(s.outputs[0]) for s in rows])
+        for known, limit in zip(plan.lengths.T, self.settings.limits.context_lengths, strict=True):
+            if limit is not None:
+                left = np.minimum(left, limit - known)
+        return left
+
+    def _extend(
+        self,
+        plan: RoundPlan,
+        rows: list[Sequence],
+        emission: Emission,
+        packed: Float[np.ndarray, "rows width fields"],
+    ) -> None:
+        """Append tokens and their diagnostics, and count what the caches now hold."""
+        texts = packed[:, :, 1].astype(np.int64).tolist()
+        trace = np.ascontiguousarray(packed[:, :, 4:])
+        view, per_token = trace.data.cast("B"), trace.strides[1]
+        ends = (emission.counts * per_token).tolist()
+        cached = (plan.lengths + emission.counts[:, None] - 1).tolist()
+        counts, per_row = emission.counts.tolist(), trace.strides[0]
+        for row, sequence in enumerate(rows):
+            if plan.ready[row]:
+                first = row * per_row
+                sequence.outputs[0].extend(texts[row][: counts[row]])
+                sequence.trace += view[first : first + ends[row]]
+                sequence.cached = cached[row]
+
+    def _recomputes(self, row: int, sequence: Sequence) -> bool:
+        """Clear a row with bad logits. Whether it is computed again, without drafts.
+
+        A draft that is not in the text may have put NaN into its caches. If the text itself is the
+        cause, the next round shows it.
+        """
+        for model in self.models:
+            model.clear(row)
+        if not self.policy.most or sequence.lockstep:
+            return False
+        sequence.lockstep = True
+        sequence.evict()
+        return True
+
+    def _error(self, sequence: Sequence, packed: Float[np.ndarray, "width fields"]) -> str:
+        """Which model's logits were bad, at the place after the text."""
+        [student, teacher] = packed[packed[:, 2:4].any(1).argmax(), 2:4].astype(bool).tolist()
+        return bad_logits_message(len(sequence.output), student, teacher)
+
+    def _keep_captured(
+        self, sampled: SampledRound, rows: list[Sequence], emission: Emission
+    ) -> None:
+        captured = self._captured(sampled)
+        if not captured:
+            return
+        for row, count in enumerate(emission.counts.tolist()):
+            first = row * sampled.width
+            for i in range(first, first + count):
+                rows[row].captured.append({name: x[i] for name, x in captured.items()})
+
+    def _captured(self, sampled: SampledRound) -> dict[str, Tensor]:
+        """What `capture` and `top_tokens` ask for, on the host: a row per token."""
         if not self.settings.capture:
-            return {}
+            return self._top_tokens(sampled)
         pairs = zip(self.settings.roles, sampled.logits, strict=True)
         made = {f"{role}_logits": logits.flatten(0, 1) for role, logits in pairs}
         if sampled.step.log_q is not None:
             made["log_q"] = sampled.step.log_q
-        return {name: x.float().cpu() for name, x in made.items() if name in self.settings.capture}
+        kept = {name: x.float().cpu() for name, x in made.items() if name in self.settings.capture}
+        return kept | self._top_tokens(sampled)
+
+    def _top_tokens(self, sampled: SampledRound) -> dict[str, Tensor]:
+        settings = self.settings
+        if not settings.top_tokens:
+            return {}
+        logits = [each.flatten(0, 1) for each in sampled.logits]
+        ids, log_p = top_tokens(logits, sampled.step, settings.mixture, settings.top_tokens)
+        return {"top_ids": ids.cpu(), "top_log_p": log_p.to(torch.float16).cpu()}
 
     def _learn(
-        self,
-        sampled: SampledRound,
-        row: int,
-        tokens: Float[np.ndarray, " width"],
-        drafts: Int[np.ndarray, " drafts"],
-        emitted: int,
+        self, sampled: SampledRound, drawing: Drawing, emission: Emission, ready: list[bool]
     ) -> None:
         """Count drafts and tell the policy which were accepted.
 
         Drafts after a rejection or after the end of the completion tell nothing.
         """
-        self.counts.drafted += len(drafts)
-        for i in range(min(len(drafts), emitted)):
-            accepted = bool(tokens[i] == drafts[i])
-            self.counts.accepted += accepted and i + 1 < emitted
-            if sampled.confidences[i][row] > 0:
-                self.policy.accept.observe(sampled.confidences[i][row], accepted)
-            if not accepted:
-                return
-
-    def _extend(
-        self,
-        sequence: Sequence,
-        packed: Float[np.ndarray, "width fields"],
-        drafts: Int[np.ndarray, " drafts"],
-    ) -> tuple[FinishReason | None, str]:
-        """Append tokens up to the first that differs from its draft, or that ends the completion.
-
-        Returns how the completion ended, if it did, and the error if it ended with one.
-        """
-        output = sequence.output
-        for i, values in enumerate(packed):
-            token, bad_student, bad_teacher = map(int, values[:3])
-            if bad_student or bad_teacher:
-                return "error", bad_logits_message(len(output), bad_student, bad_teacher)
-            output.append(token)
-            sequence.trace.append(values[3:])
-            if token in self.settings.stop_ids:
-                return "stop", ""
-            if len(output) >= sequence.request.max_new_tokens or self._context_full(sequence):
-                return "length", ""
-            if i < len(drafts) and token != drafts[i]:
-                break
-        return None, ""
-
-    def _context_full(self, sequence: Sequence) -> bool:
-        pairs = zip(sequence.lengths, self.settings.limits.context_lengths, strict=True)
-        return any(limit is not None and known >= limit for known, limit in pairs)
+        count = sampled.width - 1
+        if not count:
+            return
+        self.counts.drafted += count * sum(ready)
+        places, emitted = np.arange(count), emission.counts[:, None]
+        accepted = drawing.accepted
+        tried = places < emitted
+        self.counts.accepted += int((accepted & (places + 1 < emitted)).sum())
+        confidences = np.stack(sampled.confidences, 1)
+        tried &= confidences > 0
+        self.policy.accept.observe(confidences[tried], accepted[tried])
 
     def _completion(self, sequence: Sequence, reason: FinishReason, error: str) -> Completion:
-        rows = np.stack(sequence.trace).tolist() if sequence.trace else []
+        trace = np.frombuffer(sequence.trace, np.float32).reshape(-1, len(TRACE_FIELDS))
+        columns = zip(TRACE_FIELDS, map(tuple, trace.T.tolist()), strict=True)
         names = sequence.captured[0] if sequence.captured else {}
         return Completion(
             request=sequence.request,
             token_ids=tuple(sequence.output),
             finish_reason=reason,
-            trace=TokenTrace.from_rows(rows),
+            trace=TokenTrace(dict(columns)),
             error=error,
             seconds=time.perf_counter() - sequence.started,
             captured={name: torch.stack([c[name] for c in sequence.captured]) for name in names},

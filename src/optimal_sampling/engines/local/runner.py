@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from optimal_sampling.engines.local.memory import BlockManager, Lengths
 from optimal_sampling.engines.local.rotary import LONG, split_by_row
 from optimal_sampling.engines.local.scheduler import Chunk, RoundPlan, Sequence
 
-__all__ = ["Cache", "CachedModel", "FlatCache", "ForwardPass", "ModelRunner"]
+__all__ = ["Cache", "CachedModel", "FlatCache", "ForwardPass", "ModelRunner", "Recordings"]
 
 
 class Cache(ABC):
@@ -70,6 +70,18 @@ class FlatCache(Cache):
         """Keys, then values, of all layers that have written."""
         return [*self._keys.values(), *self._values.values()]
 
+    def allocate(
+        self,
+        layer: int,
+        keys: Float[Tensor, "_ heads key_dim"],
+        values: Float[Tensor, "_ heads value_dim"],
+    ) -> None:
+        """Make a layer's memory for keys and values like these, where it has none."""
+        if layer not in self._keys:
+            # zeros, not empty: a masked key has weight 0, and 0 * NaN is NaN
+            made = [part.new_zeros(self.tokens, *part.shape[1:]) for part in (keys, values)]
+            self._keys[layer], self._values[layer] = made  # both, or none where memory is out
+
     def write(
         self,
         layer: int,
@@ -78,12 +90,35 @@ class FlatCache(Cache):
         values: Float[Tensor, "tokens heads value_dim"],
     ) -> None:
         """Store the tokens of one forward pass at these indices."""
-        if layer not in self._keys:
-            # zeros, not empty: a masked key has weight 0, and 0 * NaN is NaN
-            self._keys[layer] = keys.new_zeros(self.tokens, *keys.shape[1:])
-            self._values[layer] = values.new_zeros(self.tokens, *values.shape[1:])
+        self.allocate(layer, keys, values)
         self._keys[layer].index_copy_(0, index, keys)
         self._values[layer].index_copy_(0, index, values)
+
+    def free(self) -> None:
+        """Give the memory back, also where something still refers to this cache."""
+        self._keys.clear()
+        self._values.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Recordings:
+    """Shapes of forward passes that were recorded as CUDA graphs."""
+
+    count: int = 0
+    skipped: int = 0
+    """Those whose recording ran out of memory; they run unrecorded."""
+    off: str = ""
+    """Why nothing more is recorded; "" where recording goes on."""
+
+    def __add__(self, other: Recordings) -> Recordings:
+        off = self.off or other.off
+        return Recordings(self.count + other.count, self.skipped + other.skipped, off)
+
+    def __str__(self) -> str:
+        if self.off:
+            return f"off, because recording failed: {self.off}"
+        text = f"{self.count} shapes recorded" if self.count else "on, no shapes recorded yet"
+        return text + (f", {self.skipped} not: out of memory" if self.skipped else "")
 
 
 CacheT = TypeVar("CacheT", bound=Cache)
@@ -160,9 +195,12 @@ class ModelRunner(ABC, Generic[CacheT]):
     def drop_caches(self) -> None:
         """Free caches that were kept from earlier runs."""
 
-    def recorded_graphs(self) -> tuple[int, str] | None:
-        """(CUDA graphs recorded, why recording is off); None for a kind that records none."""
+    def recorded_graphs(self) -> Recordings | None:
+        """CUDA graphs recorded; None for a kind that records none."""
         return None
+
+    def prepare(self, cache: CacheT, rows: int, widths: Seq[int]) -> None:
+        """Do before the first round what passes of so many rows need, at these widths."""
 
 
 class CachedModel:
@@ -173,7 +211,12 @@ class CachedModel:
     ) -> None:
         self.runner = runner
         self.contexts = contexts
+        self._columns = list(contexts)
         self.cache: Cache = runner.open_cache(contexts, tokens, sequences)
+
+    def prepare(self, sequences: int, widths: Seq[int]) -> None:
+        """As in `ModelRunner`, for so many sequences."""
+        self.runner.prepare(self.cache, sequences * len(self.contexts), widths)
 
     def move(self, source: int, target: int, sequence: Sequence) -> None:
         """Copy a row's contexts, which are those of `sequence`, to another row."""
@@ -200,13 +243,17 @@ class CachedModel:
         `offset - 1` drafts are cached already, and only `drafts` are fed.
         """
         width = len(self.contexts)
-        not_ready = [row for row, ready in enumerate(plan.ready) if not ready]
-        idle = [row * width + i for row in not_ready for i in range(width)]
-        start = np.array([n[c] - 1 + offset for n in plan.lengths for c in self.contexts])
+        idle: list[int] = []
+        if not all(plan.ready):
+            not_ready = [row for row, ready in enumerate(plan.ready) if not ready]
+            idle = [row * width + i for row in not_ready for i in range(width)]
+        start = plan.lengths[:, self._columns].ravel() + (offset - 1)
         tokens = drafts.repeat_interleave(width, 0) if width > 1 else drafts
         chunks: list[Chunk] = []
         if offset == 0:
-            last = np.array([[s.last(c)] for s in rows for c in self.contexts])
+            last = np.array(
+                [[(s.outputs[c] or s.prompts[c])[-1]] for s in rows for c in self.contexts]
+            )
             tokens = torch.cat([to_device(last, drafts.device), tokens], 1)
             chunks = self._chunks(plan)
         done = self.runner.forward(self.cache, tokens, start, idle, chunks)

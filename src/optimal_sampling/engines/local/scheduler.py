@@ -1,6 +1,6 @@
 """Which sequences run next: admission, preemption, prompt chunks, width of a round.
 
-Plain Python, no tensors. A sequence has one *context* per model: its own prompt, then its output.
+No tensors. A sequence has one *context* per model: its own prompt, then its output.
 The running sequences are rows 0, 1, ... of every cache, without gaps.
 """
 
@@ -11,12 +11,15 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
-from optimal_sampling.engines.local.memory import KVMemory
+import numpy as np
+
+from optimal_sampling.engines.local.memory import KVMemory, Lengths
 from optimal_sampling.types import Request
 
-__all__ = ["Chunk", "Limits", "RoundPlan", "Scheduler", "Sequence"]
+__all__ = ["Chunk", "Limits", "RoundPlan", "Scheduler", "Sequence", "lengths_of"]
 
 
 @dataclass(slots=True, eq=False)
@@ -30,9 +33,8 @@ class Sequence:
     """Ids drawn so far, one list per context; the same list while the models share their ids."""
     cached: list[int] = field(default_factory=list)
     """Per context, the number of leading tokens whose keys and values are in the cache."""
-    granted: list[int] = field(default_factory=list)
-    """Per context, the number of pending tokens to cache in the round being planned."""
-    trace: list[Any] = field(default_factory=list)
+    trace: bytearray = field(default_factory=bytearray)
+    """The diagnostics of each token drawn so far, float32 in the order of TRACE_FIELDS."""
     captured: list[Any] = field(default_factory=list)
     lookup: Any = None
     """Index for drafts from this text, where the run drafts so."""
@@ -43,24 +45,21 @@ class Sequence:
     order: int = 0
     """Number of its first admission, from 1; the latest is preempted first."""
     started: float = field(default_factory=time.perf_counter)
+    noise_key: int = field(init=False)
+    """That of the request, hashed once."""
 
     def __post_init__(self) -> None:
         """Nothing is drawn and nothing is cached."""
         if not self.outputs:
             shared: list[int] = []
             self.outputs = (shared,) * len(self.prompts)
+        self.noise_key = self.request.noise_key
         self.evict()
 
     @property
     def output(self) -> list[int]:
         """Ids of the completion, in the first context's vocabulary."""
         return self.outputs[0]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Per context, the number of tokens known so far: prompt and output."""
-        pairs = zip(self.prompts, self.outputs, strict=True)
-        return [len(prompt) + len(output) for prompt, output in pairs]
 
     def known(self, context: int) -> int:
         """Number of tokens known so far: prompt and output."""
@@ -69,11 +68,6 @@ class Sequence:
     def pending(self, context: int) -> int:
         """Known tokens that must be cached before decoding, which itself feeds the last one."""
         return self.known(context) - 1 - self.cached[context]
-
-    def last(self, context: int) -> int:
-        """The last known token, which is fed to decode the next one."""
-        output = self.outputs[context]
-        return output[-1] if output else self.prompts[context][-1]
 
     def tokens(self, context: int, start: int, count: int) -> list[int]:
         """`count` known token ids from position `start`."""
@@ -85,6 +79,15 @@ class Sequence:
         """Forget what the caches hold. The output stays, and is recomputed like a prompt."""
         self.cached = [0] * len(self.prompts)
         self.long = [False] * len(self.prompts)
+
+
+def lengths_of(sequences: list[Sequence], contexts: int) -> Lengths:
+    """Tokens known so far of each sequence and context: prompt and output."""
+    columns = [
+        [len(s.prompts[context]) + len(s.outputs[context]) for s in sequences]
+        for context in range(contexts)
+    ]
+    return np.array(columns, dtype=np.int64).T
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +134,8 @@ class RoundPlan:
     """Per context."""
     moves: list[tuple[int, int]]
     """(from, to) rows to copy in every cache before anything else."""
-    lengths: list[list[int]]
-    """Per row and context, the tokens known before the round; caches need `width` more."""
+    lengths: Lengths
+    """The tokens known before the round; caches need `width` more."""
 
 
 class Scheduler:
@@ -150,6 +153,11 @@ class Scheduler:
         self.preemptions = 0
         self._admitted = 0
         self._holes: list[int] = []
+        self._granted: dict[Sequence, list[int]] = {}
+        """Per context, the number of pending tokens to cache in the round being planned.
+
+        Of sequences that have any pending.
+        """
 
     def next_round(self, source: Iterator[Sequence], width: int = 1) -> RoundPlan | None:
         """Plan a round of at most `width` tokens per row. None: nothing runs and nothing waits.
@@ -157,11 +165,13 @@ class Scheduler:
         Sequences that can never run are put on `rejected`, each with the reason; `source` may put
         some there too.
         """
+        self._granted.clear()
         live = self._preempt_until_it_fits()
+        lengths = self._lengths(live)
         left = [self.limits.prefill_chunk] * len(self.limits.context_lengths)
-        for sequence in live:
+        for sequence in self._reading(live, lengths):
             self._grant(sequence, left)
-        self._admit(source, live, left)
+        self._admit(source, lengths, left)
         moves = self._close_holes()
         return self._plan(width, moves) if self.running else None
 
@@ -172,17 +182,17 @@ class Scheduler:
     # memory
 
     def _preempt_until_it_fits(self) -> list[Sequence]:
-        """The sequences that go on, by admission.
+        """The sequences that go on.
 
         The one admitted last gives way, keeps its output, and is the first to wait.
         """
         holes = set(self._holes)
         live = [s for row, s in enumerate(self.running) if row not in holes]
-        live.sort(key=lambda s: s.order)
-        lengths = [s.lengths for s in live]
-        while live and not self.memory.fits(lengths, 1):
+        if live and self.memory.fits(self._lengths(live), 1):
+            return live
+        live.sort(key=attrgetter("order"))
+        while live and not self.memory.fits(self._lengths(live), 1):
             sequence = live.pop()
-            lengths.pop()
             sequence.evict()
             self._holes.append(self.running.index(sequence))
             if live:
@@ -193,18 +203,21 @@ class Scheduler:
         return live
 
     def _reject(self, sequence: Sequence) -> None:
-        lengths = sequence.lengths
-        need, have = self.memory.bytes_needed([lengths], 1) / 2**30, self.memory.budget / 2**30
+        lengths = self._lengths([sequence])
+        need, have = self.memory.bytes_needed(lengths, 1) / 2**30, self.memory.budget / 2**30
         message = (
-            f"a text of {max(lengths)} tokens needs {need:.3g} GiB of KV cache, "
+            f"a text of {lengths.max()} tokens needs {need:.3g} GiB of KV cache, "
             f"and the budget is {have:.3g} GiB; raise kv_memory_gib"
         )
         self.rejected.append((sequence, message))
 
+    def _lengths(self, sequences: list[Sequence]) -> Lengths:
+        return lengths_of(sequences, len(self.limits.context_lengths))
+
     # admission
 
-    def _admit(self, source: Iterator[Sequence], live: list[Sequence], left: list[int]) -> None:
-        lengths = [s.lengths for s in live]
+    def _admit(self, source: Iterator[Sequence], lengths: Lengths, left: list[int]) -> None:
+        """Place sequences beside those of these `lengths` while rows, memory and `left` allow."""
         while len(lengths) < self.limits.rows and min(left) > 0:
             if not self.waiting:
                 arrived = next(source, None)
@@ -212,15 +225,15 @@ class Scheduler:
                     return
                 self.waiting.append(arrived)
             sequence = self.waiting[0]
-            lengths.append(sequence.lengths)
-            if self.memory.fits(lengths, 1):
+            with_it = np.concatenate([lengths, self._lengths([sequence])])
+            if self.memory.fits(with_it, 1):
+                lengths = with_it
                 self.waiting.popleft()
                 self._place(sequence)
                 self._grant(sequence, left)
-            elif len(lengths) > 1:
+            elif len(lengths):
                 return
             else:
-                lengths.pop()
                 self._reject(self.waiting.popleft())
 
     def _place(self, sequence: Sequence) -> None:
@@ -232,16 +245,34 @@ class Scheduler:
         else:
             self.running.append(sequence)
 
-    def _grant(self, sequence: Sequence, left: list[int]) -> None:
-        """Its share of the round's prompt tokens, out of what is left per context."""
+    def _reading(self, live: list[Sequence], lengths: Lengths) -> list[Sequence]:
+        """The sequences whose caches lack tokens, by admission."""
+        if self.limits.rope_switches:
+            for sequence in live:
+                self._switch_rope(sequence)
+        cached = np.array([s.cached for s in live], dtype=np.int64).reshape(lengths.shape)
+        lacking = cached < lengths - 1
+        reading = [live[i] for i in np.flatnonzero(lacking.any(1))]
+        return sorted(reading, key=attrgetter("order"))
+
+    def _switch_rope(self, sequence: Sequence) -> None:
+        """Past a context's switch, all of it has to be cached anew."""
         for context, switch in enumerate(self.limits.rope_switches):
             long = switch is not None and sequence.known(context) > switch
             if long and not sequence.long[context]:
                 sequence.cached[context] = 0
                 sequence.long[context] = True
-        sequence.granted = [min(n, sequence.pending(c)) for c, n in enumerate(left)]
-        for context, count in enumerate(sequence.granted):
-            left[context] -= count
+
+    def _grant(self, sequence: Sequence, left: list[int]) -> None:
+        """Its share of the round's prompt tokens, out of what is left per context."""
+        if self.limits.rope_switches:
+            self._switch_rope(sequence)
+        pending = [sequence.pending(context) for context in range(len(left))]
+        if any(pending):
+            granted = [min(pair) for pair in zip(left, pending, strict=True)]
+            self._granted[sequence] = granted
+            for context, count in enumerate(granted):
+                left[context] -= count
 
     def _close_holes(self) -> list[tuple[int, int]]:
         """Move rows from the end to where a row ended and no admission took its place."""
@@ -262,25 +293,31 @@ class Scheduler:
     def _plan(self, width: int, moves: list[tuple[int, int]]) -> RoundPlan:
         chunks: list[list[Chunk]] = [[] for _ in self.limits.context_lengths]
         ready = [True] * len(self.running)
-        for row in sorted(range(len(self.running)), key=lambda r: self.running[r].order):
+        for row in self._granted_rows():
             sequence = self.running[row]
-            for context, count in enumerate(sequence.granted):
+            for context, count in enumerate(self._granted[sequence]):
                 ready[row] &= count == sequence.pending(context)
                 if count:
                     start = sequence.cached[context]
                     ids = sequence.tokens(context, start, count)
                     chunks[context].append(Chunk(row, start, ids, sequence.long[context]))
-        lengths = [s.lengths for s in self.running]
+        lengths = self._lengths(self.running)
         return RoundPlan(self._width(width, ready, lengths), ready, chunks, moves, lengths)
 
-    def _width(self, width: int, ready: list[bool], lengths: list[list[int]]) -> int:
+    def _granted_rows(self) -> list[int]:
+        """The rows that have tokens to cache, by admission."""
+        if not self._granted:
+            return []
+        rows = [row for row, sequence in enumerate(self.running) if sequence in self._granted]
+        return sorted(rows, key=lambda row: self.running[row].order)
+
+    def _width(self, width: int, ready: list[bool], lengths: Lengths) -> int:
         """No more than a ready row may draw, than contexts have room for, and than memory holds."""
         if width == 1:
             return 1
-        rows = [row for row, is_ready in enumerate(ready) if is_ready]
-        sequences = [self.running[row] for row in rows]
-        bounds = [width, *(room for row in rows for room in self._room(lengths[row]))]
-        left = [s.request.max_new_tokens - len(s.output) for s in sequences]
+        sequences = [s for s, is_ready in zip(self.running, ready, strict=True) if is_ready]
+        left = [s.request.max_new_tokens - len(s.outputs[0]) for s in sequences]
+        bounds = [width, *self._rooms(lengths[ready])]
         bounds.append(max(left, default=1))
         bounds.append(self.limits.positions // len(self.running))
         if any(s.lockstep for s in sequences):
@@ -290,11 +327,14 @@ class Scheduler:
             width //= 2
         return width
 
-    def _room(self, lengths: list[int]) -> list[int]:
-        """Widths that end at a context's last position, or at the last key before the boundary."""
-        pairs = zip(lengths, self.limits.context_lengths, strict=True)
-        room = [limit - known + 1 for known, limit in pairs if limit is not None]
-        pairs = zip(lengths, self.limits.rope_switches, strict=False)
-        room += [s - known + 1 for known, s in pairs if s is not None and known <= s]
-        boundary = self.limits.kv_boundary
-        return room + [boundary - known + 1 for known in lengths if known <= boundary]
+    def _rooms(self, lengths: Lengths) -> list[int]:
+        """Widths that end at a context's last position, or at the last key before a boundary."""
+        limits, boundary = self.limits, self.limits.kv_boundary
+        switches = limits.rope_switches or (None,) * len(limits.context_lengths)
+        rooms = []
+        for known, limit, switch in zip(lengths.T, limits.context_lengths, switches, strict=True):
+            if limit is not None:
+                rooms.append(limit - int(known.max(initial=0)) + 1)
+            before = [end for end in (switch, boundary) if end is not None]
+            rooms += [end - int(known[known <= end].max(initial=0)) + 1 for end in before]
+        return rooms

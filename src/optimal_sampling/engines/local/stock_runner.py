@@ -69,21 +69,20 @@ class StockManager(BlockManager):
     def __init__(self, contexts: tuple[int, ...], bytes_per_token: int, bytes_per_row: int) -> None:
         super().__init__(contexts, bytes_per_token)
         self.bytes_per_row = bytes_per_row
-        self._rows: list[int] = []
+        self._rows = np.zeros(0, dtype=np.int64)
 
     @property
     def held(self) -> int:
         """Bytes of the rows for which memory was reserved."""
-        return len(self._rows) * self.bytes_per_row + sum(self._rows) * self.bytes_per_token
+        return self._bytes(self._rows)
 
     def bytes_needed(self, lengths: Lengths, width: int) -> int:
         """Bytes of these sequences' rows."""
-        rows = self.row_lengths(lengths, width)
-        return len(rows) * self.bytes_per_row + sum(rows) * self.bytes_per_token
+        return self._bytes(self.row_lengths(lengths, width))
 
     def has_room(self, lengths: Lengths, width: int) -> bool:
         """Rows grow with every token."""
-        return self._rows == self.row_lengths(lengths, width)
+        return np.array_equal(self._rows, self.row_lengths(lengths, width))
 
     def reserve(self, lengths: Lengths, width: int) -> None:
         """Count these rows as held."""
@@ -91,7 +90,10 @@ class StockManager(BlockManager):
 
     def release(self) -> None:
         """No row is left."""
-        self._rows = []
+        self._rows = self._rows[:0]
+
+    def _bytes(self, rows: Int[np.ndarray, " rows"]) -> int:
+        return len(rows) * self.bytes_per_row + int(rows.sum()) * self.bytes_per_token
 
 
 class StockCache(Cache):

@@ -31,6 +31,7 @@ from optimal_sampling.distribution.arrays import (
     fill_rows,
     tensor_of,
 )
+from optimal_sampling.engines.device import to_device
 from optimal_sampling.engines.vllm.request_options import RequestOptions
 
 __all__ = ["LogitsRow", "Mixed", "mix"]
@@ -63,8 +64,9 @@ class Mixed:
         for places, solved in self.parts:
             if drawn.keys().isdisjoint(places):
                 continue
-            ids = torch.tensor([drawn.get(row, 0) for row in places], device=self.bad.device)
-            traced |= zip(places, trace_of(solved, ids).tolist(), strict=True)
+            ids = np.array([drawn.get(row, 0) for row in places])
+            trace = trace_of(solved, to_device(ids, self.bad.device))
+            traced |= zip(places, trace.tolist(), strict=True)
         return [traced[row] for row in rows]
 
 
@@ -89,15 +91,18 @@ def mix(
     teacher = teacher_logits[:, :vocab_size]
     student = None if student_logits is None else student_logits[:, :vocab_size]
     scores = teacher.new_full((len(rows), width), -torch.inf, dtype=torch.float32)
-    bad = torch.zeros(len(rows), 2, dtype=torch.bool, device=teacher.device)
+    device = teacher.device
+    bad = torch.zeros(len(rows), 2, dtype=torch.bool, device=device)
     parts = []
     for options, group in _groups(rows):
-        for part in row_slices(len(group), vocab_size, teacher.device):
+        for part in row_slices(len(group), vocab_size, device):
             places = group[part]
-            index = part if len(group) == len(rows) else torch.tensor(places)
-            position = torch.tensor([max(rows[place].position, 0) for place in places])
+            index = part if len(group) == len(rows) else to_device(np.array(places), device)
+            position = np.array([max(rows[place].position, 0) for place in places])
             group_student = None if student is None else student[index]
-            solved, group_scores = _solve(group_student, teacher[index], position, options)
+            solved, group_scores = _solve(
+                group_student, teacher[index], to_device(position, device), options
+            )
             scores[index, :vocab_size] = group_scores
             bad[index] = _bad(solved)
             parts.append((places, solved))
@@ -126,7 +131,7 @@ def _solve(
         return solved, torch.where(bad, 0.0, teacher.float())
     pair = make_pair(student, teacher, mixture)
     # ESS costs another pass over the vocabulary
-    solved = solve(pair, position.to(teacher.device), mixture, ess=options.trace == "full")
+    solved = solve(pair, position, mixture, ess=options.trace == "full")
     scores = log_q(solved)
     if pair.maybe_bad:
         fill_rows(scores, pair.bad, 0.0)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from optimal_sampling.engines.device import to_device
 
 __all__ = ["ModelBatch", "Span"]
 
@@ -79,23 +80,23 @@ class ModelBatch:
         active = [spans[index] for index in requests]
         counts = [span.end - span.begin for span in active]
         device = input_ids.device
-        places = _ranges([plan_ends[index] for index in requests], counts).to(device)
+        places = to_device(_ranges([plan_ends[index] for index in requests], counts), device)
         return cls(
             input_ids=_replace_prompts(input_ids[places], active, counts),
-            positions=_ranges([span.end for span in active], counts).to(device),
+            positions=to_device(_ranges([span.end for span in active], counts), device),
             places=places,
             requests=requests,
             query_lengths=counts,
             lengths=[span.end for span in active],
-            owners=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device),
+            owners=to_device(np.repeat(np.arange(len(counts)), counts), device),
         )
 
 
-def _ranges(ends: Sequence[int], counts: Sequence[int]) -> Int[Tensor, " tokens"]:
+def _ranges(ends: Sequence[int], counts: Sequence[int]) -> Int[np.ndarray, " tokens"]:
     """The `count` integers before each end, one range after another."""
     empty = np.zeros(0, dtype=np.int64)
     ranges = [np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]
-    return torch.from_numpy(np.concatenate([empty, *ranges]))
+    return np.concatenate([empty, *ranges])
 
 
 def _replace_prompts(

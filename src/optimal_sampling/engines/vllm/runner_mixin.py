@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,6 +19,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.engines.base import bad_logits_message
+from optimal_sampling.engines.device import to_device
 from optimal_sampling.engines.vllm.mixing import LogitsRow
 from optimal_sampling.engines.vllm.model_batch import ModelBatch, Span
 from optimal_sampling.engines.vllm.request_options import (
@@ -187,7 +189,7 @@ class RunnerMixin:
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Attention metadata and slots of one model's layers, in the requests' own blocks."""
         blocks, size = self._blocks()
-        blocks = blocks[torch.tensor(batch.requests, device=blocks.device)].contiguous()
+        blocks = blocks[to_device(np.array(batch.requests), blocks.device)].contiguous()
         block = blocks[batch.owners, batch.positions // size].long()
         slots = block * size + batch.positions % size
         common = self._common_metadata(batch, blocks, slots)
@@ -204,14 +206,13 @@ class RunnerMixin:
         blocks: Int[Tensor, "requests blocks"],
         slots: Int[Tensor, " tokens"],
     ) -> CommonAttentionMetadata:
-        starts = torch.zeros(len(batch.requests) + 1, dtype=torch.int32)
-        torch.cumsum(torch.tensor(batch.query_lengths), 0, out=starts[1:])
-        lengths = torch.tensor(batch.lengths, dtype=torch.int32)
+        starts = np.cumsum([0, *batch.query_lengths], dtype=np.int32)
+        lengths = np.array(batch.lengths, dtype=np.int32)
         return CommonAttentionMetadata(
-            query_start_loc=starts.to(self.device),
-            query_start_loc_cpu=starts,
-            seq_lens=lengths.to(self.device),
-            seq_lens_cpu_upper_bound=lengths,
+            query_start_loc=to_device(starts, self.device),
+            query_start_loc_cpu=torch.from_numpy(starts),
+            seq_lens=to_device(lengths, self.device),
+            seq_lens_cpu_upper_bound=torch.from_numpy(lengths),
             num_reqs=len(batch.requests),
             num_actual_tokens=len(batch.input_ids),
             max_query_len=max(batch.query_lengths),

@@ -26,28 +26,35 @@ def one_segment(query, keys, values, scale, window):
     return torch.einsum("hqk,khd->qhd", weights, values)
 
 
-def fake_varlen_attn(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
-    return_aux=None, scale=None, window_size=(-1, -1),
-    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+def fake_operator(
+    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
+    return_debug_mask, *, scale=None, window_size_left=None, window_size_right=None,
+    seqused_k=None, alibi_slopes=None,
 ):  # fmt: skip
-    """torch.nn.attention.varlen.varlen_attn of PyTorch, which takes no table of pages."""
-    assert block_table is None
-    assert cu_seq_q.dtype == cu_seq_k.dtype == seqused_k.dtype == torch.int32
-    assert len(cu_seq_q) == len(cu_seq_k) == len(seqused_k) + 1
+    """aten::_flash_attention_forward over ragged rows, with what it takes from PyTorch 2.9 on."""
+    assert not dropout_p
+    assert not return_debug_mask
+    assert alibi_slopes is None
+    assert cum_seq_q.dtype == cum_seq_k.dtype == seqused_k.dtype == torch.int32
+    assert len(cum_seq_q) == len(cum_seq_k) == len(seqused_k) + 1
     assert query.is_contiguous()
-    assert enable_gqa or query.shape[1] == key.shape[1]
-    assert cu_seq_q[-1] == len(query)
+    assert query.shape[1] % key.shape[1] == 0
+    assert cum_seq_q[-1] == len(query)
+    left, right = window_size_left, 0 if is_causal else window_size_right
     output = torch.full_like(query, torch.nan)
     for i, used in enumerate(seqused_k.tolist()):
-        first, end = cu_seq_q[i : i + 2].tolist()
+        first, end = cum_seq_q[i : i + 2].tolist()
         assert end - first <= max_q
         assert used <= max_k
-        seen = slice(int(cu_seq_k[i]), int(cu_seq_k[i]) + used)
+        assert right == 0 or end - first == 1
+        seen = slice(int(cum_seq_k[i]), int(cum_seq_k[i]) + used)
         output[first:end] = one_segment(
-            query[first:end], key[seen], value[seen], scale, window_size
+            query[first:end], key[seen], value[seen], scale, (left, right)
         )
-    return output
+    return output, None, None, None, None
+
+
+fake_operator.default = torch.ops.aten._flash_attention_forward.default
 
 
 def fake_flash_attn_varlen_func(
@@ -83,7 +90,7 @@ def fake_flash_attn_varlen_func(
 @pytest.fixture
 def flash_on_cpu(monkeypatch):
     """Whatever the device and the precision, Flash Attention is there."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen_attn)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", fake_operator)
     package = types.ModuleType("flash_attn")
     package.__spec__ = ModuleSpec("flash_attn", None)
     package.flash_attn_varlen_func = fake_flash_attn_varlen_func

@@ -1,25 +1,39 @@
 """Which attention runs, and what a user is told about it."""
 
 import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from optimal_sampling.config import LocalOptions
+from optimal_sampling.engines.local.attention import AttentionCall
 from optimal_sampling.engines.local.paged import attention_backends
 from optimal_sampling.engines.local.paged.attention_backends import (
+    FlashOperator,
     choose_backend,
     flash_attn,
+    installed_operator,
     varlen,
 )
+from optimal_sampling.engines.local.paged.page_cache import BatchShape
 from optimal_sampling.errors import ConfigError, MissingDependencyError
+from tests.distribution.test_fused import needs_triton
 from tests.engines.local.conftest import engine_of, tiny_model
+from tests.engines.local.paged.conftest import fake_operator
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+LINES = (Path(__file__).parent / "data" / "flash_schemas.txt").read_text().splitlines()
+SCHEMAS = dict(line.split("  ", 1) for line in LINES if not line.startswith("#"))
+"""`aten::_flash_attention_forward` by version of PyTorch."""
 
 
 @pytest.fixture
 def ampere(monkeypatch):
+    """A GPU that Flash Attention runs on, without Triton."""
+    monkeypatch.setattr(attention_backends, "triton_version", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
 
@@ -29,6 +43,14 @@ class TestOnAGpu:
         choice = choose_backend("auto", CUDA, BF16, {128}, set())
         assert choice.backend is varlen
         assert "Flash Attention 2 auto-enabled" in choice.note
+        assert "split-KV" not in choice.note
+
+    @needs_triton
+    def test_auto_decodes_with_split_kv_where_triton_runs(self, monkeypatch):
+        monkeypatch.setattr(attention_backends, "triton_version", lambda: "3.7.1")
+        choice = choose_backend("auto", CUDA, BF16, {128}, set())
+        assert choice.backend.__qualname__.startswith("split_or")
+        assert "decoding with split-KV (Triton 3.7.1)" in choice.note
 
     @pytest.mark.parametrize(
         ("dtype", "dims", "needs", "reason"),
@@ -51,18 +73,58 @@ class TestOnAGpu:
         with pytest.raises(MissingDependencyError, match="pip install 'flash-attn"):
             choose_backend("flash_attn", CUDA, BF16, {128}, set())
 
-    def test_an_old_pytorch_takes_the_package_or_falls_back(self, monkeypatch):
-        monkeypatch.setattr(attention_backends, "_varlen_exists", lambda: False)
+    def test_an_operator_that_lacks_arguments_leaves_the_package_or_slots(self, monkeypatch):
+        """Guards: a fallback several times slower whose cause and cost nobody is told."""
+        old = FlashOperator.of(SCHEMAS["2.9.1"].replace("Tensor? seqused_k=None, ", ""))
+        choose = partial(choose_backend, operator=old)
         monkeypatch.setitem(sys.modules, "flash_attn", None)
-        assert (
-            "flash-attn is not installed" in choose_backend("auto", CUDA, BF16, {128}, set()).note
-        )
+        note = choose("auto", CUDA, BF16, {128}, set()).note
+        assert "flash-attn is not installed" in note
+        assert "does not take seqused_k" in note
+        assert "4 to 8 times slower" in note
         monkeypatch.setitem(sys.modules, "flash_attn", sys)
-        choice = choose_backend("auto", CUDA, BF16, {128}, set())
+        choice = choose("auto", CUDA, BF16, {128}, set())
         assert choice.backend is flash_attn
         assert "flash-attn package" in choice.note
-        with pytest.raises(ConfigError, match="has no varlen_attn"):
-            choose_backend("varlen", CUDA, BF16, {128}, set())
+        with pytest.raises(ConfigError, match="does not take seqused_k"):
+            choose("varlen", CUDA, BF16, {128}, set())
+
+    @pytest.mark.parametrize("version", list(SCHEMAS))
+    def test_every_supported_pytorch_has_the_operator(self, version):
+        """Guards: slots on a PyTorch whose own Flash Attention could read the pages."""
+        operator = FlashOperator.of(SCHEMAS[version])
+        assert not operator.problem
+        later = version not in ("2.9.0", "2.9.1", "2.10.0", "2.11.0")
+        assert ({"block_table", "num_splits"} <= operator.takes) == later
+        choice = choose_backend("auto", CUDA, BF16, {128}, set(), operator)
+        assert choice.backend is varlen
+
+
+def test_the_schemas_name_what_the_installed_operator_takes():
+    """Guards: fixtures that PyTorch does not print, and a parser that reads fixtures alone."""
+    series = torch.__version__.split("+")[0].rsplit(".", 1)[0]
+    listed = [text for version, text in SCHEMAS.items() if version.startswith(series + ".")]
+    assert FlashOperator.of(listed[-1]) == installed_operator()
+
+
+@pytest.mark.parametrize("width", [1, 5])
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_call_binds_to_the_real_operator(width, window):
+    """Guards: an argument that the installed operator does not have; needs no GPU."""
+    heads, dim, rows, page = 4, 64, 3, 256
+    tokens = rows * width
+    query = torch.empty(heads, tokens, dim, device="meta", dtype=BF16)
+    keys = torch.empty(4 * page, 2, dim, device="meta", dtype=BF16)
+    ints = partial(torch.empty, device="meta", dtype=torch.int32)
+    shape = BatchShape(tokens, rows, width, 300, tokens)
+    plan = SimpleNamespace(
+        batch=SimpleNamespace(shape=shape),
+        query_ends=ints(rows + 1),
+        key_starts=ints(rows + 1),
+        keys_used=ints(rows),
+    )
+    call = AttentionCall(0, query, 0.1, window, None, None)
+    assert varlen(call, keys, keys, plan).shape == (tokens, heads, dim)
 
 
 def test_an_old_gpu_falls_back_by_name(monkeypatch):
@@ -82,20 +144,19 @@ def test_on_a_cpu():
 
 def test_a_backend_that_is_wrong_is_not_used(flash_on_cpu, monkeypatch):
     """Guards: a backend whose numbers are wrong on some GPU, unnoticed by the check at load."""
-    from tests.engines.local.paged.conftest import fake_varlen_attn
 
-    monkeypatch.setattr(
-        "torch.nn.attention.varlen.varlen_attn",
-        lambda *args, window_size, **kwargs: fake_varlen_attn(*args, window_size=(2, 0), **kwargs),
-    )
-    monkeypatch.setattr(attention_backends, "_varlen_exists", lambda: True)
+    def wrong(*args, window_size_left, **kwargs):
+        return fake_operator(*args, window_size_left=2, **kwargs)
+
+    wrong.default = fake_operator.default
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", wrong)
     engine = engine_of(tiny_model(1), tiny_model(2))
-    assert not engine.pair.recorded_graphs
+    assert engine.pair.recorded_graphs is None
     assert "failed its check" in engine.notes()["attention"]
 
 
 def test_one_model_that_cannot_decides_for_both(flash_on_cpu):
     engine = engine_of(tiny_model(1), tiny_model(2, kind="Gemma2", sliding_window=5))
-    assert not engine.pair.recorded_graphs
+    assert engine.pair.recorded_graphs is None
     assert "soft caps" in engine.notes()["attention"]
     assert "teacher" in engine.notes()["attention"]

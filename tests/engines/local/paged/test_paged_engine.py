@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optimal_sampling.engines.local.paged.page_manager import PAGE
+from optimal_sampling.engines.local.paged.page_cache import PageCache
+from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
 from optimal_sampling.types import Request
 from tests.engines.conformance import EngineConformance, Harness, by_key, requests_of
@@ -129,6 +130,22 @@ def test_recorded_shapes_are_few_and_used_again(models, flash_on_cpu):
     )
 
 
+def test_the_full_batch_is_recorded_before_the_first_round(models, flash_on_cpu):
+    """Guards: shapes recorded at start-up that no round has, and a cache they spoil."""
+    requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 16, new=12)
+    for drafts, passes in ((0, 2), (3, 2), ("auto", 1 + 4)):
+        engine = paged_engine(*models, draft_tokens=drafts, batch_size=16)
+        before = FakeRecorder.recorded
+        engine._new_loop().close()
+        made = FakeRecorder.recorded - before
+        assert made == passes, "keys up to 512, as the context is shorter"
+        runners = engine.pair.runners.values()
+        shapes = {shape for r in runners for g in r.graphs.values() for shape in g._recorded}
+        assert {shape.segments for shape in shapes} == {16}
+        expected = texts(engine_of(*models, attention="sdpa").generate(requests))
+        assert texts(engine.generate(requests)) == expected
+
+
 def test_a_model_that_cannot_be_recorded_runs_all_the_same(models, flash_on_cpu):
     """Guards: a crash in the third round of a model that waits for the host."""
 
@@ -155,3 +172,31 @@ def test_an_idle_rows_work_is_never_read(models, flash_on_cpu):
             with torch.inference_mode():
                 memory[:PAGE] = torch.nan
     assert texts(engine.generate(requests)) == expected
+
+
+def test_a_cache_of_another_size_gives_its_memory_back(models, flash_on_cpu):
+    """Guards: a run in another mode that is out of memory, as something refers to the last one."""
+    engine = paged_engine(*models)
+    requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 4, new=5)
+    texts(engine.generate(requests))
+    before = [runner.released[0] for runner in engine.pair.runners.values()]
+    engine.options = replace(engine.options, kv_memory_gib=0.002)
+    texts(engine.generate(requests))
+    assert [cache.memories() for cache in before] == [[], []]
+    now = [runner.released[0] for runner in engine.pair.runners.values()]
+    assert all(cache.memories() for cache in now)
+
+
+def test_a_layer_whose_values_do_not_fit_has_no_keys_either():
+    """Guards: KeyError in the run after one that was out of memory."""
+
+    class TooLarge(torch.Tensor):
+        def new_zeros(self, *shape):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    cache = PageCache(PageManager((0,), 1, 2), [])
+    token = torch.ones(1, 1, 8)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.write(0, torch.tensor([0]), token, token.as_subclass(TooLarge))
+    cache.write(0, torch.tensor([0]), token, token)
+    assert len(cache.memories()) == 2

@@ -11,7 +11,7 @@ their own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,26 +109,29 @@ def lay_out(
     memory: PageManager,
     start: Int[np.ndarray, " rows"],
     width: int,
-    idle: Collection[int],
+    idle: Sequence[int],
     chunks: Sequence[Chunk],
 ) -> tuple[Int[np.ndarray, " numbers"], BatchShape]:
     """`Batch.numbers` of these chunks and of `width` tokens per row from position `start` on.
 
     Idle rows read the scratch page, and write its first token.
     """
-    idle = set(idle)
-    segments = [(memory.start(c.row), c.start, len(c.ids)) for c in chunks]
-    segments += [
-        (0, 0, width) if row in idle else (memory.start(row), first, width)
-        for row, first in enumerate(start.tolist())
-    ]
-    bases, firsts, counts = np.array(segments, dtype=np.int64).T
+    bases, firsts = np.zeros_like(start), start.copy()
+    held = memory.starts[: len(start)]
+    bases[: len(held)] = held
+    if len(idle):
+        scratch = list(idle)
+        bases[scratch] = firsts[scratch] = 0
+    counts = np.full(len(start), width)
+    if chunks:
+        read = np.array([(held[c.row], c.start, len(c.ids)) for c in chunks])
+        bases, firsts, counts = np.concatenate([read, np.stack([bases, firsts, counts], 1)]).T
     ends = np.concatenate([[0], np.cumsum(counts)])
     within = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
     positions = within + np.repeat(firsts, counts)
-    write = positions + np.repeat(bases, counts)
+    origins = np.repeat(bases, counts)
+    write = (positions + origins) * (origins > 0)
     keys = firsts + counts
-    write[np.repeat(bases == 0, counts)] = 0
     shape = BatchShape(
         tokens=int(ends[-1]),
         segments=len(counts),

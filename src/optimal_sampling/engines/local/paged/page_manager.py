@@ -1,4 +1,4 @@
-"""Which pages of one cache every row holds. Plain Python, no tensors.
+"""Which pages of one cache every row holds. No tensors.
 
 A row holds one *extent*: neighbouring pages. So an attention backend needs only the place where
 the extent starts, which is all that PyTorch's own Flash Attention takes. An extent that grows may
@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optimal_sampling.engines.local.memory import BlockManager, Lengths, round_up
+import numpy as np
+from jaxtyping import Int
+
+from optimal_sampling.engines.local.memory import BlockManager, Lengths
 
 __all__ = ["PAGE", "SPARE", "Copy", "Extent", "ExtentAllocator", "PageManager"]
 
@@ -53,15 +56,15 @@ class PageManager(BlockManager):
     @property
     def held(self) -> int:
         """Bytes of the pages that rows hold; the memory of all pages is there from the start."""
-        return self._bytes(sum(extent.pages for extent in self.allocator.rows))
+        return self._bytes(int(self.allocator.counts.sum()))
 
     def bytes_needed(self, lengths: Lengths, width: int) -> int:
         """Bytes of whole pages."""
-        return self._bytes(sum(self._pages(lengths, width)))
+        return self._bytes(int(self._pages(lengths, width).sum()))
 
     def fits(self, lengths: Lengths, width: int) -> bool:
         """Whether there are enough pages."""
-        return sum(self._pages(lengths, width)) <= self.pages
+        return bool(self._pages(lengths, width).sum() <= self.pages)
 
     def has_room(self, lengths: Lengths, width: int) -> bool:
         """Never: resizing also frees the extents of rows that ended."""
@@ -71,19 +74,25 @@ class PageManager(BlockManager):
         """Resize all extents. Returns the copies to make, one after the other."""
         pages = self._pages(lengths, width)
         # without spare pages, rows of equal length would all move in the same round
-        roomy = [round_up(count, SPARE) for count in pages]
-        return self.allocator.resize(roomy if sum(roomy) <= self.pages else pages)
+        roomy = -(-pages // SPARE) * SPARE
+        return self.allocator.resize(roomy if roomy.sum() <= self.pages else pages)
 
     def move(self, source: int, target: int) -> None:
         """Exchange the extents of two rows."""
         self.allocator.swap(source, target)
 
-    def start(self, row: int) -> int:
-        """Index of a row's first token in a layer's memory."""
-        return self.allocator.rows[row].start * PAGE
+    @property
+    def starts(self) -> Int[np.ndarray, " rows"]:
+        """Index of each row's first token in a layer's memory."""
+        return self.allocator.starts * PAGE
 
-    def _pages(self, lengths: Lengths, width: int) -> list[int]:
-        return [-(-tokens // PAGE) for tokens in self.row_lengths(lengths, width)]
+    @property
+    def rooms(self) -> Int[np.ndarray, " rows"]:
+        """Tokens that each row's pages hold."""
+        return self.allocator.counts * PAGE
+
+    def _pages(self, lengths: Lengths, width: int) -> Int[np.ndarray, " rows"]:
+        return -(-self.row_lengths(lengths, width) // PAGE)
 
     def _bytes(self, pages: int) -> int:
         return pages * PAGE * self.bytes_per_token
@@ -96,15 +105,39 @@ class ExtentAllocator:
         self.pages = pages
         self.first = first
         self.rows: list[Extent] = []
+        self._table: Int[np.ndarray, "starts_and_counts rows"] | None = None
 
-    def resize(self, wanted: list[int]) -> list[Copy]:
+    @property
+    def starts(self) -> Int[np.ndarray, " rows"]:
+        """First page of each row."""
+        starts: Int[np.ndarray, " rows"] = self._extents()[0]
+        return starts
+
+    @property
+    def counts(self) -> Int[np.ndarray, " rows"]:
+        """Pages of each row."""
+        counts: Int[np.ndarray, " rows"] = self._extents()[1]
+        return counts
+
+    def _extents(self) -> Int[np.ndarray, "starts_and_counts rows"]:
+        """Made once per change of the rows: most rounds change none."""
+        if self._table is None:
+            pairs = [(extent.start, extent.pages) for extent in self.rows]
+            self._table = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        return self._table
+
+    def resize(self, wanted: Int[np.ndarray, " rows"] | list[int]) -> list[Copy]:
         """Give row i `wanted[i]` pages and free the rows beyond.
 
         Returns the copies to make, one after the other. Raises ValueError where more pages are
         wanted than there are.
         """
+        if np.array_equal(wanted, self.counts):
+            return []
+        wanted = np.asarray(wanted).tolist()
         if sum(wanted) > self.pages:
             raise ValueError(f"{sum(wanted)} pages are wanted, and there are {self.pages}")
+        self._table = None
         for extent, pages in zip(self.rows, wanted, strict=False):
             extent.pages = min(extent.pages, pages)
         del self.rows[len(wanted) :]
@@ -118,6 +151,7 @@ class ExtentAllocator:
     def swap(self, a: int, b: int) -> None:
         """Exchange two rows' extents."""
         self.rows[a], self.rows[b] = self.rows[b], self.rows[a]
+        self._table = None
 
     def _grow(self, row: int, pages: int) -> list[Copy]:
         """In place where the pages behind are free, else in the first gap, else by compaction."""

@@ -22,9 +22,10 @@ from optimal_sampling.engines.device import to_device
 from optimal_sampling.engines.local.memory import round_up
 from optimal_sampling.engines.local.paged.attention_backends import Backend, PagePlan
 from optimal_sampling.engines.local.paged.cuda_graphs import CudaRecorder, Graphs, Recorder
+from optimal_sampling.engines.local.paged.fused_decoder import FusedDecoder
 from optimal_sampling.engines.local.paged.page_cache import Batch, PageCache, lay_out
 from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
-from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner
+from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner, Recordings
 from optimal_sampling.engines.local.scheduler import Chunk
 
 __all__ = ["PageRunner"]
@@ -32,6 +33,8 @@ __all__ = ["PageRunner"]
 WIDTHS = (1, 2, 3, 5, 9, 17)
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 LEAST_KEYS = 512
+START_KEYS = (512, 1024)
+"""Keys of the shapes that are recorded before the first round, at the full batch."""
 
 
 def next_of(sizes: Sequence[int], value: int) -> int:
@@ -39,12 +42,25 @@ def next_of(sizes: Sequence[int], value: int) -> int:
     return next((size for size in sizes if size >= value), round_up(value, sizes[-1]))
 
 
+def power_of_two(value: int) -> int:
+    """The first that is not less."""
+    return 1 << (value - 1).bit_length()
+
+
 class PageRunner(ModelRunner[PageCache]):
     """A model with its attention backend, and released caches with the graphs recorded on them."""
 
-    def __init__(self, model: Any, vocab_size: int, bytes_per_token: int, backend: Backend) -> None:
+    def __init__(
+        self,
+        model: Any,
+        vocab_size: int,
+        bytes_per_token: int,
+        backend: Backend,
+        fused: bool = False,
+    ) -> None:
         super().__init__(model, vocab_size, bytes_per_token)
         self.backend = backend
+        self.decoder = FusedDecoder(model) if fused else None
         config = model.config.get_text_config()
         self.longest: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.new_recorder: Callable[[], Recorder] | None = (
@@ -75,12 +91,32 @@ class PageRunner(ModelRunner[PageCache]):
         for cache in self.released:
             if cache not in kept:
                 self.graphs.pop(cache, None)
+                cache.free()
         self.released.clear()
 
-    def recorded_graphs(self) -> tuple[int, str] | None:
-        """Over all caches, and the first reason why recording is off."""
-        graphs = self.graphs.values()
-        return sum(map(len, graphs)), next((g.off for g in graphs if g.off), "")
+    def recorded_graphs(self) -> Recordings:
+        """Over all caches."""
+        return sum((graphs.recordings for graphs in self.graphs.values()), Recordings())
+
+    @torch.inference_mode()
+    def prepare(self, cache: PageCache, rows: int, widths: Sequence[int]) -> None:
+        """Record passes over so many rows, all of them idle, for texts of START_KEYS tokens.
+
+        A graph serves other numbers than it was recorded with, and the first pass of all, which
+        cannot be recorded, is not a round's.
+        """
+        graphs = self.graphs.get(cache)
+        if graphs is None:
+            return
+        rows = next_of(ROWS, rows)
+        start = np.zeros(rows, dtype=np.int64)
+        most_keys = max(LEAST_KEYS, power_of_two(self.longest))
+        for width in sorted({next_of(WIDTHS, each) for each in widths}):
+            numbers, shape = lay_out(cache.manager, start, width, range(rows), ())
+            ids = torch.zeros(shape.tokens, dtype=torch.int64, device=self.device)
+            for keys in (each for each in START_KEYS if each <= most_keys):
+                given = replace(shape, max_keys=keys)
+                graphs.prepare(Batch(given, ids, to_device(numbers, self.device)))
 
     @torch.inference_mode()
     def forward(
@@ -126,21 +162,21 @@ class PageRunner(ModelRunner[PageCache]):
         start = np.pad(start, (0, more_rows))
         numbers, shape = lay_out(cache.manager, start, padded_width, idle, ())
         numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], ())
-        shape = replace(shape, max_keys=max(LEAST_KEYS, 1 << (shape.max_keys - 1).bit_length()))
+        shape = replace(shape, max_keys=max(LEAST_KEYS, power_of_two(shape.max_keys)))
         return Batch(shape, ids, to_device(numbers, self.device)), padded_width
 
     def _padded_width(self, cache: PageCache, start: Int[np.ndarray, " rows"], width: int) -> int:
         """The next of WIDTHS; `width` where a row's pages or the model's positions end before."""
         wanted = next_of(WIDTHS, width)
-        extents = cache.manager.allocator.rows[: len(start)]
-        ends = [min(extent.pages * PAGE, self.longest) for extent in extents]
-        room = all(first + wanted <= end for first, end in zip(start, ends, strict=True))
-        return wanted if room else width
+        ends = np.minimum(cache.manager.rooms[: len(start)], self.longest)
+        return wanted if (start + wanted <= ends).all() else width
 
     def _run(
         self, cache: PageCache, batch: Batch
     ) -> tuple[Float[Tensor, "outputs vocab"], PagePlan]:
         plan = PagePlan(cache, batch, self.backend)
+        if self.decoder is not None:
+            return self.decoder(batch.ids, plan), plan
         logits = self.model(
             input_ids=batch.ids[None],
             position_ids=plan.positions[None],

@@ -1,0 +1,195 @@
+"""Registers, stack, shared memory and occupancy of every Triton program on an H100. Needs no GPU.
+
+    python benchmarks/gpu/registers.py [--check]
+
+`--check` also compiles for sm_80 and for the other alpha methods, and fails where a program keeps
+more than SPILLED bytes of a thread in memory. It is one of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from optimal_sampling.distribution.gpu import launch, programs
+from optimal_sampling.engines.local.paged import layer_ops, layer_programs
+
+SPILLED = 64
+"""Bytes of stack per thread, of which some are not spills."""
+REGISTERS, WARPS, BLOCKS, SHARED = 65_536, 64, 32, 228 * 1024
+"""Of one multiprocessor of an H100: CUDA C++ Programming Guide, compute capability 9.0."""
+TYPES = {
+    "batch": programs.Batch("*bf16", "*bf16", "i32", "i32", "i32", "i32", "fp32"),
+    "noise": programs.Noise("*i32", "i32", "*i64", "*i64"),
+    "settings": programs.Settings._make(["fp32"] * len(programs.Settings._fields)),
+    "outputs": programs.Outputs("*i64", "*fp32", "*i1", "*i1"),
+    "position": "*i64",
+    "work": programs.Work("*fp64", "*fp64", "*fp64"),
+    "measured": "*fp64",
+    "solved": "*fp64",
+    "mixed": "*fp64",
+    "drafted": "*fp64",
+    "tokens": "*i64",
+    "pieces": "i32",
+}
+ALIGNED = {"student_stride", "teacher_stride", "vocab", "stride"}
+CONSTANTS = {
+    "METHOD": "kl_symmetry",
+    "HASHED": True,
+    "PASS": 2,
+    "PASSES": launch.SIZES.passes,
+    "WIDTH": 32,
+    "PIECE": launch.SIZES.piece,
+    "BLOCK": launch.SIZES.block,
+    "STAGES": launch.SIZES.stages,
+}
+MIXTURE = {
+    "measure": launch._LAUNCH,
+    "refine": launch._LAUNCH,
+    "solve": launch._LAUNCH,
+    "mix": launch._LAUNCH,
+    "finish": launch._SMALL,
+    "draft": launch._LAUNCH,
+    "choose": launch._SMALL,
+}
+LAYER_TYPES = {
+    **dict.fromkeys(("residual", "x", "weight", "out", "qkv", "cos", "sin", "gate_up"), "*bf16"),
+    **dict.fromkeys(("q_weight", "k_weight", "keys", "values", "query"), "*bf16"),
+    "index": "*i64",
+    "position": "*i64",
+    "positions": "i32",
+    "eps": "fp32",
+}
+LAYER_SIZES = {
+    "add_rms_norm": {"SIZE": 2048, "BLOCK": 2048, "ADD": True},
+    "rotate_and_store": {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "BLOCK": 64, "NORM": True},
+    "silu_mul": {"SIZE": 11_008, "BLOCK": layer_ops.SILU_BLOCK},
+}
+"""Of Qwen2.5-3B, with the head norms of Qwen3."""
+METHODS = ("reverse_kl_symmetry", "ess_balance", "schedule")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one compiled program."""
+
+    registers: int
+    stack: int
+    """Bytes per thread: what was spilled, and arrays."""
+    shared: int
+    """Bytes per block."""
+    warps: int
+
+    @property
+    def blocks(self) -> int:
+        """Most blocks at once on one multiprocessor."""
+        per_warp = -(-self.registers * 32 // 256) * 256
+        by_registers = REGISTERS // per_warp // self.warps
+        return min(BLOCKS, WARPS // self.warps, by_registers, SHARED // (self.shared + 1024))
+
+    def __str__(self) -> str:
+        occupancy = self.blocks * self.warps / WARPS
+        return (
+            f"{self.registers:3} registers x {32 * self.warps:3} threads, stack {self.stack:3} B, "
+            f"shared {self.shared:6} B, {self.blocks:2} blocks per SM, occupancy {occupancy:4.0%}"
+        )
+
+
+def compiled(
+    function: object,
+    types: dict[str, object],
+    constants: dict[str, object],
+    options: dict[str, object],
+    generation: int = 90,
+) -> Usage:
+    """Compile a program for a generation of GPUs."""
+    names = function.arg_names
+    source = ASTSource(
+        fn=function,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(i,): constants[name] for i, name in enumerate(names) if name in constants},
+        attrs={path: [["tt.divisibility", 16]] for path in _aligned(names, types)},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
+    return Usage(**_resources(made.asm["cubin"], made.metadata.shared), warps=options["num_warps"])
+
+
+def _aligned(names: list[str], types: dict[str, object]) -> Iterator[tuple[int, ...]]:
+    """Paths of arguments that are multiples of 16 at real shapes, which Triton makes use of."""
+    for i, name in enumerate(names):
+        kind = types.get(name, "")
+        if isinstance(kind, str) and kind.startswith("*"):
+            yield (i,)
+        for j, field in enumerate(getattr(kind, "_fields", ())):
+            if kind[j].startswith("*") or field in ALIGNED:
+                yield i, j
+
+
+def _resources(cubin: bytes, dynamic: int) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED")}
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"],
+        "shared": found["SHARED"] + dynamic,
+    }
+
+
+def mixture_usage(generation: int, **constants: object) -> Iterator[tuple[str, Usage]]:
+    """Of the programs of the mixture; with constants, of those that read the alpha method."""
+    for name, options in MIXTURE.items():
+        if constants and name not in ("measure", "solve"):
+            continue
+        known = {**CONSTANTS, **constants}
+        yield name, compiled(getattr(programs, name), TYPES, known, options, generation)
+
+
+def every_usage(check: bool) -> Iterator[tuple[str, Usage]]:
+    """Title and usage of all programs."""
+    yield from mixture_usage(90)
+    for name, sizes in LAYER_SIZES.items():
+        options = {"num_warps": layer_ops.LAUNCH[name]}
+        yield name, compiled(getattr(layer_programs, name), LAYER_TYPES, sizes, options)
+    if check:
+        for name, usage in mixture_usage(80):
+            yield f"{name}, sm_80", usage
+        for method in METHODS:
+            for name, usage in mixture_usage(90, METHOD=method):
+                yield f"{name}, {method}", usage
+
+
+def main() -> int:
+    """Print a line per program. 1 where one spills, with --check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    print(f"Triton {triton.__version__}, sm_90 where nothing else is said")
+    spilled = []
+    for title, usage in every_usage(check):
+        print(f"{title:28} {usage}", flush=True)
+        if usage.stack > SPILLED:
+            spilled.append(title)
+    if spilled:
+        print(f"more than {SPILLED} bytes of stack: {', '.join(spilled)}")
+    return 1 if check and spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""What only a GPU can show, in under four minutes: stops at the first check that fails.
+
+    PYTHONPATH=src python3 benchmarks/gpu/smoke.py           shapes of Qwen2.5-3B and 1.5B
+    PYTHONPATH=src python3 benchmarks/gpu/smoke.py --tiny    small shapes, on whatever there is
+
+Random weights; nothing is downloaded. Exit code 1 where a check fails, with its traceback. On a
+CPU the checks of what is not there are skipped by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import importlib.util
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from attention_check import CASES, TINY_CASES, Heads, largest_error
+from forward_check import Pass, check_overlap, check_replay
+from mixture_check import check_rows
+from optimal_sampling.bench.architectures import RandomPair
+from optimal_sampling.bench.harness import hardware
+from optimal_sampling.bench.workload import Variant
+from optimal_sampling.config import ModelConfig
+from optimal_sampling.engines.local.paged.attention_backends import (
+    choose_backend,
+    installed_operator,
+)
+from optimal_sampling.engines.local.paged.page_manager import PAGE
+from optimal_sampling.engines.local.paged.page_runner import PageRunner
+
+__all__ = ["TINY", "Smoke", "main", "run_checks"]
+
+
+class Skipped(Exception):
+    """Why a check has nothing to check here."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of all checks."""
+
+    teacher: str
+    student: str
+    vocab: int
+    rows: Sequence[int]
+    """Of the mixture."""
+    shapes: Sequence[tuple[int, int]]
+    """(rows, width) of recorded passes."""
+    keys: int
+    """Most tokens that a row of theirs has cached."""
+    heads: Sequence[Heads]
+    batch: int
+    tokens: int
+    """Of the texts that are drawn."""
+
+
+FULL = Scale(
+    teacher="Qwen2.5-3B",
+    student="Qwen2.5-1.5B",
+    vocab=151_936,
+    rows=(1, 32, 160),
+    shapes=((1, 1), (32, 1), (32, 5)),
+    keys=600,
+    heads=(Heads(16, 2, 128), Heads(12, 2, 128), Heads(14, 2, 64), Heads(16, 8, 128)),
+    batch=32,
+    tokens=24,
+)
+TINY = Scale(
+    teacher="tiny",
+    student="tiny",
+    vocab=1000,
+    rows=(1, 3),
+    shapes=((1, 1), (4, 1), (4, 5)),
+    keys=30,
+    heads=(Heads(4, 2, 16),),
+    batch=3,
+    tokens=6,
+)
+
+
+@dataclass
+class Smoke:
+    """The checks, in order, over one pair of models."""
+
+    scale: Scale
+    models: ModelConfig
+    pair: RandomPair = field(init=False)
+
+    def __post_init__(self) -> None:
+        scale = self.scale
+        self.pair = RandomPair(self.models, scale.teacher, scale.student, prompt_tokens=20)
+        self.pair.kv_memory_gib = None if self.gpu else 0.1
+        self.device, self.dtype = self.pair.device, self.pair.dtype
+
+    @property
+    def gpu(self) -> bool:
+        """Whether this is one."""
+        return torch.cuda.is_available() and self.models.device != "cpu"
+
+    def versions(self) -> str:
+        """Hardware and software, and what PyTorch's attention takes."""
+        facts = hardware(self.models)
+        for name in ("triton", "flash_attn", "numpy"):
+            found = importlib.util.find_spec(name)
+            version = getattr(__import__(name), "__version__", "unknown") if found else ""
+            facts[name] = version or "not installed"
+        if self.gpu:
+            facts["free_gib"] = round(torch.cuda.mem_get_info(self.device)[0] / 2**30, 1)
+        facts["operator"] = installed_operator().problem or "has what pages need"
+        facts["platform"] = platform.platform()
+        return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+    @torch.inference_mode()
+    def attention(self) -> str:
+        """The backend that `auto` takes, in every case and for every kind of heads."""
+        choice = choose_backend("auto", self.device, self.dtype, {128}, set())
+        if choice.backend is None:
+            if self.gpu:
+                raise AssertionError(choice.note)
+            raise Skipped(choice.note)
+        cases = CASES if self.scale is FULL else TINY_CASES
+        worst = 0.0
+        for heads in self.scale.heads:
+            for case in cases:
+                error = largest_error(choice.backend, case, heads, self.device, self.dtype)
+                worst = max(worst, error)
+        return f"{choice.note}; largest error {worst:.2g} over {len(cases)} cases"
+
+    @torch.inference_mode()
+    def mixture(self) -> str:
+        """The fused programs against PyTorch's path."""
+        if not self.gpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise Skipped("the fused programs need a GPU, or TRITON_INTERPRET=1")
+        for rows in self.scale.rows:
+            for dtype in (torch.float32, self.dtype):
+                check_rows(rows, self.scale.vocab, self.device, dtype)
+        return f"{self.scale.rows} rows of {self.scale.vocab}"
+
+    def load(self) -> str:
+        """Both models with random weights, and what will run."""
+        notes = self.pair.loaded().notes()
+        if self.gpu and "SDPA" in notes["attention"]:
+            raise AssertionError(f"not Flash Attention over pages: {notes['attention']}")
+        return ", ".join(f"{name} {value}" for name, value in notes.items())
+
+    @torch.inference_mode()
+    def replay(self) -> str:
+        """Recorded passes of both models against eager ones."""
+        counts = []
+        for role in ("teacher", "student"):
+            for rows, width in self.scale.shapes:
+                one = self._pass(role, rows, width)
+                counts.append(check_replay(one))
+                one.close()
+        if self.gpu and not all(counts):
+            raise AssertionError(f"graphs recorded after each shape: {counts}")
+        return f"bit for bit at {self.scale.shapes}; graphs {counts}"
+
+    @torch.inference_mode()
+    def overlap(self) -> str:
+        """Both models at once against one after the other."""
+        rows, width = self.scale.shapes[1]
+        student, teacher = (self._pass(role, rows, width) for role in ("student", "teacher"))
+        check_overlap(student, teacher, self.device)
+        student.close()
+        teacher.close()
+        return "bit for bit"
+
+    def texts(self) -> str:
+        """Lockstep and drafts, end to end, and that nothing was given up on the way."""
+        scale, found = self.scale, []
+        for drafts in (0, 4, "auto"):
+            workload = self.pair.workload(scale.batch, scale.tokens)
+            variant = Variant(draft_tokens=drafts, acceptance=0.9)
+            recorder = self.pair.engine(workload, scale.batch, variant).record(workload.requests)
+            assert recorder.whole.tokens == scale.batch * scale.tokens
+            found.append(f"drafts {drafts}: {recorder.whole.rate():.0f} tokens/s")
+        recordings = self.pair.loaded().pair.recorded_graphs
+        assert not (recordings and recordings.off), recordings
+        return ", ".join(found) + f" (with recording); {recordings}"
+
+    def _pass(self, role: str, rows: int, width: int) -> Pass:
+        runner = self.pair.loaded().pair.runners[role]
+        if not isinstance(runner, PageRunner):
+            raise Skipped("no pages here")
+        pages = rows * (-(-(self.scale.keys + 64) // PAGE) + 4)
+        return Pass.of(runner, rows, width, self.scale.keys, pages * PAGE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all checks. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="small shapes, on whatever there is")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seconds", type=float, default=240, help="stop after so many")
+    asked = parser.parse_args(arguments)
+    if not asked.tiny and not torch.cuda.is_available():
+        parser.error("there is no GPU here: --tiny tries the script")
+    faulthandler.dump_traceback_later(asked.seconds, exit=True)
+    smoke = Smoke(TINY if asked.tiny else FULL, ModelConfig(device=asked.device))
+    try:
+        passed = run_checks(smoke)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    print("smoke: passed" if passed else "smoke: FAILED", flush=True)
+    return 0 if passed else 1
+
+
+def run_checks(smoke: Smoke) -> bool:
+    """Whether all passed. Those after the first that fails are not run."""
+    checks = (
+        smoke.versions,
+        smoke.attention,
+        smoke.mixture,
+        smoke.load,
+        smoke.replay,
+        smoke.overlap,
+        smoke.texts,
+    )
+    return all(run(check) for check in checks)
+
+
+def run(check: Callable[[], str]) -> bool:
+    """Whether a check passed, or had nothing to check. Prints its time and what it found."""
+    started = time.perf_counter()
+    outcome = "ok"
+    try:
+        found = check()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except Skipped as reason:
+        outcome, found = "skipped", str(reason)
+    except Exception:
+        outcome, found = "FAILED", traceback.format_exc()
+    seconds = time.perf_counter() - started
+    print(f"{check.__name__:<10} {outcome:<8} {seconds:6.1f} s  {found}", flush=True)
+    return outcome != "FAILED"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

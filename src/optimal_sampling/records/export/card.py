@@ -1,0 +1,142 @@
+"""The export's README.md: how to load and train, and everything that is known of the data."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from optimal_sampling import toy_pair
+from optimal_sampling.records.export.options import ExportOptions
+from optimal_sampling.records.export.reading import Run
+from optimal_sampling.records.export.tokens import StudentTokens
+from optimal_sampling.version import __version__
+
+__all__ = ["Section", "card", "made_with", "train_command"]
+
+Section = tuple[str, list[tuple[str, str]]]
+"""A title, and names with their values."""
+
+_KINDS = {
+    "optimal_sampling": "Completions drawn token by token from the geometric mixture of a student "
+    "and a teacher, q ∝ p_student^(1−alpha) · p_teacher^alpha.",
+    "baseline": "Completions drawn from the teacher alone.",
+    "student": "Completions drawn from the student alone.",
+    "warmstart": "The reference solutions of the source dataset.",
+}
+_FORMATS = {
+    "text": "`prompt` and `completion`; loss falls on the completion only.",
+    "tokens": "`input_ids` and `labels`; the ids are those that were drawn, labels of the prompt "
+    "are -100.",
+    "prompts": "`prompt` for trainers that draw their own completions, and `privileged_context`, "
+    "where there is one, for the teacher only (SDFT). No completions.",
+}
+
+
+def train_command(options: ExportOptions, tokens: StudentTokens, longest: int) -> str | None:
+    """TRL's command line that trains on the folder; None where rows have no completions."""
+    if options.format == "prompts":
+        return None
+    words = ["trl", "sft", "--model_name_or_path", _path(tokens.model)]
+    words += ["--dataset_name", options.push_to_hub or str(options.output_dir)]
+    words += ["--max_length", str(longest)]
+    if tokens.eos_option is not None:
+        words += ["--eos_token", tokens.eos_option]
+    return shlex.join([*words, "--output_dir", "checkpoints/sft"])
+
+
+def _path(model: str) -> str:
+    """A name that Transformers knows."""
+    return str(toy_pair.path(model)) if model in toy_pair.NAMES else model
+
+
+def card(
+    options: ExportOptions,
+    runs: list[Run],
+    sections: Iterable[Section],
+    commands: Iterable[str],
+    splits: Iterable[str],
+) -> str:
+    """README.md: YAML for the hub and `load_dataset`, then Markdown."""
+    source = _first(runs, "dataset")
+    parts = [
+        _front_matter(options, splits, licence(options, source)),
+        f"# {options.kind}: {source}\n",
+        f"{_KINDS[options.kind]}\nMade by optimal-sampling {__version__}.\n",
+        f"Columns: {_FORMATS[options.format]}",
+        "`id` and `sample_index` are those of the records.\n"
+        if options.format != "prompts"
+        else "",
+    ]
+    parts += [_table(title, lines) for title, lines in sections]
+    text = "\n".join(f"    {command}" for command in commands)
+    parts.append(f"## Commands\n\n{text}\n")
+    return "\n".join(parts)
+
+
+def licence(options: ExportOptions, source: str) -> str:
+    """Licence of the source dataset: as given, that of its README.md, or `unknown`."""
+    if options.licence is not None:
+        return options.licence
+    if source == "synthetic":
+        return "apache-2.0"
+    path = Path(source)
+    for folder in (path, path.parent):
+        if path.exists() and (readme := folder / "README.md").is_file():
+            return _licence_of(readme.read_text("utf-8", errors="replace"))
+    return "unknown"
+
+
+def _licence_of(readme: str) -> str:
+    if not readme.startswith("---"):
+        return "unknown"
+    head = readme.split("---")[1]
+    lines = (line.partition(":") for line in head.splitlines())
+    return next((value.strip() for name, _, value in lines if name == "license"), "unknown")
+
+
+def _front_matter(options: ExportOptions, splits: Iterable[str], name: str) -> str:
+    import yaml
+
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+    head: Mapping[str, Any] = {
+        "license": name,
+        "task_categories": ["text-generation"],
+        "tags": ["distillation", "optimal-sampling", options.kind],
+        "configs": [{"config_name": "default", "data_files": files}],
+    }
+    return f"---\n{yaml.safe_dump(dict(head), sort_keys=False)}---\n"
+
+
+def _table(title: str, lines: Iterable[tuple[str, str]]) -> str:
+    rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in lines)
+    return f"## {title}\n\n| | |\n|---|---|\n{rows}\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _first(runs: list[Run], name: str) -> str:
+    return ", ".join(dict.fromkeys(str(run.compared.get(name)) for run in runs))
+
+
+def made_with(runs: list[Run]) -> list[tuple[str, str]]:
+    """Models, dataset and method of the runs."""
+    names = {
+        "teacher": "teacher",
+        "student": "student",
+        "source dataset": "dataset",
+        "drawn from": "mode",
+        "alpha method": "alpha_method",
+        "alpha min": "alpha_min",
+        "alpha max": "alpha_max",
+        "temperature": "temperature",
+        "teacher template": "teacher_template",
+        "student template": "student_template",
+        "thinking": "thinking",
+        "most new tokens": "max_new_tokens",
+        "engine": "engine",
+    }
+    return [(title, _first(runs, name)) for title, name in names.items()]
