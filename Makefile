@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
+OLD_VENV ?= .venv-old-torch
 DEMO_DIR ?= outputs/demo
 PIPELINE_DIR ?= outputs/pipeline
 # One thread: the shipped models are too small to share, and waiting for a busy core costs more than it brings.
@@ -12,7 +13,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo pipeline test test-slow test-vllm lint format bench clean
+.PHONY: demo pipeline test test-slow test-vllm test-old-torch lint format bench clean
 
 demo: $(VENV)/.base
 	$(BIN)/optimal-sampling demo --output-dir $(DEMO_DIR)
@@ -32,6 +33,12 @@ test-slow: $(VENV)/.dev
 test-vllm: $(VLLM_VENV)/.vllm
 	$(VLLM_VENV)/bin/pytest tests/engines/vllm tests/serve -n $(JOBS) --dist loadfile -p no:cacheprovider --timeout 900
 
+# The local engine from the source tree, without installing it, in the versions of requirements-old-torch.txt. Not in CI: PyTorch's
+# wheel of that version brings CUDA's libraries, some gigabytes. Python 3.11 or 3.12.
+test-old-torch: $(OLD_VENV)/.old
+	PYTHONPATH=src $(OLD_VENV)/bin/python -m pytest tests/engines/local tests/distribution -m "not slow" -p no:cacheprovider \
+		--timeout 900 -W "ignore:Conversion of an array with ndim"
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +53,7 @@ bench: $(VENV)/.base
 	$(BIN)/optimal-sampling bench
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) outputs
+	rm -rf $(VENV) $(VLLM_VENV) $(OLD_VENV) outputs
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -68,4 +75,9 @@ $(VLLM_VENV)/.vllm: pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e . \
 		pytest pytest-timeout pytest-xdist scipy 'lm-eval[api]'
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(OLD_VENV)/.old: requirements-old-torch.txt
+	$(PYTHON) -m venv $(OLD_VENV)
+	$(OLD_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-old-torch.txt
 	touch $@

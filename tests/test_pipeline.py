@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.xdist_group("pipeline")  # one run is the measure of several tests
 GUIDE = Path(__file__).parents[1] / "docs" / "guide.md"
-
-
 SCRIPT = Path(__file__).parents[1] / "examples" / "pipeline.sh"
 SMALL = ("24", "16")
 """Problems to train on, and questions to evaluate with."""

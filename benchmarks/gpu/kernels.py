@@ -37,7 +37,7 @@ from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
 from optimal_sampling.types import TRACE_FIELDS
 
-LAYERS, KEYS = 4, 512
+LAYERS, KEYS, POSITIONS = 4, 512, 4096
 REPEATS_MS = 20
 SORTED = 16
 """Rows that are also sorted on the CPU, which takes long."""
@@ -112,8 +112,9 @@ def check_rotate_and_store(setting: Setting, rows: int, normed: bool = False) ->
     shape, dim = setting.shape, setting.head_dim
     heads, kv_heads = shape.heads, shape.kv_heads
     qkv = setting.numbers(rows, (heads + 2 * kv_heads) * dim)
-    angle = torch.randn(rows, dim // 2, device=setting.device).repeat(1, 2) * 9
-    rotary = ops.Rotary(angle.cos().to(setting.dtype), angle.sin().to(setting.dtype))
+    angle = torch.randn(POSITIONS, dim // 2, device=setting.device).repeat(1, 2) * 9
+    position = torch.randint(POSITIONS, (rows,), device=setting.device)
+    rotary = ops.Rotary(angle.cos().to(setting.dtype), angle.sin().to(setting.dtype), position)
     places = torch.randperm(4 * rows, device=setting.device)[:rows]
     keys, values = (setting.numbers(4 * rows, kv_heads, dim) for _ in range(2))
     memory = ops.Memory(keys, values, places)
@@ -122,16 +123,21 @@ def check_rotate_and_store(setting: Setting, rows: int, normed: bool = False) ->
     exact_norms = ops.HeadNorms(*(_in_float64(norm) for norm in norms)) if norms else None
     query = ops.rotate_and_store_triton(qkv, rotary, memory, norms)
     wanted = ops.rotate_and_store_reference(
-        qkv.double(), ops.Rotary(rotary.cos.double(), rotary.sin.double()), exact, exact_norms
+        qkv.double(),
+        ops.Rotary(rotary.cos.double(), rotary.sin.double(), position),
+        exact,
+        exact_norms,
     )
     said = f"{close(query, wanted)}; of keys, {close(keys, exact.keys)}"
     assert torch.equal(values.double(), exact.values), "values of the cache differ"
+
+    cosines, sines = rotary.cos[position], rotary.sin[position]
 
     def unfused() -> None:
         q, k, v = qkv.view(1, rows, -1, dim).split([heads, kv_heads, kv_heads], 2)
         if norms is not None:
             q, k = norms.query(q), norms.key(k)
-        cos, sin = rotary.cos[None], rotary.sin[None]
+        cos, sin = cosines[None], sines[None]
         _, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
         keys.index_copy_(0, places, k[0].transpose(0, 1))
         values.index_copy_(0, places, v[0])
@@ -253,15 +259,15 @@ def check_mixture_sizes(setting: Setting, rows: int) -> Result:
     student, teacher, keys = logits_of(setting, rows)
     mixture = MixtureConfig()
     base = launch.SIZES
-    cuts = [base._replace(passes=count) for count in range(4)]
-    cuts += [base._replace(piece=base.piece * 2), base._replace(piece=base.piece // 2)]
-    cuts += [base._replace(block=base.block * 2), base._replace(block=base.block // 2)]
+    cuts = [base, *(base._replace(passes=count) for count in (0, 1, 2))]
+    cuts += [base._replace(stages=1), base._replace(piece=base.piece * 2)]
+    cuts += [base._replace(block=base.block * 2)]
 
     def run(sizes: launch.Sizes) -> None:
         launch.fused_step(student, teacher, keys, keys.position, mixture, sizes)
 
     said = [f"{tuple(cut)} {microseconds(lambda c=cut: run(c)):.0f} us" for cut in cuts]
-    return f"(piece, block, passes): {', '.join(said)}", lambda: run(base), None
+    return f"(piece, block, passes, stages): {', '.join(said)}", lambda: run(base), None
 
 
 def check_draft(setting: Setting, rows: int) -> Result:

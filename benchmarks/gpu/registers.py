@@ -45,6 +45,7 @@ TYPES = {
     "tokens": "*i64",
     "pieces": "i32",
 }
+ALIGNED = {"student_stride", "teacher_stride", "vocab", "stride"}
 CONSTANTS = {
     "METHOD": "kl_symmetry",
     "HASHED": True,
@@ -53,6 +54,7 @@ CONSTANTS = {
     "WIDTH": 32,
     "PIECE": launch.SIZES.piece,
     "BLOCK": launch.SIZES.block,
+    "STAGES": launch.SIZES.stages,
 }
 MIXTURE = {
     "measure": launch._LAUNCH,
@@ -67,6 +69,8 @@ LAYER_TYPES = {
     **dict.fromkeys(("residual", "x", "weight", "out", "qkv", "cos", "sin", "gate_up"), "*bf16"),
     **dict.fromkeys(("q_weight", "k_weight", "keys", "values", "query"), "*bf16"),
     "index": "*i64",
+    "position": "*i64",
+    "positions": "i32",
     "eps": "fp32",
 }
 LAYER_SIZES = {
@@ -117,9 +121,21 @@ def compiled(
         fn=function,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(i,): constants[name] for i, name in enumerate(names) if name in constants},
+        attrs={path: [["tt.divisibility", 16]] for path in _aligned(names, types)},
     )
     made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
     return Usage(**_resources(made.asm["cubin"], made.metadata.shared), warps=options["num_warps"])
+
+
+def _aligned(names: list[str], types: dict[str, object]) -> Iterator[tuple[int, ...]]:
+    """Paths of arguments that are multiples of 16 at real shapes, which Triton makes use of."""
+    for i, name in enumerate(names):
+        kind = types.get(name, "")
+        if isinstance(kind, str) and kind.startswith("*"):
+            yield (i,)
+        for j, field in enumerate(getattr(kind, "_fields", ())):
+            if kind[j].startswith("*") or field in ALIGNED:
+                yield i, j
 
 
 def _resources(cubin: bytes, dynamic: int) -> dict[str, int]:

@@ -118,6 +118,7 @@ class Smoke:
         facts["platform"] = platform.platform()
         return ", ".join(f"{name} {value}" for name, value in facts.items())
 
+    @torch.inference_mode()
     def attention(self) -> str:
         """The backend that `auto` takes, in every case and for every kind of heads."""
         choice = choose_backend("auto", self.device, self.dtype, {128}, set())
@@ -133,6 +134,7 @@ class Smoke:
                 worst = max(worst, error)
         return f"{choice.note}; largest error {worst:.2g} over {len(cases)} cases"
 
+    @torch.inference_mode()
     def mixture(self) -> str:
         """The fused programs against PyTorch's path."""
         if not self.gpu and os.environ.get("TRITON_INTERPRET") != "1":
@@ -149,6 +151,7 @@ class Smoke:
             raise AssertionError(f"not Flash Attention over pages: {notes['attention']}")
         return ", ".join(f"{name} {value}" for name, value in notes.items())
 
+    @torch.inference_mode()
     def replay(self) -> str:
         """Recorded passes of both models against eager ones."""
         counts = []
@@ -161,6 +164,7 @@ class Smoke:
             raise AssertionError(f"graphs recorded after each shape: {counts}")
         return f"bit for bit at {self.scale.shapes}; graphs {counts}"
 
+    @torch.inference_mode()
     def overlap(self) -> str:
         """Both models at once against one after the other."""
         rows, width = self.scale.shapes[1]
@@ -231,8 +235,7 @@ def run(check: Callable[[], str]) -> bool:
     started = time.perf_counter()
     outcome = "ok"
     try:
-        with torch.inference_mode():
-            found = check()
+        found = check()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     except Skipped as reason:

@@ -315,13 +315,20 @@ def run_sft(arguments: Sequence[str]) -> int:
         os.execv(command[0], command)
     from optimal_sampling.train.sft import sft
 
-    with launch.quiet_but_for_the_main_process():
-        summary = sft(options, trl)
-    if launch.is_main_process():
-        Console().print(summary.table())
-    if summary.status == "interrupted" and launch.is_main_process():
-        _say_interrupted(f"{summary.checkpoint} is safe", launch.typed_again(arguments))
-    return 130 if summary.status == "interrupted" else 0
+    safe = f"what {options.output_dir} holds is safe"
+    try:
+        with launch.quiet_but_for_the_main_process():
+            summary = sft(options, trl)
+    except KeyboardInterrupt:  # while it reads, checks, or saves the model
+        is_interrupted = True
+    else:
+        is_interrupted = summary.status == "interrupted"
+        safe = f"{summary.checkpoint} is safe"
+        if launch.is_main_process():
+            Console().print(summary.table())
+    if is_interrupted and launch.is_main_process():
+        _say_interrupted(safe, launch.typed_again(arguments))
+    return 130 if is_interrupted else 0
 
 
 def _run_interruptible(job: Callable[[], int]) -> int:

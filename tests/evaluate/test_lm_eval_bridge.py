@@ -25,7 +25,6 @@ from optimal_sampling.toy_pair.problems import make_problem
 from optimal_sampling.verify import Task, grade, resolve_grader
 from optimal_sampling.verify.graders import load_grader
 from optimal_sampling.vocabulary import resolve_model
-from optimal_sampling.vocabulary.thinking import KNOWN_BLOCKS
 
 MODEL = "toy-student"
 MOST_TOKENS = 80
@@ -74,7 +73,7 @@ def ours(folder, name, **options):
     for record in load_records(run.run.output_dir):
         row, text = record["row"], record["completion"]
         task = Task(text, row["answer"], record["finish_reason"])
-        found[row["problem"]] = text, grade(task, grader, KNOWN_BLOCKS).verdict
+        found[row["problem"]] = text, grade(task, grader).verdict
     return found
 
 
@@ -186,8 +185,8 @@ def test_where_the_grades_differ(case):
     found = task["process_results"]({"answer": reference}, [completion])
     assert found == {"exact_match": exact_match, "math_verify": math_verify}
     grader = load_grader(resolve_grader("math"))
-    assert grade(Task(completion, reference), grader, KNOWN_BLOCKS).verdict == verdict
-    cut = grade(Task(completion, reference, "length"), grader, KNOWN_BLOCKS)
+    assert grade(Task(completion, reference), grader).verdict == verdict
+    cut = grade(Task(completion, reference, "length"), grader)
     assert cut.verdict == "truncated"  # lm-eval does not know why a completion ended
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 
 from optimal_sampling.errors import RunFolderError
+from optimal_sampling.records.shards import merge
 from optimal_sampling.records.store import RecordFile, Scan
-from optimal_sampling.records.verdicts import Subject, VerdictFile, graded_records, load_verdicts
+from optimal_sampling.records.verdicts import (
+    MEANINGS,
+    Subject,
+    VerdictFile,
+    graded_records,
+    load_verdicts,
+)
 
 
 def verdict(record, checksum, verdict="correct", **changes):
@@ -141,3 +150,27 @@ def test_a_verdict_counts_for_what_it_is_about(tmp_path, make_record):
         assert file.has(key, Subject("a" * 16, "1", "math"))
         assert not file.has(key, Subject("a" * 16, "1", "math"), failed=False)
         assert file.counts() == {"wrong": 1}
+
+
+def test_the_documented_table_is_the_type():
+    """Guards: a field of a verdict that the documentation does not have, or explains otherwise."""
+    text = (Path(__file__).parents[2] / "docs" / "records.md").read_text()
+    section = text.split("## A verdict")[1].split("## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if "| `" in line]
+    assert {name.strip("`"): meaning for name, _, meaning in rows[:-1]} == MEANINGS
+
+
+def test_merging_takes_verdicts_along(tmp_path, make_record):
+    """Guards: a merged run that has to be graded again."""
+    (tmp_path / "shard").mkdir()
+    amounts = {"num_examples": None, "samples_per_prompt": 1, "data_slice": None}
+    config = {"compared": {}, "may_differ": amounts}
+    (tmp_path / "shard" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "shard" / "summary.json").write_text(json.dumps({"asked": 3}))
+    records = [make_record(number) for number in range(3)]
+    sums = write_records(tmp_path / "shard", records)
+    with VerdictFile(tmp_path / "shard", "main") as file:
+        file.append(verdict(records[1], sums[1], "wrong"))
+    assert merge([tmp_path / "shard"], tmp_path / "merged") == 3
+    found = [graded and graded["verdict"] for _, graded in graded_records(tmp_path / "merged")]
+    assert found == [None, "wrong", None]

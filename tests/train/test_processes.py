@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -71,6 +72,33 @@ def test_an_interrupted_training_goes_on(data, tmp_path, number):
     assert again.returncode == 0, again.stderr
     assert f"going on from {last}" in again.stderr
     assert len(history(tmp_path / "a model")) == 48
+
+
+FULL_DISK = """
+    import resource, signal, sys
+    from optimal_sampling.cli import main
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+    sys.exit(main(["sft", *sys.argv[1:]]))
+"""
+
+
+def test_a_full_disk(data, tmp_path):
+    """Guards: a traceback for a checkpoint that does not fit, and training that goes on from it.
+
+    The weights fit into the limit, the optimizer's state does not.
+    """
+    given = arguments(data, tmp_path / "model", "--max_steps", 2, "--save_steps", 1)
+    code = [sys.executable, "-c", textwrap.dedent(FULL_DISK)]
+    full = subprocess.run([*code, *given], capture_output=True, text=True)
+    assert full.returncode == 1, full.stderr
+    assert "Traceback" not in full.stderr
+    assert "Free some space and run the same command again" in full.stderr
+    assert find_checkpoints(tmp_path / "model").last is None
+    again = subprocess.run([*COMMAND, *given], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "checkpoint-1 is skipped" in again.stderr
+    assert len(history(tmp_path / "model")) == 2
 
 
 def test_the_command_for_several_processes_is_the_typed_one():

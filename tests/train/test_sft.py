@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,44 @@ def test_loss_is_on_the_completion_and_its_end_token(export, sft, shape):
     solution = repr(f"{row['solution']}<|end|>")
     assert f"| {solution} 1/1 updates" in said
     assert "all examples end with '<|end|>'" in said
+
+
+@pytest.fixture
+def model_with(tmp_path):
+    """A copy of the student with another chat template; its folder."""
+
+    def make(template):
+        folder = tmp_path / "templated"
+        shutil.copytree(toy_pair.path("toy-student"), folder)
+        (folder / "chat_template.jinja").write_text(template)
+        return folder
+
+    return make
+
+
+def test_reasoning_in_a_turn_of_qwen3_is_trained(export, sft, model_with):
+    """Guards: reasoning that the template of Qwen3 drops, and a prompt that is trained."""
+    path = files("trl") / "chat_templates" / "qwen3.jinja"
+    template = path.read_text().replace("<|im_end|>", "<|end|>")
+    row = as_messages(next(synthetic_rows(1, 1)))
+    row["completion"][0]["content"] = "<think>\nso 4\n</think>\n\nIt is 4."
+    model = model_with(template)
+    code, _, said = sft(export([row]), "--max_steps", 1, "--model_name_or_path", model)
+    assert code == 0
+    assert "loss | '<think>\\nso 4\\n</think>\\n\\nIt is 4.<|end|>\\n'" in said
+    assert "<|im_start|>assistant\\n' loss" in said
+    assert "otherwise for training" not in said
+
+
+def test_a_prompt_that_is_rendered_in_two_ways_is_named(export, sft, model_with):
+    """Guards: training on another context than that of generation, without a word."""
+    own = (toy_pair.path("toy-student") / "chat_template.jinja").read_text()
+    opened = own + "{% if add_generation_prompt %}<think>{% endif %}"
+    model = model_with(opened)
+    code, _, said = sft(export(rows(3)), "--max_steps", 1, "--model_name_or_path", model)
+    assert code == 0
+    assert "renders 3 of the first 3 prompts otherwise for training" in said
+    assert "where they go on with '<think>'" in said
 
 
 def test_the_forms_train_the_same_model(export, sft, tmp_path):

@@ -286,6 +286,51 @@ CASES = [
     *REFERENCES,
 ]
 
+LATER = [
+    # written after the grader, and graded once: 17 of the 20 verdicts were these. Cases 7, 8 and 14
+    # (`wrong` then) have rules since
+    # 1 an answer in scientific notation
+    boxed(r"3 \times 10^8", "300000000", "correct"),
+    # 2 a sum left as it is, of another value
+    boxed(r"\frac{1}{2} + \frac{1}{3}", r"\frac{4}{6}", "wrong"),
+    # 3 the same as one fraction
+    boxed(r"\frac{1}{2} + \frac{1}{3}", r"\frac{5}{6}", "correct"),
+    # 4 plus or minus names both solutions
+    boxed(r"\pm 2", "2, -2", "correct"),
+    # 5 and one of them is not both
+    boxed("2", r"\pm 2", "wrong"),
+    # 6 a factored polynomial, another order of factors
+    boxed("(x-1)(x+2)", "(x+2)(x-1)", "correct"),
+    # 7 the empty set by its symbol
+    boxed(r"\varnothing", r"\emptyset", "correct"),
+    # 8 a repeating decimal
+    boxed(r"0.\overline{3}", r"\frac{1}{3}", "correct"),
+    # 9 all real numbers
+    boxed(r"(-\infty, \infty)", r"\mathbb{R}", "correct"),
+    # 10 money with cents, and words around it
+    boxed(r"\$1{,}250.50", "1250.5", "correct"),
+    # 11 a named function of x
+    boxed("f(x) = 2x + 3", "2x+3", "correct"),
+    # 12 a choice with its text in words
+    boxed(r"\text{(B) Friday}", "B", "correct"),
+    # 13 degrees against radians: the value differs
+    boxed(r"\frac{\pi}{2}", "90^\\circ", "wrong"),
+    # 14 an answer in a sentence within the box
+    boxed(r"\text{The answer is } 12", "12", "correct"),
+    # 15 a triple with one number changed
+    boxed("(1, 2, 4)", "(1, 2, 3)", "wrong"),
+    # 16 exponents with braces
+    boxed("2^{3x}", "8^x", "correct"),
+    # 17 a logarithm in another form
+    boxed(r"\ln 8", r"3 \ln 2", "correct"),
+    # 18 cut by length between two boxes
+    Case(r"\boxed{3} but \boxed{", "3", "truncated", "length"),
+    # 19 a stated answer with words after the number
+    Case("The answer is 42 apples.", "42", "correct"),
+    # 20 thinking that mentions its own end marker before the real one
+    Case(r"<think>I close with </think> later. \boxed{1}</think>\boxed{2}", "2", "correct"),
+]
+
 BOMBS = [
     # towers of powers, and numbers that no memory holds: wrong, and known to be within the limit
     r"9^{9^{9^{9}}}",
@@ -323,7 +368,7 @@ def name(case):
     return re.sub(r"\s+", " ", f"{case.completion[-60:]} | {str(case.reference)[:40]}")
 
 
-@pytest.mark.parametrize("case", CASES, ids=map(name, CASES))
+@pytest.mark.parametrize("case", [*CASES, *LATER], ids=map(name, [*CASES, *LATER]))
 def test_golden(case, math):
     """Guards: a verdict that a careful person would not give."""
     assert verdict_of(case, math) == case.verdict

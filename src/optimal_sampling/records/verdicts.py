@@ -16,6 +16,7 @@ from optimal_sampling.records.schema import Key, Record, key_of
 from optimal_sampling.records.store import RecordFile, Scan
 
 __all__ = [
+    "MEANINGS",
     "VERDICTS",
     "Graded",
     "Subject",

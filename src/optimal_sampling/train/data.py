@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "check_cuts",
     "check_ends",
     "check_loss",
+    "check_prompts",
     "check_vocabulary",
     "load_split",
     "scan",
@@ -218,6 +219,37 @@ def check_ends(found: Scan, tokens: ModelTokens, eos_ids: Set[int]) -> list[str]
         f"{count - ended} of {count} examples do not end with an end token: texts that were cut "
         "short teach the model not to stop"
     ]
+
+
+def check_prompts(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[str]:
+    """A note where messages are rendered otherwise for training than for generation.
+
+    The loss then starts before the text that generation starts from ends.
+    """
+    missing = [text for row in rows if (text := _left_out(row, tokenizer))]
+    if not missing:
+        return []
+    return [
+        f"the chat template renders {len(missing)} of the first {len(rows)} prompts otherwise for "
+        f"training than for generation, where they go on with {missing[0]!r}: train on "
+        "`export --format tokens`, which is exact"
+    ]
+
+
+def _left_out(row: dict[str, Any], tokenizer: Any) -> str:
+    """The end of the prompt for generation that is not in the prompt that is trained."""
+    if not isinstance(row.get("prompt"), list):
+        return ""
+    ids = tokenizer.apply_chat_template(
+        row["prompt"],
+        tools=row.get("tools"),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **(row.get("chat_template_kwargs") or {}),
+    )["input_ids"]
+    masked = next((i for i, label in enumerate(row["labels"]) if label != _IGNORED), len(ids))
+    return str(tokenizer.decode(ids[masked:]))
 
 
 def shown(row: dict[str, Any], decode: Callable[[list[int]], str]) -> list[str]:

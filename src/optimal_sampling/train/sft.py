@@ -27,6 +27,7 @@ from optimal_sampling.vocabulary.model_folder import check_weight_files
 __all__ = ["SftSummary", "sft"]
 
 _MOST_CHECKED = 1024  # most tokens of a completion that is drawn to see whether it ends
+_FIRST = 100  # examples whose prompts are looked at
 _UNCOMPARED = {
     "output_dir",
     "num_processes",
@@ -56,9 +57,9 @@ class SftSummary:
     output_dir: str
     updates: int
     examples: int
-    first_loss: float
-    """Nats per token with loss, of the first update."""
-    last_loss: float
+    first_loss: float | None
+    """Nats per token with loss, of the first update; None where none was logged."""
+    last_loss: float | None
     """Mean of the last tenth of the updates."""
     checked: int = 0
     """Completions that were drawn from the saved model."""
@@ -75,7 +76,8 @@ class SftSummary:
         table.show_header = False
         table.add_row("updates", str(self.updates))
         table.add_row("examples", str(self.examples))
-        table.add_row("loss, nats/token", f"{self.first_loss:.4f} -> {self.last_loss:.4f}")
+        if self.first_loss is not None and self.last_loss is not None:
+            table.add_row("loss, nats/token", f"{self.first_loss:.4f} -> {self.last_loss:.4f}")
         if self.checked:
             table.add_row("completions that end", f"{self.ended} of {self.checked}")
             table.add_row("one of them", Text(self.sample))
@@ -85,7 +87,8 @@ class SftSummary:
 def sft(options: SftOptions, trl: Mapping[str, Any] | None = None) -> SftSummary:
     """Train, or go on with training; `trl` holds options of TRL's SFTConfig by name.
 
-    Raises ConfigError, DatasetError, ModelError, RunFolderError or MissingDependencyError.
+    Raises ConfigError, DatasetError, ModelError, RunFolderError or MissingDependencyError before
+    training, StorageError and EngineError while it trains.
     """
     import_trl()
     name, revision = options.model_name_or_path, options.model_revision
@@ -113,7 +116,7 @@ class _Session:
         self._digest, self._count, self._longest = "", 0, 0
 
     def run(self, folder: Path) -> SftSummary:
-        from optimal_sampling.train.trainer import StopOnSignal
+        from optimal_sampling.train.trainer import StopOnSignal, failures
 
         stop = StopOnSignal()
         trainer = self._trainer(stop)
@@ -122,10 +125,12 @@ class _Session:
         if finished is not None:
             _say(f"{folder} holds the finished model of these options; nothing to do")
             return finished
-        trainer.train(resume_from_checkpoint=self._resume_from(folder))
+        with failures(folder):
+            trainer.train(resume_from_checkpoint=self._resume_from(folder))
+            if not stop.stopped:
+                trainer.save_model()
         summary = _summary(trainer, folder, self._count, interrupted=stop.stopped)
         if not stop.stopped:
-            trainer.save_model()
             trainer.accelerator.wait_for_everyone()
             if is_main_process():
                 summary = self._with_completions(summary, folder)
@@ -180,21 +185,23 @@ class _Session:
 
     def _check(self, dataset: Any) -> None:
         """Checks of the tokens of a split, before it is cut or packed; says what they found."""
-        from optimal_sampling.train.data import check_cuts, check_ends, check_loss, scan, shown
+        from optimal_sampling.train import data
 
         options, tokens = self._options, self._tokens
-        found = scan(dataset, tokens.end_ids | self._eos_ids())
-        notes = check_cuts(found, options, tokens.context)
-        notes += check_loss(found, options.completion_only_loss)
-        notes += check_ends(found, tokens, self._eos_ids())
+        found = data.scan(dataset, tokens.end_ids | self._eos_ids())
+        first = [dict(dataset[i]) for i in range(min(len(dataset), _FIRST))]
+        notes = data.check_cuts(found, options, tokens.context)
+        notes += data.check_loss(found, options.completion_only_loss)
+        notes += data.check_ends(found, tokens, self._eos_ids())
+        notes += data.check_prompts(first, tokens.tokenizer)
         for note in notes:
             _say(note)
         if not self._examples:
             self._digest, self._count = found.digest, len(found.lengths)
             self._longest = int(found.trained.max())
-            self._examples = [dict(dataset[i]) for i in range(min(self._count, 100))]
+            self._examples = first
             _say("the first example as it is trained:")
-            for line in shown(self._examples[0], tokens.tokenizer.decode):
+            for line in data.shown(self._examples[0], tokens.tokenizer.decode):
                 _say(line)
 
     def _eos_ids(self) -> frozenset[int]:
@@ -272,8 +279,8 @@ def _summary(trainer: Any, folder: Path, examples: int, *, interrupted: bool) ->
         output_dir=str(folder),
         updates=trainer.state.global_step,
         examples=examples,
-        first_loss=losses[0],
-        last_loss=sum(tail) / len(tail),
+        first_loss=losses[0] if losses else None,
+        last_loss=sum(tail) / len(tail) if tail else None,
         checkpoint=str(last or ""),
     )
 

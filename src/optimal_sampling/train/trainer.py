@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,18 +14,21 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from optimal_sampling.config import expand_user
-from optimal_sampling.errors import ConfigError, MissingDependencyError
+from optimal_sampling.errors import ConfigError, EngineError, MissingDependencyError, StorageError
 from optimal_sampling.train.launch import is_launched
 from optimal_sampling.train.options import SftOptions
 
-__all__ = ["StopOnSignal", "StudentTrainer", "lora_config", "sft_config"]
+__all__ = ["StopOnSignal", "StudentTrainer", "failures", "lora_config", "sft_config"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PICKLED = "training_args.bin"
+_WRITER = ("inline_container", "PytorchStreamWriter")
+"""Parts of the messages with which torch.save says that it could not write."""
 _SAME = (
     "learning_rate",
     "num_train_epochs",
@@ -125,6 +128,27 @@ def lora_config(options: SftOptions) -> Any:
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
     )
+
+
+@contextlib.contextmanager
+def failures(folder: Path) -> Iterator[None]:
+    """Failures of the disk and of the GPU's memory as StorageError and EngineError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            "the GPU's memory is full: halve --per_device_train_batch_size and double "
+            "--gradient_accumulation_steps, which trains the same, or say "
+            "--gradient_checkpointing, and with several GPUs --fsdp full_shard"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        if isinstance(error, RuntimeError) and not any(mark in reason for mark in _WRITER):
+            raise
+        raise StorageError(
+            f"could not write below {folder}: {reason}. Free some space and run the same command "
+            "again; it goes on from the last complete checkpoint"
+        ) from error
 
 
 class StudentTrainer(SFTTrainer):  # type: ignore[misc]

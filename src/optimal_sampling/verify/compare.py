@@ -15,6 +15,9 @@ from typing import Any
 __all__ = ["Unparseable", "is_same", "load_math_verify", "plain"]
 
 
+_LONGEST = 300  # characters of a number that is read here
+
+
 class Unparseable(ValueError):
     """A reference that is no mathematics and no short text."""
 
@@ -31,10 +34,27 @@ _NOTHING = re.compile(
 _DELIMITED = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]|\$+(.*?)\$+", re.DOTALL)
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°")
 _LOOSE_FRACTION = re.compile(r"\\frac\s*(\\?[A-Za-z]+|\d)\s*(\\[A-Za-z]+|\d|(?<=\s)[A-Za-z])")
-_REPLACED = (
+_INTRODUCED = re.compile(r"^\s*\\text\s*\{[^{}]*(?:\bis|[:=])\s*\}(?=.)")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
+
+
+def _repeating(match: re.Match[str]) -> str:
+    r"""`0.1\overline{6}` as a fraction: (16 - 1) / (100 - 10)."""
+    whole, before, again = match.groups()
+    if len(match[0]) > _LONGEST:
+        return match[0]
+    above = int(f"{whole}{before}{again}") - int(f"{whole}{before}" or 0)
+    below = (10 ** len(again) - 1) * 10 ** len(before)
+    return rf"\frac{{{above}}}{{{below}}}"
+
+
+_REPLACED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r",\\!|\{,\}|\\thinspace"), ""),  # between thousands
     (_FONTS, r"\\text{"),
     (_NOTHING, " "),
+    (_INTRODUCED, ""),  # "The answer is"
+    (_REPEATING, _repeating),
+    (re.compile(r"\\(?:varnothing|O)(?![A-Za-z])|\\\{\s*\\\}"), r"\\emptyset"),
     (re.compile(r"\\[dtc]frac"), r"\\frac"),
     (_LOOSE_FRACTION, r"\\frac{\1}{\2}"),
     (re.compile(r"(?<=\d)i(?![A-Za-z])"), " i"),  # which math-verify reads as imaginary
@@ -149,7 +169,6 @@ def _parts(words: str) -> list[str]:
 _INTEGER = re.compile(r"([-+]?)\s?(\d{1,3}(?:,\d{3})+|\d+)(?:\.0*)?")
 _DECIMAL = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")
 _FRACTION = re.compile(r"([-+]?)(?:\\frac\{(-?\d+)\}\{(-?\d+)\}|(\d+)\s?/\s?(\d+))")
-_LONGEST = 300  # digits of a number that is read here
 
 
 def _integer(text: str) -> str | None:

@@ -72,7 +72,10 @@ def documented():
 
 
 def test_no_family_is_left_out():
-    """Guards: a table that lists what works."""
+    """Guards: a table that lists what works. Other versions of Transformers have other families."""
+    version = f"Transformers {transformers.__version__}"
+    if version not in DOCS.read_text(encoding="utf-8"):
+        pytest.skip(f"this is {version}, and docs/models.md is of another one")
     assert list(documented()) == sorted([*families.NAMES, *families.VARIANTS])
 
 

@@ -44,6 +44,13 @@ class Sizes(NamedTuple):
     passes: int = 3
     """Alphas beyond the first that all pieces of a row are evaluated at side by side; rows that
     need more are worked on by one program each."""
+    stages: int = 3
+    """Tiles on their way from memory at a time."""
+
+    @property
+    def of_pieces(self) -> dict[str, int]:
+        """Options of programs that take a piece."""
+        return {"PIECE": self.piece, "BLOCK": self.block, "STAGES": self.stages, **_LAUNCH}
 
 
 SIZES = Sizes(1 << 13, 1 << 10)
@@ -138,9 +145,7 @@ def fused_draft(
             _noise(noise, batch.vocab),
             drafted,
             HASHED=isinstance(noise, NoiseKeys),
-            PIECE=sizes.piece,
-            BLOCK=sizes.block,
-            **_LAUNCH,
+            **sizes.of_pieces,
         )
         width = _power_of_two(batch.pieces)
         programs.choose[rows,](drafted, batch.pieces, token, WIDTH=width, **_SMALL)
@@ -175,9 +180,7 @@ def fused_step(
             solved,
             mixed,
             HASHED=isinstance(noise, NoiseKeys),
-            PIECE=sizes.piece,
-            BLOCK=sizes.block,
-            **_LAUNCH,
+            **sizes.of_pieces,
         )
         width = _power_of_two(batch.pieces)
         programs.finish[rows,](batch, solved, mixed, outputs, WIDTH=width, **_SMALL)
@@ -196,14 +199,24 @@ def _solved(batch: Any, position: Positions, mixture: MixtureConfig, sizes: Size
         refined=_buffer(max(1, passes) * rows, batch.pieces, device),
     )
     width = _power_of_two(batch.pieces)
-    pieces = {"PIECE": sizes.piece, "BLOCK": sizes.block, **_LAUNCH}
     grid = (rows, batch.pieces)
-    programs.measure[grid](batch, work.measured, settings, METHOD=method, **pieces)
+    programs.measure[grid](batch, work.measured, settings, METHOD=method, **sizes.of_pieces)
     for number in range(1, passes + 1):
-        programs.refine[grid](batch, work, settings, PASS=number, WIDTH=width, **pieces)
+        programs.refine[grid](batch, work, settings, PASS=number, WIDTH=width, **sizes.of_pieces)
     solved = _buffer(rows, 1, device)
-    whole = {"PASSES": passes, "WIDTH": width, "BLOCK": sizes.block, **_LAUNCH}
-    programs.solve[rows,](batch, position, work, solved, settings, METHOD=method, **whole)
+    programs.solve[rows,](
+        batch,
+        position,
+        work,
+        solved,
+        settings,
+        METHOD=method,
+        PASSES=passes,
+        WIDTH=width,
+        BLOCK=sizes.block,
+        STAGES=sizes.stages,
+        **_LAUNCH,
+    )
     return solved
 
 

@@ -527,7 +527,10 @@ def _best(pieces):
 
 
 @triton.jit
-def measure(batch, measured, settings, METHOD: constexpr, PIECE: constexpr, BLOCK: constexpr):
+def measure(
+    batch, measured, settings,
+    METHOD: constexpr, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     batch = _row(batch, row)
@@ -542,7 +545,7 @@ def measure(batch, measured, settings, METHOD: constexpr, PIECE: constexpr, BLOC
     shared = most + _NO_MAXIMUM
     power: constexpr = METHOD == "reverse_kl_symmetry"
     first = piece * PIECE
-    for start in range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK):
+    for start in tl.range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK, num_stages=STAGES):
         s, t, d = _pair(batch, start + tl.arange(0, BLOCK), origins)
         shared = tl.maximum(shared, tl.minimum(s, t))
         most = tl.maximum(most, d)
@@ -576,11 +579,11 @@ def _derivatives(sums, gap):
 
 
 @triton.jit
-def _sums_at(batch, alpha, origins, first, last, BLOCK: constexpr):
+def _sums_at(batch, alpha, origins, first, last, BLOCK: constexpr, STAGES: constexpr):
     """Sums of these tokens at one alpha."""
     weight = alpha.to(tl.float32)
     sums = _no_sums(BLOCK)
-    for start in range(first, last, BLOCK):
+    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
         s, t, d = _pair(batch, start + tl.arange(0, BLOCK), origins)
         sums = _add(sums, _between(s, t, weight), d, 3)
     return sums
@@ -691,7 +694,7 @@ def _search_after(work, settings, row, count, PASSES: constexpr, WIDTH: constexp
 @triton.jit
 def refine(
     batch, work, settings,
-    PASS: constexpr, WIDTH: constexpr, PIECE: constexpr, BLOCK: constexpr,
+    PASS: constexpr, WIDTH: constexpr, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr,
 ):  # fmt: skip
     """Pass 1, 2, ...: every piece makes the same alpha of what the pass before left."""
     row = tl.program_id(0).to(tl.int64)
@@ -705,18 +708,20 @@ def refine(
     if search.done == 0:
         first = piece * PIECE
         last = tl.minimum(first + PIECE, batch.vocab)
-        sums = _sums_at(batch, search.alpha, search, first, last, BLOCK)
+        sums = _sums_at(batch, search.alpha, search, first, last, BLOCK, STAGES)
         out = work.refined + (place * batch.pieces + piece) * _COLUMNS
         _put_sums(out, _REFINED, sums, 3)
 
 
 @triton.jit
-def _root(batch, search, settings, PASSES: constexpr, BLOCK: constexpr):
+def _root(
+    batch, search, settings, PASSES: constexpr, BLOCK: constexpr, STAGES: constexpr
+):  # fmt: skip
     """`solve_kl_symmetry`, continued; not where there is no root."""
     passes = PASSES + 1
     while (passes < _MAX_PASSES) & (search.done == 0):
         search = _at_next(search, settings, passes)
-        sums = _sums_at(batch, search.alpha, search, 0, batch.vocab, BLOCK)
+        sums = _sums_at(batch, search.alpha, search, 0, batch.vocab, BLOCK, STAGES)
         search = _after(search, _totals(sums))
         passes += 1
     low = tl.cast(settings.low, tl.float64)
@@ -824,7 +829,7 @@ def _free_alpha(batch, place, pieces, known, settings, METHOD: constexpr, BLOCK:
 @triton.jit
 def solve(
     batch, position, work, solved, settings,
-    METHOD: constexpr, PASSES: constexpr, WIDTH: constexpr, BLOCK: constexpr,
+    METHOD: constexpr, PASSES: constexpr, WIDTH: constexpr, BLOCK: constexpr, STAGES: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = _row(batch, row)
@@ -833,7 +838,7 @@ def solve(
     place = tl.load(position + row)
     if METHOD == "kl_symmetry":
         search = _search_after(work, settings, row, batch.pieces, PASSES, WIDTH)
-        free = _root(batch, search, settings, PASSES, BLOCK)
+        free = _root(batch, search, settings, PASSES, BLOCK, STAGES)
         free = tl.where(settings.mirror > 0, 1 - free, free)
     else:
         free = _free_alpha(batch, place, pieces, known, settings, METHOD, BLOCK)
@@ -863,7 +868,10 @@ def solve(
 
 
 @triton.jit
-def mix(batch, noise, solved, mixed, HASHED: constexpr, PIECE: constexpr, BLOCK: constexpr):
+def mix(
+    batch, noise, solved, mixed,
+    HASHED: constexpr, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     batch = _row(batch, row)
@@ -880,7 +888,7 @@ def mix(batch, noise, solved, mixed, HASHED: constexpr, PIECE: constexpr, BLOCK:
     best = q_x + _NO_MAXIMUM
     best_id = tl.zeros([BLOCK], tl.int32)
     first = piece * PIECE
-    for start in range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK):
+    for start in tl.range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK, num_stages=STAGES):
         ids = start + tl.arange(0, BLOCK)
         s, t, d = _pair(batch, ids, origins)
         x = _between(s, t, alpha)
@@ -1004,7 +1012,10 @@ def finish(batch, solved, mixed, outputs, WIDTH: constexpr):
 
 
 @triton.jit
-def draft(batch, noise, drafted, HASHED: constexpr, PIECE: constexpr, BLOCK: constexpr):
+def draft(
+    batch, noise, drafted,
+    HASHED: constexpr, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr,
+):  # fmt: skip
     """One piece of a row: the student's largest logit + noise."""
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
@@ -1013,7 +1024,7 @@ def draft(batch, noise, drafted, HASHED: constexpr, PIECE: constexpr, BLOCK: con
     best = tl.full([BLOCK], _NO_MAXIMUM, tl.float32)
     best_id = tl.zeros([BLOCK], tl.int32)
     first = piece * PIECE
-    for start in range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK):
+    for start in tl.range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK, num_stages=STAGES):
         ids = start + tl.arange(0, BLOCK)
         score = _load(batch.student, ids, batch)
         score += _gumbel(noise, ids, ids < batch.vocab, a, b, HASHED)

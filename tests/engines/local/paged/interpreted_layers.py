@@ -61,8 +61,9 @@ def test_rotate_and_store(heads, kv_heads, dim, normed, dtype):
     """
     tokens, places = 5, 40
     qkv = numbers(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype, seed=1)
-    angle = numbers(tokens, dim // 2, dtype=torch.float32, seed=2, spread=3.0).repeat(1, 2)
-    rotary = ops.Rotary(angle.cos().to(dtype), angle.sin().to(dtype))
+    angle = numbers(11, dim // 2, dtype=torch.float32, seed=2, spread=3.0).repeat(1, 2)
+    position = torch.tensor([3, 0, 10, 10, 7])
+    rotary = ops.Rotary(angle.cos().to(dtype), angle.sin().to(dtype), position)
     norms = ops.HeadNorms(norm_of(dim, dtype, 3), norm_of(dim, dtype, 4)) if normed else None
     index = torch.tensor([7, 0, 39, 12, 3])
     memory = ops.Memory(
@@ -74,7 +75,7 @@ def test_rotate_and_store(heads, kv_heads, dim, normed, dtype):
     query = ops.rotate_and_store_triton(qkv, rotary, memory, norms)
     want = ops.rotate_and_store_reference(
         qkv.double(),
-        ops.Rotary(rotary.cos.double(), rotary.sin.double()),
+        ops.Rotary(rotary.cos.double(), rotary.sin.double(), position),
         exact,
         ops.HeadNorms(*map(in_float64, norms)) if norms else None,
     )
@@ -82,6 +83,18 @@ def test_rotate_and_store(heads, kv_heads, dim, normed, dtype):
     close(query, want)
     close(memory.keys, exact.keys)
     assert torch.equal(memory.values.double(), exact.values)
+
+
+def test_a_position_beyond_the_table_is_no_number():
+    """Guards: memory read behind the table, and a text that goes on with some rotation."""
+    qkv, table = numbers(2, 4 * 8, dtype=torch.float32), torch.ones(3, 8)
+    rotary = ops.Rotary(table, table, torch.tensor([2, 3]))
+    keys, values = torch.zeros(2, 1, 8), torch.zeros(2, 1, 8)
+    memory = ops.Memory(keys, values, torch.tensor([0, 1]))
+    query = ops.rotate_and_store_triton(qkv, rotary, memory, None)
+    assert query[0].isfinite().all()
+    assert query[1].isnan().all()
+    assert keys[1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,6 +22,16 @@ KINDS = {
     "Mistral": {"sliding_window": 20},
     "Qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     "Qwen3": {},
+    "Llama with LongRoPE": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [2.0, 3.0, 4.0, 5.0],
+            "original_max_position_embeddings": 32,
+            "factor": 3.0,
+        }
+    },
 }
 
 
@@ -42,9 +52,10 @@ def requests(count=6, new=40):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers_layers(kind, flash_on_cpu):
     """Guards: a window, a bias, a head norm or a residual that the fused layers lack; keys in
-    another place of the cache.
+    another place of the cache; rotary factors that are kept although they depend on the text.
     """
-    models = [tiny_model(seed, layers=2, kind=kind, **KINDS[kind]) for seed in (1, 2)]
+    name = kind.split()[0]
+    models = [tiny_model(seed, layers=2, kind=name, **KINDS[kind]) for seed in (1, 2)]
     if kind == "Qwen2":
         for model in models:
             assert model.model.layers[1].self_attn.sliding_window == 16
@@ -55,6 +66,8 @@ def test_logits_are_those_of_transformers_layers(kind, flash_on_cpu):
     fused = engine_of(*models, draft_tokens=2)
     assert fused.pair.runners["teacher"].decoder is not None
     assert "fused layers" in fused.notes()["attention"]
+    decoder = fused.pair.runners["teacher"].decoder
+    assert (decoder._table is None) == (kind == "Llama with LongRoPE")
     found = capture(fused, requests())
     assert found.keys() == expected.keys()
     for key, logits in expected.items():

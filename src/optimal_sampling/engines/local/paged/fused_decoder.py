@@ -34,6 +34,8 @@ __all__ = ["FusedDecoder", "unfused_reason"]
 
 KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 """Classes of Transformers with the same forward pass up to biases, head norms and windows."""
+MOST_POSITIONS = 2**17
+"""Most positions of which cosines and sines are kept: 64 MiB in heads of 128, in half precision."""
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
@@ -158,6 +160,7 @@ class FusedDecoder:
     def __init__(self, model: Any) -> None:
         self.body = model.model
         self.head = model.lm_head
+        self._table = _rotary_table(model)
         calls = _attention_calls(model)
         with torch.inference_mode(False), torch.no_grad():
             self.layers = [
@@ -169,8 +172,7 @@ class FusedDecoder:
     ) -> Float[Tensor, "outputs vocab"]:
         """Logits after the last tokens, as many as the plan's batch wants."""
         residual = self.body.embed_tokens(ids)
-        cos, sin = self.body.rotary_emb(residual[None], position_ids=plan.positions[None])
-        rotary = Rotary(cos[0], sin[0])
+        rotary = self._rotary(residual, plan.positions)
         x = None
         for layer in self.layers:
             x = layer.attend(add_rms_norm(residual, x, layer.before_attention), rotary, plan)
@@ -179,6 +181,28 @@ class FusedDecoder:
         normed = add_rms_norm(residual[last], None if x is None else x[last], self.body.norm)
         logits: Tensor = self.head(normed)
         return logits
+
+    def _rotary(self, x: Tensor, positions: Int[Tensor, " tokens"]) -> Rotary:
+        if self._table is not None:
+            return Rotary(*self._table, positions)
+        cos, sin = self.body.rotary_emb(x[None], position_ids=positions[None])
+        return Rotary(cos[0], sin[0], torch.arange(len(x), device=x.device))
+
+
+@torch.inference_mode()
+def _rotary_table(model: Any) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines of all positions, [positions, dim] each, to be computed once.
+
+    None where they depend on the length of a text, or where there are too many to keep.
+    """
+    rotary = model.model.rotary_emb
+    count = getattr(model.config, "max_position_embeddings", None) or MOST_POSITIONS + 1
+    varying = isinstance(rotary, RowRotary) or rotary.rope_type in ("dynamic", "longrope")
+    if varying or count > MOST_POSITIONS:
+        return None
+    weight = model.get_input_embeddings().weight
+    cos, sin = rotary(weight[None, :1], position_ids=torch.arange(count, device=model.device)[None])
+    return cos[0], sin[0]
 
 
 @dataclass(eq=False)

@@ -42,10 +42,11 @@ SILU_BLOCK = 1024
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of a forward pass."""
+    """Cosines and sines by position, and the positions of a forward pass."""
 
-    cos: Float[Tensor, "tokens dim"]
-    sin: Float[Tensor, "tokens dim"]
+    cos: Float[Tensor, "positions dim"]
+    sin: Float[Tensor, "positions dim"]
+    position: Int[Tensor, " tokens"]
 
 
 class Memory(NamedTuple):
@@ -133,7 +134,8 @@ def _turn(
     x: Float[Tensor, "tokens heads dim"], rotary: Rotary
 ) -> Float[Tensor, "tokens heads dim"]:
     low, high = x.chunk(2, -1)
-    return x * rotary.cos[:, None] + torch.cat([-high, low], -1) * rotary.sin[:, None]
+    cos, sin = rotary.cos[rotary.position, None], rotary.sin[rotary.position, None]
+    return x * cos + torch.cat([-high, low], -1) * sin
 
 
 def rotate_and_store_reference(
@@ -162,6 +164,8 @@ def rotate_and_store_triton(
         qkv,
         rotary.cos.contiguous(),
         rotary.sin.contiguous(),
+        rotary.position,
+        len(rotary.cos),
         *weights,
         memory.places,
         memory.keys,

@@ -47,10 +47,13 @@ def _put_halves(target, low, high, lanes, inside, HALF: constexpr):
 
 @triton.jit
 def rotate_and_store(
-    qkv, cos, sin, q_weight, k_weight, index, keys, values, query, eps,
+    qkv, cos, sin, position, positions, q_weight, k_weight, index, keys, values, query, eps,
     HEADS: constexpr, KV_HEADS: constexpr, HALF: constexpr, BLOCK: constexpr, NORM: constexpr,
 ):  # fmt: skip
-    """One head of one token: a rotated query, a rotated key for the cache, or a value for it."""
+    """One head of one token: a rotated query, a rotated key for the cache, or a value for it.
+
+    NaN at a position that cos and sin do not have.
+    """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
@@ -70,10 +73,13 @@ def rotate_and_store(
             weight_low, weight_high = _halves(weight, lanes, inside, HALF)
             low = low * scale * weight_low
             high = high * scale * weight_high
-        cos_low, cos_high = _halves(cos + token * dim, lanes, inside, HALF)
-        sin_low, sin_high = _halves(sin + token * dim, lanes, inside, HALF)
-        turned_low = low * cos_low - high * sin_low
-        turned_high = high * cos_high + low * sin_high
+        place = tl.load(position + token)
+        there = inside & (place < positions)
+        cos_low, cos_high = _halves(cos + place * dim, lanes, there, HALF)
+        sin_low, sin_high = _halves(sin + place * dim, lanes, there, HALF)
+        lost = tl.where(place < positions, 0.0, float("nan"))
+        turned_low = low * cos_low - high * sin_low + lost
+        turned_high = high * cos_high + low * sin_high + lost
         if head < HEADS:
             target = query + (token * HEADS + head) * dim
             _put_halves(target, turned_low, turned_high, lanes, inside, HALF)
