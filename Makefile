@@ -36,8 +36,8 @@ test-vllm: $(VLLM_VENV)/.vllm
 # The local engine from the source tree, without installing it, in the versions of requirements-old-torch.txt. Not in CI: PyTorch's
 # wheel of that version brings CUDA's libraries, some gigabytes. Python 3.11 or 3.12.
 test-old-torch: $(OLD_VENV)/.old
-	PYTHONPATH=src $(OLD_VENV)/bin/python -m pytest tests/engines/local tests/distribution -m "not slow" -p no:cacheprovider \
-		--timeout 900 -W "ignore:Conversion of an array with ndim"
+	PYTHONPATH=src PYTEST_ADDOPTS='-W "ignore:Conversion of an array with ndim"' $(OLD_VENV)/bin/python -m pytest \
+		tests/engines/local tests/distribution -m "not slow" -p no:cacheprovider --timeout 900
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

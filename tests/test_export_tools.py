@@ -81,3 +81,23 @@ def test_mistakes(tmp_path, capsys, arguments, message):
     """Guards: a traceback for a mistake in the command line."""
     assert main(["export", *arguments, "--output-dir", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_benchmarks_by_name(run, tmp_path):
+    """Guards: a name that is taken for the training problems, all of which would then overlap."""
+    out = tmp_path / "out"
+    command = ["export", str(run), "--output-dir", str(out), "--decontaminate", "synthetic"]
+    assert main(command) == 0
+    sections = json.loads((out / "export.json").read_text())["sections"]
+    checked = sections["Tokens and checks"]
+    assert checked["questions of synthetic, checked for overlap"] == "500"
+    problems = {each["row"]["problem"] for each in load(run)}
+    assert int(sections["Left out"]["overlapping with synthetic"]) < len(problems)
+
+
+def test_an_unknown_benchmark(run, tmp_path, capsys):
+    """Guards: a mistyped name that decontaminates nothing."""
+    command = ["export", str(run), "--output-dir", str(tmp_path / "out")]
+    assert main([*command, "--decontaminate", "./math5000.jsonl"]) == 2
+    assert "math5000" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

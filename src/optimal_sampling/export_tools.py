@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from optimal_sampling.config import DataConfig, ModelConfig
+from optimal_sampling.config import DataConfig, ModelConfig, expand_user
+from optimal_sampling.evaluate.benchmarks import BENCHMARKS, read_rows
+from optimal_sampling.evaluate.options import EvaluateConfig
 from optimal_sampling.generate.dataset import open_dataset
 from optimal_sampling.records.export import Report, Tools
 from optimal_sampling.vocabulary import Vocabulary
@@ -29,7 +31,10 @@ def tools() -> Tools:
 
 
 def _rows_of(benchmark: str) -> Iterator[Mapping[str, Any]]:
-    """Rows of what `--dataset` takes."""
+    """Rows of a benchmark by name, or else of what `--dataset` takes."""
+    if benchmark in BENCHMARKS and not expand_user(benchmark).exists():
+        _, rows = read_rows(BENCHMARKS[benchmark], EvaluateConfig())
+        return iter(rows)
     dataset = open_dataset(DataConfig(dataset=benchmark), seed=0)
     return (row for _, row in dataset)
 

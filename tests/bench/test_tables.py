@@ -166,6 +166,18 @@ def test_the_table_of_large_shapes_with_pages(flash_on_cpu):
     assert facts["kv_gib"] == 4 * 2 * SPARE * PAGE * TOKEN_BYTES / 2**30
 
 
+def test_cells_are_kept_as_they_are_done_in_another_process():
+    """Guards: a killed call that leaves nothing, and options that do not reach the process."""
+    saved = []
+    report = Report(save=lambda: saved.append(len(report.results[0]["cells"])))
+    given = replace(GPU, sizes=("2x3",), gap_sizes=(), huge_share=0)
+    large_shapes.run(given, report)
+    assert saved == list(range(1, len(cells.VARIANTS) + 1))
+    found = report.results[0]["cells"]
+    assert not any(cell["skipped"] for cell in found)
+    assert {cell["engine"]["device"] for cell in found} == {"cpu"}
+
+
 def test_recording_that_was_given_up_fails_the_command():
     """Guards: figures of an engine without CUDA graphs that pass for those with them."""
     lines, _, report = gpu_result(change=lambda cell: replace(cell, recording_off="no .item()"))

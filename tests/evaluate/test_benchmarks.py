@@ -20,6 +20,8 @@ from optimal_sampling.evaluate.benchmarks import (
     question_hash,
 )
 from optimal_sampling.evaluate.options import EvaluateConfig
+from optimal_sampling.prompts.hints import wrong_answer
+from optimal_sampling.verify import GraderPool, Task
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 
@@ -170,6 +172,9 @@ def test_questions_and_answers_that_change(tmp_path):
     with pytest.raises(DatasetError, match="the questions of aime25 are not those"):
         prepare(benchmark, config)
     assert [row["problem"] for row in kept(first)] == ["a", "b"]
+    write_rows(file, kept(first))
+    first.path.write_text('{"problem": "edited", "answer": "1"}\n')
+    assert [row["problem"] for row in kept(prepare(benchmark, config))] == ["a", "b"]
 
 
 def test_a_source_that_is_gone(tmp_path, monkeypatch):
@@ -177,13 +182,15 @@ def test_a_source_that_is_gone(tmp_path, monkeypatch):
     that were edited where they are kept.
     """
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    file = write_rows(tmp_path / "mine.jsonl", [{"problem": "a", "answer": "1"}])
-    config = config_for(tmp_path, benchmark_file=(f"mine={file}",))
+    monkeypatch.chdir(tmp_path)
+    file = write_rows(tmp_path / "mine.jsonl", [{"problem": "a\u2028b", "answer": "1"}])
+    config = config_for(tmp_path, benchmark_file=(f"mine={file}",), output_dir="out")
     (benchmark,) = chosen_benchmarks(config)
     first = prepare(benchmark, config)
     file.unlink()
     again = prepare(benchmark, config)
     assert (again.digest, again.source, again.count) == (first.digest, str(file), 1)
+    assert again.path == first.path
     assert "does not exist" in again.note
     again.path.write_text('{"problem": "b", "answer": "1"}\n')
     with pytest.raises(DatasetError, match="was changed after it was written"):
@@ -211,3 +218,20 @@ def test_rows_without_a_question_or_an_answer():
     with pytest.raises(DatasetError, match="no question as text; it has the columns: text"):
         benchmark_row({"text": "x"})
     assert benchmark_row({"problem": "x", "answer": None}) == {"problem": "x", "answer": None}
+
+
+@pytest.mark.parametrize("name", ["math500", "aime24", "amc23"])
+def test_wrong_hints_are_graded_wrong(tmp_path, name):
+    """Guards: a control with a wrong solution whose answer is right after all, such as 5 cm^3 for
+    5 cm^2.
+    """
+    if not SHARED.is_dir():
+        pytest.skip("the public files are not here")
+    pytest.importorskip("math_verify")
+    rows = kept(prepare(BENCHMARKS[name], config_for(tmp_path, data_dir=str(SHARED))))
+    with GraderPool("math", workers=1) as pool:
+        tasks = [Task(rf"\boxed{{{wrong_answer(row['answer'])}}}", row["answer"]) for row in rows]
+        verdicts = {grade.verdict for _, grade in pool.map(enumerate(tasks))}
+        right = [Task(rf"\boxed{{{row['answer']}}}", row["answer"]) for row in rows[:20]]
+        assert {grade.verdict for _, grade in pool.map(enumerate(right))} == {"correct"}
+    assert verdicts == {"wrong"}

@@ -134,6 +134,9 @@ def test_a_lora_adapter_names_the_command_that_merges_it(tmp_path):
     peft.get_peft_model(model, lora).save_pretrained(adapter)
     one = only_skipped(tmp_path)
     assert (one.label, one.is_half_written) == (adapter.name, False)
+    assert find_checkpoints(None, ("toy-student", str(adapter)))[1] == [one]
+    with pytest.raises(ModelError, match="is a LoRA adapter; merge it first: python"):
+        find_checkpoints(None, (str(adapter),))
     command = shlex.split(one.reason.partition("merge it first: ")[2])
     assert command[0] == "python"
     subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)

@@ -8,6 +8,7 @@ instruments.py    what is recorded of an engine's rounds; emulated acceptance of
 baselines.py      the same work as a user of Transformers would write it
 speed.py          `speed`, `drafts`, `selfdistil`: tokens per second
 costs.py          `memory`, `scaling`, `solver`: caches, growth with the prompts, the mixture alone
+host.py           `host`: CPU time of the paged engine's rounds, without a GPU
 identity.py       `identity`: speculative decoding against lockstep, bit for bit
 large_shapes.py   `gpu`: a table of large shapes, within a budget of time
 cells.py          single figures of that table

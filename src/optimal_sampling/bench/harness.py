@@ -289,7 +289,11 @@ def _save(options: BenchOptions, facts: dict[str, Any], report: Report) -> None:
     """Write the line to the output, if one was named. Raises StorageError."""
     if options.output is None:
         return
+    path, line = expand_user(options.output), _line(options, facts, report)
     try:
-        write_atomically(expand_user(options.output), _line(options, facts, report))
+        if path.exists() and not path.is_file():
+            path.write_text(line)  # a device or a pipe, which must not be replaced
+        else:
+            write_atomically(path, line)
     except OSError as error:
         raise StorageError(f"cannot write the output {options.output!r}: {error}") from error

@@ -205,7 +205,7 @@ class HostCost:
 
 
 def measure(batch: int, draft_tokens: int, options: HostOptions) -> HostCost:
-    """Medians of the repeats, after a run in which the graphs are recorded.
+    """Medians of the repeats, after a run to warm up.
 
     Raises EngineError where texts are too short for a replay to follow another.
     """

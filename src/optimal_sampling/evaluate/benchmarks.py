@@ -31,6 +31,7 @@ __all__ = [
     "chosen_benchmarks",
     "prepare",
     "question_hash",
+    "read_rows",
 ]
 
 Row = dict[str, Any]
@@ -137,11 +138,11 @@ def prepare(benchmark: Benchmark, config: EvaluateConfig) -> Questions:
     Where the source cannot be read, the questions that an earlier call kept are taken, with a
     note. Raises an OptimalSamplingError where there are none, or where they are other questions.
     """
-    folder = Path(config.output_dir) / "benchmarks"
+    folder = Path(config.output_dir).resolve() / "benchmarks"
     path, about = folder / f"{benchmark.name}.jsonl", folder / f"{benchmark.name}.json"
     before: Mapping[str, Any] = read_json(about) if about.exists() else {}
     try:
-        source, rows = _read(benchmark, config)
+        source, rows = read_rows(benchmark, config)
     except OptimalSamplingError as error:
         if not path.exists() or not before:
             raise
@@ -151,14 +152,15 @@ def prepare(benchmark: Benchmark, config: EvaluateConfig) -> Questions:
     digest = question_hash(row["problem"] for row in rows)
     _check_pinned(benchmark, source, digest, config.allow_other_questions)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    _check_unchanged(benchmark, path, before, {"question_hash": digest, "text": _digest([text])})
-    if not before:
+    now = {"question_hash": digest, "text": _digest([text])}
+    _check_unchanged(benchmark, path, before, now)
+    if not path.exists() or path.read_text("utf-8") != text:
         write_atomically(path, text)
-        facts = {"source": source, "split": benchmark.split, "question_hash": digest}
-        facts |= {"text": _digest([text])}
+    if not before:
+        facts = {"source": source, "split": benchmark.split, **now}
         write_atomically(about, json.dumps(facts, indent=2) + "\n")
-    note = "" if benchmark.pinned == digest or benchmark.pinned == "" else "other questions"
-    return Questions(benchmark, path.resolve(), source, len(rows), digest, note)
+    note = "" if benchmark.pinned in ("", digest) else "other questions"
+    return Questions(benchmark, path, source, len(rows), digest, note)
 
 
 def _check_pinned(benchmark: Benchmark, source: str, digest: str, is_allowed: bool) -> None:
@@ -189,11 +191,11 @@ def _kept(path: Path, before: Mapping[str, Any]) -> tuple[str, list[Row]]:
     text = path.read_text("utf-8")
     if _digest([text]) != before.get("text"):
         raise DatasetError(f"{path} was changed after it was written; restore it, or remove it")
-    return str(before["source"]), [json.loads(line) for line in text.splitlines()]
+    return str(before["source"]), [json.loads(line) for line in text.split("\n") if line]
 
 
-def _read(benchmark: Benchmark, config: EvaluateConfig) -> tuple[str, list[Row]]:
-    """Where the questions come from, and their rows in one form."""
+def read_rows(benchmark: Benchmark, config: EvaluateConfig) -> tuple[str, list[Row]]:
+    """Where the questions come from, and their rows in one form. Raises an OptimalSamplingError."""
     local = _local_path(benchmark, config)
     if benchmark.name == "synthetic" and local is None:
         return "synthetic", _synthetic()

@@ -52,15 +52,20 @@ def find_checkpoints(
     """The extra models as given, then the checkpoints of a folder in the order of their numbers.
 
     `leave_out`: a folder below which nothing is looked for. Raises ModelError where a folder holds
-    no complete checkpoint, ConfigError for a model that is given twice.
+    no complete checkpoint, or no model is one, ConfigError for a model that is given twice.
     """
     if not checkpoint_dir and not extra_models:
         raise ConfigError("name what to evaluate: --checkpoint-dir FOLDER or --extra-models NAME")
-    found = _named(extra_models)
-    skipped: list[Skipped] = []
+    named = _named(extra_models)
+    parts = {each.label: _merge_command(Path(each.model)) for each in named}
+    found = [each for each in named if not parts[each.label]]
+    skipped = [Skipped(label, reason, False) for label, reason in parts.items() if reason]
     if checkpoint_dir:
-        complete, skipped = _search(Path(checkpoint_dir), leave_out)
+        complete, incomplete = _search(Path(checkpoint_dir), leave_out)
         found += complete
+        skipped += incomplete
+    if not found:
+        raise ModelError("\n".join(f"{each.label} is {each.reason}" for each in skipped))
     labels = [each.label for each in found]
     for label in labels:
         if labels.count(label) > 1:

@@ -166,7 +166,7 @@ def _score_grid(benchmark: str, rows: Sequence[Row], metrics: Sequence[str]) -> 
         f"{questions} questions x {samples} samples" for questions, samples in counts
     )
     return _Grid(
-        title=f"{benchmark}: {' or '.join(sizes)}",
+        title=f"{benchmark}: {sizes}",
         columns=("checkpoint", *metrics),
         rows=tuple(_score_cells(row, metrics) for row in rows),
     )

@@ -29,6 +29,7 @@ __all__ = [
     "RunFolder",
     "Totals",
     "differences",
+    "flat",
     "load",
     "record_lines",
     "template_date",

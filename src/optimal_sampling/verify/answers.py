@@ -64,7 +64,7 @@ def _stated(text: str) -> str | None:
     for pattern in (_HASHES, _STATED):
         found = pattern.findall(text)
         if found:
-            return str(found[-1]).strip().strip("*").rstrip(".")
+            return str(found[-1]).lstrip("* ").rstrip("*. ")
     return None
 
 
@@ -73,22 +73,25 @@ def last_box(text: str) -> str | None:
 
     Also the digits of `\boxed 5`. Braces that are escaped do not count. None without a box.
     """
+    closings = _closings(text)
     for match in reversed(list(_BOX.finditer(text))):
-        inside = text[match.end() :]
-        content = _braced(inside) if inside[0] == "{" else inside.split()[0]
-        if content is not None:
-            return content
+        start = match.end()
+        if text[start] != "{":
+            return text[start:].split(maxsplit=1)[0]
+        if start in closings:
+            return text[start + 1 : closings[start]]
     return None
 
 
-def _braced(text: str) -> str | None:
-    """The content of the braces at the start of a text; None where they are not closed."""
-    depth = 0
+def _closings(text: str) -> dict[int, int]:
+    """The place of the closing brace of each opening one that is closed, in one pass."""
+    closings, opened = {}, []
     for place, character in _unescaped(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return text[1:place]
-    return None
+        if character == "{":
+            opened.append(place)
+        elif character == "}" and opened:
+            closings[opened.pop()] = place
+    return closings
 
 
 def _unescaped(text: str) -> Iterator[tuple[int, str]]:

@@ -1,6 +1,7 @@
 """The scheduler against pretend caches: lists of token ids that must be what the sequences say."""
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -50,8 +51,8 @@ def beside_slots(rows, memory):
     return KVMemory([first, OwnManager((1,), BYTES[1])], memory)
 
 
-def limits(rows=4, chunk=8, contexts=(None, None)):
-    return Limits(rows, chunk, contexts)
+def limits(rows=4, chunk=8, contexts=(None, None), gather=0.0):
+    return Limits(rows, chunk, contexts, gather=gather)
 
 
 def scheduler_of(memory=10**9, kind=slots, **options):
@@ -161,8 +162,8 @@ SCALE = {slots: 1, beside_slots: 1, pages: 40}
 """Tokens per token of a shape: texts of several pages."""
 
 
-@example(NARROWED, 5, 14, 1, 3, slots)
-@example(TURNED, 5, 20, 1, 1, slots)
+@example(NARROWED, 5, 14, 1, 3, slots, 0.0)
+@example(TURNED, 5, 20, 1, 1, slots, 0.0)
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(1, 20)), max_size=12),
     st.integers(1, 5),
@@ -170,15 +171,17 @@ SCALE = {slots: 1, beside_slots: 1, pages: 40}
     st.integers(0, 3),
     st.integers(1, 4),
     st.sampled_from([slots, pages, beside_slots]),
+    st.sampled_from([0.0, 0.5]),
 )
 def test_everyone_is_served_once_and_caches_hold_the_right_text(
-    shapes, rows, chunk, pressure, width, kind
+    shapes, rows, chunk, pressure, width, kind, gather
 ):
     """Guards: rows mixed up by moves, preemption that loses tokens, chunks that overlap,
     starvation, caches that outgrow the budget between two reshapes.
     """
     scale = SCALE[kind]
-    scheduler = scheduler_of(BUDGETS[kind][pressure], kind, rows=rows, chunk=chunk * scale)
+    bounds = {"rows": rows, "chunk": chunk * scale, "gather": gather}
+    scheduler = scheduler_of(BUDGETS[kind][pressure], kind, **bounds)
     sequences = [
         sequence(i, student * scale, teacher * scale, new)
         for i, (student, teacher, new) in enumerate(shapes)
@@ -284,3 +287,47 @@ def test_a_batch_far_beyond_the_budget_runs_in_parts():
     """Guards: a batch size that runs out of memory."""
     scheduler = scheduler_of(3 * 16 * 20, rows=4096, chunk=10**6)
     assert len(run(scheduler, [sequence(i, 4, 4, 6) for i in range(300)])) == 300
+
+
+def cost_of(gather, slow=8, rows=32, mean=300):
+    """Duration of many texts of uneven lengths, in rounds without prompts, and the mixed rounds.
+
+    A round that reads prompts takes `slow` times as long.
+    """
+    scheduler = scheduler_of(rows=rows, chunk=10**6, gather=gather)
+    lengths = random.Random(0)
+    source = (sequence(i, 4, 4, lengths.randint(1, 2 * mean)) for i in range(8 * rows))
+    plain = mixed = 0
+    while (plan := scheduler.next_round(source)) is not None:
+        mixed += any(plan.chunks)
+        plain += not any(plan.chunks)
+        done = []
+        for index, row in enumerate(scheduler.running):
+            row.output.append(7)
+            row.cached = [row.known(0) - 1, row.known(1) - 1]
+            if len(row.output) == row.request.max_new_tokens:
+                done.append(index)
+        scheduler.finish(done)
+    return slow * mixed + plain, mixed
+
+
+def test_gathered_admissions_save_slow_rounds():
+    """Guards: a slow round for every row that ends; rows that wait longer than that saves."""
+    at_once, many = cost_of(0.0)
+    gathered, few = cost_of(1 / 8)
+    assert few * 3 < many
+    assert gathered < 0.8 * at_once
+
+
+def test_a_batch_that_memory_bounds_gathers_by_what_it_holds():
+    """Guards: a share of rows that memory never holds, for which nothing is ever admitted."""
+    scheduler = scheduler_of(4 * 3 * 16 + 10, rows=64, chunk=100, gather=0.5)
+    source = iter([sequence(i, 4, 4, 12) for i in range(20)])
+    running = []
+    for _ in range(6):
+        scheduler.next_round(source)
+        running.append(len(scheduler.running))
+        for row in scheduler.running:
+            row.cached = [3, 3]
+        scheduler.finish([0])
+    assert running == [8, 7, 6, 5, 8, 7]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -115,6 +116,14 @@ class Draw:
     log_p_student: float = -0.5
 
 
+def top_of(ids: Sequence[int], k: int) -> dict[str, torch.Tensor]:
+    """Top tokens of three distributions: at token i of the d-th the ids from i + d + the id on."""
+    place = torch.arange(len(ids))[:, None, None] + torch.arange(3)[:, None] + torch.arange(k)
+    first = torch.tensor(ids)[:, None, None]
+    log_p = -0.25 * torch.arange(1, k + 1).expand(len(ids), 3, k)
+    return {"top_ids": (first + place - place[:, :1, :1]).int(), "top_log_p": log_p.half()}
+
+
 class Runs:
     """Makes run folders below a folder."""
 
@@ -132,6 +141,7 @@ class Runs:
         mode: str = "mixture",
         seed: int = 7,
         failed: int = 0,
+        top: int = 0,
         **prompt: Any,
     ) -> str:
         """A run folder with the records of the draws, and their verdicts."""
@@ -145,7 +155,7 @@ class Runs:
         renderer = PromptRenderer(config.prompt, self.vocabulary)
         with RunFolder(config) as run:
             for draw in draws:
-                run.add(record_of(self._sample(draw, rows[draw.row], renderer, mode)))
+                run.add(record_of(self._sample(draw, rows[draw.row], renderer, mode, top)))
             for number in range(failed):
                 request = Request(f"failed{number}", 0, 7, (), (), 8)
                 completion = Completion.failed(request, "no prompt")
@@ -153,7 +163,9 @@ class Runs:
         self._grade(folder, draws)
         return str(folder)
 
-    def _sample(self, draw: Draw, row: dict[str, Any], renderer: PromptRenderer, mode: str) -> Any:
+    def _sample(
+        self, draw: Draw, row: dict[str, Any], renderer: PromptRenderer, mode: str, top: int
+    ) -> Sample:
         rendered = renderer.render(row)
         prompt = Prompt(
             id=prompt_id(rendered.student_text, rendered.teacher_text),
@@ -176,7 +188,8 @@ class Runs:
         request = Request(
             prompt.id, draw.sample, 7, rendered.student_ids, rendered.teacher_ids, 512
         )
-        completion = Completion(request, tuple(ids), draw.reason, trace)
+        captured = top_of(ids, top) if top else {}
+        completion = Completion(request, tuple(ids), draw.reason, trace, captured=captured)
         text = self.vocabulary.decode(ids)
         return Sample(prompt, completion, text, 1, self.vocabulary.decode_raw(ids), mode)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 from pyarrow import parquet
 from tests.records.export.conftest import Draw, Runs, build_tokenizer
 
+from optimal_sampling.cli import parse_generate
 from optimal_sampling.errors import (
     ConfigError,
     DatasetError,
@@ -304,6 +307,18 @@ def test_the_students_nll(runs, rows):
     assert json.loads((report.folder / "export.json").read_text())["student_nll"] == 2.0
 
 
+def test_the_command_of_the_run(runs, rows):
+    """Guards: a card from which the data cannot be made again."""
+    hint = "{problem} {solution}"
+    folder = runs.make([Draw(0, "a")], rows, teacher_template=hint, chat_template=True)
+    text = (export(runs.options(folder), runs.tools).folder / "README.md").read_text()
+    [line] = [each.strip() for each in text.splitlines() if "optimal-sampling generate" in each]
+    options = parse_generate(shlex.split(line)[2:])
+    assert options.prompt.teacher_template == hint
+    assert (options.models.student, options.data.dataset) == ("tiny", "rows.jsonl")
+    assert (options.run.seed, options.run.output_dir) == (7, folder)
+
+
 def test_the_card(runs, rows):
     """Guards: a card that lacks what a person needs to judge the data."""
     folder = runs.make([Draw(0, "a", verdict="correct")], rows)
@@ -363,6 +378,52 @@ def interrupted(target):
     with new_folder(target, overwrite=True) as folder:
         (folder / "data").mkdir()
         raise KeyboardInterrupt
+
+
+EXPORT = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from optimal_sampling.records.export import export
+from tests.records.export.conftest import Runs
+runs = Runs(Path(sys.argv[2]))
+print("ready", flush=True)
+export(runs.options(sys.argv[3], overwrite=True, format="tokens"), runs.tools)
+"""
+
+
+def exporting(root, folder):
+    """A process that exports, once it says that it begins."""
+    here = str(Path(__file__).parents[3])
+    command = [sys.executable, "-c", EXPORT, here, str(root), folder]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ)
+    process.stdout.readline()
+    return process
+
+
+@pytest.mark.slow
+def test_killed_at_random(runs, rows):
+    """Guards: 20 kills in an export that leave half of one, lose one, or change the next."""
+    draws = [Draw(row, f"{row} {place} " * 20, place) for row in range(8) for place in range(100)]
+    folder = runs.make(draws, rows)
+    started = time.monotonic()
+    assert finish(exporting(runs.root, folder)) == 0
+    seconds = time.monotonic() - started
+    [whole] = [path.read_bytes() for path in (runs.root / "out" / "data").iterdir()]
+    choice, killed = random.Random(0), 0
+    for _ in range(20):
+        process = exporting(runs.root, folder)
+        time.sleep(choice.random() * seconds)
+        killed += process.poll() is None
+        process.kill()
+        finish(process)
+        out = runs.root / "out"
+        if out.exists():  # it may lie under the hidden name, from which the next export restores it
+            assert [path.read_bytes() for path in (out / "data").iterdir()] == [whole]
+    assert killed >= 5
+    assert finish(exporting(runs.root, folder)) == 0
+    assert [path.read_bytes() for path in (runs.root / "out" / "data").iterdir()] == [whole]
+    assert sorted(path.name for path in runs.root.iterdir()) == [".out.lock", "out", "run"]
 
 
 def test_killed_between_the_two_renames(tmp_path):

@@ -2,10 +2,11 @@
 
 engine.py     `LocalEngine`: the contract of engines/base.py
 run.py        one call of `generate`: requests in, rounds, completions out
-scheduler.py  which sequences run next (plain Python)
-memory.py     which sequences fit into the KV memory (plain Python)
+scheduler.py  which sequences run next (no tensors)
+memory.py     which sequences fit into the KV memory (no tensors)
 round.py      tensors of a round: drafts, logits of both models, the tokens drawn
-drafting.py   how many tokens to draft, and drafts looked up in the text (plain Python)
+emission.py   which of a round's tokens go into the texts (no tensors)
+drafting.py   how many tokens to draft, and drafts looked up in the text (no tensors)
 runner.py     a model that can be run, its KV cache, and both together
 attention.py  the attention function that Transformers models call
 slots/        KV memory in slots, with PyTorch's SDPA: any device, dtype and model

@@ -99,18 +99,24 @@ class PerRound:
     def wants(self, confidences: Float[np.ndarray, " rows"], insist: bool = False) -> bool:
         """Whether to draft one more token per row, given the drafter's probability of each.
 
-        `insist`: draft it in any case.
+        `insist`: draft it in any case; the same in all calls of a round.
         """
+        if not insist and not self._pays(confidences):
+            return False
+        self.drafted += 1
+        self.confidences.append(confidences)
+        return True
+
+    def _pays(self, confidences: Float[np.ndarray, " rows"]) -> bool:
+        """Whether tokens per second rise; if so, the draft is counted as made."""
         alive = self._alive * self._policy.accept(confidences)
         tokens = self._tokens + float(alive.sum())
         width = self.drafted + 1
-        if not insist:
-            now = self._policy.seconds(width, self._rows)
-            more = self._policy.seconds(width + 1, self._rows)
-            if tokens * now <= self._tokens * more:
-                return False
-        self._alive, self._tokens, self.drafted = alive, tokens, width
-        self.confidences.append(confidences)
+        now = self._policy.seconds(width, self._rows)
+        more = self._policy.seconds(width + 1, self._rows)
+        if tokens * now <= self._tokens * more:
+            return False
+        self._alive, self._tokens = alive, tokens
         return True
 
 
@@ -155,6 +161,12 @@ class DraftPolicy:
         self.verify.observe(width * rows, verify)
         self.rest.observe(width * rows, rest)
 
+    def observe_drafts(
+        self, confidences: Float[np.ndarray, " drafts"], accepted: Bool[np.ndarray, " drafts"]
+    ) -> None:
+        """Drafts whose predecessors were all accepted, and whether they were."""
+        self.accept.observe(confidences, accepted)
+
 
 class FixedDrafts(DraftPolicy):
     """Always `count` drafts; 0 is plain decoding."""
@@ -165,6 +177,11 @@ class FixedDrafts(DraftPolicy):
     def forced(self) -> int | None:
         """The same width every time."""
         return self.most + 1
+
+    def observe_drafts(
+        self, confidences: Float[np.ndarray, " drafts"], accepted: Bool[np.ndarray, " drafts"]
+    ) -> None:
+        """Nothing follows from them."""
 
     def first_widths(self) -> Sequence[int]:
         """The only one."""

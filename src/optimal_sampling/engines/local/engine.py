@@ -198,6 +198,7 @@ class LocalEngine(Engine):
             context_lengths=tuple(contexts[role] for role in self.roles),
             positions=positions,
             kv_boundary=min(runner.kv_boundary for runner in runners),
+            gather=max(runner.gather for runner in runners),
             rope_switches=switches if any(switches) else (),
         )
         return RunSettings(

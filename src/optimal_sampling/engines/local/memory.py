@@ -32,7 +32,7 @@ class BlockManager(ABC):
 
     def __init__(self, contexts: tuple[int, ...], bytes_per_token: int) -> None:
         self.contexts = contexts
-        self._columns = list(contexts)
+        self._columns = slice(contexts[0], contexts[-1] + 1)  # a list would cost a copy
         self.bytes_per_token = bytes_per_token
 
     def row_lengths(self, lengths: Lengths, width: int) -> Int[np.ndarray, " rows"]:

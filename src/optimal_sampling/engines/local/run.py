@@ -136,7 +136,7 @@ class GenerationLoop:
         )
         emission = Emission.of(drawing, plan.ready)
         self._learn(sampled, drawing, emission, plan.ready)
-        self._extend(plan, rows, emission, packed)
+        self._extend(plan, rows, drawing, emission, packed[:, :, 4:])
         self._keep_captured(sampled, rows, emission)
         done = []
         for row, reason in emission.ended.items():
@@ -158,12 +158,13 @@ class GenerationLoop:
         self,
         plan: RoundPlan,
         rows: list[Sequence],
+        drawing: Drawing,
         emission: Emission,
-        packed: Float[np.ndarray, "rows width fields"],
+        trace: Float[np.ndarray, "rows width fields"],
     ) -> None:
         """Append tokens and their diagnostics, and count what the caches now hold."""
-        texts = packed[:, :, 1].astype(np.int64).tolist()
-        trace = np.ascontiguousarray(packed[:, :, 4:])
+        texts = drawing.tokens.tolist()
+        trace = np.ascontiguousarray(trace)
         view, per_token = trace.data.cast("B"), trace.strides[1]
         ends = (emission.counts * per_token).tolist()
         cached = (plan.lengths + emission.counts[:, None] - 1).tolist()
@@ -241,7 +242,7 @@ class GenerationLoop:
         self.counts.accepted += int((accepted & (places + 1 < emitted)).sum())
         confidences = np.stack(sampled.confidences, 1)
         tried &= confidences > 0
-        self.policy.accept.observe(confidences[tried], accepted[tried])
+        self.policy.observe_drafts(confidences[tried], accepted[tried])
 
     def _completion(self, sequence: Sequence, reason: FinishReason, error: str) -> Completion:
         trace = np.frombuffer(sequence.trace, np.float32).reshape(-1, len(TRACE_FIELDS))

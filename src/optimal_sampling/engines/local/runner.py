@@ -143,6 +143,8 @@ class ModelRunner(ABC, Generic[CacheT]):
 
     kv_boundary = sys.maxsize
     """Key length at which attention changes its bits."""
+    gather = 0.0
+    """`Limits.gather` for this kind of memory."""
     drafts = True
     """Several tokens of a row can go through the model at once, and be forgotten."""
 
@@ -211,7 +213,7 @@ class CachedModel:
     ) -> None:
         self.runner = runner
         self.contexts = contexts
-        self._columns = list(contexts)
+        self._columns = slice(contexts[0], contexts[-1] + 1)
         self.cache: Cache = runner.open_cache(contexts, tokens, sequences)
 
     def prepare(self, sequences: int, widths: Seq[int]) -> None:

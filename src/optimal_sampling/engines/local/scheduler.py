@@ -104,6 +104,11 @@ class Limits:
     """Most rows * width of one round: the logits of all of them are held at once."""
     kv_boundary: int = sys.maxsize
     """Key length at which a model's attention changes its bits; a round does not straddle it."""
+    gather: float = 0.0
+    """Share of the rows that have to end before others are admitted; 0: one row is enough.
+
+    For models whose rounds with prompt tokens take many times as long as others.
+    """
     rope_switches: tuple[int | None, ...] = ()
     """Per context, the longest text with the short rotary factors. Past it all is recomputed.
 
@@ -152,6 +157,9 @@ class Scheduler:
         self.rejected: list[tuple[Sequence, str]] = []
         self.preemptions = 0
         self._admitted = 0
+        self._most_live = sys.maxsize
+        """Rows with which the latest admission filled rows or memory; else a number never reached.
+        """
         self._holes: list[int] = []
         self._granted: dict[Sequence, list[int]] = {}
         """Per context, the number of pending tokens to cache in the round being planned.
@@ -166,8 +174,7 @@ class Scheduler:
         some there too.
         """
         self._granted.clear()
-        live = self._preempt_until_it_fits()
-        lengths = self._lengths(live)
+        live, lengths = self._preempt_until_it_fits()
         left = [self.limits.prefill_chunk] * len(self.limits.context_lengths)
         for sequence in self._reading(live, lengths):
             self._grant(sequence, left)
@@ -181,15 +188,16 @@ class Scheduler:
 
     # memory
 
-    def _preempt_until_it_fits(self) -> list[Sequence]:
-        """The sequences that go on.
+    def _preempt_until_it_fits(self) -> tuple[list[Sequence], Lengths]:
+        """The sequences that go on, and their lengths.
 
         The one admitted last gives way, keeps its output, and is the first to wait.
         """
         holes = set(self._holes)
         live = [s for row, s in enumerate(self.running) if row not in holes]
-        if live and self.memory.fits(self._lengths(live), 1):
-            return live
+        lengths = self._lengths(live)
+        if live and self.memory.fits(lengths, 1):
+            return live, lengths
         live.sort(key=attrgetter("order"))
         while live and not self.memory.fits(self._lengths(live), 1):
             sequence = live.pop()
@@ -200,7 +208,7 @@ class Scheduler:
                 self.preemptions += 1
             else:
                 self._reject(sequence)
-        return live
+        return live, self._lengths(live)
 
     def _reject(self, sequence: Sequence) -> None:
         lengths = self._lengths([sequence])
@@ -218,6 +226,9 @@ class Scheduler:
 
     def _admit(self, source: Iterator[Sequence], lengths: Lengths, left: list[int]) -> None:
         """Place sequences beside those of these `lengths` while rows, memory and `left` allow."""
+        if self._gathers(len(lengths)):
+            return
+        self._most_live = sys.maxsize
         while len(lengths) < self.limits.rows and min(left) > 0:
             if not self.waiting:
                 arrived = next(source, None)
@@ -232,9 +243,21 @@ class Scheduler:
                 self._place(sequence)
                 self._grant(sequence, left)
             elif len(lengths):
+                self._most_live = len(lengths)
                 return
             else:
                 self._reject(self.waiting.popleft())
+        if len(lengths) == self.limits.rows:
+            self._most_live = len(lengths)
+
+    def _gathers(self, live: int) -> bool:
+        """Whether more rows have to end before an admission is worth its slow round.
+
+        A round that reads prompt tokens in any case admits whatever fits.
+        """
+        if not live or self._granted:
+            return False
+        return self._most_live - live < self.limits.gather * self._most_live
 
     def _place(self, sequence: Sequence) -> None:
         if not sequence.order:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from optimal_sampling import toy_pair
+from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.records.export.options import ExportOptions
 from optimal_sampling.records.export.reading import Run
 from optimal_sampling.records.export.tokens import StudentTokens
+from optimal_sampling.records.run_folder import flat
 from optimal_sampling.version import __version__
 
-__all__ = ["Section", "card", "made_with", "train_command"]
+__all__ = ["Section", "card", "generate_command", "made_with", "train_command"]
 
 Section = tuple[str, list[tuple[str, str]]]
 """A title, and names with their values."""
@@ -45,6 +47,26 @@ def train_command(options: ExportOptions, tokens: StudentTokens, longest: int) -
     if tokens.eos_option is not None:
         words += ["--eos_token", tokens.eos_option]
     return shlex.join([*words, "--output_dir", "checkpoints/sft"])
+
+
+def generate_command(run: Run) -> str:
+    """A command line that makes such a run: its options, where they are not the defaults."""
+    given = {**run.may_differ, **run.compared}
+    engine = str(given.get("engine", "local"))
+    defaults = flat(GenerateConfig(engine=ENGINES[engine]())) if engine in ENGINES else {}
+    words = ["optimal-sampling", "generate"]
+    for name, value in given.items():
+        if name in defaults and value is not None and value != defaults[name]:
+            words += _flag(name.replace("_", "-"), value)
+    if engine != "local":
+        words += ["--engine", engine]
+    return shlex.join(words)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}={value}"]
 
 
 def _path(model: str) -> str:

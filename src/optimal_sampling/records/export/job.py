@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimal_sampling.errors import DatasetError
-from optimal_sampling.records.export.card import Section, card, made_with, train_command
+from optimal_sampling.records.export.card import (
+    Section,
+    card,
+    generate_command,
+    made_with,
+    train_command,
+)
 from optimal_sampling.records.export.decontaminate import (
     Questions,
     RowsOf,
@@ -30,6 +38,7 @@ from optimal_sampling.records.export.reading import (
 from optimal_sampling.records.export.rows import Form, form_of
 from optimal_sampling.records.export.selection import Selection, is_validation, select
 from optimal_sampling.records.export.tokens import StudentTokens, vocabulary_hash
+from optimal_sampling.records.store import read_json
 
 if TYPE_CHECKING:
     from optimal_sampling.vocabulary import Vocabulary
@@ -94,7 +103,8 @@ def export(options: ExportOptions, tools: Tools, commands: Iterable[str] = ()) -
         sections[0][1].extend(_coverage(options, runs, entries).lines())
         sections += _more(questions, tokens, runs)
         command = train_command(options, tokens, exported.longest)
-        shown = [*commands, *([command] if command else [])]
+        made = [generate_command(run) for run in runs]
+        shown = [*made, *commands, *([command] if command else [])]
         text = card(options, runs, sections, shown, folder)
         (folder / "README.md").write_text(text, "utf-8", errors="backslashreplace")
         _write_summary(folder, options, exported, tokens, sections)
@@ -131,6 +141,7 @@ class _Writing:
         shards = {name: ParquetShards(folder, name, schema) for name in ("train", "validation")}
         scored: list[Scored] = []
         step = max(1, len(entries) // max(1, self.options.score_rows))
+        pace = _Pace(len(entries), self.tools.say)
         try:
             for number, (entry, record) in enumerate(records_of(entries)):
                 row = self.form.row(entry, record)
@@ -143,8 +154,7 @@ class _Writing:
                 self.exported.add(split, entry, record, row)
                 if number % step == 0 and len(scored) < self.options.score_rows:
                     scored.append((row.prompt_ids, row.completion_ids))
-                if (number + 1) % 10_000 == 0:
-                    self.tools.say(f"{number + 1} of {len(entries)} rows")
+                pace.show(number + 1)
             for shard in shards.values():
                 shard.close()
         except BaseException:
@@ -177,6 +187,28 @@ class _Writing:
         values = self.tools.score(model, self.options.trust_remote_code, scored)
         lengths = (len(ids) for _, ids in scored)
         self.exported.scores = list(zip(values, lengths, strict=True))
+
+
+class _Pace:
+    """Says every few seconds how many rows are done, how fast, and how long the rest will take."""
+
+    SECONDS = 5.0
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self._total = total
+        self._say = say
+        self._started = time.monotonic()
+        self._due = self._started + self.SECONDS
+
+    def show(self, done: int) -> None:
+        """`done` of all rows are written."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + self.SECONDS
+        rate = done / (now - self._started)
+        left = timedelta(seconds=round((self._total - done) / rate))
+        self._say(f"{done}/{self._total} rows, {rate:.0f} rows/s, {left} left")
 
 
 def _drawn_at(runs: list[Run]) -> str:
@@ -219,7 +251,7 @@ def _sections(
 def _acceptance(run: Path) -> Iterator[tuple[str, str]]:
     """What the last call on a run says of its drafts."""
     for path in sorted(run.glob("summary*.json")):
-        notes = json.loads(path.read_text("utf-8")).get("notes", {})
+        notes = read_json(path).get("notes", {})
         for text in notes.values():
             if "drafted tokens accepted" in str(text):
                 yield "drafts (last call)", str(text)
@@ -259,6 +291,7 @@ def _write_summary(
         "longest_row": exported.longest,
         "tokens_with_loss": exported.trained_tokens,
         "rows_with_other_ids": exported.changed,
+        "some_rows_with_other_ids": exported.changed_rows,
         "student_nll": exported.student_nll,
         "sections": {title: dict(lines) for title, lines in sections},
     }

@@ -23,6 +23,9 @@ NEAR_COPY_WORDS = 8
 NEAR_COPY_SHARE = 0.5
 """Share of the words that the teacher was shown, in one span, that makes a near-copy."""
 
+SHOWN = 10
+"""Rows that are named."""
+
 
 def percent(count: int, total: int) -> str:
     """`12.5% (1 of 8)`."""
@@ -146,6 +149,8 @@ class Exported:
     """Most tokens of a row, prompt and completion together."""
     changed: int = 0
     """Rows whose text has other ids than were drawn."""
+    changed_rows: list[str] = field(default_factory=list)
+    """The first of them: id and sample."""
     without_prompt: int = 0
     """Records that were left out: the ids of their prompts cannot be made again."""
     totals: Totals = field(default_factory=Totals)
@@ -166,7 +171,10 @@ class Exported:
             return
         self.trained_tokens += len(row.completion_ids)
         self.longest = max(self.longest, len(row.prompt_ids) + len(row.completion_ids))
-        self.changed += not row.survives
+        if not row.survives:
+            self.changed += 1
+            if self.changed <= SHOWN:
+                self.changed_rows.append(f"{record['id']}:{record['sample_index']}")
         if self.options.draws:
             self.totals.add(record)
             self._add_span(row)
@@ -212,6 +220,9 @@ class Exported:
         if self.options.format == "text":
             share = percent(self.changed, self.count)
             yield "rows whose text has other ids than were drawn", share
+            if self.changed_rows:
+                more = ", ..." if self.changed > SHOWN else ""
+                yield "these are (id:sample_index)", ", ".join(self.changed_rows) + more
         if self.without_prompt:
             count = str(self.without_prompt)
             yield "left out: prompt ids cannot be made again from the text", count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -118,16 +118,23 @@ def student_run(options: ExportOptions, runs: list[Run]) -> Run | None:
         return named
     first = runs[0]
     folders = sorted(path.parent for path in first.path.absolute().parent.glob("*/config.json"))
-    others = [_open(path) for path in folders if _has_records(path)]
     same = ("dataset", "student")
     beside = [
         run
-        for run in others
+        for run in _readable(folders)
         if run.mode == "student"
         and run.path != first.path.absolute()
         and all(run.compared.get(name) == first.compared.get(name) for name in same)
     ]
     return beside[0] if len(beside) == 1 else None
+
+
+def _readable(folders: Iterable[Path]) -> Iterator[Run]:
+    """The run folders among some folders; those that are broken are none of this export's."""
+    for path in folders:
+        with suppress(RunFolderError):
+            if _has_records(path):
+                yield _open(path)
 
 
 def index(runs: list[Run]) -> tuple[list[Entry], int]:

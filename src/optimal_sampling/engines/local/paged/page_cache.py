@@ -122,20 +122,24 @@ def lay_out(
     if len(idle):
         scratch = list(idle)
         bases[scratch] = firsts[scratch] = 0
-    counts = np.full(len(start), width)
-    if chunks:
-        read = np.array([(held[c.row], c.start, len(c.ids)) for c in chunks])
-        bases, firsts, counts = np.concatenate([read, np.stack([bases, firsts, counts], 1)]).T
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    within = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
-    positions = within + np.repeat(firsts, counts)
-    origins = np.repeat(bases, counts)
+    positions = (firsts[:, None] + np.arange(width)).ravel()
+    origins = np.repeat(bases, width)
     write = (positions + origins) * (origins > 0)
+    counts, most = [width] * len(start), width
+    if chunks:
+        read = [np.arange(c.start, c.start + len(c.ids)) for c in chunks]
+        places = [held[c.row] + part for c, part in zip(chunks, read, strict=True)]
+        positions, write = np.concatenate([*read, positions]), np.concatenate([*places, write])
+        bases = np.concatenate([held[[c.row for c in chunks]], bases])
+        firsts = np.concatenate([[c.start for c in chunks], firsts])
+        counts = [len(c.ids) for c in chunks] + counts
+        most = max(counts)
+    ends = np.cumsum([0, *counts])
     keys = firsts + counts
     shape = BatchShape(
-        tokens=int(ends[-1]),
-        segments=len(counts),
-        max_queries=int(counts.max()),
+        tokens=len(positions),
+        segments=len(bases),
+        max_queries=most,
         max_keys=int(keys.max()),
         outputs=len(start) * width,
     )
