@@ -24,7 +24,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 
 from optimal_sampling.bench.architectures import ARCHITECTURES, Architecture
 from optimal_sampling.config import MixtureConfig, ModelConfig
-from optimal_sampling.distribution.arrays import keep_by_threshold, keep_largest
+from optimal_sampling.distribution.arrays import keep_largest, keep_top_k
 from optimal_sampling.distribution.gpu import launch
 from optimal_sampling.distribution.mixture import Drawn, draw, make_pair, solve, trace_of
 from optimal_sampling.distribution.noise import NoiseKeys, keys_tensor, noise_tensor
@@ -284,20 +284,19 @@ def check_draft(setting: Setting, rows: int) -> Result:
     )
 
 
-def check_top_p(setting: Setting, rows: int) -> Result:
-    """Top-k and top-p by thresholds, against sorting every row."""
+def check_top_k(setting: Setting, rows: int) -> Result:
+    """Top-k without sorting, against sorting every row."""
     scores = logits_of(setting, rows)[0].float().log_softmax(-1)
-    for top_k, top_p in ((50, 1.0), (-1, 0.9), (50, 0.9)):
-        found = keep_by_threshold(scores, top_k, top_p)[:SORTED].cpu()
-        differ = int((found != keep_largest(scores[:SORTED].cpu(), top_k, top_p)).sum())
-        assert not differ, f"{differ} tokens differ at top-k {top_k}, top-p {top_p}"
+    for top_k in (1, 50):
+        found = keep_top_k(scores, top_k)[:SORTED].cpu()
+        differ = int((found != keep_largest(scores[:SORTED].cpu(), top_k, 1.0)).sum())
+        assert not differ, f"{differ} tokens differ at top-k {top_k}"
 
     def by_sorting() -> Tensor:
-        ranked, order = scores.sort(stable=True, dim=-1, descending=True)
-        share = ranked.to(torch.float64).softmax(-1).cumsum(-1)
-        return torch.zeros_like(scores).scatter_(-1, order, (share < 0.9).float())
+        order = scores.sort(stable=True, dim=-1, descending=True).indices
+        return torch.zeros_like(scores).scatter_(-1, order[:, :50], 1.0)
 
-    return "kept as by sorting", lambda: keep_by_threshold(scores, -1, 0.9), by_sorting
+    return "kept as by sorting", lambda: keep_top_k(scores, 50), by_sorting
 
 
 CHECKS = {
@@ -308,11 +307,11 @@ CHECKS = {
     "merged_products": check_merged_products,
     "draft": check_draft,
     "mixture": check_mixture,
-    "top_p": check_top_p,
+    "top_k": check_top_k,
     "mixture_sizes": check_mixture_sizes,
     "pass": check_pass,
 }
-UNRECORDED = {"mixture", "draft", "top_p"}
+UNRECORDED = {"mixture", "draft", "top_k"}
 """Their unfused path waits for the host, so it is no CUDA graph."""
 
 

@@ -67,6 +67,19 @@ def test_load_dataset(tmp_path, runs, rows, output):
     assert sum(report.rows.values()) == 8
 
 
+def test_the_cache_of_datasets_tells_exports_apart(tmp_path, runs, rows):
+    """Guards: the rows of another folder of the same last name, or from before an overwrite."""
+    datasets = pytest.importorskip("datasets")
+    counts = []
+    for name, count in (("one", 1), ("two", 2), ("two", 3)):
+        run = runs.make([Draw(number, "text") for number in range(count)], rows, f"run{count}")
+        target = str(tmp_path / name / "data")
+        report = export(runs.options(run, output_dir=target, overwrite=True), runs.tools)
+        loaded = datasets.load_dataset(str(report.folder), cache_dir=str(tmp_path / "cache"))
+        counts.append(loaded["train"].num_rows)
+    assert counts == [1, 2, 3]
+
+
 def test_only_correct(runs, rows):
     """Guards: wrong, truncated, skipped or ungraded completions among those called correct."""
     verdicts = ["correct", "wrong", "no_answer", "skipped", None, "correct"]

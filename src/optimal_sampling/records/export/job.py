@@ -105,7 +105,7 @@ def export(options: ExportOptions, tools: Tools, commands: Iterable[str] = ()) -
         command = train_command(options, tokens, exported.longest)
         made = [generate_command(run) for run in runs]
         shown = [*made, *commands, *([command] if command else [])]
-        text = card(options, runs, sections, shown, exported.rows)
+        text = card(options, runs, sections, shown, folder)
         (folder / "README.md").write_text(text, "utf-8", errors="backslashreplace")
         _write_summary(folder, options, exported, tokens, sections)
     return Report(target, dict(exported.rows), sections, command)
