@@ -36,7 +36,7 @@ from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
 from optimal_sampling.engines.local.run import GenerationLoop
 
-__all__ = ["Kernel", "Profile", "kind_of", "main"]
+__all__ = ["Kernel", "Profile", "change_loop", "kind_of", "main", "unchanged", "waiting"]
 
 ACCEPTANCE = 0.9
 WARM_ROUNDS = 16
