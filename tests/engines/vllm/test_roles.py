@@ -28,7 +28,7 @@ FULL_NAMES = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
 class Reference(Pair):
     """A pair of which some models have a reference other than Transformers on their folder."""
 
-    def __init__(self, student, teacher, **own):
+    def __init__(self, student, teacher, own):
         super().__init__(student, teacher)
         self.own = own
 
@@ -94,12 +94,14 @@ def test_a_quantised_model(saved, tmp_path, role, bits):
     logits = quantise(saved["llama"], folder, bits, FULL_NAMES)
     other = saved["window"]
     if role == "both":
-        pair = Reference(folder, folder, student=logits, teacher=logits)
+        pair = Reference(folder, folder, {"student": logits, "teacher": logits})
     elif role == "teacher":
-        pair = Reference(other, folder, teacher=logits)
+        pair = Reference(other, folder, {"teacher": logits})
     else:
-        pair = Reference(folder, other, student=logits)
-    assert_exact(pair, 1e-4, [(40, 40), (10, 5)])
+        pair = Reference(folder, other, {"student": logits})
+    # vLLM's kernel for 4 bits on a CPU takes bfloat16 alone.
+    settings, limit = ({}, 1e-4) if bits == 8 else ({"dtype": "bfloat16"}, 0.3)
+    assert_exact(pair, limit, [(40, 40), (10, 5)], **settings)
 
 
 def test_saved_as_expected(saved):
