@@ -16,7 +16,13 @@ from optimal_sampling.api.batch import (
     taken,
     whole_number,
 )
-from optimal_sampling.config import MixtureConfig, ModelConfig, PromptConfig, VllmOptions
+from optimal_sampling.config import (
+    DraftTokens,
+    MixtureConfig,
+    ModelConfig,
+    PromptConfig,
+    VllmOptions,
+)
 from optimal_sampling.engines.vllm.engine import VllmEngine
 from optimal_sampling.engines.vllm.trace_store import alpha_summary
 from optimal_sampling.errors import ConfigError
@@ -94,7 +100,7 @@ class OptimalSamplingV1(BatchSampler):
         track_alpha_stats: bool = True,
         gpu_memory_utilization: float = 0.5,
         *,
-        draft_tokens: int = 0,
+        draft_tokens: DraftTokens = 0,
         constraint_to_target: bool = False,
         target_top_k: int = -1,
         target_top_p: float = 1.0,
@@ -180,7 +186,7 @@ class OptimalSamplingV1(BatchSampler):
 
 
 def _engine_options(
-    draft_tokens: int, gpu_memory_utilization: float, settings: dict[str, Any]
+    draft_tokens: DraftTokens, gpu_memory_utilization: float, settings: dict[str, Any]
 ) -> tuple[VllmOptions, dict[str, Any]]:
     """Our options, and the rest of vLLM's own arguments."""
     options = VllmOptions(

