@@ -54,7 +54,7 @@ def test_a_signal_ends_a_server_whose_client_still_reads(streaming):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0, log.read_text()[-3000:]
     assert time.monotonic() - begin < 5
-    gone, alive = psutil.wait_procs(children, timeout=5)
+    _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
 
 

@@ -190,11 +190,15 @@ def _engine_options(
 ) -> tuple[VllmOptions, dict[str, Any]]:
     """Our options, and the rest of vLLM's own arguments."""
     options = VllmOptions(
-        batch_size=int(settings.pop("max_num_seqs", _DEFAULT_SEQUENCES)),
-        prefill_chunk=int(settings.pop("max_num_batched_tokens", _DEFAULT_TOKENS)),
+        batch_size=_taken_number(settings, "max_num_seqs", _DEFAULT_SEQUENCES),
+        prefill_chunk=_taken_number(settings, "max_num_batched_tokens", _DEFAULT_TOKENS),
         draft_tokens=draft_tokens,
     )
     return options, {"gpu_memory_utilization": gpu_memory_utilization, **settings}
+
+
+def _taken_number(settings: dict[str, Any], name: str, default: int) -> int:
+    return whole_number(name, settings.pop(name, default), least=1)
 
 
 def _alpha_stats(rows: Sequence[Completion]) -> dict[str, Any]:

@@ -289,9 +289,9 @@ def _check_student_knows(prompts: _RequestPrompts, prompt: Any) -> None:
         return
     ids = prompts.token_ids(prompt, prompts.route.prompt_field, "teacher")
     if max(ids, default=0) >= rows:
+        name = prompts.route.student_field
         raise RequestError(
-            f"the prompt has tokens that only the teacher knows: give {prompts.route.student_field}",
-            "prompt",
+            f"the prompt has tokens that only the teacher knows: give {name}", "prompt"
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimal_sampling.config import Checked, MixtureConfig, ModelConfig, VllmOptions
+from optimal_sampling.engines.vllm.engine import start_error
 from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
 from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.serve.request_body import LOOPBACK_NAMES, ServerSettings
@@ -107,7 +108,11 @@ async def _run(namespace: Any) -> None:
     address, listener = setup_server(namespace, reuse_port=False)
     stopped = False
     with contextlib.closing(listener):
-        async with build_async_engine_client(namespace) as client:
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                client = await stack.enter_async_context(build_async_engine_client(namespace))
+            except Exception as error:  # of vLLM or a model: any kind
+                raise start_error(error) from error
             shutdown = client.shutdown
 
             def stop(*args: Any, **kwargs: Any) -> None:

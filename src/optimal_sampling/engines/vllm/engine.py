@@ -280,9 +280,9 @@ def start_error(error: Exception) -> OptimalSamplingError:
     text = str(error).strip()
     if not isinstance(error, ValueError):
         return EngineError(f"vLLM did not start: {_reason(error)}")
-    if "KV cache" in text:
+    if "KV cache" in text or "cache blocks" in text:
         return ConfigError(
-            f"too little memory for the KV cache: {_first_line(text)} Give it more "
-            "(kv_memory_gib; kv_cache_memory_bytes of OptimalSamplingV1), or lower max_model_len"
+            f"too little memory for the KV cache (vLLM: {text.partition('. ')[0]}): give it more by "
+            "kv_memory_gib (kv_cache_memory_bytes of OptimalSamplingV1), or lower max_model_len"
         )
     return ConfigError(f"vLLM refuses these options: {text}")

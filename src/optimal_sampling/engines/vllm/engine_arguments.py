@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
@@ -16,7 +17,7 @@ from optimal_sampling.engines.vllm.plugin import ARCHITECTURE, check_version, re
 from optimal_sampling.engines.vllm.request_options import OPTIONS
 from optimal_sampling.errors import ConfigError, ModelError, did_you_mean
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
-from optimal_sampling.vocabulary.model_folder import has_adapter
+from optimal_sampling.vocabulary.model_folder import check_weight_files, has_adapter
 
 __all__ = ["engine_arguments", "prepare_environment"]
 
@@ -58,6 +59,8 @@ _SET_BY_ENGINE = {
 _PACKAGE = "optimal_sampling.engines.vllm"
 _CPU_KV_BYTES = 1 << 30
 _OFF = (None, False, 0, 1)
+_SAFE_FORMATS = frozenset({"safetensors", "fastsafetensors", "instanttensor", "mistral", "dummy"})
+"""vLLM's load formats that read safetensors alone, or nothing."""
 
 
 def prepare_environment() -> None:
@@ -90,6 +93,7 @@ def engine_arguments(
     teacher = resolve_model(models.teacher, models.teacher_revision, weights=True)
     student = resolve_model(models.student, models.student_revision, weights=True)
     for role, folder in (("teacher", teacher), ("student", student)):
+        check_weight_files(f"the {role} model {folder!r}", Path(folder))
         if has_adapter(folder):
             raise ModelError(
                 f"a LoRA adapter lies beside the {role} model {folder!r}, which the vLLM "
@@ -104,6 +108,7 @@ def engine_arguments(
         "async_scheduling": False,
         "logprobs_mode": "processed_logprobs",
         "hf_overrides": _overrides(models, teacher, student, mixture, vocabulary),
+        "load_format": "safetensors",  # pickled weights run code
         "disable_log_stats": True,
         "max_num_seqs": options.batch_size,
         "max_num_batched_tokens": options.tokens_per_step,
@@ -206,6 +211,11 @@ def _check_given(given: Mapping[str, Any]) -> None:
         if name in _REFUSED and (value is True or value not in _OFF):
             raise ConfigError(
                 f"{name}={value!r}: the vLLM engine does not support {_REFUSED[name]}"
+            )
+        if name == "load_format" and value not in _SAFE_FORMATS:
+            raise ConfigError(
+                f"load_format={value!r}: the vLLM engine reads safetensors alone; the formats are "
+                f"{', '.join(sorted(_SAFE_FORMATS))}"
             )
         if name not in known:
             hint = did_you_mean(name, known)
