@@ -24,6 +24,7 @@ from optimal_sampling.serve.request_body import (
     CHAT,
     COMPLETIONS,
     RequestError,
+    Route,
     ServerSettings,
     translate_body,
 )

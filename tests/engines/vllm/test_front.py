@@ -278,5 +278,5 @@ def test_an_engine_that_fails_says_so():
             raise AssertionError("a message\nand a page of details")
 
         sampler._engine.core.step = fail
-        with pytest.raises(EngineError, match="AssertionError: a message$"):
+        with pytest.raises(EngineError, match=r"AssertionError: a message$"):
             sampler.generate(["1+1=?"], max_tokens=4)

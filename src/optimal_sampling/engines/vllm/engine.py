@@ -196,9 +196,9 @@ class VllmEngine(Engine):
         """One step of vLLM; the requests that it finishes leave `active`."""
         try:
             outputs = [output for output in self.core.step() if output.finished]
-        except Exception as error:  # of vLLM or a model: any kind
+        except Exception as reason:  # of vLLM or a model: any kind
             self.failed = True
-            raise EngineError(f"vLLM failed and cannot go on: {_reason(error)}") from error
+            raise EngineError(f"vLLM failed and cannot go on: {_reason(reason)}") from reason
         if not outputs:
             return
         finished = [active.pop(output.request_id) for output in outputs]
@@ -281,8 +281,9 @@ def start_error(error: Exception) -> OptimalSamplingError:
     if not isinstance(error, ValueError):
         return EngineError(f"vLLM did not start: {_reason(error)}")
     if "KV cache" in text or "cache blocks" in text:
+        said = text.partition(". ")[0]
         return ConfigError(
-            f"too little memory for the KV cache (vLLM: {text.partition('. ')[0]}): give it more by "
+            f"too little memory for the KV cache (vLLM: {said}): give it more by "
             "kv_memory_gib (kv_cache_memory_bytes of OptimalSamplingV1), or lower max_model_len"
         )
     return ConfigError(f"vLLM refuses these options: {text}")
