@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.models.utils import (
-    AutoWeightsLoader,
-    init_vllm_registered_model,
-    maybe_prefix,
-)
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.engines.vllm.mixing import LogitsRow, Mixed, mix
 from optimal_sampling.engines.vllm.plugin import check_version
 from optimal_sampling.engines.vllm.request_options import OPTIONS
+from optimal_sampling.engines.vllm.role_configs import student_config, teacher_config
 
 __all__ = ["CompositeSettings", "OptimalSamplingForCausalLM"]
 
@@ -59,28 +58,21 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.settings = CompositeSettings(**getattr(config, OPTIONS))
         self.default = MixtureConfig(**self.settings.mixture)
         self.width: int = vllm_config.model_config.get_vocab_size()
-        student_config = AutoConfig.from_pretrained(
-            self.settings.student, trust_remote_code=self.settings.trust_remote_code
-        )
-        self.teacher = init_vllm_registered_model(
-            vllm_config=vllm_config,
-            prefix=maybe_prefix(prefix, "teacher"),
-            hf_config=config,
-            architectures=self.settings.teacher_architectures,
-        )
-        with set_model_tag("student"):  # keeps its compiled graphs apart from the teacher's
-            self.student = init_vllm_registered_model(
-                vllm_config=vllm_config,
-                prefix=maybe_prefix(prefix, "student"),
-                hf_config=student_config,
-                architectures=student_config.architectures,
+        teacher = teacher_config(vllm_config, self.settings.teacher_architectures)
+        student = teacher
+        if not self.settings.shared:
+            student = student_config(
+                vllm_config, self.settings.student, self.settings.trust_remote_code
             )
+        self.role_configs = {"teacher": teacher.model_config, "student": student.model_config}
+        self.teacher = initialize_model(teacher, prefix=maybe_prefix(prefix, "teacher"))
+        with set_model_tag("student"):  # keeps its compiled graphs apart from the teacher's
+            self.student = initialize_model(student, prefix=maybe_prefix(prefix, "student"))
         self.hidden_sizes = {
-            "teacher": config.get_text_config().hidden_size,
-            "student": student_config.get_text_config().hidden_size,
+            role: config.get_hidden_size() for role, config in self.role_configs.items()
         }
         if self.settings.shared:
-            _share_parameters(self.teacher, self.student)
+            _share_modules(self.teacher, self.student)
         else:
             source = DefaultModelLoader.Source(
                 self.settings.student, revision=None, prefix="student."
@@ -145,12 +137,22 @@ class OptimalSamplingForCausalLM(nn.Module):
             for name, weight in weights
         )
         loaded: set[str] = AutoWeightsLoader(self).load_weights(named)
+        for role, config in self.role_configs.items():
+            maybe_retie_word_embeddings(getattr(self, role), config)
         return loaded
 
 
-def _share_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Replace the parameters of `target` by those of `source`, module by module."""
-    modules = dict(source.named_modules())
-    for name, module in target.named_modules():
-        for key in list(module._parameters):
-            module._parameters[key] = modules[name]._parameters[key]
+def _share_modules(source: nn.Module, target: nn.Module) -> None:
+    """Replace the parts of `target` by those of `source`, but for its attention layers.
+
+    Modules, not parameters: quantised weights are repacked after loading, which happens once per
+    module. Attention layers have no weights, and a KV cache each.
+    """
+    target._parameters.update(source._parameters)
+    for name, child in list(target.named_children()):
+        if isinstance(child, AttentionLayerBase):
+            continue
+        if any(isinstance(each, AttentionLayerBase) for each in child.modules()):
+            _share_modules(getattr(source, name), child)
+        else:
+            setattr(target, name, getattr(source, name))

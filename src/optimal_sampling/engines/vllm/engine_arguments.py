@@ -162,8 +162,6 @@ def _architectures(role: str, folder: str, models: ModelConfig) -> list[str]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=models.trust_remote_code)
-    if getattr(config, "quantization_config", None):
-        raise ConfigError(f"the {role} is quantised, which the vLLM engine does not support")
     architectures = getattr(config, "architectures", None)
     if not architectures:
         raise ConfigError(f"the config of the {role} names no architecture, so vLLM cannot load it")

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from optimal_sampling.engines.vllm.cpu_fixes import apply_cpu_fixes
+from optimal_sampling.engines.vllm.kv_memory import keep_whole_text
 from optimal_sampling.engines.vllm.plugin import check_version
 from optimal_sampling.engines.vllm.runner_v1 import V1RunnerMixin
 from optimal_sampling.engines.vllm.runner_v2 import V2RunnerMixin
@@ -38,13 +39,21 @@ class OptimalSamplingWorker(PlatformWorker):  # type: ignore[misc]
         runner.__class__ = type("OptimalSamplingModelRunner", (mixin, type(runner)), {})
         runner.init_mixture_state()
 
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        """Memory of each layer: of the whole text, also where it attends to a window only.
+
+        vLLM frees what lies before the window of the prompt that it plans for; the other prompt's
+        keys and values lie in the same blocks, at other positions.
+        """
+        return keep_whole_text(super().get_kv_cache_spec(), self.cache_config.block_size)
+
     def initialize_from_config(self, kv_cache_config: Any) -> Any:
         """vLLM's memory. Raises ConfigError for models with more than one kind of block."""
         groups = len(kv_cache_config.kv_cache_groups)
         if groups != 1:
             raise ConfigError(
-                f"these models keep {groups} kinds of caches (sliding windows or states); the vLLM "
-                "engine supports models whose layers all attend to the whole text"
+                f"these models keep {groups} kinds of caches (states, chunks of attention); the "
+                "vLLM engine supports models whose layers keep the keys and values of every token"
             )
         return super().initialize_from_config(kv_cache_config)
 
