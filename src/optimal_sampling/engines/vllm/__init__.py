@@ -8,6 +8,7 @@ vLLM's own.
     request_options   options of one request, and their encoding in vLLM's `extra_args`
     mixing            two models' logits of a step -> log q*, by the mathematics of `distribution`
     composite         the model class
+    tensor_parallel   a student that cannot be split over the devices, whole on each
     draft_model       the student as draft model of a teacher with another number of logits
     model_batch       tokens of a step for each model, where the prompts of a request differ
     trace_store       traces of requests until they are fetched

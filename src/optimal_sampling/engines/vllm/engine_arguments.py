@@ -15,15 +15,18 @@ from typing import Any
 from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.vllm.plugin import ARCHITECTURE, check_version, register
 from optimal_sampling.engines.vllm.request_options import OPTIONS
+from optimal_sampling.engines.vllm.tensor_parallel import can_split
 from optimal_sampling.errors import ConfigError, ModelError, did_you_mean
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 from optimal_sampling.vocabulary.model_folder import check_weight_files, has_adapter
 
 __all__ = ["engine_arguments", "prepare_environment"]
 
-_ONE_DEVICE = "parallelism over several devices (run one process per device on a slice of the data)"
+_ONE_DEVICE = (
+    "this kind of parallelism: split the models (tensor_parallel_size), or run one process per "
+    "device on a slice of the data"
+)
 _REFUSED = {
-    "tensor_parallel_size": _ONE_DEVICE,
     "pipeline_parallel_size": _ONE_DEVICE,
     "data_parallel_size": _ONE_DEVICE,
     "decode_context_parallel_size": _ONE_DEVICE,
@@ -115,6 +118,7 @@ def engine_arguments(
     }
     arguments |= _context_argument(vocabulary, given)
     if options.drafts_per_step:
+        _check_drafts(student, models, given.get("tensor_parallel_size", 1))
         arguments["speculative_config"] = _speculation(student, options.drafts_per_step)
         arguments["hf_overrides"] = _overrides_with_draft(arguments["hf_overrides"], vocabulary)
     if _on_cpu():
@@ -170,6 +174,18 @@ def _architectures(role: str, folder: str, models: ModelConfig) -> list[str]:
             f"the {role} is more than a text model, which the vLLM engine does not support"
         )
     return list(architectures)
+
+
+def _check_drafts(student: str, models: ModelConfig, devices: int) -> None:
+    """Raise ConfigError where the student cannot be split, which vLLM demands of a draft model."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(student, trust_remote_code=models.trust_remote_code)
+    if devices > 1 and not can_split(config, devices):
+        raise ConfigError(
+            f"draft_tokens: the student's heads do not divide by tensor_parallel_size={devices}, "
+            "which vLLM demands of a draft model; leave drafts out, or take another size"
+        )
 
 
 def _overrides_with_draft(
