@@ -16,7 +16,13 @@ from optimal_sampling.api.batch import (
     taken,
     whole_number,
 )
-from optimal_sampling.config import MixtureConfig, ModelConfig, PromptConfig, VllmOptions
+from optimal_sampling.config import (
+    DraftTokens,
+    MixtureConfig,
+    ModelConfig,
+    PromptConfig,
+    VllmOptions,
+)
 from optimal_sampling.engines.vllm.engine import VllmEngine
 from optimal_sampling.engines.vllm.trace_store import alpha_summary
 from optimal_sampling.errors import ConfigError
@@ -94,7 +100,7 @@ class OptimalSamplingV1(BatchSampler):
         track_alpha_stats: bool = True,
         gpu_memory_utilization: float = 0.5,
         *,
-        draft_tokens: int = 0,
+        draft_tokens: DraftTokens = 0,
         constraint_to_target: bool = False,
         target_top_k: int = -1,
         target_top_p: float = 1.0,
@@ -180,15 +186,19 @@ class OptimalSamplingV1(BatchSampler):
 
 
 def _engine_options(
-    draft_tokens: int, gpu_memory_utilization: float, settings: dict[str, Any]
+    draft_tokens: DraftTokens, gpu_memory_utilization: float, settings: dict[str, Any]
 ) -> tuple[VllmOptions, dict[str, Any]]:
     """Our options, and the rest of vLLM's own arguments."""
     options = VllmOptions(
-        batch_size=int(settings.pop("max_num_seqs", _DEFAULT_SEQUENCES)),
-        prefill_chunk=int(settings.pop("max_num_batched_tokens", _DEFAULT_TOKENS)),
+        batch_size=_taken_number(settings, "max_num_seqs", _DEFAULT_SEQUENCES),
+        prefill_chunk=_taken_number(settings, "max_num_batched_tokens", _DEFAULT_TOKENS),
         draft_tokens=draft_tokens,
     )
     return options, {"gpu_memory_utilization": gpu_memory_utilization, **settings}
+
+
+def _taken_number(settings: dict[str, Any], name: str, default: int) -> int:
+    return whole_number(name, settings.pop(name, default), least=1)
 
 
 def _alpha_stats(rows: Sequence[Completion]) -> dict[str, Any]:

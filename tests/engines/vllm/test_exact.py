@@ -13,6 +13,7 @@ from optimal_sampling.types import ALPHA_METHODS, Request
 from tests.engines.vllm.rows import LIMIT, assert_rows, expected_rows, full_rows
 from tests.engines.vllm.tiny import CONTEXT, SECOND_RUNNER, Pair, log_softmax
 
+
 @pytest.fixture(scope="module")
 def wide(folders):
     """V = 2048; 64 tokens per step, so that longer prompts come in chunks."""

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
@@ -26,6 +26,7 @@ from optimal_sampling.engines.vllm.mixing import LogitsRow, Mixed, mix
 from optimal_sampling.engines.vllm.plugin import check_version
 from optimal_sampling.engines.vllm.request_options import OPTIONS
 from optimal_sampling.engines.vllm.role_configs import student_config, teacher_config
+from optimal_sampling.engines.vllm.tensor_parallel import initialize_student
 
 __all__ = ["CompositeSettings", "OptimalSamplingForCausalLM"]
 
@@ -67,7 +68,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.role_configs = {"teacher": teacher.model_config, "student": student.model_config}
         self.teacher = initialize_model(teacher, prefix=maybe_prefix(prefix, "teacher"))
         with set_model_tag("student"):  # keeps its compiled graphs apart from the teacher's
-            self.student = initialize_model(student, prefix=maybe_prefix(prefix, "student"))
+            self.student = initialize_student(student, maybe_prefix(prefix, "student"))
         self.hidden_sizes = {
             role: config.get_hidden_size() for role, config in self.role_configs.items()
         }

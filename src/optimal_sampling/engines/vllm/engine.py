@@ -9,20 +9,21 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from optimal_sampling.config import EngineOptions, MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.base import Engine, prompt_problem
 from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
+from optimal_sampling.engines.vllm.in_process import end_with, starting
 from optimal_sampling.engines.vllm.request_options import MODES, RequestOptions, TraceLevel
 from optimal_sampling.engines.vllm.trace_store import TraceRows, Traces
-from optimal_sampling.errors import EngineError
+from optimal_sampling.errors import ConfigError, EngineError, OptimalSamplingError
 from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Mode, Request, TokenTrace
 from optimal_sampling.vocabulary import Vocabulary
 
-__all__ = ["VllmEngine"]
+__all__ = ["VllmEngine", "start_error"]
 
 _LOG_Q = TRACE_FIELDS.index("log_q")
 
@@ -66,6 +67,9 @@ class VllmEngine(Engine):
         """Values kept per token."""
         self.max_active = options.batch_size
         """Most requests that vLLM was started for."""
+        self.failed = False
+        """Whether vLLM ended by an error."""
+        self._end: Callable[[], Any] = core.engine_core.shutdown
         self._request_count = 0
         self._check_settings(options)
 
@@ -92,10 +96,16 @@ class VllmEngine(Engine):
         if mode == "teacher":
             revision = models.teacher_revision
             models = replace(models, student=models.teacher, student_revision=revision)
-        given = {"skip_tokenizer_init": True, **(settings or {})}
+        given = {"skip_tokenizer_init": True, **options.settings, **(settings or {})}
         arguments = engine_arguments(models, mixture, options, vocabulary, given)
-        core = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        return cls(core, mixture, options, vocabulary, mode)
+        with starting():
+            try:
+                core = LLMEngine.from_engine_args(EngineArgs(**arguments))
+            except Exception as error:  # of vLLM or a model: any kind
+                raise start_error(error) from error
+            engine = cls(core, mixture, options, vocabulary, mode)
+            engine._end = end_with(core.engine_core)
+        return engine
 
     def view(
         self,
@@ -134,7 +144,8 @@ class VllmEngine(Engine):
                     yield from self._step(active)
         finally:
             internal_ids = [each.internal_id for each in active.values()]
-            self.core.abort_request(internal_ids, internal=True)
+            if not self.failed:
+                self.core.abort_request(internal_ids, internal=True)
 
     def _problem(self, request: Request) -> str:
         """Why a request cannot be served, "" if it can."""
@@ -183,7 +194,11 @@ class VllmEngine(Engine):
 
     def _step(self, active: dict[str, _ActiveRequest]) -> Iterator[Completion]:
         """One step of vLLM; the requests that it finishes leave `active`."""
-        outputs = [output for output in self.core.step() if output.finished]
+        try:
+            outputs = [output for output in self.core.step() if output.finished]
+        except Exception as reason:  # of vLLM or a model: any kind
+            self.failed = True
+            raise EngineError(f"vLLM failed and cannot go on: {_reason(reason)}") from reason
         if not outputs:
             return
         finished = [active.pop(output.request_id) for output in outputs]
@@ -242,10 +257,33 @@ class VllmEngine(Engine):
     def close(self) -> None:
         """End vLLM and free the models."""
         core, self.core = self.core, None
-        if core is None:
-            return
-        core.engine_core.shutdown()
-        del core
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        if core is not None:
+            self._end()
 
-        cleanup_dist_env_and_memory()
+
+def _reason(error: BaseException) -> str:
+    """Kind and first line of an error of vLLM, which can be a page long."""
+    return f"{type(error).__name__}: {_first_line(str(error))}"
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
+
+
+def start_error(error: Exception) -> OptimalSamplingError:
+    """What is raised where vLLM did not start.
+
+    A ConfigError where it refused an option, or found too little memory for the KV cache.
+    """
+    if isinstance(error, OptimalSamplingError):
+        return error
+    text = str(error).strip()
+    if not isinstance(error, ValueError):
+        return EngineError(f"vLLM did not start: {_reason(error)}")
+    if "KV cache" in text or "cache blocks" in text:
+        said = text.partition(". ")[0]
+        return ConfigError(
+            f"too little memory for the KV cache (vLLM: {said}): give it more by "
+            "kv_memory_gib (kv_cache_memory_bytes of OptimalSamplingV1), or lower max_model_len"
+        )
+    return ConfigError(f"vLLM refuses these options: {text}")

@@ -9,20 +9,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.vllm.plugin import ARCHITECTURE, check_version, register
 from optimal_sampling.engines.vllm.request_options import OPTIONS
+from optimal_sampling.engines.vllm.tensor_parallel import can_split
 from optimal_sampling.errors import ConfigError, ModelError, did_you_mean
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
-from optimal_sampling.vocabulary.model_folder import has_adapter
+from optimal_sampling.vocabulary.model_folder import check_weight_files, has_adapter
 
 __all__ = ["engine_arguments", "prepare_environment"]
 
-_ONE_DEVICE = "parallelism over several devices (run one process per device on a slice of the data)"
+_ONE_DEVICE = (
+    "this kind of parallelism: split the models (tensor_parallel_size), or run one process per "
+    "device on a slice of the data"
+)
 _REFUSED = {
-    "tensor_parallel_size": _ONE_DEVICE,
     "pipeline_parallel_size": _ONE_DEVICE,
     "data_parallel_size": _ONE_DEVICE,
     "decode_context_parallel_size": _ONE_DEVICE,
@@ -58,6 +62,8 @@ _SET_BY_ENGINE = {
 _PACKAGE = "optimal_sampling.engines.vllm"
 _CPU_KV_BYTES = 1 << 30
 _OFF = (None, False, 0, 1)
+_SAFE_FORMATS = frozenset({"safetensors", "fastsafetensors", "instanttensor", "mistral", "dummy"})
+"""vLLM's load formats that read safetensors alone, or nothing."""
 
 
 def prepare_environment() -> None:
@@ -90,6 +96,7 @@ def engine_arguments(
     teacher = resolve_model(models.teacher, models.teacher_revision, weights=True)
     student = resolve_model(models.student, models.student_revision, weights=True)
     for role, folder in (("teacher", teacher), ("student", student)):
+        check_weight_files(f"the {role} model {folder!r}", Path(folder))
         if has_adapter(folder):
             raise ModelError(
                 f"a LoRA adapter lies beside the {role} model {folder!r}, which the vLLM "
@@ -104,12 +111,14 @@ def engine_arguments(
         "async_scheduling": False,
         "logprobs_mode": "processed_logprobs",
         "hf_overrides": _overrides(models, teacher, student, mixture, vocabulary),
+        "load_format": "safetensors",  # pickled weights run code
         "disable_log_stats": True,
         "max_num_seqs": options.batch_size,
         "max_num_batched_tokens": options.tokens_per_step,
     }
     arguments |= _context_argument(vocabulary, given)
     if options.drafts_per_step:
+        _check_drafts(student, models, given.get("tensor_parallel_size", 1))
         arguments["speculative_config"] = _speculation(student, options.drafts_per_step)
         arguments["hf_overrides"] = _overrides_with_draft(arguments["hf_overrides"], vocabulary)
     if _on_cpu():
@@ -167,6 +176,18 @@ def _architectures(role: str, folder: str, models: ModelConfig) -> list[str]:
     return list(architectures)
 
 
+def _check_drafts(student: str, models: ModelConfig, devices: int) -> None:
+    """Raise ConfigError where the student cannot be split, which vLLM demands of a draft model."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(student, trust_remote_code=models.trust_remote_code)
+    if devices > 1 and not can_split(config, devices):
+        raise ConfigError(
+            f"draft_tokens: the student's heads do not divide by tensor_parallel_size={devices}, "
+            "which vLLM demands of a draft model; leave drafts out, or take another size"
+        )
+
+
 def _overrides_with_draft(
     overrides: dict[str, Any], vocabulary: Vocabulary
 ) -> dict[str, Any] | Callable[[Any], Any]:
@@ -204,6 +225,11 @@ def _check_given(given: Mapping[str, Any]) -> None:
         if name in _REFUSED and (value is True or value not in _OFF):
             raise ConfigError(
                 f"{name}={value!r}: the vLLM engine does not support {_REFUSED[name]}"
+            )
+        if name == "load_format" and value not in _SAFE_FORMATS:
+            raise ConfigError(
+                f"load_format={value!r}: the vLLM engine reads safetensors alone; the formats are "
+                f"{', '.join(sorted(_SAFE_FORMATS))}"
             )
         if name not in known:
             hint = did_you_mean(name, known)
