@@ -88,9 +88,8 @@ MIXTURES = [
 def test_every_method_and_option(wide, mixture):
     """Guards: an option lost on the way to the worker, or a q* solved at another temperature."""
     pair, engine = wide
-    # The oracle finds the largest entropy on a grid of 400 alphas; trust_region is found to 1e-6
-    # of a KL.
-    limit = {"entropy": 2e-2, "trust_region": 1e-4}.get(mixture.alpha_method, LIMIT)
+    # Entropy is flat around its largest, and trust_region is found to 1e-6 of a KL.
+    limit = {"entropy": 1e-4, "trust_region": 1e-4}.get(mixture.alpha_method, LIMIT)
     ids, own = some_ids(12, 3), some_ids(9, 4)
     tokens, rows = full_rows(engine, mixture, own, ids)
     assert_rows(rows, expected_rows(pair, mixture, own, ids, tokens), limit)
