@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from optimal_sampling.config import Checked, MixtureConfig, ModelConfig, VllmOptions
+from optimal_sampling.engines.vllm.cpu_threads import choose_threads
 from optimal_sampling.engines.vllm.engine import start_error
 from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
 from optimal_sampling.errors import ConfigError, EngineError
@@ -67,6 +69,9 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
             f"host {config.host} can be reached from elsewhere: set {KEY_VARIABLE} to an API key"
         )
     prepare_environment()
+    threads = choose_threads(config.engine.tensor_parallel_size)
+    if threads:
+        print(f"threads: {threads}", file=sys.stderr, flush=True)
     import uvloop
 
     models = config.models

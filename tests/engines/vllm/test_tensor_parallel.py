@@ -1,6 +1,8 @@
 """Two processes of a CPU as two devices: students that are split and that are whole on each."""
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 
@@ -48,7 +50,7 @@ def test_two_devices_draw_from_q(folders, odd, drafts):
 
 def test_drafts_of_a_student_that_cannot_be_split_are_refused(folders, odd):
     """Guards: an assertion of vLLM about heads, in a process of its own."""
-    with pytest.raises(ConfigError, match="draft_tokens: the student's heads"):
+    with pytest.raises(ConfigError, match="draft_tokens: vLLM demands"):
         Pair(odd, folders["teacher"]).open(2, tensor_parallel_size=2)
 
 
@@ -68,3 +70,24 @@ def test_what_can_be_split(heads, kv_heads, width, devices, expected):
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     config = tiny_model(1, layers=1, intermediate_size=width, **sizes).config
     assert can_split(config, devices) == expected
+
+
+UNGUARDED = """
+import multiprocessing
+from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
+from optimal_sampling.engines.vllm.engine import VllmEngine
+if multiprocessing.current_process().name == "MainProcess":
+    started = multiprocessing.get_context("spawn").Process(target=print)
+    started.start()
+    started.join()
+else:
+    VllmEngine.load(ModelConfig(), MixtureConfig(), VllmOptions(), None)
+"""
+
+
+def test_a_script_without_a_main_guard_is_told(tmp_path):
+    """Guards: a page of Python's about `freeze_support` in place of what to do."""
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
+    assert "under `if __name__ == '__main__':`" in ended.stderr.splitlines()[-1]

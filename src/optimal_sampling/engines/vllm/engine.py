@@ -7,6 +7,7 @@ last bits of a logit, or the V1 model runner has drafts.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any, Self
 
 from optimal_sampling.config import EngineOptions, MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.base import Engine, prompt_problem
+from optimal_sampling.engines.vllm.cpu_threads import choose_threads
 from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
 from optimal_sampling.engines.vllm.in_process import end_with, starting
 from optimal_sampling.engines.vllm.request_options import MODES, RequestOptions, TraceLevel
@@ -25,6 +27,7 @@ from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["VllmEngine", "start_error"]
 
+_GUARD = "put the code that opens an engine under `if __name__ == '__main__':`"
 _LOG_Q = TRACE_FIELDS.index("log_q")
 
 
@@ -67,6 +70,8 @@ class VllmEngine(Engine):
         """Values kept per token."""
         self.max_active = options.batch_size
         """Most requests that vLLM was started for."""
+        self.threads = ""
+        """Note on the number of threads, "" where vLLM chose it."""
         self.failed = False
         """Whether vLLM ended by an error."""
         self._end: Callable[[], Any] = core.engine_core.shutdown
@@ -89,6 +94,7 @@ class VllmEngine(Engine):
         """
         # One process: scripts need no main guard, and no port is opened.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        _check_main_guard()
         prepare_environment()
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -97,6 +103,7 @@ class VllmEngine(Engine):
             revision = models.teacher_revision
             models = replace(models, student=models.teacher, student_revision=revision)
         given = {"skip_tokenizer_init": True, **options.settings, **(settings or {})}
+        threads = choose_threads(int(given.get("tensor_parallel_size", 1)))
         arguments = engine_arguments(models, mixture, options, vocabulary, given)
         with starting():
             try:
@@ -105,6 +112,7 @@ class VllmEngine(Engine):
                 raise start_error(error) from error
             engine = cls(core, mixture, options, vocabulary, mode)
             engine._end = end_with(core.engine_core)
+        engine.threads = threads
         return engine
 
     def view(
@@ -245,6 +253,11 @@ class VllmEngine(Engine):
             "kv_blocks": f"{cache.num_gpu_blocks} of {cache.block_size} tokens",
             "draws": "by vLLM, from q*; seeded per request",
         }
+        if self.threads:
+            notes["threads"] = self.threads
+        devices = config.parallel_config.tensor_parallel_size
+        if devices > 1:
+            notes["tensor_parallel"] = f"{devices} devices"
         speculation = config.speculative_config
         if speculation is not None:
             seeds = "and not reproducible by seed"
@@ -259,6 +272,12 @@ class VllmEngine(Engine):
         core, self.core = self.core, None
         if core is not None:
             self._end()
+
+
+def _check_main_guard() -> None:
+    """Raise ConfigError in a process that vLLM started, and that runs its parent's script again."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ConfigError(f"processes were started, each of which imports this script: {_GUARD}")
 
 
 def _reason(error: BaseException) -> str:
@@ -279,7 +298,8 @@ def start_error(error: Exception) -> OptimalSamplingError:
         return error
     text = str(error).strip()
     if not isinstance(error, ValueError):
-        return EngineError(f"vLLM did not start: {_reason(error)}")
+        hint = f" In a script, {_GUARD}." if "WorkerProc" in text else ""
+        return EngineError(f"vLLM did not start: {_reason(error)}{hint}")
     if "KV cache" in text or "cache blocks" in text:
         said = text.partition(". ")[0]
         return ConfigError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ _SET_BY_ENGINE = {
 
 _PACKAGE = "optimal_sampling.engines.vllm"
 _CPU_KV_BYTES = 1 << 30
+_AUTO_DRAFTS = 5
+_LARGEST_DRAFTED_BATCH = 4
 _OFF = (None, False, 0, 1)
 _SAFE_FORMATS = frozenset({"safetensors", "fastsafetensors", "instanttensor", "mistral", "dummy"})
 """vLLM's load formats that read safetensors alone, or nothing."""
@@ -93,15 +95,9 @@ def engine_arguments(
     """
     _check_given(given)
     _check_models(models)
-    teacher = resolve_model(models.teacher, models.teacher_revision, weights=True)
-    student = resolve_model(models.student, models.student_revision, weights=True)
-    for role, folder in (("teacher", teacher), ("student", student)):
-        check_weight_files(f"the {role} model {folder!r}", Path(folder))
-        if has_adapter(folder):
-            raise ModelError(
-                f"a LoRA adapter lies beside the {role} model {folder!r}, which the vLLM "
-                "engine does not apply: merge it into the model, or move adapter_config.json away"
-            )
+    teacher, student = _folders(models)
+    is_split = can_split(_config(student, models), given.get("tensor_parallel_size", 1))
+    options = replace(options, draft_tokens=_drafts(options, is_split and student != teacher))
     arguments: dict[str, Any] = {
         "model": teacher,
         "trust_remote_code": models.trust_remote_code,
@@ -118,7 +114,11 @@ def engine_arguments(
     }
     arguments |= _context_argument(vocabulary, given)
     if options.drafts_per_step:
-        _check_drafts(student, models, given.get("tensor_parallel_size", 1))
+        if not is_split:
+            raise ConfigError(
+                "draft_tokens: vLLM demands a draft model that can be split over the devices, and "
+                "the student's heads cannot; leave drafts out, or take another tensor_parallel_size"
+            )
         arguments["speculative_config"] = _speculation(student, options.drafts_per_step)
         arguments["hf_overrides"] = _overrides_with_draft(arguments["hf_overrides"], vocabulary)
     if _on_cpu():
@@ -128,6 +128,20 @@ def engine_arguments(
     if options.kv_memory_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(options.kv_memory_gib * 2**30)
     return {**arguments, **given}
+
+
+def _folders(models: ModelConfig) -> tuple[str, str]:
+    """Folders of teacher and student. Raises ModelError."""
+    teacher = resolve_model(models.teacher, models.teacher_revision, weights=True)
+    student = resolve_model(models.student, models.student_revision, weights=True)
+    for role, folder in (("teacher", teacher), ("student", student)):
+        check_weight_files(f"the {role} model {folder!r}", Path(folder))
+        if has_adapter(folder):
+            raise ModelError(
+                f"a LoRA adapter lies beside the {role} model {folder!r}, which the vLLM "
+                "engine does not apply: merge it into the model, or move adapter_config.json away"
+            )
+    return teacher, student
 
 
 def _context_argument(vocabulary: Vocabulary, given: Mapping[str, Any]) -> dict[str, int]:
@@ -163,9 +177,7 @@ def _overrides(
 
 def _architectures(role: str, folder: str, models: ModelConfig) -> list[str]:
     """Architectures of a model. Raises ConfigError for a kind that vLLM cannot run in a pair."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=models.trust_remote_code)
+    config = _config(folder, models)
     architectures = getattr(config, "architectures", None)
     if not architectures:
         raise ConfigError(f"the config of the {role} names no architecture, so vLLM cannot load it")
@@ -176,16 +188,18 @@ def _architectures(role: str, folder: str, models: ModelConfig) -> list[str]:
     return list(architectures)
 
 
-def _check_drafts(student: str, models: ModelConfig, devices: int) -> None:
-    """Raise ConfigError where the student cannot be split, which vLLM demands of a draft model."""
+def _drafts(options: VllmOptions, can_draft: bool) -> int:
+    """Drafts per step; of `auto` a number that was measured to pay (docs/vllm.md)."""
+    if options.draft_tokens != "auto":
+        return options.draft_tokens
+    pays = _on_cpu() and options.batch_size <= _LARGEST_DRAFTED_BATCH
+    return _AUTO_DRAFTS if pays and can_draft else 0
+
+
+def _config(folder: str, models: ModelConfig) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(student, trust_remote_code=models.trust_remote_code)
-    if devices > 1 and not can_split(config, devices):
-        raise ConfigError(
-            f"draft_tokens: the student's heads do not divide by tensor_parallel_size={devices}, "
-            "which vLLM demands of a draft model; leave drafts out, or take another size"
-        )
+    return AutoConfig.from_pretrained(folder, trust_remote_code=models.trust_remote_code)
 
 
 def _overrides_with_draft(
