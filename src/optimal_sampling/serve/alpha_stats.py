@@ -40,7 +40,8 @@ class AlphaStatsRequest:
     @classmethod
     def from_body(cls, body: Mapping[str, Any], route: Route) -> AlphaStatsRequest | None:
         """From a request's body; None where it asks for no statistics. Raises RequestError."""
-        asked = body.get(ALPHA_STATS, False)
+        asked = body.get(ALPHA_STATS)
+        asked = False if asked is None else asked
         if not isinstance(asked, bool) and asked != "history":
             raise RequestError(f'{ALPHA_STATS} must be true, false or "history"', ALPHA_STATS)
         if not asked:
