@@ -303,6 +303,7 @@ class VllmOptions(EngineOptions):
             "gpu_memory_utilization",
             "tensor_parallel_size",
             "quantization",
+            "check_models",
             "vllm",
         }
     )
@@ -322,7 +323,10 @@ class VllmOptions(EngineOptions):
     tensor_parallel_size: int = 1
     """GPUs that the layers of both models are split over; on a CPU, processes."""
     quantization: str | None = None
-    """Quantization of the weights, by vLLM's name; unset: what the model's config says."""
+    """Quantization of the teacher's weights, by vLLM's name; unset: what its config says."""
+    check_models: Literal["auto", "on", "off"] = "auto"
+    """Compare both models' log-probabilities with Transformers when vLLM starts; auto: of models
+    below 2 billion parameters on a CPU, 8 billion on a GPU."""
     vllm: tuple[str, ...] = ()
     """Other arguments of vLLM as NAME=VALUE, such as `block_size=32` or `enforce_eager=true`."""
 

@@ -22,7 +22,12 @@ from optimal_sampling.vocabulary import Vocabulary
 @pytest.fixture(scope="module")
 def settings():
     vocabulary = Vocabulary.load("toy-student", "toy-teacher", False)
-    return ServerSettings(vocabulary, MixtureConfig(alpha_min=0.25), 512, max_n=8)
+
+    def render(role, body, name):  # as vLLM's renderer, which the tests of the server have
+        tokenizer = getattr(vocabulary, f"{role}_tokenizer")
+        return tuple(tokenizer.apply_chat_template(body["messages"])["input_ids"])
+
+    return ServerSettings(vocabulary, MixtureConfig(alpha_min=0.25), 512, max_n=8, render=render)
 
 
 def test_our_fields_become_extra_arguments(settings):

@@ -75,7 +75,8 @@ class OptimalSamplingV1(BatchSampler):
     `gpu_memory_utilization` is the share of the GPU's memory for everything; on a CPU, where it has
     no meaning, `kv_cache_memory_bytes` (1 GiB by default) is what counts.
 
-    Keyword arguments: `draft_tokens` (speculation with the student as draft model), `trust_region`
+    Keyword arguments: `draft_tokens` (speculation with the student as draft model), `check_models`
+    (`auto`, `on`, `off`: comparison of both models with Transformers at the start), `trust_region`
     and `schedule_*` (see MixtureConfig), `constraint_to_target` with `target_top_k` /
     `target_top_p`, `trust_remote_code`, and vLLM's own arguments by their names (`max_model_len`,
     `max_num_seqs`, `enforce_eager` ...).
@@ -193,6 +194,7 @@ def _engine_options(
         batch_size=_taken_number(settings, "max_num_seqs", _DEFAULT_SEQUENCES),
         prefill_chunk=_taken_number(settings, "max_num_batched_tokens", _DEFAULT_TOKENS),
         draft_tokens=draft_tokens,
+        check_models=settings.pop("check_models", "auto"),
     )
     return options, {"gpu_memory_utilization": gpu_memory_utilization, **settings}
 

@@ -193,7 +193,7 @@ def ess_balance(at: Position) -> float:
 
 
 def entropy(at: Position) -> float:
-    """argmax of H over the allowed mixtures: of a fine grid, then by thirds of its neighbourhood."""
+    """argmax of H over the allowed mixtures: of a fine grid, then ever closer around it."""
 
     def height(alpha: float) -> float:
         return shannon(log_q(at.s, at.t, alpha))

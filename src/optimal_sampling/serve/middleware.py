@@ -10,7 +10,9 @@ import asyncio
 import hmac
 import json
 import urllib.parse
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,6 +26,7 @@ from optimal_sampling.serve.request_body import (
     CHAT,
     COMPLETIONS,
     RequestError,
+    Role,
     Route,
     ServerSettings,
     translate_body,
@@ -77,6 +80,24 @@ def _settings(request: Request) -> ServerSettings:
     return settings
 
 
+def _chat_settings(request: Request, loop: asyncio.AbstractEventLoop) -> ServerSettings:
+    """The settings with vLLM's renderer of chats, made for the first request."""
+    from optimal_sampling.serve.chat_renderer import ChatRenderer  # imports vLLM
+
+    state = request.app.state
+    if not hasattr(state, "optimal_sampling_chat"):
+        settings = _settings(request)
+        renderer = ChatRenderer(state, settings.tokenizer("student"))
+
+        def render(role: Role, body: Mapping[str, Any], name: str) -> tuple[int, ...]:
+            rendered = renderer.token_ids(role, body, name)
+            return asyncio.run_coroutine_threadsafe(rendered, loop).result()
+
+        state.optimal_sampling_chat = replace(settings, render=render)
+    chat_settings: ServerSettings = state.optimal_sampling_chat
+    return chat_settings
+
+
 def _check_access(request: Request) -> None:
     settings = _settings(request)
     _check_host(request.headers, settings)
@@ -95,6 +116,8 @@ async def _prepare(request: Request, send: Send) -> tuple[Receive, Send]:
     headers = MutableHeaders(scope=request.scope)
     route = _GENERATE.get(path)
     loop = asyncio.get_running_loop()
+    if route is CHAT:
+        settings = _chat_settings(request, loop)
     body, stats = await loop.run_in_executor(_THREADS, _translate, body, route, settings)
     if stats is not None:
         del headers["x-request-id"]  # vLLM would prefer it to the field `request_id`

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ __all__ = [
     "COMPLETIONS",
     "LOOPBACK_NAMES",
     "RequestError",
+    "Role",
     "Route",
     "ServerSettings",
     "translate_body",
@@ -57,6 +58,7 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names by which a server is reached that listens on this machine alone."""
 
 Role = Literal["student", "teacher"]
+Render = Callable[[Role, Mapping[str, Any], str], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class ServerSettings:
     """Most characters in a field that is no prompt."""
     hosts: frozenset[str] = LOOPBACK_NAMES
     """Names of this server, which a request without a key must have in its `Host` header."""
+
+    render: Render | None = None
+    """vLLM's renderer of chats: token ids of a role's prompt, from a body and, for errors, the name
+    of the field that its messages came in. None: the server does not run yet."""
 
     def tokenizer(self, role: Role) -> Any:
         """Of one of the models."""
@@ -305,20 +311,17 @@ class _RequestPrompts:
 
     def token_ids(self, source: Any, name: str, role: Role) -> tuple[int, ...]:
         """Of a prompt or of messages. `name`: the field they came in; `role`: whose tokenizer."""
-        tokenizer = self.settings.tokenizer(role)
-        special = False
         if self.route is CHAT and isinstance(source, list) and source:
             self._check_length(source, name, role)
-            text = self._chat_text(source, name, tokenizer)
-        elif self.route is COMPLETIONS and isinstance(source, str):
+            return self._chat_ids(source, name, role)
+        if self.route is COMPLETIONS and isinstance(source, str):
+            self._check_length(source, name, role)
             special = bool(self.body.get("add_special_tokens", True))
-            text = source
-        elif self.route is COMPLETIONS and _is_token_ids(source):
+            tokenizer = self.settings.tokenizer(role)
+            return tuple(tokenizer(source, add_special_tokens=special)["input_ids"])
+        if self.route is COMPLETIONS and _is_token_ids(source):
             return tuple(source)
-        else:
-            raise RequestError(f"{name} must be {self.route.prompt_types}", name)
-        self._check_length(text, name, role)
-        return tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
+        raise RequestError(f"{name} must be {self.route.prompt_types}", name)
 
     def _check_length(self, source: Any, name: str, role: Role) -> None:
         """Raise RequestError for a text whose tokens must be too many, before it is tokenized."""
@@ -330,16 +333,12 @@ class _RequestPrompts:
                 name,
             )
 
-    def _chat_text(self, messages: list[Any], name: str, tokenizer: Any) -> str:
-        options = self.body.get("chat_template_kwargs") or {}
+    def _chat_ids(self, messages: list[Any], name: str, role: Role) -> tuple[int, ...]:
+        """Rendered by vLLM, with all options of the request."""
+        if self.settings.render is None:
+            raise RuntimeError("there is no renderer of chats before the server runs")
         messages = [_with_plain_content(message, name) for message in messages]
-        try:
-            text: str = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **options
-            )
-        except Exception as error:  # a template's own code can raise anything
-            raise RequestError(f"a chat template refuses {name}: {error}", name) from error
-        return text
+        return self.settings.render(role, {**self.body, "messages": messages}, name)
 
 
 def _with_plain_content(message: Any, name: str) -> Any:

@@ -27,6 +27,9 @@ from optimal_sampling.engines.vllm.plugin import check_version
 from optimal_sampling.engines.vllm.request_options import OPTIONS
 from optimal_sampling.engines.vllm.role_configs import student_config, teacher_config
 from optimal_sampling.engines.vllm.tensor_parallel import initialize_student
+from optimal_sampling.engines.vllm.weight_check import WeightCheck
+from optimal_sampling.errors import ModelError
+from optimal_sampling.types import Mode
 
 __all__ = ["CompositeSettings", "OptimalSamplingForCausalLM"]
 
@@ -47,6 +50,8 @@ class CompositeSettings:
     end_id: int = 0
     """A shared stop id; ends a completion whose logits cannot be drawn from."""
     trust_remote_code: bool = False
+    check_models: str = "auto"
+    """Whether to compare both models with Transformers; see VllmOptions."""
 
 
 class OptimalSamplingForCausalLM(nn.Module):
@@ -118,7 +123,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         split = self.hidden_sizes["teacher"]
         teacher = self.teacher.compute_logits(hidden_states[..., :split].contiguous())
         student = None
-        if rows is None or any(row.options.mode == "mixture" for row in rows):
+        if rows is None or any(self.needs_student(row.options.mode) for row in rows):
             student = self.student.compute_logits(hidden_states[..., split:].contiguous())
         log_q, mixed = mix(
             student, teacher, rows, self.default, self.settings.vocab_size, self.width
@@ -131,13 +136,23 @@ class OptimalSamplingForCausalLM(nn.Module):
             self.mixed = mixed
         return log_q
 
+    def needs_student(self, mode: Mode) -> bool:
+        """Whether a request runs the student's layers; of two equal models one is enough."""
+        return mode == "mixture" or (mode == "student" and not self.settings.shared)
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the teacher's weights, which come first and without a prefix, and the student's."""
         named = (
             (name if name.startswith("student.") else f"teacher.{name}", weight)
             for name, weight in weights
         )
-        loaded: set[str] = AutoWeightsLoader(self).load_weights(named)
+        roles = ["teacher"] if self.settings.shared else ["teacher", "student"]
+        check = WeightCheck({role: getattr(self, role) for role in roles}, self.role_configs)
+        try:
+            loaded: set[str] = AutoWeightsLoader(self).load_weights(check.watch(named))
+        except (KeyError, ValueError, AssertionError, RuntimeError) as error:
+            raise ModelError(f"vLLM has no place for a weight of the models: {error}") from error
+        check.finish()
         for role, config in self.role_configs.items():
             maybe_retie_word_embeddings(getattr(self, role), config)
         return loaded

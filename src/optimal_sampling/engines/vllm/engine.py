@@ -99,9 +99,7 @@ class VllmEngine(Engine):
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        if mode == "teacher":
-            revision = models.teacher_revision
-            models = replace(models, student=models.teacher, student_revision=revision)
+        models = _loaded(models, mode)
         given = {"skip_tokenizer_init": True, **options.settings, **(settings or {})}
         threads = choose_threads(int(given.get("tensor_parallel_size", 1)))
         arguments = engine_arguments(models, mixture, options, vocabulary, given)
@@ -157,22 +155,22 @@ class VllmEngine(Engine):
 
     def _problem(self, request: Request) -> str:
         """Why a request cannot be served, "" if it can."""
+        roles = ("student", "teacher") if self.mode == "mixture" else (self.mode,)
         vocabulary = self.vocabulary
-        limit = self.core.model_config.max_model_len
+        rows = [getattr(vocabulary, f"{role}_rows") or vocabulary.size for role in roles]
         return prompt_problem(
-            roles=("student", "teacher"),
-            prompts=(request.student_prompt_ids, request.teacher_prompt_ids),
-            contexts=(limit, limit),
-            rows=(
-                vocabulary.student_rows or vocabulary.size,
-                vocabulary.teacher_rows or vocabulary.size,
-            ),
+            roles=roles,
+            prompts=[getattr(request, f"{role}_prompt_ids") for role in roles],
+            contexts=[self.core.model_config.max_model_len] * len(roles),
+            rows=rows,
         )
 
     def _add(self, name: str, request: Request) -> _ActiveRequest:
         """Add a request to vLLM."""
         started = time.perf_counter()
-        prompt = {"prompt_token_ids": list(request.teacher_prompt_ids)}
+        is_student = self.mode == "student"
+        ids = request.student_prompt_ids if is_student else request.teacher_prompt_ids
+        prompt = {"prompt_token_ids": list(ids)}
         internal_id = str(self.core.add_request(name, prompt, self._sampling_params(request)))
         return _ActiveRequest(request, internal_id, started)
 
@@ -247,6 +245,7 @@ class VllmEngine(Engine):
         config = self.core.vllm_config
         cache = config.cache_config
         notes = {
+            **_check_notes(self.core),
             "vllm": vllm_version(),
             "model_runner": "second" if config.use_v2_model_runner else "first",
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
@@ -278,6 +277,22 @@ def _check_main_guard() -> None:
     """Raise ConfigError in a process that vLLM started, and that runs its parent's script again."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise ConfigError(f"processes were started, each of which imports this script: {_GUARD}")
+
+
+def _loaded(models: ModelConfig, mode: Mode) -> ModelConfig:
+    """The models to load: in a mode of one model that one alone, for both roles."""
+    if mode == "mixture":
+        return models
+    name, revision = getattr(models, mode), getattr(models, f"{mode}_revision")
+    return replace(
+        models, teacher=name, student=name, teacher_revision=revision, student_revision=revision
+    )
+
+
+def _check_notes(core: Any) -> dict[str, str]:
+    """What the comparison of both models with Transformers found."""
+    found: list[dict[str, str]] = core.collective_rpc("take_model_notes")
+    return {f"check_{role}": note for role, note in found[0].items()}
 
 
 def _reason(error: BaseException) -> str:

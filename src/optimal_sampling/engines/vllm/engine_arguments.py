@@ -31,8 +31,7 @@ _REFUSED = {
     "data_parallel_size": _ONE_DEVICE,
     "decode_context_parallel_size": _ONE_DEVICE,
     "prefill_context_parallel_size": _ONE_DEVICE,
-    "quantization": "quantised models",
-    "quantization_config": "quantised models",
+    "quantization_config": "quantising while it loads: give a quantised model",
     "enable_lora": "LoRA adapters (merge them into the model first)",
     "kv_transfer_config": "moving KV caches between servers",
     "kv_sharing_fast_prefill": "sharing KV caches between layers",
@@ -96,8 +95,9 @@ def engine_arguments(
     _check_given(given)
     _check_models(models)
     teacher, student = _folders(models)
-    is_split = can_split(_config(student, models), given.get("tensor_parallel_size", 1))
-    options = replace(options, draft_tokens=_drafts(options, is_split and student != teacher))
+    _check_quantization(given.get("quantization"), _config(teacher, models))
+    problem = _draft_problem(_config(student, models), given.get("tensor_parallel_size", 1))
+    options = replace(options, draft_tokens=_drafts(options, not problem and student != teacher))
     arguments: dict[str, Any] = {
         "model": teacher,
         "trust_remote_code": models.trust_remote_code,
@@ -106,7 +106,16 @@ def engine_arguments(
         "scheduler_cls": f"{_PACKAGE}.pair_scheduler.OptimalSamplingScheduler",
         "async_scheduling": False,
         "logprobs_mode": "processed_logprobs",
-        "hf_overrides": _overrides(models, teacher, student, mixture, vocabulary),
+        "hf_overrides": {
+            "architectures": [ARCHITECTURE],
+            OPTIONS: {
+                **_pair_settings(models, teacher, student),
+                "vocab_size": vocabulary.size,
+                "mixture": asdict(mixture) | {"temperature": 1.0, "top_k": -1, "top_p": 1.0},
+                "end_id": min(vocabulary.stop_ids, default=0),
+                "check_models": options.check_models,
+            },
+        },
         "load_format": "safetensors",  # pickled weights run code
         "disable_log_stats": True,
         "max_num_seqs": options.batch_size,
@@ -114,11 +123,8 @@ def engine_arguments(
     }
     arguments |= _context_argument(vocabulary, given)
     if options.drafts_per_step:
-        if not is_split:
-            raise ConfigError(
-                "draft_tokens: vLLM demands a draft model that can be split over the devices, and "
-                "the student's heads cannot; leave drafts out, or take another tensor_parallel_size"
-            )
+        if problem:
+            raise ConfigError(f"draft_tokens: {problem}")
         arguments["speculative_config"] = _speculation(student, options.drafts_per_step)
         arguments["hf_overrides"] = _overrides_with_draft(arguments["hf_overrides"], vocabulary)
     if _on_cpu():
@@ -128,6 +134,21 @@ def engine_arguments(
     if options.kv_memory_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(options.kv_memory_gib * 2**30)
     return {**arguments, **given}
+
+
+def _draft_problem(student: Any, devices: int) -> str:
+    """Why a student with this config of Transformers cannot draft, "" if it can."""
+    if getattr(student, "quantization_config", None):
+        return (
+            "the student is quantised, and vLLM finds no layers of a draft model by the names that "
+            "its config has; leave drafts out"
+        )
+    if not can_split(student, devices):
+        return (
+            "vLLM demands a draft model that can be split over the devices, and the student's "
+            "heads cannot; leave drafts out, or take another tensor_parallel_size"
+        )
+    return ""
 
 
 def _folders(models: ModelConfig) -> tuple[str, str]:
@@ -157,27 +178,28 @@ def _context_argument(vocabulary: Vocabulary, given: Mapping[str, Any]) -> dict[
     return {"max_model_len": shorter}
 
 
-def _overrides(
-    models: ModelConfig, teacher: str, student: str, mixture: MixtureConfig, vocabulary: Vocabulary
-) -> dict[str, Any]:
-    """Fields of the composite model's config that replace the teacher's."""
-    architectures = _architectures("teacher", teacher, models)
+def _pair_settings(models: ModelConfig, teacher: str, student: str) -> dict[str, Any]:
+    """Settings of the composite model that follow from the two folders."""
     _architectures("student", student, models)
-    settings = {
-        "teacher_architectures": architectures,
+    return {
+        "teacher_architectures": _architectures("teacher", teacher, models),
         "student": student,
-        "vocab_size": vocabulary.size,
-        "mixture": asdict(mixture) | {"temperature": 1.0, "top_k": -1, "top_p": 1.0},
         "shared": os.path.realpath(teacher) == os.path.realpath(student),
-        "end_id": min(vocabulary.stop_ids, default=0),
         "trust_remote_code": models.trust_remote_code,
     }
-    return {"architectures": [ARCHITECTURE], OPTIONS: settings}
 
 
 def _architectures(role: str, folder: str, models: ModelConfig) -> list[str]:
     """Architectures of a model. Raises ConfigError for a kind that vLLM cannot run in a pair."""
     config = _config(folder, models)
+    quantization = getattr(config, "quantization_config", None) or {}
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    if quantization.get("kv_cache_scheme"):
+        raise ConfigError(
+            f"the {role} is made for a quantised KV cache, which both models would get; the vLLM "
+            "engine does not support that"
+        )
     architectures = getattr(config, "architectures", None)
     if not architectures:
         raise ConfigError(f"the config of the {role} names no architecture, so vLLM cannot load it")
@@ -252,15 +274,26 @@ def _check_given(given: Mapping[str, Any]) -> None:
 
 def _check_models(models: ModelConfig) -> None:
     if models.load_in_4bit:
-        raise ConfigError("load_in_4bit: the vLLM engine does not support quantised models")
+        raise ConfigError(
+            "load_in_4bit: the vLLM engine does not quantise; give a model that is quantised"
+        )
     if models.allow_unused_weights:
         raise ConfigError(
-            "allow_unused_weights: the vLLM engine leaves unused weights to vLLM; leave it out"
+            "allow_unused_weights: vLLM loads no such model; leave it out, or use --engine local"
         )
     if models.device.startswith("cuda:"):
         raise ConfigError(
             f"device={models.device!r}: vLLM takes the first visible GPU; set "
             "CUDA_VISIBLE_DEVICES instead"
+        )
+
+
+def _check_quantization(name: str | None, teacher: Any) -> None:
+    """Raise ConfigError where vLLM would quantise the teacher, which has this config, itself."""
+    if name and not getattr(teacher, "quantization_config", None):
+        raise ConfigError(
+            f"quantization={name!r}: the teacher is not quantised, and vLLM would quantise it "
+            "while it loads, which this engine does not support; give a quantised model"
         )
 
 
