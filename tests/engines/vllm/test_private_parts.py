@@ -124,6 +124,8 @@ ATTRIBUTES = {
     "vllm.v1.engine.async_llm:AsyncLLM": "shutdown collective_rpc",
     "vllm.model_executor.model_loader.default_loader": "secondary_weights",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels": "show_available_models",
+    "vllm.entrypoints.launchers.api_server.app_state": "online_renderer vllm_config",
+    "vllm.renderers.online_renderer:OnlineRenderer": "renderer render_chat",
     "vllm.triton_utils.dispatcher": "_registry _impl _forward_by_name",
     "vllm.utils.cpu_triton_utils": "_expand_kernel_impl",
     "vllm.v1.sample.ops.topk_topp_sampler": "apply_top_k_only",
@@ -167,6 +169,12 @@ SIGNATURES = {
     "vllm.entrypoints.launchers.launcher:setup_server": "args",
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast": "input_ src",
     "vllm.model_executor.model_loader.utils:initialize_model": "vllm_config prefix",
+    "vllm.model_executor.model_loader.weight_tying:maybe_retie_word_embeddings": (
+        "model model_config"
+    ),
+    "vllm.tokenizers.hf:get_cached_tokenizer": "tokenizer",
+    "vllm.v1.kv_cache_interface:replace_as": "spec target_cls drop",
+    "vllm.config:VllmConfig.get_quantization_config": "model_config load_config",
 }
 """First parameters of functions that are called or overridden."""
 
