@@ -402,6 +402,7 @@ def exporting(root, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_killed_at_random(runs, rows):
     """Guards: 20 kills in an export that leave half of one, lose one, or change the next."""
     draws = [Draw(row, f"{row} {place} " * 20, place) for row in range(8) for place in range(100)]
