@@ -177,6 +177,22 @@ def test_questions_and_answers_that_change(tmp_path):
     assert [row["problem"] for row in kept(prepare(benchmark, config))] == ["a", "b"]
 
 
+def test_repeated_questions_are_named(tmp_path):
+    """Guards: a question that is asked once, counted once, and missing from the count unsaid."""
+    texts = [("a b", "1"), ("c", "2"), ("a  b ", "1"), ("c", "3")]
+    rows = [{"problem": problem, "answer": answer} for problem, answer in texts]
+    file = write_rows(tmp_path / "mine.jsonl", rows)
+    config = config_for(tmp_path, benchmark_file=(f"mine={file}",))
+    (benchmark,) = chosen_benchmarks(config)
+    questions = prepare(benchmark, config)
+    assert kept(questions) == rows[:2]
+    assert (questions.count, questions.digest) == (2, question_hash(text for text, _ in texts))
+    assert questions.note == (
+        "2 repeated questions are left out: row 3 is row 1 again, "
+        "row 4 is row 2 again with another answer"
+    )
+
+
 def test_a_source_that_is_gone(tmp_path, monkeypatch):
     """Guards: a finished evaluation that cannot be shown again without the network, and questions
     that were edited where they are kept.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ _SYNTHETIC_SEED = 1_000_003
 """Problems of this seed are those that the shipped pair was evaluated on, not trained."""
 _SYNTHETIC_ROWS = 500
 _GSM8K_MARK = "####"
+_SHOWN = 5  # repeated questions that are named
 _ENDINGS = (".jsonl", ".json", ".parquet", "")
 
 
@@ -114,6 +115,10 @@ class Questions:
     """`question_hash`."""
     note: str = ""
 
+    def rows(self) -> list[Row]:
+        """The rows of the file."""
+        return _parsed(self.path.read_text("utf-8"))
+
 
 def chosen_benchmarks(config: EvaluateConfig) -> list[Benchmark]:
     """The benchmarks to run, in the order given. Raises ConfigError for an unknown name."""
@@ -149,8 +154,9 @@ def prepare(benchmark: Benchmark, config: EvaluateConfig) -> Questions:
         source, rows = _kept(path, before)
         note = f"read from {path}, because: {error}"
         return Questions(benchmark, path, source, len(rows), before["question_hash"], note)
-    digest = question_hash(row["problem"] for row in rows)
+    digest = question_hash(_problems(rows))
     _check_pinned(benchmark, source, digest, config.allow_other_questions)
+    rows, repeated = _distinct(rows)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     now = {"question_hash": digest, "text": _digest([text])}
     _check_unchanged(benchmark, path, before, now)
@@ -159,8 +165,8 @@ def prepare(benchmark: Benchmark, config: EvaluateConfig) -> Questions:
     if not before:
         facts = {"source": source, "split": benchmark.split, **now}
         write_atomically(about, json.dumps(facts, indent=2) + "\n")
-    note = "" if benchmark.pinned in ("", digest) else "other questions"
-    return Questions(benchmark, path, source, len(rows), digest, note)
+    notes = [] if benchmark.pinned in ("", digest) else ["other questions"]
+    return Questions(benchmark, path, source, len(rows), digest, "; ".join(notes + repeated))
 
 
 def _check_pinned(benchmark: Benchmark, source: str, digest: str, is_allowed: bool) -> None:
@@ -186,12 +192,37 @@ def _check_unchanged(
             )
 
 
+def _distinct(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Each question once, as it is asked, and notes that name the rows that are left out."""
+    first: dict[str, int] = {}
+    repeated = []
+    for place, (row, text) in enumerate(zip(rows, _normalised(_problems(rows)), strict=True)):
+        before = first.setdefault(text, place)
+        if before != place:
+            other = "" if rows[before]["answer"] == row["answer"] else " with another answer"
+            repeated.append(f"row {place + 1} is row {before + 1} again{other}")
+    if not repeated:
+        return list(rows), []
+    named = ", ".join(repeated[:_SHOWN]) + (", ..." if len(repeated) > _SHOWN else "")
+    return [rows[place] for place in first.values()], [
+        f"{len(repeated)} repeated questions are left out: {named}"
+    ]
+
+
+def _problems(rows: Iterable[Row]) -> Iterator[str]:
+    return (row["problem"] for row in rows)
+
+
 def _kept(path: Path, before: Mapping[str, Any]) -> tuple[str, list[Row]]:
     """Source and rows that an earlier call kept. Raises DatasetError where they were changed."""
     text = path.read_text("utf-8")
     if _digest([text]) != before.get("text"):
         raise DatasetError(f"{path} was changed after it was written; restore it, or remove it")
-    return str(before["source"]), [json.loads(line) for line in text.split("\n") if line]
+    return str(before["source"]), _parsed(text)
+
+
+def _parsed(text: str) -> list[Row]:
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def read_rows(benchmark: Benchmark, config: EvaluateConfig) -> tuple[str, list[Row]]:

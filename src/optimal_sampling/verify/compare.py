@@ -10,12 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
-__all__ = ["Unparseable", "is_same", "load_math_verify", "plain"]
-
+__all__ = [
+    "Unparseable",
+    "is_same",
+    "is_same_text",
+    "load_math_verify",
+    "plain",
+    "why_unusable",
+]
 
 _LONGEST = 300  # characters of a number that is read here
+_NO_ANSWER = "\N{REPLACEMENT CHARACTER}"  # equal to no reference
 
 
 class Unparseable(ValueError):
@@ -82,6 +90,23 @@ def plain(text: str) -> str:
 def load_math_verify() -> None:
     """Import math-verify, which takes a second."""
     import math_verify  # noqa: F401
+
+
+@lru_cache(maxsize=65_536)
+def why_unusable(reference: str) -> str | None:
+    """Why no answer can be compared with a reference, whatever the answer; None where one can."""
+    if _integer(plain(reference)) or _rational(plain(reference)) is not None:
+        return None
+    try:
+        is_same(_NO_ANSWER, reference)
+    except Unparseable as error:
+        return str(error)
+    return None
+
+
+def is_same_text(answer: str, reference: str) -> bool:
+    """Whether two answers are the same characters, but for their looks."""
+    return _equal_texts(plain(answer), plain(reference)) is True
 
 
 def is_same(answer: str, reference: str) -> bool:
