@@ -229,11 +229,20 @@ def test_names(tmp_path):
         prepare(BENCHMARKS["gsm8k"], config_for(tmp_path, data_dir=str(tmp_path / "none")))
 
 
-def test_rows_without_a_question_or_an_answer():
-    """Guards: an empty prompt, and an answer that is the text None."""
-    with pytest.raises(DatasetError, match="no question as text; it has the columns: text"):
-        benchmark_row({"text": "x"})
-    assert benchmark_row({"problem": "x", "answer": None}) == {"problem": "x", "answer": None}
+@pytest.mark.parametrize("row", [{"text": "x"}, {"problem": None}, {"problem": " "}])
+def test_a_row_without_a_question_is_named(tmp_path, row):
+    """Guards: an empty prompt, and an error that does not say which row."""
+    file = write_rows(tmp_path / "mine.jsonl", [{"problem": "x", "answer": "1"}, row])
+    config = config_for(tmp_path, benchmark_file=(f"mine={file}",))
+    with pytest.raises(DatasetError, match=r"row 2 of .*mine\.jsonl has no question as text"):
+        prepare(chosen_benchmarks(config)[0], config)
+
+
+@pytest.mark.parametrize("value", [None, "", [], True, {"x": 1}, float("nan"), float("inf")])
+def test_what_is_no_answer(value):
+    """Guards: a reference that is the text of Python's None, nan or a dict, equal to no answer."""
+    assert benchmark_row({"problem": "x", "answer": value})["answer"] is None
+    assert benchmark_row({"problem": "x", "answer": value, "ground_truth": 3})["answer"] == "3"
 
 
 @pytest.mark.parametrize("name", ["math500", "aime24", "amc23"])

@@ -248,6 +248,7 @@ def test_questions_are_left_out_by_their_reference_alone(tmp_path):
     report = evaluate(config_for(tmp_path, **options), say=said.append)
     row = rows_of(report)["toy-student", "mine"]
     assert (row["questions"], row["skipped"], row["truncated"]["value"]) == (1, 3, 1)
+    assert report.missing == []
     assert any("3 questions are left out" in line and "rows 2, 3, 4 of" in line for line in said)
 
 
@@ -272,6 +273,7 @@ def test_a_benchmark_without_answers_is_named_before_it_is_asked(tmp_path):
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\]"),
         ({"baseline": "toy-teachr", "extra_models": ("toy-teacher",)}, "did you mean"),
         ({"extra_models": ()}, "name what to evaluate"),
+        ({"template": "Say five."}, r"--template has no \{problem\}"),
     ],
 )
 def test_refusals(tmp_path, options, message):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from optimal_sampling.generate.dataset import open_dataset
 from optimal_sampling.prompts import PROMPT_COLUMNS
 from optimal_sampling.records.store import read_json, write_atomically
 from optimal_sampling.toy_pair.problems import box_span, synthetic_rows
+from optimal_sampling.verify.answers import REFERENCE_FIELDS
 
 __all__ = [
     "BENCHMARKS",
@@ -236,8 +238,15 @@ def read_rows(benchmark: Benchmark, config: EvaluateConfig) -> tuple[str, list[R
     else:
         split = benchmark.split if local.is_dir() else None
         data, source = DataConfig(str(local), split=split), str(local)
-    dataset = open_dataset(data, seed=0)
-    return source, [benchmark_row(row) for _, row in dataset]
+    return source, list(_benchmark_rows(source, open_dataset(data, seed=0)))
+
+
+def _benchmark_rows(source: str, rows: Iterable[tuple[int, Row]]) -> Iterator[Row]:
+    for place, row in rows:
+        try:
+            yield benchmark_row(row)
+        except DatasetError as error:
+            raise DatasetError(f"row {place + 1} of {source} {error}") from error
 
 
 def _synthetic() -> list[Row]:
@@ -268,10 +277,11 @@ def benchmark_row(row: Mapping[str, Any]) -> Row:
     `answer` is the text after `####` in GSM8K's, the parts of a list joined by commas, the box of
     the solution where there is no other; null where there is none. Raises DatasetError.
     """
-    column = next((name for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), None)
+    texts = {name: row[name] for name in PROMPT_COLUMNS if isinstance(row.get(name), str)}
+    column = next((name for name, text in texts.items() if text.strip()), None)
     if column is None:
         has = ", ".join(map(str, row))
-        raise DatasetError(f"a row has no question as text; it has the columns: {has}")
+        raise DatasetError(f"has no question as text; it has the columns: {has}")
     solution = row.get("solution")
     if isinstance(solution, list | tuple):
         solution = "\n\n".join(map(str, solution))
@@ -287,14 +297,21 @@ def benchmark_row(row: Mapping[str, Any]) -> Row:
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:
-    """The reference answer as text; None where there is no column with one."""
-    values = (row.get(name) for name in ("answer", "final_answer"))
-    value = next((each for each in values if each not in (None, "", [])), None)
+    """The reference answer as text; None where no column has a text, a number or a list of them."""
+    columns = (name for name in REFERENCE_FIELDS if name != "solution")
+    texts = (_answer_text(row.get(name)) for name in columns)
+    return next((text for text in texts if text), None)
+
+
+def _answer_text(value: Any) -> str | None:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return None if value is None else str(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        value = int(value) if value.is_integer() else value
+    is_answer = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return str(value) if is_answer else None
 
 
 def question_hash(problems: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ from optimal_sampling.errors import (
 from optimal_sampling.evaluate.benchmarks import Questions, chosen_benchmarks, prepare
 from optimal_sampling.evaluate.checkpoints import Checkpoint, Skipped, find_checkpoints
 from optimal_sampling.evaluate.options import EvaluateConfig
-from optimal_sampling.evaluate.samples import graded_samples, rows_without_reference
+from optimal_sampling.evaluate.samples import failures, graded_samples, rows_without_reference
 from optimal_sampling.evaluate.statistics import CheckpointScores, Metric, Sample, check_scipy
 from optimal_sampling.evaluate.tables import Evaluation, json_text, markdown_text, summarize
 from optimal_sampling.generate import generate
@@ -213,14 +213,15 @@ def _run(
     config, benchmark = state.config, questions.benchmark
     folder = run_folder(config, checkpoint.label, benchmark.name)
     run = run_config(config, checkpoint.model, questions, folder)
-    summary = generate(run, progress, engine.open)
-    if summary.failed:
-        reasons = "; ".join(f"{count} x {error}" for error, count in summary.errors.items())
-        state.miss(
-            f"{summary.failed} samples of {checkpoint.label} on {benchmark.name} failed and count "
-            f"as wrong: {reasons or 'they had failed --max-attempts times'}"
-        )
+    generate(run, progress, engine.open)
     skipped, rows = state.skipped[benchmark.name], _asked(questions, config)
+    failed = failures(folder, {*rows} - skipped, config.samples)
+    if failed:
+        reasons = "; ".join(f"{count} x {error}" for error, count in failed.items())
+        state.miss(
+            f"{failed.total()} samples of {checkpoint.label} on {benchmark.name} failed and count "
+            f"as wrong: {reasons}"
+        )
     samples = graded_samples(folder, rows, config.samples, skipped)
     state.samples.setdefault(benchmark.name, {})[checkpoint.label] = samples
     compared: Any = read_json(folder / "config.json")["compared"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from optimal_sampling.records.verdicts import Graded, graded_records
 from optimal_sampling.verify import GraderPool, Task
 from optimal_sampling.verify.answers import reference_of
 
-__all__ = ["graded_samples", "rows_without_reference"]
+__all__ = ["failures", "graded_samples", "rows_without_reference"]
 
 
 def rows_without_reference(questions: Sequence[Questions]) -> dict[str, frozenset[int]]:
@@ -34,6 +35,15 @@ def rows_without_reference(questions: Sequence[Questions]) -> dict[str, frozense
                 if grade.verdict == "skipped":
                     found[name].add(place)
     return {name: frozenset(rows) for name, rows in found.items()}
+
+
+def failures(run: Path, rows: Set[int], samples: int) -> Counter[str]:
+    """How many of the first `samples` samples of these rows failed, by reason."""
+    return Counter(
+        record["error"]
+        for record in load(run, failed=True)
+        if record["error"] and record["row_index"] in rows and record["sample_index"] < samples
+    )
 
 
 def graded_samples(run: Path, rows: range, samples: int, skipped: Set[int]) -> list[Sample]:
