@@ -265,7 +265,11 @@ def run_export(arguments: Sequence[str]) -> int:
     from optimal_sampling.records.export import ExportOptions, export, push
 
     options = _parse("export", ExportOptions(), arguments)
-    report = export(options, tools(), [typed_command(sys.orig_argv)])
+    try:
+        report = export(options, tools(), [typed_command(sys.orig_argv)])
+    except KeyboardInterrupt:
+        _say_interrupted(f"{options.output_dir} is as it was")
+        return 130
     print_report(report, Console())
     if options.push_to_hub is not None:
         print(push(report.folder, options.push_to_hub, private=options.hub_private))
@@ -379,6 +383,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a path that cannot be read, or is too long; it names the path
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 1
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
@@ -477,7 +484,23 @@ def _unalias(arguments: Sequence[str]) -> list[str]:
         elif name not in NO_OPS:
             result.append(f"--{ALIASES.get(name, name)}{equals}{value}")
     _check_constraint(arguments, result)
-    return result
+    return _joined(result, "vllm")
+
+
+def _joined(arguments: Sequence[str], name: str) -> list[str]:
+    """The same arguments, with the values of every occurrence of a list option after one flag."""
+    rest: list[str] = []
+    values: list[str] = []
+    target = rest
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag == f"--{name}":
+            target = values
+            values += [value] if equals else []
+        else:
+            target = rest if argument.startswith("-") else target
+            target.append(argument)
+    return [*rest, f"--{name}", *values] if values else rest
 
 
 def _check_constraint(arguments: Sequence[str], result: Sequence[str]) -> None:
@@ -509,6 +532,9 @@ def _yaml_arguments(path: Path) -> list[str]:
         name = ALIASES.get(name, name)
         if name not in types:
             raise ConfigError(f"{path}: unknown option {key!r}{did_you_mean(name, types)}")
+        if types[name].startswith("tuple") and isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+            continue
         if not isinstance(value, str):
             raise ConfigError(f"{path}: {key} must be a single value, got {value!r}")
         if value.lower() in _UNSET:

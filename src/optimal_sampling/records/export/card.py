@@ -96,8 +96,9 @@ def card(
         else "",
     ]
     parts += [_table(title, lines) for title, lines in sections]
-    text = "\n".join(f"    {command}" for command in commands)
-    parts.append(f"## Commands\n\n{text}\n")
+    # Fenced: an indented block would end, or change an option, where one holds a line break.
+    text = "\n".join(commands)
+    parts.append(f"## Commands\n\n~~~sh\n{text}\n~~~\n")
     return "\n".join(parts)
 
 
