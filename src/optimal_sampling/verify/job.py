@@ -87,7 +87,7 @@ def verify(
         timeout=options.timeout,
         memory_gib=options.memory_gib,
     )
-    if pool.spec.path is None:
+    if pool.spec.path is None or options.reference is not None:
         for folder in folders:
             _check_references(folder, options.reference)
     try:
