@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from optimal_sampling.engines.local.paged.attention_backends import choose_backe
 from optimal_sampling.engines.local.paged.page_cache import Batch, lay_out
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
+from optimal_sampling.engines.local.paged.split_attention import split_attention, split_count
 from optimal_sampling.types import TRACE_FIELDS
 
 LAYERS, KEYS, POSITIONS = 4, 512, 4096
@@ -299,6 +301,31 @@ def check_top_k(setting: Setting, rows: int) -> Result:
     return "kept as by sorting", lambda: keep_top_k(scores, 50), by_sorting
 
 
+def check_split_attention(setting: Setting, rows: int, width: int = 1) -> Result:
+    """A few queries per row over KEYS keys, against PyTorch's operator where there is one."""
+    shape, dim = setting.shape, setting.head_dim
+    query = setting.numbers(rows * width, shape.heads, dim)
+    keys, values = (setting.numbers(rows * KEYS, shape.kv_heads, dim) for _ in range(2))
+    used = torch.randint(width, KEYS + 1, (rows,), dtype=torch.int32, device=setting.device)
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=setting.device) * KEYS
+    ends = torch.arange(rows + 1, dtype=torch.int32, device=setting.device) * width
+    splits = split_count(rows, shape.kv_heads, KEYS)
+
+    def fused() -> Tensor:
+        return split_attention(query, keys, values, starts[:-1], used, dim**-0.5, None, splits)
+
+    def operator() -> Tensor:
+        arguments = (query, keys, values, ends, starts, width, KEYS, 0.0, width > 1, False)
+        right = 0 if width > 1 else -1
+        options = {"window_size_left": -1, "window_size_right": right, "seqused_k": used}
+        found: Tensor = torch.ops.aten._flash_attention_forward(*arguments, **options)[0]
+        return found
+
+    if setting.device.type == "cpu":
+        return "not compared: PyTorch's operator needs a GPU", fused, None
+    return close(fused(), operator().double(), 4.0), fused, operator
+
+
 CHECKS = {
     "add_rms_norm": check_add_rms_norm,
     "rotate_and_store": check_rotate_and_store,
@@ -309,6 +336,8 @@ CHECKS = {
     "mixture": check_mixture,
     "top_k": check_top_k,
     "mixture_sizes": check_mixture_sizes,
+    "split_attention": check_split_attention,
+    "split_attention_5": partial(check_split_attention, width=5),
     "pass": check_pass,
 }
 UNRECORDED = {"mixture", "draft", "top_k"}

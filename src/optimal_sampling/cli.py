@@ -484,7 +484,23 @@ def _unalias(arguments: Sequence[str]) -> list[str]:
         elif name not in NO_OPS:
             result.append(f"--{ALIASES.get(name, name)}{equals}{value}")
     _check_constraint(arguments, result)
-    return result
+    return _joined(result, "vllm")
+
+
+def _joined(arguments: Sequence[str], name: str) -> list[str]:
+    """The same arguments, with the values of every occurrence of a list option after one flag."""
+    rest: list[str] = []
+    values: list[str] = []
+    target = rest
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag == f"--{name}":
+            target = values
+            values += [value] if equals else []
+        else:
+            target = rest if argument.startswith("-") else target
+            target.append(argument)
+    return [*rest, f"--{name}", *values] if values else rest
 
 
 def _check_constraint(arguments: Sequence[str], result: Sequence[str]) -> None:
@@ -516,6 +532,9 @@ def _yaml_arguments(path: Path) -> list[str]:
         name = ALIASES.get(name, name)
         if name not in types:
             raise ConfigError(f"{path}: unknown option {key!r}{did_you_mean(name, types)}")
+        if types[name].startswith("tuple") and isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+            continue
         if not isinstance(value, str):
             raise ConfigError(f"{path}: {key} must be a single value, got {value!r}")
         if value.lower() in _UNSET:

@@ -6,6 +6,7 @@ The command line is derived from them: a field is a flag, and the docstring unde
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 import re
@@ -24,6 +25,7 @@ __all__ = [
     "Attention",
     "Checked",
     "DataConfig",
+    "DraftTokens",
     "EngineOptions",
     "GenerateConfig",
     "LocalOptions",
@@ -86,6 +88,8 @@ def _converted(name: str, hint: Any, value: Any) -> Any:
     """The value as one of the plain types of the hint. Raises ConfigError."""
     plain = value.item() if getattr(value, "ndim", None) == 0 else value  # a NumPy scalar
     plain = os.fspath(plain) if isinstance(plain, os.PathLike) else plain
+    if get_origin(hint) is tuple and isinstance(plain, list | tuple):
+        return tuple(_converted(name, get_args(hint)[0], each) for each in plain)
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     texts = [text for kind in kinds if get_origin(kind) is Literal for text in get_args(kind)]
     if isinstance(plain, str) and (str in kinds or plain in texts):
@@ -96,6 +100,8 @@ def _converted(name: str, hint: Any, value: Any) -> Any:
         return plain
     wanted = [_TYPE_NAMES[kind] for kind in kinds if kind in _TYPE_NAMES]
     wanted += [f"one of {', '.join(texts)}"] if texts else []
+    if get_origin(hint) is tuple:
+        wanted = [f"a list, each {_TYPE_NAMES[get_args(hint)[0]]}"]
     expected = " or ".join(wanted) or f"of the class {hint.__name__}"
     raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
@@ -288,7 +294,19 @@ class VllmOptions(EngineOptions):
 
     name = "vllm"
     engine_class = "optimal_sampling.engines.vllm.engine:VllmEngine"
-    fixed = frozenset({"kv_memory_gib", "prefill_chunk", "draft_tokens"})
+    fixed = frozenset(
+        {
+            "kv_memory_gib",
+            "prefill_chunk",
+            "draft_tokens",
+            "max_model_len",
+            "gpu_memory_utilization",
+            "tensor_parallel_size",
+            "quantization",
+            "check_models",
+            "vllm",
+        }
+    )
 
     batch_size: int = 32
     """Most requests in flight at once."""
@@ -298,6 +316,46 @@ class VllmOptions(EngineOptions):
     """Most tokens of one step of vLLM. At least what one token of every request in flight takes."""
     draft_tokens: DraftTokens = "auto"
     """Tokens that the student drafts per step; `auto` is 0. Fixed when vLLM starts."""
+    max_model_len: int | None = None
+    """Longest text, prompt included; unset: the shorter of the models' contexts."""
+    gpu_memory_utilization: float | None = None
+    """Share of the GPU's memory that may be used; unset: vLLM's default."""
+    tensor_parallel_size: int = 1
+    """GPUs that the layers of both models are split over; on a CPU, processes."""
+    quantization: str | None = None
+    """Quantization of the teacher's weights, by vLLM's name; unset: what its config says."""
+    check_models: Literal["auto", "on", "off"] = "auto"
+    """Compare both models' log-probabilities with Transformers when vLLM starts; auto: of models
+    below 2 billion parameters on a CPU, 8 billion on a GPU."""
+    vllm: tuple[str, ...] = ()
+    """Other arguments of vLLM as NAME=VALUE, such as `block_size=32` or `enforce_eager=true`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_range("max_model_len tensor_parallel_size", 1)
+        self._check_range("gpu_memory_utilization", 0, 1, above=True)
+        _ = self.settings
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """vLLM's own arguments, by its names, of the options that are set.
+
+        A value of --vllm is JSON where it can be read as such, and text otherwise. Raises
+        ConfigError.
+        """
+        names = ("max_model_len", "gpu_memory_utilization", "quantization")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.tensor_parallel_size != 1:
+            given["tensor_parallel_size"] = self.tensor_parallel_size
+        for item in self.vllm:
+            name, equals, text = item.partition("=")
+            name = name.strip().removeprefix("--").replace("-", "_")
+            if not equals or not name:
+                raise ConfigError(f"vllm must be NAME=VALUE, such as block_size=32; got {item!r}")
+            if name in {field.name for field in fields(self)} | given.keys():
+                raise ConfigError(f"vllm: {name} is an option of its own, or is given twice")
+            given[name] = _json_or_text(text)
+        return given
 
     @property
     def drafts_per_step(self) -> int:
@@ -308,6 +366,13 @@ class VllmOptions(EngineOptions):
     def tokens_per_step(self) -> int:
         """Most tokens of one step: a prefill chunk, or every request with its drafts."""
         return max(self.prefill_chunk, self.batch_size * (self.drafts_per_step + 1))
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,13 @@ def test_numbers_change(right):
         ("as is known.", "as is known.\n\nThe final answer is \\boxed{8}."),
     ],
 )
+def test_a_number_of_any_length_is_changed():
+    """Guards: a traceback for more digits than Python reads, in the middle of a run."""
+    right = "7" * 5000
+    assert wrong_answer(right) != right
+    assert len(wrong_answer(right)) == 5000
+
+
 def test_where_the_answer_is_replaced(solution, expected):
     """Guards: a solution that still ends with the right answer."""
     assert wrong_solution(solution, "7", "8") == expected

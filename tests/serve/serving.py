@@ -16,34 +16,35 @@ from optimal_sampling.vocabulary import Vocabulary, resolve_model
 from tests.engines.vllm.tiny import reference
 
 KEY = "a-key-that-no-log-may-hold"
-LAUNCH = """
-import sys
-from optimal_sampling.config import MixtureConfig, VllmOptions
-from optimal_sampling.serve import ServeConfig, serve
-if __name__ == "__main__":
-    options = VllmOptions(batch_size=48, prefill_chunk=512, kv_memory_gib=0.1)
-    serve(ServeConfig(port=int(sys.argv[1]), engine=options, mixture=MixtureConfig(alpha_min=0.0)))
-"""
+OPTIONS = (
+    "--alpha-min 0 --batch-size 48 --prefill-chunk 512 --kv-memory-gib 0.1 --vllm block_size=32"
+)
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """(address, file with the server's output)."""
+    with started(tmp_path_factory.mktemp("server")) as (_, address, log):
+        yield address, log
+
+
+@contextlib.contextmanager
+def started(folder, options=OPTIONS):
+    """(process, address, file with the output) of `optimal-sampling serve` of the shipped pair."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("server")
-    script, log = folder / "launch.py", folder / "log"
-    script.write_text(LAUNCH)
+    log = folder / "log"
     environment = {**os.environ, "OPTIMAL_SAMPLING_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "INFO"}
+    command = [sys.executable, "-m", "optimal_sampling", "serve", "--port", str(port)]
     with open(log, "w") as out:
         process = subprocess.Popen(
-            [sys.executable, script, str(port)], env=environment, stdout=out, stderr=out
+            [*command, *options.split()], env=environment, stdout=out, stderr=out
         )
     address = f"http://127.0.0.1:{port}"
     try:
         wait_until_healthy(process, address, log)
-        yield address, log
+        yield process, address, log
     finally:
         process.terminate()
         process.wait(60)

@@ -1,8 +1,12 @@
 """The middleware before an application that answers with what it was given."""
 
+import asyncio
 import json
+import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -34,12 +38,25 @@ def settings():
     return ServerSettings(vocabulary, mixture, 512, KEY, max_n=8, max_body_bytes=2000)
 
 
-@pytest.fixture(scope="module")
-def http(settings):
+class Models:
+    """vLLM's list of models."""
+
+    async def show_available_models(self):
+        listed = {"object": "list", "data": [{"id": "maker/model", "object": "model"}]}
+        return SimpleNamespace(model_dump=lambda: listed)
+
+
+def application(settings):
     app = Starlette(middleware=[Middleware(RequestMiddleware)])
     app.mount("/", echo)
     app.state.args = SimpleNamespace(optimal_sampling=settings)
-    return TestClient(app, headers={"authorization": f"Bearer {KEY}"})
+    app.state.openai_serving_models = Models()
+    return app
+
+
+@pytest.fixture(scope="module")
+def http(settings):
+    return TestClient(application(settings), headers={"authorization": f"Bearer {KEY}"})
 
 
 @pytest.mark.parametrize("key", [None, "wrong", KEY + "x", "a", "\u00e4"])
@@ -85,6 +102,9 @@ def test_websockets_are_closed(http):
         (b"[" * 1500, 400),
         (b'{"prompt": "' + b"x" * 3000, 413),
         (b'{"prompt": "1", "student_prompt": "\\ud800", "n": "\\ud800"}', 400),
+        (b'{"prompt": "\\ud800"}', 400),
+        (b'{"prompt": "\xed\xa0\x80"}', 400),
+        (b'{"prompt": "1", "\\udfff": 1}', 400),
     ],
 )
 def test_malformed_bodies(http, body, status):
@@ -93,6 +113,15 @@ def test_malformed_bodies(http, body, status):
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert (answer.headers.get("connection") == "close") == (status == 413)
+
+
+def test_half_a_surrogate_pair_is_no_text_on_any_route(http):
+    """Guards: a traceback of vLLM's tokenizer."""
+    for path in ("/tokenize", "/v1/chat/completions"):
+        body = b'{"prompt": "\\ud800", "messages": [{"role": "user", "content": "\\ud800"}]}'
+        answer = http.post(path, content=body)
+        assert answer.status_code == 400
+        assert "surrogate" in answer.json()["error"]["message"]
 
 
 def test_a_body_that_comes_in_parts_is_bounded(http):
@@ -120,3 +149,59 @@ def test_statistics_that_there_are_not_are_refused(http, fields):
     answer = http.post("/v1/completions", json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "alpha_stats"
+
+
+def test_one_model_is_retrieved_by_its_name(http):
+    """Guards: `client.models.retrieve`, which vLLM answers with 404 for every name."""
+    for path in ("/v1/models/maker/model", "/v1/models/maker%2Fmodel"):
+        assert http.get(path).json() == {"id": "maker/model", "object": "model"}
+    missing = http.get("/v1/models/other")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["type"] == "not_found_error"
+    assert http.get("/v1/models/maker/model", headers={"authorization": ""}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("localhost", 200),
+        ("[::1]:8000", 200),
+        ("evil.example:8000", 403),
+        ("", 403),
+    ],
+)
+def test_a_foreign_host_needs_a_key(settings, http, host, status):
+    """Guards: a web page that gives this machine's address to its own name (DNS rebinding)."""
+    keyless = TestClient(application(replace(settings, api_key=None)))
+    assert keyless.get("/v1/models", headers={"host": host}).status_code == status
+    assert http.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+def test_other_requests_are_answered_while_a_long_text_is_tokenized(settings):
+    """Guards: an event loop that stands still, `/health` included."""
+    at_work, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        get_vocab = settings.vocabulary.student_tokenizer.get_vocab
+
+        def __call__(self, text, **options):
+            at_work.set()
+            assert go_on.wait(60)
+            return {"input_ids": [1]}
+
+    vocabulary = replace(settings.vocabulary, student_tokenizer=Slow())
+    app = application(replace(settings, vocabulary=vocabulary, api_key=None))
+
+    async def both():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            body = {"prompt": "1", "student_prompt": "1"}
+            slow = asyncio.create_task(client.post("/v1/completions", json=body))
+            await asyncio.to_thread(at_work.wait, 60)
+            healthy = await client.get("/health")
+            assert not slow.done()
+            go_on.set()
+            return healthy.status_code, (await slow).status_code
+
+    assert asyncio.run(both()) == (200, 200)

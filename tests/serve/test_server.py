@@ -93,6 +93,41 @@ def test_chat_with_messages_of_its_own_for_the_student(client):
     assert all(choice.message.content for choice in done.choices)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"continue_final_message": True, "add_generation_prompt": False},
+        {"add_generation_prompt": False},
+        {"chat_template_kwargs": {"add_generation_prompt": False}},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+        {},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_both_models_read_messages_as_the_request_says(client, options):
+    """Guards: options of rendering that hold for the teacher's messages alone."""
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "12*3=?"}]},
+        {"role": "assistant", "content": "12*3="},
+    ]
+    asked = {
+        "model": "toy-teacher",
+        "messages": messages,
+        "max_tokens": 4,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 5,
+    }
+    common, own = (
+        client.chat.completions.create(**asked, extra_body={**options, **fields}).choices[0]
+        for fields in ({}, {"student_messages": messages})
+    )
+    for one, other in zip(common.logprobs.content, own.logprobs.content, strict=True):
+        assert one.token == other.token
+        found = [each.logprob for each in other.top_logprobs]
+        assert found == pytest.approx([each.logprob for each in one.top_logprobs], abs=1e-3)
+
+
 def test_as_an_evaluation_harness_asks(client, vocabulary):
     """Guards: `echo` with log-probabilities of the prompt, as lm-eval asks for them."""
     ids = vocabulary.teacher_tokenizer("12*3+4=? 40")["input_ids"]
@@ -117,7 +152,16 @@ def test_refusals_are_openai_errors(client, server):
     wrong = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="wrong", max_retries=0)
     with wrong, pytest.raises(openai.AuthenticationError):
         wrong.models.list()
-    for fields in ({"alpha_min": 7}, {"student_prompt": []}, {"n": 1000}, {"max_tokens": 10**9}):
+    assert client.models.retrieve("toy-teacher").id == "toy-teacher"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("another")
+    for fields in (
+        {"alpha_min": 7},
+        {"alpha_minimum": 0},
+        {"student_prompt": []},
+        {"n": 1000},
+        {"max_tokens": 10**9},
+    ):
         extra = {key: value for key, value in fields.items() if key not in ("n", "max_tokens")}
         rest = {
             "max_tokens": 3,

@@ -16,7 +16,13 @@ from optimal_sampling.api.batch import (
     taken,
     whole_number,
 )
-from optimal_sampling.config import MixtureConfig, ModelConfig, PromptConfig, VllmOptions
+from optimal_sampling.config import (
+    DraftTokens,
+    MixtureConfig,
+    ModelConfig,
+    PromptConfig,
+    VllmOptions,
+)
 from optimal_sampling.engines.vllm.engine import VllmEngine
 from optimal_sampling.engines.vllm.trace_store import alpha_summary
 from optimal_sampling.errors import ConfigError
@@ -69,7 +75,8 @@ class OptimalSamplingV1(BatchSampler):
     `gpu_memory_utilization` is the share of the GPU's memory for everything; on a CPU, where it has
     no meaning, `kv_cache_memory_bytes` (1 GiB by default) is what counts.
 
-    Keyword arguments: `draft_tokens` (speculation with the student as draft model), `trust_region`
+    Keyword arguments: `draft_tokens` (speculation with the student as draft model), `check_models`
+    (`auto`, `on`, `off`: comparison of both models with Transformers at the start), `trust_region`
     and `schedule_*` (see MixtureConfig), `constraint_to_target` with `target_top_k` /
     `target_top_p`, `trust_remote_code`, and vLLM's own arguments by their names (`max_model_len`,
     `max_num_seqs`, `enforce_eager` ...).
@@ -94,7 +101,7 @@ class OptimalSamplingV1(BatchSampler):
         track_alpha_stats: bool = True,
         gpu_memory_utilization: float = 0.5,
         *,
-        draft_tokens: int = 0,
+        draft_tokens: DraftTokens = 0,
         constraint_to_target: bool = False,
         target_top_k: int = -1,
         target_top_p: float = 1.0,
@@ -180,15 +187,20 @@ class OptimalSamplingV1(BatchSampler):
 
 
 def _engine_options(
-    draft_tokens: int, gpu_memory_utilization: float, settings: dict[str, Any]
+    draft_tokens: DraftTokens, gpu_memory_utilization: float, settings: dict[str, Any]
 ) -> tuple[VllmOptions, dict[str, Any]]:
     """Our options, and the rest of vLLM's own arguments."""
     options = VllmOptions(
-        batch_size=int(settings.pop("max_num_seqs", _DEFAULT_SEQUENCES)),
-        prefill_chunk=int(settings.pop("max_num_batched_tokens", _DEFAULT_TOKENS)),
+        batch_size=_taken_number(settings, "max_num_seqs", _DEFAULT_SEQUENCES),
+        prefill_chunk=_taken_number(settings, "max_num_batched_tokens", _DEFAULT_TOKENS),
         draft_tokens=draft_tokens,
+        check_models=settings.pop("check_models", "auto"),
     )
     return options, {"gpu_memory_utilization": gpu_memory_utilization, **settings}
+
+
+def _taken_number(settings: dict[str, Any], name: str, default: int) -> int:
+    return whole_number(name, settings.pop(name, default), least=1)
 
 
 def _alpha_stats(rows: Sequence[Completion]) -> dict[str, Any]:

@@ -193,11 +193,23 @@ def ess_balance(at: Position) -> float:
 
 
 def entropy(at: Position) -> float:
-    """argmax of H over the allowed mixtures, on a fine grid."""
+    """argmax of H over the allowed mixtures: of a fine grid, then ever closer around it."""
+
+    def height(alpha: float) -> float:
+        return shannon(log_q(at.s, at.t, alpha))
+
     low = max(at.mixture.alpha_min, _EPSILON)
     high = min(at.mixture.alpha_max, 1 - _EPSILON)
-    grid = [low + (high - low) * i / 400 for i in range(401)]
-    return max(grid, key=lambda alpha: shannon(log_q(at.s, at.t, alpha)))
+    step = (high - low) / 400
+    best = max((low + step * i for i in range(401)), key=height)
+    left, right = max(low, best - step), min(high, best + step)
+    for _ in range(30):
+        third = (right - left) / 3
+        if height(left + third) < height(right - third):
+            left += third
+        else:
+            right -= third
+    return (left + right) / 2
 
 
 def fixed(at: Position) -> float:

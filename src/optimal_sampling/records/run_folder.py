@@ -48,6 +48,8 @@ MAY_DIFFER = frozenset(
         "kv_memory_gib",
         "prefill_chunk",
         "draft_tokens",
+        "gpu_memory_utilization",
+        "tensor_parallel_size",
         "attention",  # as `device`
         "max_attempts",
         "verify",  # verdicts say themselves what they are about
@@ -275,7 +277,8 @@ def flat(config: GenerateConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"engine": config.engine.name}
     for section in vars(config).values():
         options |= vars(section)
-    return options
+    lists = {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
+    return options | lists  # as JSON has them
 
 
 def compared(options: Mapping[str, Any]) -> dict[str, Any]:

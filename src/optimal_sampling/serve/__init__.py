@@ -3,6 +3,7 @@
     server        options of the command, start of vLLM's server
     middleware    API key, open routes, body size, error responses (Starlette)
     request_body  a request's JSON body -> the body that vLLM takes
+    chat_renderer messages -> token ids of either model, by vLLM's renderer
     alpha_stats   alpha statistics in responses and streams
 
 Importing this imports neither vLLM nor Starlette.

@@ -40,7 +40,8 @@ class AlphaStatsRequest:
     @classmethod
     def from_body(cls, body: Mapping[str, Any], route: Route) -> AlphaStatsRequest | None:
         """From a request's body; None where it asks for no statistics. Raises RequestError."""
-        asked = body.get(ALPHA_STATS, False)
+        asked = body.get(ALPHA_STATS)
+        asked = False if asked is None else asked
         if not isinstance(asked, bool) and asked != "history":
             raise RequestError(f'{ALPHA_STATS} must be true, false or "history"', ALPHA_STATS)
         if not asked:
@@ -138,7 +139,10 @@ class AlphaStatsSender:
         traces = replies[0]  # of the one worker
         for choice, prefix in zip(finished, prefixes, strict=True):
             rows, error = traces[prefix]
-            rows = rows[: self._token_counts[choice["index"]]]  # without drafts past the end
+            count = self._token_counts[choice["index"]]
+            rows = rows[:count]  # without drafts past the end
+            if len(rows) < count and not error:
+                error = f"vLLM's worker has the values of {len(rows)} of {count} tokens"
             choice[ALPHA_STATS] = summarize(rows, self.request.history, error)
         return json.dumps(response, ensure_ascii=False, separators=(",", ":")).encode()
 

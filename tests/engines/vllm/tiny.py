@@ -35,8 +35,11 @@ MODELS = {
 }
 
 
-def tiny_model(seed, layers=2, vocab=VOCAB, kind="Qwen3", scale=0.25):
-    """A model with spread logits; its heads are as wide as vLLM's attention on a CPU needs."""
+def tiny_model(seed, layers=2, vocab=VOCAB, kind="Qwen3", scale=0.25, **own):
+    """A model with spread logits; its heads are as wide as vLLM's attention on a CPU needs.
+
+    `own`: further fields of its config.
+    """
     common = {
         "vocab_size": vocab,
         "pad_token_id": 1,
@@ -60,7 +63,7 @@ def tiny_model(seed, layers=2, vocab=VOCAB, kind="Qwen3", scale=0.25):
             "head_dim": 32,
             "max_position_embeddings": 4096 if vocab > 99 else CONTEXT,
         }
-        config = getattr(transformers, f"{kind}Config")(**sizes, **common)
+        config = getattr(transformers, f"{kind}Config")(**{**sizes, **common, **own})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -131,7 +134,7 @@ class Pair:
             teacher_rows=rows["teacher"],
         )
 
-    def open(self, draft_tokens=0, batch_size=256, mixture=None, **settings):
+    def open(self, draft_tokens=0, batch_size=256, mixture=None, mode="mixture", **settings):
         from optimal_sampling.engines.vllm.engine import VllmEngine
 
         return VllmEngine.load(
@@ -139,6 +142,7 @@ class Pair:
             mixture or MixtureConfig(),
             VllmOptions(batch_size, kv_memory_gib=0.05, draft_tokens=draft_tokens),
             self.vocabulary,
+            mode,
             settings={"enforce_eager": True, "block_size": 32, **settings},
         )
 

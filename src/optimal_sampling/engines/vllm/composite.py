@@ -13,20 +13,23 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.models.utils import (
-    AutoWeightsLoader,
-    init_vllm_registered_model,
-    maybe_prefix,
-)
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.engines.vllm.mixing import LogitsRow, Mixed, mix
 from optimal_sampling.engines.vllm.plugin import check_version
 from optimal_sampling.engines.vllm.request_options import OPTIONS
+from optimal_sampling.engines.vllm.role_configs import check_windows, student_config, teacher_config
+from optimal_sampling.engines.vllm.tensor_parallel import initialize_student
+from optimal_sampling.engines.vllm.weight_check import WeightCheck
+from optimal_sampling.errors import ModelError
+from optimal_sampling.types import Mode
 
 __all__ = ["CompositeSettings", "OptimalSamplingForCausalLM"]
 
@@ -47,6 +50,8 @@ class CompositeSettings:
     end_id: int = 0
     """A shared stop id; ends a completion whose logits cannot be drawn from."""
     trust_remote_code: bool = False
+    check_models: str = "auto"
+    """Whether to compare both models with Transformers; see VllmOptions."""
 
 
 class OptimalSamplingForCausalLM(nn.Module):
@@ -59,28 +64,23 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.settings = CompositeSettings(**getattr(config, OPTIONS))
         self.default = MixtureConfig(**self.settings.mixture)
         self.width: int = vllm_config.model_config.get_vocab_size()
-        student_config = AutoConfig.from_pretrained(
-            self.settings.student, trust_remote_code=self.settings.trust_remote_code
-        )
-        self.teacher = init_vllm_registered_model(
-            vllm_config=vllm_config,
-            prefix=maybe_prefix(prefix, "teacher"),
-            hf_config=config,
-            architectures=self.settings.teacher_architectures,
-        )
-        with set_model_tag("student"):  # keeps its compiled graphs apart from the teacher's
-            self.student = init_vllm_registered_model(
-                vllm_config=vllm_config,
-                prefix=maybe_prefix(prefix, "student"),
-                hf_config=student_config,
-                architectures=student_config.architectures,
+        teacher = teacher_config(vllm_config, self.settings.teacher_architectures)
+        student = teacher
+        if not self.settings.shared:
+            student = student_config(
+                vllm_config, self.settings.student, self.settings.trust_remote_code
             )
+        self.role_configs = {"teacher": teacher.model_config, "student": student.model_config}
+        self.teacher = initialize_model(teacher, prefix=maybe_prefix(prefix, "teacher"))
+        with set_model_tag("student"):  # keeps its compiled graphs apart from the teacher's
+            self.student = initialize_student(student, maybe_prefix(prefix, "student"))
         self.hidden_sizes = {
-            "teacher": config.get_text_config().hidden_size,
-            "student": student_config.get_text_config().hidden_size,
+            role: config.get_hidden_size() for role, config in self.role_configs.items()
         }
+        for role, config in self.role_configs.items():
+            check_windows(role, getattr(self, role), config.hf_text_config)
         if self.settings.shared:
-            _share_parameters(self.teacher, self.student)
+            _share_modules(self.teacher, self.student)
         else:
             source = DefaultModelLoader.Source(
                 self.settings.student, revision=None, prefix="student."
@@ -125,7 +125,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         split = self.hidden_sizes["teacher"]
         teacher = self.teacher.compute_logits(hidden_states[..., :split].contiguous())
         student = None
-        if rows is None or any(row.options.mode == "mixture" for row in rows):
+        if rows is None or any(self.needs_student(row.options.mode) for row in rows):
             student = self.student.compute_logits(hidden_states[..., split:].contiguous())
         log_q, mixed = mix(
             student, teacher, rows, self.default, self.settings.vocab_size, self.width
@@ -138,19 +138,39 @@ class OptimalSamplingForCausalLM(nn.Module):
             self.mixed = mixed
         return log_q
 
+    def needs_student(self, mode: Mode) -> bool:
+        """Whether a request runs the student's layers; of two equal models one is enough."""
+        return mode == "mixture" or (mode == "student" and not self.settings.shared)
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the teacher's weights, which come first and without a prefix, and the student's."""
         named = (
             (name if name.startswith("student.") else f"teacher.{name}", weight)
             for name, weight in weights
         )
-        loaded: set[str] = AutoWeightsLoader(self).load_weights(named)
+        roles = ["teacher"] if self.settings.shared else ["teacher", "student"]
+        check = WeightCheck({role: getattr(self, role) for role in roles}, self.role_configs)
+        try:
+            loaded: set[str] = AutoWeightsLoader(self).load_weights(check.watch(named))
+        except (KeyError, ValueError, AssertionError, RuntimeError) as error:
+            raise ModelError(f"vLLM has no place for a weight of the models: {error}") from error
+        check.finish()
+        for role, config in self.role_configs.items():
+            maybe_retie_word_embeddings(getattr(self, role), config)
         return loaded
 
 
-def _share_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Replace the parameters of `target` by those of `source`, module by module."""
-    modules = dict(source.named_modules())
-    for name, module in target.named_modules():
-        for key in list(module._parameters):
-            module._parameters[key] = modules[name]._parameters[key]
+def _share_modules(source: nn.Module, target: nn.Module) -> None:
+    """Replace the parts of `target` by those of `source`, but for its attention layers.
+
+    Modules, not parameters: quantised weights are repacked after loading, which happens once per
+    module. Attention layers have no weights, and a KV cache each.
+    """
+    target._parameters.update(source._parameters)
+    for name, child in list(target.named_children()):
+        if isinstance(child, AttentionLayerBase):
+            continue
+        if any(isinstance(each, AttentionLayerBase) for each in child.modules()):
+            _share_modules(getattr(source, name), child)
+        else:
+            setattr(target, name, getattr(source, name))

@@ -7,23 +7,27 @@ last bits of a logit, or the V1 model runner has drafts.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from optimal_sampling.config import EngineOptions, MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.base import Engine, prompt_problem
+from optimal_sampling.engines.vllm.cpu_threads import choose_threads
 from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
+from optimal_sampling.engines.vllm.in_process import end_with, starting
 from optimal_sampling.engines.vllm.request_options import MODES, RequestOptions, TraceLevel
 from optimal_sampling.engines.vllm.trace_store import TraceRows, Traces
-from optimal_sampling.errors import EngineError
+from optimal_sampling.errors import ConfigError, EngineError, OptimalSamplingError
 from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Mode, Request, TokenTrace
 from optimal_sampling.vocabulary import Vocabulary
 
-__all__ = ["VllmEngine"]
+__all__ = ["VllmEngine", "start_error"]
 
+_GUARD = "put the code that opens an engine under `if __name__ == '__main__':`"
 _LOG_Q = TRACE_FIELDS.index("log_q")
 
 
@@ -66,6 +70,11 @@ class VllmEngine(Engine):
         """Values kept per token."""
         self.max_active = options.batch_size
         """Most requests that vLLM was started for."""
+        self.threads = ""
+        """Note on the number of threads, "" where vLLM chose it."""
+        self.failed = False
+        """Whether vLLM ended by an error."""
+        self._end: Callable[[], Any] = core.engine_core.shutdown
         self._request_count = 0
         self._check_settings(options)
 
@@ -85,17 +94,24 @@ class VllmEngine(Engine):
         """
         # One process: scripts need no main guard, and no port is opened.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        _check_main_guard()
         prepare_environment()
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        if mode == "teacher":
-            revision = models.teacher_revision
-            models = replace(models, student=models.teacher, student_revision=revision)
-        given = {"skip_tokenizer_init": True, **(settings or {})}
+        models = _loaded(models, mode)
+        given = {"skip_tokenizer_init": True, **options.settings, **(settings or {})}
+        threads = choose_threads(int(given.get("tensor_parallel_size", 1)))
         arguments = engine_arguments(models, mixture, options, vocabulary, given)
-        core = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        return cls(core, mixture, options, vocabulary, mode)
+        with starting():
+            try:
+                core = LLMEngine.from_engine_args(EngineArgs(**arguments))
+            except Exception as error:  # of vLLM or a model: any kind
+                raise start_error(error) from error
+            engine = cls(core, mixture, options, vocabulary, mode)
+            engine._end = end_with(core.engine_core)
+        engine.threads = threads
+        return engine
 
     def view(
         self,
@@ -134,26 +150,27 @@ class VllmEngine(Engine):
                     yield from self._step(active)
         finally:
             internal_ids = [each.internal_id for each in active.values()]
-            self.core.abort_request(internal_ids, internal=True)
+            if not self.failed:
+                self.core.abort_request(internal_ids, internal=True)
 
     def _problem(self, request: Request) -> str:
         """Why a request cannot be served, "" if it can."""
+        roles = ("student", "teacher") if self.mode == "mixture" else (self.mode,)
         vocabulary = self.vocabulary
-        limit = self.core.model_config.max_model_len
+        rows = [getattr(vocabulary, f"{role}_rows") or vocabulary.size for role in roles]
         return prompt_problem(
-            roles=("student", "teacher"),
-            prompts=(request.student_prompt_ids, request.teacher_prompt_ids),
-            contexts=(limit, limit),
-            rows=(
-                vocabulary.student_rows or vocabulary.size,
-                vocabulary.teacher_rows or vocabulary.size,
-            ),
+            roles=roles,
+            prompts=[getattr(request, f"{role}_prompt_ids") for role in roles],
+            contexts=[self.core.model_config.max_model_len] * len(roles),
+            rows=rows,
         )
 
     def _add(self, name: str, request: Request) -> _ActiveRequest:
         """Add a request to vLLM."""
         started = time.perf_counter()
-        prompt = {"prompt_token_ids": list(request.teacher_prompt_ids)}
+        is_student = self.mode == "student"
+        ids = request.student_prompt_ids if is_student else request.teacher_prompt_ids
+        prompt = {"prompt_token_ids": list(ids)}
         internal_id = str(self.core.add_request(name, prompt, self._sampling_params(request)))
         return _ActiveRequest(request, internal_id, started)
 
@@ -183,7 +200,11 @@ class VllmEngine(Engine):
 
     def _step(self, active: dict[str, _ActiveRequest]) -> Iterator[Completion]:
         """One step of vLLM; the requests that it finishes leave `active`."""
-        outputs = [output for output in self.core.step() if output.finished]
+        try:
+            outputs = [output for output in self.core.step() if output.finished]
+        except Exception as reason:  # of vLLM or a model: any kind
+            self.failed = True
+            raise EngineError(f"vLLM failed and cannot go on: {_reason(reason)}") from reason
         if not outputs:
             return
         finished = [active.pop(output.request_id) for output in outputs]
@@ -224,12 +245,18 @@ class VllmEngine(Engine):
         config = self.core.vllm_config
         cache = config.cache_config
         notes = {
+            **_check_notes(self.core),
             "vllm": vllm_version(),
             "model_runner": "second" if config.use_v2_model_runner else "first",
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "kv_blocks": f"{cache.num_gpu_blocks} of {cache.block_size} tokens",
             "draws": "by vLLM, from q*; seeded per request",
         }
+        if self.threads:
+            notes["threads"] = self.threads
+        devices = config.parallel_config.tensor_parallel_size
+        if devices > 1:
+            notes["tensor_parallel"] = f"{devices} devices"
         speculation = config.speculative_config
         if speculation is not None:
             seeds = "and not reproducible by seed"
@@ -242,10 +269,56 @@ class VllmEngine(Engine):
     def close(self) -> None:
         """End vLLM and free the models."""
         core, self.core = self.core, None
-        if core is None:
-            return
-        core.engine_core.shutdown()
-        del core
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        if core is not None:
+            self._end()
 
-        cleanup_dist_env_and_memory()
+
+def _check_main_guard() -> None:
+    """Raise ConfigError in a process that vLLM started, and that runs its parent's script again."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ConfigError(f"processes were started, each of which imports this script: {_GUARD}")
+
+
+def _loaded(models: ModelConfig, mode: Mode) -> ModelConfig:
+    """The models to load: in a mode of one model that one alone, for both roles."""
+    if mode == "mixture":
+        return models
+    name, revision = getattr(models, mode), getattr(models, f"{mode}_revision")
+    return replace(
+        models, teacher=name, student=name, teacher_revision=revision, student_revision=revision
+    )
+
+
+def _check_notes(core: Any) -> dict[str, str]:
+    """What the comparison of both models with Transformers found."""
+    found: list[dict[str, str]] = core.collective_rpc("take_model_notes")
+    return {f"check_{role}": note for role, note in found[0].items()}
+
+
+def _reason(error: BaseException) -> str:
+    """Kind and first line of an error of vLLM, which can be a page long."""
+    return f"{type(error).__name__}: {_first_line(str(error))}"
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
+
+
+def start_error(error: Exception) -> OptimalSamplingError:
+    """What is raised where vLLM did not start.
+
+    A ConfigError where it refused an option, or found too little memory for the KV cache.
+    """
+    if isinstance(error, OptimalSamplingError):
+        return error
+    text = str(error).strip()
+    if not isinstance(error, ValueError):
+        hint = f" In a script, {_GUARD}." if "WorkerProc" in text else ""
+        return EngineError(f"vLLM did not start: {_reason(error)}{hint}")
+    if "KV cache" in text or "cache blocks" in text:
+        said = text.partition(". ")[0]
+        return ConfigError(
+            f"too little memory for the KV cache (vLLM: {said}): give it more by "
+            "kv_memory_gib (kv_cache_memory_bytes of OptimalSamplingV1), or lower max_model_len"
+        )
+    return ConfigError(f"vLLM refuses these options: {text}")

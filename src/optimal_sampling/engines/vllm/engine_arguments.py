@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.vllm.plugin import ARCHITECTURE, check_version, register
 from optimal_sampling.engines.vllm.request_options import OPTIONS
+from optimal_sampling.engines.vllm.tensor_parallel import can_split
 from optimal_sampling.errors import ConfigError, ModelError, did_you_mean
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
-from optimal_sampling.vocabulary.model_folder import has_adapter
+from optimal_sampling.vocabulary.model_folder import check_weight_files, has_adapter
 
 __all__ = ["engine_arguments", "prepare_environment"]
 
-_ONE_DEVICE = "parallelism over several devices (run one process per device on a slice of the data)"
+_ONE_DEVICE = (
+    "this kind of parallelism: split the models (tensor_parallel_size), or run one process per "
+    "device on a slice of the data"
+)
 _REFUSED = {
-    "tensor_parallel_size": _ONE_DEVICE,
     "pipeline_parallel_size": _ONE_DEVICE,
     "data_parallel_size": _ONE_DEVICE,
     "decode_context_parallel_size": _ONE_DEVICE,
     "prefill_context_parallel_size": _ONE_DEVICE,
-    "quantization": "quantised models",
-    "quantization_config": "quantised models",
+    "quantization_config": "quantising while it loads: give a quantised model",
     "enable_lora": "LoRA adapters (merge them into the model first)",
     "kv_transfer_config": "moving KV caches between servers",
     "kv_sharing_fast_prefill": "sharing KV caches between layers",
@@ -57,7 +60,11 @@ _SET_BY_ENGINE = {
 
 _PACKAGE = "optimal_sampling.engines.vllm"
 _CPU_KV_BYTES = 1 << 30
+_AUTO_DRAFTS = 5
+_LARGEST_DRAFTED_BATCH = 4
 _OFF = (None, False, 0, 1)
+_SAFE_FORMATS = frozenset({"safetensors", "fastsafetensors", "instanttensor", "mistral", "dummy"})
+"""vLLM's load formats that read safetensors alone, or nothing."""
 
 
 def prepare_environment() -> None:
@@ -87,14 +94,10 @@ def engine_arguments(
     """
     _check_given(given)
     _check_models(models)
-    teacher = resolve_model(models.teacher, models.teacher_revision, weights=True)
-    student = resolve_model(models.student, models.student_revision, weights=True)
-    for role, folder in (("teacher", teacher), ("student", student)):
-        if has_adapter(folder):
-            raise ModelError(
-                f"a LoRA adapter lies beside the {role} model {folder!r}, which the vLLM "
-                "engine does not apply: merge it into the model, or move adapter_config.json away"
-            )
+    teacher, student = _folders(models)
+    _check_quantization(given.get("quantization"), _config(teacher, models))
+    problem = _draft_problem(_config(student, models), given.get("tensor_parallel_size", 1))
+    options = replace(options, draft_tokens=_drafts(options, not problem and student != teacher))
     arguments: dict[str, Any] = {
         "model": teacher,
         "trust_remote_code": models.trust_remote_code,
@@ -103,13 +106,25 @@ def engine_arguments(
         "scheduler_cls": f"{_PACKAGE}.pair_scheduler.OptimalSamplingScheduler",
         "async_scheduling": False,
         "logprobs_mode": "processed_logprobs",
-        "hf_overrides": _overrides(models, teacher, student, mixture, vocabulary),
+        "hf_overrides": {
+            "architectures": [ARCHITECTURE],
+            OPTIONS: {
+                **_pair_settings(models, teacher, student),
+                "vocab_size": vocabulary.size,
+                "mixture": asdict(mixture) | {"temperature": 1.0, "top_k": -1, "top_p": 1.0},
+                "end_id": min(vocabulary.stop_ids, default=0),
+                "check_models": options.check_models,
+            },
+        },
+        "load_format": "safetensors",  # pickled weights run code
         "disable_log_stats": True,
         "max_num_seqs": options.batch_size,
         "max_num_batched_tokens": options.tokens_per_step,
     }
     arguments |= _context_argument(vocabulary, given)
     if options.drafts_per_step:
+        if problem:
+            raise ConfigError(f"draft_tokens: {problem}")
         arguments["speculative_config"] = _speculation(student, options.drafts_per_step)
         arguments["hf_overrides"] = _overrides_with_draft(arguments["hf_overrides"], vocabulary)
     if _on_cpu():
@@ -119,6 +134,35 @@ def engine_arguments(
     if options.kv_memory_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(options.kv_memory_gib * 2**30)
     return {**arguments, **given}
+
+
+def _draft_problem(student: Any, devices: int) -> str:
+    """Why a student with this config of Transformers cannot draft, "" if it can."""
+    if getattr(student, "quantization_config", None):
+        return (
+            "the student is quantised, and vLLM finds no layers of a draft model by the names that "
+            "its config has; leave drafts out"
+        )
+    if not can_split(student, devices):
+        return (
+            "vLLM demands a draft model that can be split over the devices, and the student's "
+            "heads cannot; leave drafts out, or take another tensor_parallel_size"
+        )
+    return ""
+
+
+def _folders(models: ModelConfig) -> tuple[str, str]:
+    """Folders of teacher and student. Raises ModelError."""
+    teacher = resolve_model(models.teacher, models.teacher_revision, weights=True)
+    student = resolve_model(models.student, models.student_revision, weights=True)
+    for role, folder in (("teacher", teacher), ("student", student)):
+        check_weight_files(f"the {role} model {folder!r}", Path(folder))
+        if has_adapter(folder):
+            raise ModelError(
+                f"a LoRA adapter lies beside the {role} model {folder!r}, which the vLLM "
+                "engine does not apply: merge it into the model, or move adapter_config.json away"
+            )
+    return teacher, student
 
 
 def _context_argument(vocabulary: Vocabulary, given: Mapping[str, Any]) -> dict[str, int]:
@@ -134,31 +178,28 @@ def _context_argument(vocabulary: Vocabulary, given: Mapping[str, Any]) -> dict[
     return {"max_model_len": shorter}
 
 
-def _overrides(
-    models: ModelConfig, teacher: str, student: str, mixture: MixtureConfig, vocabulary: Vocabulary
-) -> dict[str, Any]:
-    """Fields of the composite model's config that replace the teacher's."""
-    architectures = _architectures("teacher", teacher, models)
+def _pair_settings(models: ModelConfig, teacher: str, student: str) -> dict[str, Any]:
+    """Settings of the composite model that follow from the two folders."""
     _architectures("student", student, models)
-    settings = {
-        "teacher_architectures": architectures,
+    return {
+        "teacher_architectures": _architectures("teacher", teacher, models),
         "student": student,
-        "vocab_size": vocabulary.size,
-        "mixture": asdict(mixture) | {"temperature": 1.0, "top_k": -1, "top_p": 1.0},
         "shared": os.path.realpath(teacher) == os.path.realpath(student),
-        "end_id": min(vocabulary.stop_ids, default=0),
         "trust_remote_code": models.trust_remote_code,
     }
-    return {"architectures": [ARCHITECTURE], OPTIONS: settings}
 
 
 def _architectures(role: str, folder: str, models: ModelConfig) -> list[str]:
     """Architectures of a model. Raises ConfigError for a kind that vLLM cannot run in a pair."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=models.trust_remote_code)
-    if getattr(config, "quantization_config", None):
-        raise ConfigError(f"the {role} is quantised, which the vLLM engine does not support")
+    config = _config(folder, models)
+    quantization = getattr(config, "quantization_config", None) or {}
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    if quantization.get("kv_cache_scheme"):
+        raise ConfigError(
+            f"the {role} is made for a quantised KV cache, which both models would get; the vLLM "
+            "engine does not support that"
+        )
     architectures = getattr(config, "architectures", None)
     if not architectures:
         raise ConfigError(f"the config of the {role} names no architecture, so vLLM cannot load it")
@@ -167,6 +208,20 @@ def _architectures(role: str, folder: str, models: ModelConfig) -> list[str]:
             f"the {role} is more than a text model, which the vLLM engine does not support"
         )
     return list(architectures)
+
+
+def _drafts(options: VllmOptions, can_draft: bool) -> int:
+    """Drafts per step; of `auto` a number that was measured to pay (docs/vllm.md)."""
+    if options.draft_tokens != "auto":
+        return options.draft_tokens
+    pays = _on_cpu() and options.batch_size <= _LARGEST_DRAFTED_BATCH
+    return _AUTO_DRAFTS if pays and can_draft else 0
+
+
+def _config(folder: str, models: ModelConfig) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=models.trust_remote_code)
 
 
 def _overrides_with_draft(
@@ -207,6 +262,11 @@ def _check_given(given: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{name}={value!r}: the vLLM engine does not support {_REFUSED[name]}"
             )
+        if name == "load_format" and value not in _SAFE_FORMATS:
+            raise ConfigError(
+                f"load_format={value!r}: the vLLM engine reads safetensors alone; the formats are "
+                f"{', '.join(sorted(_SAFE_FORMATS))}"
+            )
         if name not in known:
             hint = did_you_mean(name, known)
             raise ConfigError(f"unknown option {name!r}, and vLLM has no such argument{hint}")
@@ -214,15 +274,26 @@ def _check_given(given: Mapping[str, Any]) -> None:
 
 def _check_models(models: ModelConfig) -> None:
     if models.load_in_4bit:
-        raise ConfigError("load_in_4bit: the vLLM engine does not support quantised models")
+        raise ConfigError(
+            "load_in_4bit: the vLLM engine does not quantise; give a model that is quantised"
+        )
     if models.allow_unused_weights:
         raise ConfigError(
-            "allow_unused_weights: the vLLM engine leaves unused weights to vLLM; leave it out"
+            "allow_unused_weights: vLLM loads no such model; leave it out, or use --engine local"
         )
     if models.device.startswith("cuda:"):
         raise ConfigError(
             f"device={models.device!r}: vLLM takes the first visible GPU; set "
             "CUDA_VISIBLE_DEVICES instead"
+        )
+
+
+def _check_quantization(name: str | None, teacher: Any) -> None:
+    """Raise ConfigError where vLLM would quantise the teacher, which has this config, itself."""
+    if name and not getattr(teacher, "quantization_config", None):
+        raise ConfigError(
+            f"quantization={name!r}: the teacher is not quantised, and vLLM would quantise it "
+            "while it loads, which this engine does not support; give a quantised model"
         )
 
 

@@ -83,7 +83,7 @@ def mix(
 
     `rows=None`: rows that belong to no request's next token (a trial run, log-probabilities of a
     prompt). A row from which nothing can be drawn becomes uniform over the shared ids and is
-    flagged. `student_logits=None`: all rows are the teacher's alone.
+    flagged. `student_logits=None`: all rows are of one model alone, whose logits the teacher's are.
     """
     if rows is None:
         untruncated = RequestOptions(replace(default, top_k=-1, top_p=1.0))
@@ -125,10 +125,11 @@ def _solve(
 ) -> tuple[Solved, Scores]:
     """Rows of one configuration, and T log q* up to a constant per row; 0 in bad rows."""
     mixture = options.mixture
-    if options.mode == "teacher" or student is None:
-        solved = solve_single(teacher, mixture, "teacher")
+    if options.mode != "mixture" or student is None:
+        own = student if options.mode == "student" and student is not None else teacher
+        solved = solve_single(own, mixture, "student" if options.mode == "student" else "teacher")
         bad = _bad(solved).any(-1, keepdim=True)
-        return solved, torch.where(bad, 0.0, teacher.float())
+        return solved, torch.where(bad, 0.0, own.float())
     pair = make_pair(student, teacher, mixture)
     # ESS costs another pass over the vocabulary
     solved = solve(pair, position, mixture, ess=options.trace == "full")

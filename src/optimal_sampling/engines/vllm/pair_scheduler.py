@@ -14,7 +14,7 @@ from vllm.v1.request import Request
 from optimal_sampling.engines.vllm.request_options import (
     STUDENT_IDS,
     TEACHER_IDS,
-    is_teacher_only,
+    is_of_one_model,
 )
 
 __all__ = ["OptimalSamplingScheduler"]
@@ -29,7 +29,7 @@ class OptimalSamplingScheduler(Scheduler):  # type: ignore[misc]
     def add_request(self, request: Request) -> None:
         """Add a request to the waiting queue."""
         extra = request.sampling_params.extra_args if request.sampling_params else None
-        if extra and (STUDENT_IDS in extra or is_teacher_only(extra)):
+        if extra and (STUDENT_IDS in extra or is_of_one_model(extra)):
             student_ids = extra.get(STUDENT_IDS)
             if student_ids is not None and len(student_ids) > len(request.prompt_token_ids):
                 _plan_for_student(request, extra, list(student_ids))

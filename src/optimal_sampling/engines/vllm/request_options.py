@@ -24,7 +24,7 @@ __all__ = [
     "TEACHER_IDS",
     "RequestOptions",
     "TraceLevel",
-    "is_teacher_only",
+    "is_of_one_model",
     "mixture_from",
 ]
 
@@ -40,7 +40,7 @@ TEACHER_IDS = "optimal_sampling_teacher_ids"
 RESERVED_KEYS = frozenset({OPTIONS, STUDENT_IDS, TEACHER_IDS})
 """Keys of `extra_args` that a client of the server cannot set."""
 
-MODES: frozenset[Mode] = frozenset({"mixture", "teacher"})
+MODES: frozenset[Mode] = frozenset({"mixture", "teacher", "student"})
 """Modes of a request."""
 
 TraceLevel = Literal["off", "alpha", "full"]
@@ -79,7 +79,7 @@ class RequestOptions:
 
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     mode: Mode = "mixture"
-    """Distribution that is drawn from: q* or the teacher's."""
+    """Distribution that is drawn from: q*, the teacher's or the student's."""
     trace: TraceLevel = "off"
     """Values kept per token: none; alpha, both KLs and whether clamped; or all of TRACE_FIELDS."""
     student_ids: tuple[int, ...] | None = None
@@ -118,10 +118,10 @@ class RequestOptions:
         return cls(mixture, mode, trace, _token_ids(given.get(STUDENT_IDS)))
 
 
-def is_teacher_only(extra_args: Mapping[str, Any]) -> bool:
-    """Whether a request with these `extra_args` is drawn from the teacher."""
+def is_of_one_model(extra_args: Mapping[str, Any]) -> bool:
+    """Whether a request with these `extra_args` is drawn from one of the models alone."""
     text = str(extra_args.get(OPTIONS, ""))
-    return '"mode"' in text and json.loads(text).get("mode") == "teacher"
+    return '"mode"' in text and json.loads(text).get("mode", "mixture") != "mixture"
 
 
 def _parse_options(text: Any) -> dict[str, Any]:

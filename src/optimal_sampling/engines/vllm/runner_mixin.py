@@ -122,7 +122,8 @@ class RunnerMixin:
             for name, scheduled in scheduler_output.num_scheduled_tokens.items()
         ]
         states = [each.state for each in self._scheduled]
-        self._needs_student = any(state.options.mode == "mixture" for state in states)
+        needs_student = self.get_model().needs_student
+        self._needs_student = any(needs_student(state.options.mode) for state in states)
         self._separate_roles = {state.other_role for state in states} - {""}
 
     def _set_order(self: Any, request_ids: Sequence[str]) -> None:
@@ -174,21 +175,53 @@ class RunnerMixin:
         if not batch.requests:
             return
         model = getattr(self.get_model(), role)
-        metadata, slots = self._attention_metadata(role, batch)
+        metadata, slots = self._attention_metadata(role, batch, *self._blocks())
         with set_forward_context(
             metadata, self.vllm_config, num_tokens=len(batch.input_ids), slot_mapping=slots
         ):
             out[batch.places] = model(batch.input_ids, batch.positions.to(positions_dtype))
+
+    # ------------------------------------------------------------------------------ model check
+
+    def most_tokens(self: Any) -> int:
+        """Tokens that fit into the memory, of which one block is vLLM's own."""
+        return int((self.kv_cache_config.num_blocks - 1) * self._block_size())
+
+    def role_logits(
+        self: Any, role: str, ids: Int[Tensor, " tokens"], piece: int
+    ) -> Float[Tensor, "rows vocab"]:
+        """Logits of one model at the last tokens of a text, which is run in pieces of `piece`.
+
+        Only before the first request: it uses the first blocks of the memory.
+        """
+        size = self._block_size()
+        count = -(-len(ids) // size)
+        blocks = torch.arange(1, count + 1, dtype=torch.int32, device=self.device)[None]
+        piece = min(piece, self.vllm_config.scheduler_config.max_num_batched_tokens)
+        model = getattr(self.get_model(), role)
+        logits = []
+        for start in range(0, len(ids), piece):
+            part = ids[start : start + piece].to(self.device)
+            batch = ModelBatch.from_spans([Span(len(part), start, len(ids))], part)
+            metadata, slots = self._attention_metadata(role, batch, blocks, size)
+            with set_forward_context(
+                metadata, self.vllm_config, num_tokens=len(part), slot_mapping=slots
+            ):
+                hidden = model(batch.input_ids, batch.positions)
+            logits.append(model.compute_logits(hidden[-8:]))
+        return torch.cat(logits)
+
+    def _block_size(self: Any) -> int:
+        raise NotImplementedError
 
     def _blocks(self: Any) -> tuple[Int[Tensor, "requests blocks"], int]:
         """Block table of the step in its order, and tokens per block."""
         raise NotImplementedError
 
     def _attention_metadata(
-        self: Any, role: str, batch: ModelBatch
+        self: Any, role: str, batch: ModelBatch, blocks: Int[Tensor, "requests blocks"], size: int
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Attention metadata and slots of one model's layers, in the requests' own blocks."""
-        blocks, size = self._blocks()
         blocks = blocks[to_device(np.array(batch.requests), blocks.device)].contiguous()
         block = blocks[batch.owners, batch.positions // size].long()
         slots = block * size + batch.positions % size

@@ -47,9 +47,12 @@ class V1RunnerMixin(RunnerMixin):
         forward = super()._model_forward  # type: ignore[misc]
         return forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
+    def _block_size(self: Any) -> int:
+        return int(self.input_batch.block_table[0].block_size)
+
     def _blocks(self: Any) -> tuple[Int[Tensor, "requests blocks"], int]:
         table = self.input_batch.block_table[0]
-        return table.get_device_tensor(len(self.input_batch.req_ids)), table.block_size
+        return table.get_device_tensor(len(self.input_batch.req_ids)), self._block_size()
 
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
         """vLLM's sampling, without the seeded generators of unfinished prompts.

@@ -41,10 +41,13 @@ class V2RunnerMixin(RunnerMixin):
         self.get_model().separate_forward = None if self._is_common() else self._forward_separately
         return batch
 
+    def _block_size(self: Any) -> int:
+        return int(self.block_tables.block_sizes[0])
+
     def _blocks(self: Any) -> tuple[Int[Tensor, "requests blocks"], int]:
         # vLLM has gathered the step's rows before the model runs.
         table = self.block_tables.input_block_tables[0]
-        return table[: len(self._scheduled)], self.block_tables.block_sizes[0]
+        return table[: len(self._scheduled)], self._block_size()
 
     @torch.inference_mode()
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
