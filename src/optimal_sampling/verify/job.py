@@ -245,6 +245,11 @@ class Grading:
             pass
         return dict(self._file.counts())
 
+    @property
+    def failed(self) -> int:
+        """Records of the shard on which the grader failed."""
+        return self._file.failed
+
     def _store(self, grades: Iterable[tuple[Tag, Grade]]) -> None:
         for tag, grade in grades:
             self._file.append(_graded(tag, grade))
