@@ -630,3 +630,10 @@ def test_hints_to_install_name_what_an_index_has():
             hints += len(required)
             assert required <= known, path
     assert hints >= 5
+
+
+@pytest.mark.parametrize("command", ["verify", "export", "status"])
+def test_a_path_that_the_system_refuses(command, capsys):
+    """Guards: a traceback for a path that is too long."""
+    assert main([command, "x" * 300]) == 1
+    assert "File name too long" in capsys.readouterr().err

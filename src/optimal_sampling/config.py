@@ -483,6 +483,10 @@ class RunConfig(Checked):
         object.__setattr__(self, "output_dir", str(expand_user(self.output_dir)))
 
 
+_LONGEST_TIMEOUT = 7 * 86400  # seconds; what select() and alarm() take has a limit
+_MOST_GIB = 1 << 20  # of an address space
+
+
 @dataclass(frozen=True)
 class VerifyConfig(Checked):
     """The grading of completions as they are finished."""
@@ -501,7 +505,7 @@ class VerifyConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_range("verify_workers", 1)
-        self._check_range("verify_timeout", 0, above=True)
+        self._check_range("verify_timeout", 0, _LONGEST_TIMEOUT, above=True)
 
 
 Regrade = Literal["none", "failed", "all"]
@@ -529,7 +533,8 @@ class VerifyOptions(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_range("workers", 1)
-        self._check_range("timeout memory_gib", 0, above=True)
+        self._check_range("timeout", 0, _LONGEST_TIMEOUT, above=True)
+        self._check_range("memory_gib", 0, _MOST_GIB, above=True)
 
 
 def expand_user(path: str | Path) -> Path:

@@ -61,7 +61,7 @@ def load_split(options: SftOptions, split: str) -> Any:
 
 
 def _read(name: str, subset: str | None) -> Any:
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
 
     path = expand_user(name)
     try:
@@ -69,7 +69,13 @@ def _read(name: str, subset: str | None) -> Any:
             if path.suffix not in _READERS:
                 raise DatasetError(f"{path} is neither JSONL nor Parquet, by its name")
             return load_dataset(_READERS[path.suffix], data_files=str(path))
-        return load_dataset(str(path) if path.is_dir() else name, subset)
+        if path.is_dir():
+            # By folder, datasets' cache tells folders apart by their last name alone, and gives
+            # the rows of another one, or those from before an overwrite; by file it does not.
+            found = load_dataset_builder(str(path), subset)
+            files = {split: list(paths) for split, paths in found.config.data_files.items()}
+            return load_dataset(found.info.builder_name, data_files=files)
+        return load_dataset(name, subset)
     except OptimalSamplingError:
         raise
     except Exception as error:  # of the hub, the network, the disk or a parser: any class

@@ -134,7 +134,7 @@ class Pair:
             teacher_rows=rows["teacher"],
         )
 
-    def open(self, draft_tokens=0, batch_size=256, mixture=None, **settings):
+    def open(self, draft_tokens=0, batch_size=256, mixture=None, mode="mixture", **settings):
         from optimal_sampling.engines.vllm.engine import VllmEngine
 
         return VllmEngine.load(
@@ -142,6 +142,7 @@ class Pair:
             mixture or MixtureConfig(),
             VllmOptions(batch_size, kv_memory_gib=0.05, draft_tokens=draft_tokens),
             self.vocabulary,
+            mode,
             settings={"enforce_eager": True, "block_size": 32, **settings},
         )
 

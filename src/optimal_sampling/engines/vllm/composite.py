@@ -25,7 +25,7 @@ from optimal_sampling.config import MixtureConfig
 from optimal_sampling.engines.vllm.mixing import LogitsRow, Mixed, mix
 from optimal_sampling.engines.vllm.plugin import check_version
 from optimal_sampling.engines.vllm.request_options import OPTIONS
-from optimal_sampling.engines.vllm.role_configs import student_config, teacher_config
+from optimal_sampling.engines.vllm.role_configs import check_windows, student_config, teacher_config
 from optimal_sampling.engines.vllm.tensor_parallel import initialize_student
 from optimal_sampling.engines.vllm.weight_check import WeightCheck
 from optimal_sampling.errors import ModelError
@@ -77,6 +77,8 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.hidden_sizes = {
             role: config.get_hidden_size() for role, config in self.role_configs.items()
         }
+        for role, config in self.role_configs.items():
+            check_windows(role, getattr(self, role), config.hf_text_config)
         if self.settings.shared:
             _share_modules(self.teacher, self.student)
         else:

@@ -9,9 +9,13 @@ import copy
 import re
 from typing import Any
 
+from torch import nn
 from vllm.config import ModelConfig, VllmConfig, replace
+from vllm.model_executor.layers.attention import Attention
 
-__all__ = ["student_config", "teacher_config"]
+from optimal_sampling.errors import ConfigError
+
+__all__ = ["check_windows", "student_config", "teacher_config"]
 
 _ROLE = re.compile(r"^(teacher|student)\.")
 
@@ -39,6 +43,24 @@ def student_config(outer: VllmConfig, folder: str, trust_remote_code: bool) -> V
     model.is_submodel_config = True
     quantization = VllmConfig.get_quantization_config(model, outer.load_config)
     return _for_role(outer, model, quantization)
+
+
+def check_windows(role: str, model: nn.Module, config: Any) -> None:
+    """Raise ConfigError where vLLM's layers have no windows that the config gives them.
+
+    `config`: of the text model. vLLM implements mixed layers for some architectures only.
+    """
+    layers = [each for each in model.modules() if isinstance(each, Attention)]
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or len(kinds) != len(layers):
+        return
+    for index, (kind, layer) in enumerate(zip(kinds, layers, strict=True)):
+        if (kind == "sliding_attention") != (layer.sliding_window is not None):
+            raise ConfigError(
+                f"the {role}'s config says {kind!r} of layer {index}, which vLLM does not give a "
+                f"{type(model).__name__}: its tokens would be another model's beyond the window. "
+                "Use --engine local"
+            )
 
 
 def _for_role(outer: VllmConfig, model: ModelConfig, quantization: Any) -> VllmConfig:
