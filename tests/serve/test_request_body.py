@@ -117,21 +117,25 @@ def test_names_of_openai_and_of_lm_eval_are_no_misspelling(settings):
     assert translate_body(body, COMPLETIONS, settings).keys() >= set(names.split())
 
 
-def chat_ids(settings, content):
-    body = {
-        "messages": [{"role": "user", "content": "1"}],
-        "student_messages": [{"role": "user", "content": content}],
-    }
-    return translate_body(body, CHAT, settings)["vllm_xargs"][STUDENT_IDS]
+def test_parts_of_a_content_reach_vllms_renderer_if_they_are_texts(settings):
+    """Guards: a 400 for the standard form of a message; an address that vLLM would fetch."""
+    rendered = []
 
+    def render(role, body, name):
+        rendered.append((role, body["messages"], name))
+        return (1,)
 
-def test_parts_of_a_content_are_its_text(settings):
-    """Guards: a 400 for the standard form of a message, which vLLM takes for the teacher."""
-    parts = [{"type": "text", "text": "1+1"}, {"type": "text", "text": "=?"}]
-    assert chat_ids(settings, parts) == chat_ids(settings, "1+1\n=?")
+    def translate(content):
+        message = {"role": "user", "content": content}
+        body = {"messages": [{"role": "user", "content": "1"}], "student_messages": [message]}
+        translate_body(body, CHAT, replace(settings, render=render))
+        return message
+
+    message = translate([{"type": "text", "text": "1+1"}, {"type": "text", "text": "=?"}])
+    assert rendered == [("student", [message], "student_messages")]
     for wrong in ([{"type": "image_url", "image_url": {"url": "x"}}], [{"type": "text"}], [3]):
         with pytest.raises(RequestError, match="must be texts"):
-            chat_ids(settings, wrong)
+            translate(wrong)
 
 
 class Untouched:

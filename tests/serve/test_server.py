@@ -152,7 +152,16 @@ def test_refusals_are_openai_errors(client, server):
     wrong = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="wrong", max_retries=0)
     with wrong, pytest.raises(openai.AuthenticationError):
         wrong.models.list()
-    for fields in ({"alpha_min": 7}, {"student_prompt": []}, {"n": 1000}, {"max_tokens": 10**9}):
+    assert client.models.retrieve("toy-teacher").id == "toy-teacher"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("another")
+    for fields in (
+        {"alpha_min": 7},
+        {"alpha_minimum": 0},
+        {"student_prompt": []},
+        {"n": 1000},
+        {"max_tokens": 10**9},
+    ):
         extra = {key: value for key, value in fields.items() if key not in ("n", "max_tokens")}
         rest = {
             "max_tokens": 3,

@@ -139,7 +139,10 @@ class AlphaStatsSender:
         traces = replies[0]  # of the one worker
         for choice, prefix in zip(finished, prefixes, strict=True):
             rows, error = traces[prefix]
-            rows = rows[: self._token_counts[choice["index"]]]  # without drafts past the end
+            count = self._token_counts[choice["index"]]
+            rows = rows[:count]  # without drafts past the end
+            if len(rows) < count and not error:
+                error = f"vLLM's worker has the values of {len(rows)} of {count} tokens"
             choice[ALPHA_STATS] = summarize(rows, self.request.history, error)
         return json.dumps(response, ensure_ascii=False, separators=(",", ":")).encode()
 

@@ -81,21 +81,20 @@ def _settings(request: Request) -> ServerSettings:
 
 
 def _chat_settings(request: Request, loop: asyncio.AbstractEventLoop) -> ServerSettings:
-    """The settings with vLLM's renderer of chats, made for the first request."""
-    from optimal_sampling.serve.chat_renderer import ChatRenderer  # imports vLLM
-
+    """The settings with vLLM's renderer of chats, which the first request that needs it makes."""
     state = request.app.state
-    if not hasattr(state, "optimal_sampling_chat"):
-        settings = _settings(request)
-        renderer = ChatRenderer(state, settings.tokenizer("student"))
+    settings = _settings(request)
 
-        def render(role: Role, body: Mapping[str, Any], name: str) -> tuple[int, ...]:
-            rendered = renderer.token_ids(role, body, name)
-            return asyncio.run_coroutine_threadsafe(rendered, loop).result()
+    def render(role: Role, body: Mapping[str, Any], name: str) -> tuple[int, ...]:
+        from optimal_sampling.serve.chat_renderer import ChatRenderer  # imports vLLM
 
-        state.optimal_sampling_chat = replace(settings, render=render)
-    chat_settings: ServerSettings = state.optimal_sampling_chat
-    return chat_settings
+        if not hasattr(state, "chat_renderer"):
+            state.chat_renderer = ChatRenderer(state, settings.tokenizer("student"))
+        rendered = state.chat_renderer.token_ids(role, body, name)
+        ids: tuple[int, ...] = asyncio.run_coroutine_threadsafe(rendered, loop).result()
+        return ids
+
+    return replace(settings, render=render)
 
 
 def _check_access(request: Request) -> None:

@@ -86,12 +86,12 @@ class ServerSettings:
 
     def longest_token(self, role: Role) -> int:
         """Characters of the longest token of one of the models."""
-        return self._longest_tokens[role]
+        return _longest_token(self.tokenizer(role))
 
-    @functools.cached_property
-    def _longest_tokens(self) -> dict[str, int]:
-        roles: tuple[Role, ...] = ("student", "teacher")
-        return {role: max(map(len, self.tokenizer(role).get_vocab())) for role in roles}
+
+@functools.cache
+def _longest_token(tokenizer: Any) -> int:
+    return max(map(len, tokenizer.get_vocab()))
 
 
 @dataclass(frozen=True)
@@ -337,28 +337,25 @@ class _RequestPrompts:
         """Rendered by vLLM, with all options of the request."""
         if self.settings.render is None:
             raise RuntimeError("there is no renderer of chats before the server runs")
-        messages = [_with_plain_content(message, name) for message in messages]
+        for message in messages:
+            _check_parts(message, name)
         return self.settings.render(role, {**self.body, "messages": messages}, name)
 
 
-def _with_plain_content(message: Any, name: str) -> Any:
-    """A message whose content is one text: its parts joined as vLLM joins them."""
+def _check_parts(message: Any, name: str) -> None:
+    """Raise RequestError for a part of a content that is no text: vLLM would fetch its address."""
     content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return message
-    texts = [_part_text(part, name) for part in content]
-    return {**message, "content": "\n".join(texts)}
-
-
-def _part_text(part: Any, name: str) -> str:
-    if isinstance(part, str):
-        return part
-    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-    if not isinstance(text, str):
-        raise RequestError(
-            f'{name}: the parts of a content must be texts, {{"type": "text", "text": ...}}', name
+    for part in content if isinstance(content, list) else ():
+        is_text = isinstance(part, str) or (
+            isinstance(part, dict)
+            and part.get("type") == "text"
+            and isinstance(part.get("text"), str)
         )
-    return text
+        if not is_text:
+            raise RequestError(
+                f'{name}: the parts of a content must be texts, {{"type": "text", "text": ...}}',
+                name,
+            )
 
 
 def _is_token_ids(source: Any) -> bool:

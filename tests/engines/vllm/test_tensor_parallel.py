@@ -14,7 +14,7 @@ from tests.engines.vllm.rows import assert_rows, expected_rows, full_rows
 from tests.engines.vllm.tiny import PROMPTS, VOCAB, Pair, tiny_model
 
 FREE = MixtureConfig(alpha_min=0.0)
-LIMIT = 1e-4  # sums over two devices have other last bits than sums over one
+LIMIT = 5e-5  # sums over two devices have other last bits than sums over one
 
 
 @pytest.fixture(scope="module")
