@@ -193,6 +193,10 @@ def test_an_example_that_would_be_cut_is_refused(export, sft):
         ({"input_ids": [1, 257], "labels": [-100, -100]}, "have no token with loss"),
         ({"input_ids": [1, 50, 51], "labels": [-100, 50, 51]}, "learn never to stop"),
         ({"prompt": "a", "completion": None}, "is null in 1 rows"),
+        ({"prompt": 1, "completion": 2}, "both have to be texts, or both lists of messages"),
+        ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, "both have to be"),
+        ({"input_ids": [1, -2, 257], "labels": [-100, -2, 257]}, "no tokens of the model"),
+        ({"input_ids": [1, 99999, 257], "labels": [-100, 99999, 257]}, "no tokens of the model"),
     ],
 )
 def test_data_that_would_train_something_else_is_refused(export, sft, row, reason):

@@ -409,6 +409,22 @@ def test_golden(case, math):
     assert verdict_of(case, math) == case.verdict
 
 
+@pytest.mark.parametrize(
+    "reference",
+    [
+        r"\frac{1}{",
+        "See the proof above, which also shows that there is no other one.",
+    ],
+)
+def test_an_unusable_reference_is_skipped_whatever_the_answer_is(reference, math):
+    """Guards: a question that counts or not by what was answered: a choice, or no answer at all,
+    were decided before anyone looked at the reference.
+    """
+    for text in ("C", "5", "x = 5", "5 cm", "no box at all"):
+        completion = text if " box" in text else rf"\boxed{{{text}}}"
+        assert grade(Task(completion, reference), math).verdict == "skipped", text
+
+
 def test_there_are_enough_cases():
     """Guards: cases that are taken out of the table because they fail."""
     assert len(CASES) + len(BOMBS) >= 80

@@ -194,7 +194,8 @@ class _Session:
         from optimal_sampling.train import data
 
         options, tokens = self._options, self._tokens
-        found = data.scan(dataset, tokens.end_ids | self._eos_ids())
+        vocabulary = max(tokens.tokenizer.get_vocab().values()) + 1
+        found = data.scan(dataset, tokens.end_ids | self._eos_ids(), vocabulary)
         first = [dict(dataset[i]) for i in range(min(len(dataset), _FIRST))]
         notes = data.check_cuts(found, options, tokens.context)
         notes += data.check_loss(found, options.completion_only_loss)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from optimal_sampling.verify.normalise import bare, plain
-from optimal_sampling.verify.numbers import bases, integers, percentages, ratios
+from optimal_sampling.verify.numbers import bases, integers, is_number, percentages, ratios
 
-__all__ = ["Unparseable", "is_same", "load_math_verify"]
+__all__ = ["Unparseable", "is_same", "is_same_text", "load_math_verify", "why_unusable"]
+
+_NO_ANSWER = "\N{REPLACEMENT CHARACTER}"  # equal to no reference
 
 
 class Unparseable(ValueError):
@@ -24,6 +27,23 @@ class Unparseable(ValueError):
 def load_math_verify() -> None:
     """Import math-verify, which takes a second."""
     import math_verify  # noqa: F401
+
+
+@lru_cache(maxsize=65_536)
+def why_unusable(reference: str) -> str | None:
+    """Why no answer can be compared with a reference, whatever the answer; None where one can."""
+    if is_number(plain(reference)):
+        return None
+    try:
+        is_same(_NO_ANSWER, reference)
+    except Unparseable as error:
+        return str(error)
+    return None
+
+
+def is_same_text(answer: str, reference: str) -> bool:
+    """Whether two answers are the same characters, but for their looks."""
+    return _equal_texts(plain(answer), plain(reference)) is True
 
 
 def is_same(answer: str, reference: str) -> bool:

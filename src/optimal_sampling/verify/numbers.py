@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from optimal_sampling.verify.normalise import LONGEST, bare
 
-__all__ = ["bases", "integers", "percentages", "ratios"]
+__all__ = ["bases", "integers", "is_number", "percentages", "ratios"]
 
 _INTEGER = re.compile(r"([-+]?)\s?(\d{1,3}(?:,\d{3})+|\d+)(?:\.0*)?")
 _DECIMAL = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")
@@ -34,6 +34,11 @@ def _rational(text: str) -> Fraction | None:
         return None
     above, below = int(match[2] or match[4]), int(match[3] or match[5])
     return Fraction(above, below) * (-1 if match[1] == "-" else 1) if below else None
+
+
+def is_number(text: str) -> bool:
+    """Whether a plain text is one integer or fraction."""
+    return bool(_integer(text)) or _rational(text) is not None
 
 
 def integers(answer: str, reference: str) -> bool | None:
