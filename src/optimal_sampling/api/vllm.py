@@ -75,7 +75,8 @@ class OptimalSamplingV1(BatchSampler):
     `gpu_memory_utilization` is the share of the GPU's memory for everything; on a CPU, where it has
     no meaning, `kv_cache_memory_bytes` (1 GiB by default) is what counts.
 
-    Keyword arguments: `draft_tokens` (speculation with the student as draft model), `check_models`
+    Keyword arguments: `draft_tokens` (speculation with the student as draft model; "auto": on a CPU
+    where at most 4 sequences run at once), `check_models`
     (`auto`, `on`, `off`: comparison of both models with Transformers at the start), `trust_region`
     and `schedule_*` (see MixtureConfig), `constraint_to_target` with `target_top_k` /
     `target_top_p`, `trust_remote_code`, and vLLM's own arguments by their names (`max_model_len`,

@@ -1,6 +1,7 @@
 """Tiny quantised checkpoints, and Transformers models that compute the same."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 GROUP = 32
 
 
-def quantise(folder, target, bits, ignore=()):
-    """Save a model's quantised copy. 8: also activations, per token; 4: weights alone, in groups.
+def quantise(folder, target, scheme, ignore=()):
+    """Save a model's quantised copy.
+
+    `int8`: also activations, per token; `int4` and `gptq`: weights alone in 4 bits, in groups.
 
     `ignore`: layers that stay as they are, by their whole names. Returns the reference: (token
     ids) -> float64 logits of the next token.
@@ -25,14 +28,18 @@ def quantise(folder, target, bits, ignore=()):
     for name, layer in model.named_modules():
         if not isinstance(layer, torch.nn.Linear) or name == "lm_head" or name in ignore:
             continue
-        integers, scales = _rounded(layer.weight.data, bits)
+        integers, scales = _rounded(layer.weight.data, 8 if scheme == "int8" else 4)
         layer.weight.data = (integers * scales).view(layer.weight.shape)
         del weights[f"{name}.weight"]
-        weights |= _stored(name, layer.weight.shape, integers, scales, bits)
-        if bits == 8:
+        stored = {"int8": _stored_int8, "int4": _stored_int4, "gptq": _stored_gptq}[scheme]
+        found = stored(integers.view(layer.weight.shape).to(torch.int8), scales[..., 0])
+        weights |= {f"{name}.{key}": value.contiguous() for key, value in found.items()}
+        if scheme == "int8":
             layer.register_forward_pre_hook(lambda _, given: (_dynamic(given[0]),))
     save_file(weights, f"{target}/model.safetensors", metadata={"format": "pt"})
-    _save_config(Path(target) / "config.json", bits, ignore)
+    config = _gptq(ignore) if scheme == "gptq" else _compressed_tensors(scheme, ignore)
+    path = Path(target) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
 
     def logits(ids):
         with torch.inference_mode():
@@ -49,14 +56,22 @@ def _rounded(weight, bits):
     return (grouped / scales).round().clamp(-most - 1, most), scales
 
 
-def _stored(name, shape, integers, scales, bits):
-    integers = integers.to(torch.int8).view(shape)
-    if bits == 8:
-        return {f"{name}.weight": integers, f"{name}.weight_scale": scales[:, 0].contiguous()}
+def _stored_int8(integers, scales):
+    return {"weight": integers, "weight_scale": scales}
+
+
+def _stored_int4(integers, scales):
+    shape = torch.tensor(integers.shape)
+    return {"weight_packed": _packed(integers), "weight_scale": scales, "weight_shape": shape}
+
+
+def _stored_gptq(integers, scales):
+    zeros = torch.full(scales.T.shape, -1, dtype=torch.int8)  # GPTQ stores zero points less one
     return {
-        f"{name}.weight_packed": _packed(integers),
-        f"{name}.weight_scale": scales[..., 0].contiguous(),
-        f"{name}.weight_shape": torch.tensor(shape),
+        "qweight": _packed(integers).T,
+        "scales": scales.T,
+        "qzeros": _packed(zeros),
+        "g_idx": torch.arange(integers.shape[1], dtype=torch.int32) // GROUP,
     }
 
 
@@ -72,20 +87,25 @@ def _dynamic(values):
     return (values / scales).round().clamp(-128, 127) * scales
 
 
-def _save_config(path, bits, ignore):
-    scheme = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
-    group = {"targets": ["Linear"], "weights": scheme | {"strategy": "channel"}}
-    if bits == 8:
-        dynamic = {"strategy": "token", "dynamic": True}
-        group["input_activations"] = scheme | dynamic
+def _compressed_tensors(scheme, ignore):
+    numbers = {"type": "int", "symmetric": True}
+    if scheme == "int8":
+        weights = {"num_bits": 8, "strategy": "channel", "dynamic": False}
+        activations = {"num_bits": 8, "strategy": "token", "dynamic": True}
+        group = {"weights": weights | numbers, "input_activations": activations | numbers}
     else:
-        group["weights"] |= {"strategy": "group", "group_size": GROUP}
-    config = json.loads(path.read_text())
-    config["quantization_config"] = {
+        weights = {"num_bits": 4, "strategy": "group", "group_size": GROUP, "dynamic": False}
+        group = {"weights": weights | numbers}
+    return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if bits == 8 else "pack-quantized",
+        "format": "int-quantized" if scheme == "int8" else "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head", *ignore],
-        "config_groups": {"group_0": group},
+        "config_groups": {"group_0": {"targets": ["Linear"], **group}},
     }
-    path.write_text(json.dumps(config))
+
+
+def _gptq(ignore):
+    own = {"bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "lm_head": False}
+    full = {f"-:^{re.escape(name)}$": {} for name in ignore}
+    return {"quant_method": "gptq", **own, "dynamic": full}

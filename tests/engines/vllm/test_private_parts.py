@@ -39,6 +39,15 @@ SILENT = {
     "vllm.v1.engine.parallel_sampling:ParentRequest": 'f"{index}_{self.request_id}"',
     "vllm.entrypoints.openai.completion.serving": 'f"{request_id}-{i}"',
     "vllm.entrypoints.openai.chat_completion.serving": 'f"chatcmpl-{self._base_request_id',
+    "vllm.model_executor.layers.attention.attention:Attention.__init__": (
+        "# model-level sliding window sliding_window = cache_config.sliding_window"
+    ),
+    "vllm.config.vllm:VllmConfig.__post_init__": (
+        "if self.model_config is not None and self.model_config.is_submodel_config:"
+    ),
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": (
+        'if layer_types is None or all(lt == "sliding_attention" for lt in layer_types):'
+    ),
     "vllm.v1.sample.sampler:Sampler.apply_temperature": "logits.div_(temp.unsqueeze(dim=1))",
 }
 """Source that must have this text. On the values and the order that it fixes, the engine relies."""
@@ -99,8 +108,18 @@ def test_fields_of_the_attention_metadata():
 
 
 ATTRIBUTES = {
-    V1: "input_batch discard_request_mask attn_groups model_config vllm_config device",
-    V2: "block_tables attn_groups model_config vllm_config device",
+    V1: (
+        "input_batch discard_request_mask attn_groups model_config vllm_config device "
+        "kv_cache_config"
+    ),
+    V2: "block_tables attn_groups model_config vllm_config device kv_cache_config",
+    "vllm.v1.kv_cache_interface:SlidingWindowSpec": (
+        "sliding_window block_size page_size_padded extra_retained_tokens"
+    ),
+    "vllm.v1.kv_cache_interface:FullAttentionSpec": "sliding_window",
+    "vllm.model_executor.layers.attention.attention:Attention": "sliding_window",
+    "vllm.model_executor.layers.linear": "UnquantizedLinearMethod",
+    "vllm.model_executor.layers.vocab_parallel_embedding": "UnquantizedEmbeddingMethod",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "req_ids block_table generators num_reqs",
     "vllm.v1.worker.gpu.block_table:BlockTables": "input_block_tables block_sizes",
     "vllm.v1.worker.gpu.input_batch:InputBatch": "req_ids",
@@ -175,6 +194,13 @@ SIGNATURES = {
     "vllm.tokenizers.hf:get_cached_tokenizer": "tokenizer",
     "vllm.v1.kv_cache_interface:replace_as": "spec target_cls drop",
     "vllm.config:VllmConfig.get_quantization_config": "model_config load_config",
+    "vllm.config:VllmConfig.with_hf_config": "hf_config architectures",
+    "vllm.config:ModelConfig.maybe_untie_word_embeddings": "",
+    "vllm.model_executor.layers.quantization.base_config:QuantizationConfig.get_quant_method": (
+        "layer prefix"
+    ),
+    "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": "",
+    "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": "",
 }
 """First parameters of functions that are called or overridden."""
 

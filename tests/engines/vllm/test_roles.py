@@ -107,13 +107,20 @@ def test_a_head_that_the_config_calls_tied(saved, teacher):
 
 
 @pytest.mark.parametrize(
-    ("role", "bits"), [("teacher", 8), ("student", 8), ("both", 8), ("teacher", 4)]
+    ("role", "scheme"),
+    [
+        ("teacher", "int8"),
+        ("student", "int8"),
+        ("both", "int8"),
+        ("teacher", "int4"),
+        ("teacher", "gptq"),
+    ],
 )
-def test_a_quantised_model(saved, tmp_path, role, bits):
+def test_a_quantised_model(saved, tmp_path, role, scheme):
     """Guards: names of full layers that match nothing below `teacher.`; one role's scheme in the
     other; weights repacked twice."""
     folder = str(tmp_path / "quantised")
-    logits = quantise(saved["llama"], folder, bits, FULL_NAMES)
+    logits = quantise(saved["llama"], folder, scheme, FULL_NAMES)
     other = saved["window"]
     if role == "both":
         pair = Reference(folder, folder, {"student": logits, "teacher": logits})
@@ -122,7 +129,7 @@ def test_a_quantised_model(saved, tmp_path, role, bits):
     else:
         pair = Reference(folder, other, {"student": logits})
     # vLLM's kernel for 4 bits on a CPU takes bfloat16 alone.
-    settings, limit = ({}, 1e-4) if bits == 8 else ({"dtype": "bfloat16"}, 0.3)
+    settings, limit = ({}, 1e-4) if scheme == "int8" else ({"dtype": "bfloat16"}, 0.3)
     assert_exact(pair, limit, [(40, 40), (10, 5)], **settings)
 
 
