@@ -300,6 +300,20 @@ def test_help_shows_the_options_of_the_chosen_engine(capsys):
         assert all(f"`{name}`" in said for name in ENGINES)
 
 
+def test_arguments_of_vllm_from_the_command_line_and_from_yaml(capsys, tmp_path):
+    """Guards: all but the last --vllm lost, and a list in YAML refused."""
+    typed = ["--engine", "vllm", "--vllm", "block_size=32", "--max-model-len=64", "--vllm=seed=5"]
+    expected = {"block_size": 32, "seed": 5, "max_model_len": 64}
+    assert parse_generate(typed).engine.settings == expected
+    path = tmp_path / "run.yaml"
+    path.write_text("engine: vllm\nmax_model_len: 64\nvllm: [block_size=32, seed=5]\n")
+    assert parse_generate(["--config", str(path)]).engine.settings == expected
+    for wrong in ("block_size", "=3", "max_model_len=9"):
+        with pytest.raises(SystemExit, match="2"):
+            parse_generate(["--engine", "vllm", "--max-model-len", "9", "--vllm", wrong])
+        assert "vllm" in capsys.readouterr().err
+
+
 def test_the_server_refuses_options_of_the_local_engine(capsys):
     """Guards: `serve --attention sdpa`, taken and ignored."""
     assert main(["serve", "--attention", "sdpa"]) == 2
@@ -616,3 +630,10 @@ def test_hints_to_install_name_what_an_index_has():
             hints += len(required)
             assert required <= known, path
     assert hints >= 5
+
+
+@pytest.mark.parametrize("command", ["verify", "export", "status"])
+def test_a_path_that_the_system_refuses(command, capsys):
+    """Guards: a traceback for a path that is too long."""
+    assert main([command, "x" * 300]) == 1
+    assert "File name too long" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 
 from optimal_sampling.bench.architectures import ARCHITECTURES, Architecture
 from optimal_sampling.config import MixtureConfig, ModelConfig
-from optimal_sampling.distribution.arrays import keep_by_threshold, keep_largest
+from optimal_sampling.distribution.arrays import keep_largest, keep_top_k
 from optimal_sampling.distribution.gpu import launch
 from optimal_sampling.distribution.mixture import Drawn, draw, make_pair, solve, trace_of
 from optimal_sampling.distribution.noise import NoiseKeys, keys_tensor, noise_tensor
@@ -35,6 +36,7 @@ from optimal_sampling.engines.local.paged.attention_backends import choose_backe
 from optimal_sampling.engines.local.paged.page_cache import Batch, lay_out
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
+from optimal_sampling.engines.local.paged.split_attention import split_attention, split_count
 from optimal_sampling.types import TRACE_FIELDS
 
 LAYERS, KEYS, POSITIONS = 4, 512, 4096
@@ -284,20 +286,44 @@ def check_draft(setting: Setting, rows: int) -> Result:
     )
 
 
-def check_top_p(setting: Setting, rows: int) -> Result:
-    """Top-k and top-p by thresholds, against sorting every row."""
+def check_top_k(setting: Setting, rows: int) -> Result:
+    """Top-k without sorting, against sorting every row."""
     scores = logits_of(setting, rows)[0].float().log_softmax(-1)
-    for top_k, top_p in ((50, 1.0), (-1, 0.9), (50, 0.9)):
-        found = keep_by_threshold(scores, top_k, top_p)[:SORTED].cpu()
-        differ = int((found != keep_largest(scores[:SORTED].cpu(), top_k, top_p)).sum())
-        assert not differ, f"{differ} tokens differ at top-k {top_k}, top-p {top_p}"
+    for top_k in (1, 50):
+        found = keep_top_k(scores, top_k)[:SORTED].cpu()
+        differ = int((found != keep_largest(scores[:SORTED].cpu(), top_k, 1.0)).sum())
+        assert not differ, f"{differ} tokens differ at top-k {top_k}"
 
     def by_sorting() -> Tensor:
-        ranked, order = scores.sort(stable=True, dim=-1, descending=True)
-        share = ranked.to(torch.float64).softmax(-1).cumsum(-1)
-        return torch.zeros_like(scores).scatter_(-1, order, (share < 0.9).float())
+        order = scores.sort(stable=True, dim=-1, descending=True).indices
+        return torch.zeros_like(scores).scatter_(-1, order[:, :50], 1.0)
 
-    return "kept as by sorting", lambda: keep_by_threshold(scores, -1, 0.9), by_sorting
+    return "kept as by sorting", lambda: keep_top_k(scores, 50), by_sorting
+
+
+def check_split_attention(setting: Setting, rows: int, width: int = 1) -> Result:
+    """A few queries per row over KEYS keys, against PyTorch's operator where there is one."""
+    shape, dim = setting.shape, setting.head_dim
+    query = setting.numbers(rows * width, shape.heads, dim)
+    keys, values = (setting.numbers(rows * KEYS, shape.kv_heads, dim) for _ in range(2))
+    used = torch.randint(width, KEYS + 1, (rows,), dtype=torch.int32, device=setting.device)
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=setting.device) * KEYS
+    ends = torch.arange(rows + 1, dtype=torch.int32, device=setting.device) * width
+    splits = split_count(rows, shape.kv_heads, KEYS)
+
+    def fused() -> Tensor:
+        return split_attention(query, keys, values, starts[:-1], used, dim**-0.5, None, splits)
+
+    def operator() -> Tensor:
+        arguments = (query, keys, values, ends, starts, width, KEYS, 0.0, width > 1, False)
+        right = 0 if width > 1 else -1
+        options = {"window_size_left": -1, "window_size_right": right, "seqused_k": used}
+        found: Tensor = torch.ops.aten._flash_attention_forward(*arguments, **options)[0]
+        return found
+
+    if setting.device.type == "cpu":
+        return "not compared: PyTorch's operator needs a GPU", fused, None
+    return close(fused(), operator().double(), 4.0), fused, operator
 
 
 CHECKS = {
@@ -308,11 +334,13 @@ CHECKS = {
     "merged_products": check_merged_products,
     "draft": check_draft,
     "mixture": check_mixture,
-    "top_p": check_top_p,
+    "top_k": check_top_k,
     "mixture_sizes": check_mixture_sizes,
+    "split_attention": check_split_attention,
+    "split_attention_5": partial(check_split_attention, width=5),
     "pass": check_pass,
 }
-UNRECORDED = {"mixture", "draft", "top_p"}
+UNRECORDED = {"mixture", "draft", "top_k"}
 """Their unfused path waits for the host, so it is no CUDA graph."""
 
 

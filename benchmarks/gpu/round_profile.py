@@ -5,7 +5,8 @@
 
 Qwen2.5-3B and 1.5B with random weights; acceptance of drafts is emulated at 0.9. Prints kernels by
 kind and by name, the time in which the GPU waits, the kernels of one recorded pass, and lockstep
-with both models at once against one after the other. On a CPU there are no kernels to count.
+against lockstep without a round ahead, and with one model after the other. On a CPU there are no
+kernels to count.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -33,8 +34,9 @@ from optimal_sampling.bench.workload import Variant
 from optimal_sampling.config import ModelConfig
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
+from optimal_sampling.engines.local.run import GenerationLoop
 
-__all__ = ["Kernel", "Profile", "kind_of", "main"]
+__all__ = ["Kernel", "Profile", "change_loop", "kind_of", "main", "unchanged", "waiting"]
 
 ACCEPTANCE = 0.9
 WARM_ROUNDS = 16
@@ -180,13 +182,30 @@ def events_of(profiler: Any) -> tuple[list[Kernel], int]:
     return sorted(found, key=lambda kernel: kernel.start), launches
 
 
-def in_turn(engine: MeasuredEngine) -> None:
-    """Make lockstep run one model after the other."""
+def unchanged(loop: GenerationLoop) -> None:
+    """As it is."""
+
+
+def in_turn(loop: GenerationLoop) -> None:
+    """Run one model after the other."""
+    loop.sampler.overlap.works = False
+
+
+def waiting(loop: GenerationLoop) -> None:
+    """Queue no round before the tokens of the one before are known."""
+    loop.runs_ahead = False
+
+
+Change: TypeAlias = Callable[[GenerationLoop], None]
+
+
+def change_loop(engine: MeasuredEngine, change: Change) -> None:
+    """Change the loops of an engine."""
     make = engine._new_loop
 
-    def new_loop() -> Any:
+    def new_loop() -> GenerationLoop:
         loop = make()
-        loop.sampler.overlap.works = False
+        change(loop)
         return loop
 
     engine._new_loop = new_loop  # type: ignore[method-assign]
@@ -201,10 +220,10 @@ class Profiler:
     tokens: int
     rounds: int
 
-    def measure(self, drafts: int, serial: bool = False) -> Profile:
+    def measure(self, drafts: int, change: Change) -> Profile:
         """Rounds of a run, timed, and then those of another under the profiler."""
-        plain = self._run(drafts, serial, profiled=False)
-        traced = self._run(drafts, serial, profiled=True) if self.cuda else plain
+        plain = self._run(drafts, change, profiled=False)
+        traced = self._run(drafts, change, profiled=True) if self.cuda else plain
         kernels, launches = events_of(traced.profiler) if traced.profiler else ([], 0)
         return Profile(self.rounds, plain.wall, kernels, launches)
 
@@ -213,12 +232,11 @@ class Profiler:
         """Whether there are kernels to see."""
         return self.pair.device.type == "cuda"
 
-    def _run(self, drafts: int, serial: bool, profiled: bool) -> Window:
+    def _run(self, drafts: int, change: Change, profiled: bool) -> Window:
         workload = self.pair.workload(self.batch, self.tokens)
         variant = Variant(draft_tokens=drafts, acceptance=ACCEPTANCE)
         engine = self.pair.engine(workload, self.batch, variant)
-        if serial:
-            in_turn(engine)
+        change_loop(engine, change)
         window = Window(self.rounds, profiled, self.pair.device)
         engine.stop = window
         engine.record(workload.requests)
@@ -284,8 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
     for name, value in pair.loaded().notes().items():
         print(f"{name}: {value}")
-    for title, drafts, serial in named_runs():
-        result[title] = show(title, profiler.measure(drafts, serial))
+    for title, drafts, change in named_runs():
+        result[title] = show(title, profiler.measure(drafts, change))
     result["recorded passes"] = profiler.recorded_passes()
     for name, facts in result["recorded passes"].items():
         print(f"\none recorded pass, {name}: {facts}")
@@ -296,11 +314,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def named_runs() -> Iterable[tuple[str, int, bool]]:
-    """(title, drafts, one model after the other)"""
-    yield "lockstep, both models at once", 0, False
-    yield "lockstep, one after the other", 0, True
-    yield "4 drafts", 4, False
+def named_runs() -> Iterable[tuple[str, int, Change]]:
+    """(title, drafts, what is changed)"""
+    yield "lockstep, both models at once", 0, unchanged
+    yield "lockstep, no round ahead", 0, waiting
+    yield "lockstep, one after the other", 0, in_turn
+    yield "4 drafts", 4, unchanged
 
 
 if __name__ == "__main__":

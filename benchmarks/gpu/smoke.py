@@ -35,6 +35,7 @@ from optimal_sampling.engines.local.paged.attention_backends import (
 )
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
+from round_profile import change_loop, unchanged, waiting
 
 __all__ = ["TINY", "Smoke", "main", "run_checks"]
 
@@ -187,6 +188,23 @@ class Smoke:
         assert not (recordings and recordings.off), recordings
         return ", ".join(found) + f" (with recording); {recordings}"
 
+    def ahead(self) -> str:
+        """The texts of lockstep with and without a round ahead."""
+        scale, found = self.scale, []
+        workload = self.pair.workload(scale.batch, scale.tokens)
+        for change in (unchanged, waiting):
+            engine = self.pair.engine(workload, scale.batch, Variant(draft_tokens=0))
+            change_loop(engine, change)
+            done = engine.generate(workload.requests)
+            texts = {each.request.id: each.token_ids for each in done}
+            found.append((texts, engine.draft_counts))
+        (texts, counts), (expected, _) = found
+        if texts != expected:
+            raise AssertionError("rounds ahead draw other tokens")
+        if self.gpu and not counts.ahead:
+            raise AssertionError(f"no round of {counts.rounds} was queued ahead")
+        return f"the same tokens; {counts.ahead} of {counts.rounds} rounds ahead"
+
     def _pass(self, role: str, rows: int, width: int) -> Pass:
         runner = self.pair.loaded().pair.runners[role]
         if not isinstance(runner, PageRunner):
@@ -226,6 +244,7 @@ def run_checks(smoke: Smoke) -> bool:
         smoke.replay,
         smoke.overlap,
         smoke.texts,
+        smoke.ahead,
     )
     return all(run(check) for check in checks)
 

@@ -265,7 +265,11 @@ def run_export(arguments: Sequence[str]) -> int:
     from optimal_sampling.records.export import ExportOptions, export, push
 
     options = _parse("export", ExportOptions(), arguments)
-    report = export(options, tools(), [typed_command(sys.orig_argv)])
+    try:
+        report = export(options, tools(), [typed_command(sys.orig_argv)])
+    except KeyboardInterrupt:
+        _say_interrupted(f"{options.output_dir} is as it was")
+        return 130
     print_report(report, Console())
     if options.push_to_hub is not None:
         print(push(report.folder, options.push_to_hub, private=options.hub_private))
@@ -378,6 +382,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `| head` went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a path that cannot be read, or is too long; it names the path
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
 
 

@@ -177,6 +177,22 @@ def test_questions_and_answers_that_change(tmp_path):
     assert [row["problem"] for row in kept(prepare(benchmark, config))] == ["a", "b"]
 
 
+def test_repeated_questions_are_named(tmp_path):
+    """Guards: a question that is asked once, counted once, and missing from the count unsaid."""
+    texts = [("a b", "1"), ("c", "2"), ("a  b ", "1"), ("c", "3")]
+    rows = [{"problem": problem, "answer": answer} for problem, answer in texts]
+    file = write_rows(tmp_path / "mine.jsonl", rows)
+    config = config_for(tmp_path, benchmark_file=(f"mine={file}",))
+    (benchmark,) = chosen_benchmarks(config)
+    questions = prepare(benchmark, config)
+    assert kept(questions) == rows[:2]
+    assert (questions.count, questions.digest) == (2, question_hash(text for text, _ in texts))
+    assert questions.note == (
+        "2 repeated questions are left out: row 3 is row 1 again, "
+        "row 4 is row 2 again with another answer"
+    )
+
+
 def test_a_source_that_is_gone(tmp_path, monkeypatch):
     """Guards: a finished evaluation that cannot be shown again without the network, and questions
     that were edited where they are kept.
@@ -213,11 +229,20 @@ def test_names(tmp_path):
         prepare(BENCHMARKS["gsm8k"], config_for(tmp_path, data_dir=str(tmp_path / "none")))
 
 
-def test_rows_without_a_question_or_an_answer():
-    """Guards: an empty prompt, and an answer that is the text None."""
-    with pytest.raises(DatasetError, match="no question as text; it has the columns: text"):
-        benchmark_row({"text": "x"})
-    assert benchmark_row({"problem": "x", "answer": None}) == {"problem": "x", "answer": None}
+@pytest.mark.parametrize("row", [{"text": "x"}, {"problem": None}, {"problem": " "}])
+def test_a_row_without_a_question_is_named(tmp_path, row):
+    """Guards: an empty prompt, and an error that does not say which row."""
+    file = write_rows(tmp_path / "mine.jsonl", [{"problem": "x", "answer": "1"}, row])
+    config = config_for(tmp_path, benchmark_file=(f"mine={file}",))
+    with pytest.raises(DatasetError, match=r"row 2 of .*mine\.jsonl has no question as text"):
+        prepare(chosen_benchmarks(config)[0], config)
+
+
+@pytest.mark.parametrize("value", [None, "", [], True, {"x": 1}, float("nan"), float("inf")])
+def test_what_is_no_answer(value):
+    """Guards: a reference that is the text of Python's None, nan or a dict, equal to no answer."""
+    assert benchmark_row({"problem": "x", "answer": value})["answer"] is None
+    assert benchmark_row({"problem": "x", "answer": value, "ground_truth": 3})["answer"] == "3"
 
 
 @pytest.mark.parametrize("name", ["math500", "aime24", "amc23"])

@@ -64,12 +64,28 @@ def without_a_shard(path):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def with_header(header):
+    def write(path):
+        text = json.dumps(header).encode()
+        (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+
+    return write
+
+
 HALF_WRITTEN = {
     "model.safetensors is cut short": lambda path: cut(path / "model.safetensors"),
     "config.json is missing": lambda path: (path / "config.json").unlink(),
     "config.json is missing or cut short": lambda path: cut(path / "config.json"),
     "it has no weights": lambda path: (path / "model.safetensors").unlink(),
     "model-2.safetensors is missing": without_a_shard,
+    "model.safetensors.index.json is cut short": lambda path: (
+        path / "model.safetensors.index.json"
+    ).write_text('{"weight_map": {"a":'),
+    "index.json is cut short": lambda path: (path / "model.safetensors.index.json").write_text(
+        "{}"
+    ),
+    "safetensors is cut short": with_header([]),
+    "model.safetensors is cut": with_header({"weight": {}}),
     "their index is missing": lambda path: (path / "model.safetensors").rename(
         path / "model-00001-of-00002.safetensors"
     ),
@@ -143,6 +159,9 @@ def test_a_lora_adapter_names_the_command_that_merges_it(tmp_path):
     found, skipped = find_checkpoints(str(tmp_path), ())
     assert labels(found) == [f"{adapter.name}-merged", "whole"]
     assert skipped == []
+    # as an extra model, and where the adapter is the folder itself
+    assert find_checkpoints(None, (str(adapter),)) == (found[:1], [])
+    assert find_checkpoints(str(adapter), ()) == (found[:1], [])
     merged = AutoModelForCausalLM.from_pretrained(found[0].model).state_dict()
     before = AutoModelForCausalLM.from_pretrained(base).state_dict()
     changed = {name for name in before if not before[name].equal(merged[name])}

@@ -13,8 +13,6 @@ from optimal_sampling import toy_pair
 from optimal_sampling.errors import ConfigError, DatasetError, OptimalSamplingError, RunFolderError
 from optimal_sampling.evaluate import EvaluateConfig, evaluate
 from optimal_sampling.evaluate.job import run_folder
-from optimal_sampling.evaluate.samples import leave_out
-from optimal_sampling.evaluate.statistics import Sample
 from optimal_sampling.records import load, load_verdicts
 from optimal_sampling.toy_pair.problems import is_correct, synthetic_rows
 
@@ -157,7 +155,7 @@ def test_what_cannot_be_reached_is_named_and_the_others_go_on(tmp_path, monkeypa
     assert list(rows_of(report)) == [("toy-student", "synthetic")]
     lines = "\n".join(report.missing)
     assert "aime24: dataset" in lines
-    assert "toy-student on blank" in lines
+    assert "blank: no question" in lines
     assert f"{tmp_path / 'none'}: " in lines
     assert report.summary["missing"] == report.missing
     assert "aime24" in (tmp_path / "out" / "results.md").read_text()
@@ -232,13 +230,35 @@ def test_hints_are_shown_to_the_model(tmp_path):
         assert solution in prompt
 
 
-def test_questions_skipped_for_one_are_skipped_for_all():
-    """Guards: checkpoints that are compared on different questions."""
-    a = [Sample("q", 0, "truncated", None, 1), Sample("r", 0, "correct", "1", 1)]
-    b = [Sample("q", 0, "skipped", "x", 1), Sample("r", 0, "wrong", "2", 1)]
-    found = leave_out({"a": a, "b": b})
-    assert [s.verdict for s in found["a"]] == ["skipped", "correct"]
-    assert [s.verdict for s in found["b"]] == ["skipped", "wrong"]
+def test_questions_are_left_out_by_their_reference_alone(tmp_path):
+    """Guards: scores of one checkpoint that change when another is added, because a question was
+    left out only where some completion had an answer to compare, or only where it did not fail.
+    """
+    unusable = "See the proof above, which also shows that there is no other one."
+    rows = [
+        {"problem": "1+1=?", "answer": "2"},
+        {"problem": "2+1=?", "answer": unusable},
+        {"problem": "1+" * 5000 + "1=?", "answer": unusable},
+        {"problem": "3+1=?", "answer": None},
+    ]
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"benchmarks": (), "benchmark_file": (f"mine={file}",), "max_new_tokens": 3}
+    said = []
+    report = evaluate(config_for(tmp_path, **options), say=said.append)
+    row = rows_of(report)["toy-student", "mine"]
+    assert (row["questions"], row["skipped"], row["truncated"]["value"]) == (1, 3, 1)
+    assert report.missing == []
+    assert any("3 questions are left out" in line and "rows 2, 3, 4 of" in line for line in said)
+
+
+def test_a_benchmark_without_answers_is_named_before_it_is_asked(tmp_path):
+    """Guards: hours of completions that nobody can grade."""
+    file = write_questions(tmp_path / "q.jsonl", 3, answers=False)
+    config = config_for(tmp_path, benchmarks=(), benchmark_file=(f"mine={file}",))
+    with pytest.raises(DatasetError, match=r"no question of .*q\.jsonl has a usable"):
+        evaluate(config)
+    assert not run_folder(config, "toy-student", "mine").exists()
 
 
 @pytest.mark.parametrize(
@@ -253,6 +273,7 @@ def test_questions_skipped_for_one_are_skipped_for_all():
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\]"),
         ({"baseline": "toy-teachr", "extra_models": ("toy-teacher",)}, "did you mean"),
         ({"extra_models": ()}, "name what to evaluate"),
+        ({"template": "Say five."}, r"--template has no \{problem\}"),
     ],
 )
 def test_refusals(tmp_path, options, message):

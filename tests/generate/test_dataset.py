@@ -137,7 +137,7 @@ def test_a_bad_line_beyond_what_was_asked_for_is_not_read(tmp_path):
     [
         (
             {"prompt_column": "text"},
-            "no column text; it has: problem, answer. Name the one with the prompt",
+            "no column text; it has: problem, answer. Call the one with the prompt",
         ),
         ({"answer_column": "gold"}, "no column gold; it has: problem, answer"),
         ({"data_slice": "10::2"}, "the data slice 10::2 takes none of the 10 rows"),

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,3 +135,48 @@ def test_tokens_do_not_depend_on_grading(fake_engine, graded_job):
         records = [record for record, _ in graded_records(config.run.output_dir)]
         found.append([json.dumps({**record, "seconds": 0}) for record in records])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("most", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_while_it_generates_and_grades(tmp_path, most):
+    """Guards: completions of a killed run that have no verdict in the end, or several."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import time\n"
+        "def check(completion, reference, row):\n"
+        "    time.sleep(0.01)\n"
+        "    return int(reference) % 2 == 0\n"
+    )
+    run = tmp_path / "run"
+    options = ["--engine=toy", "--num-examples=150", "--max-new-tokens=200", "--verify-workers=1"]
+    command = [sys.executable, "-m", "optimal_sampling", "generate", *options]
+    command += [f"--output-dir={run}", f"--verify={own}:check"]
+    path = run / "verdicts" / "main.jsonl"
+    rng = random.Random(7)
+    kills, known = 0, set()
+    while kills < most:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = path.stat().st_size if path.exists() else 0
+        while process.poll() is None and (not path.exists() or path.stat().st_size == before):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        if process.wait() != -signal.SIGKILL:
+            break
+        kills += 1
+        found = {(line["id"], line["record"]) for line in Scan(path)}
+        assert found >= known
+        known = found
+    assert kills == most
+    subprocess.run(command, check=True, capture_output=True)
+    lines = [(line["id"], line["sample_index"], line["record"]) for line in Scan(path)]
+    assert len(lines) == len(set(lines))
+    pairs = list(graded_records(run))
+    assert len({record["id"] for record, _ in pairs}) == len(pairs) >= 140
+    for record, graded in pairs:
+        if record["finish_reason"] == "length":
+            assert graded["verdict"] == "truncated"
+        else:
+            even = int(record["row"]["answer"]) % 2 == 0
+            assert graded["verdict"] == ("correct" if even else "wrong")
+    assert {graded["verdict"] for _, graded in pairs} == {"correct", "wrong", "truncated"}

@@ -60,6 +60,13 @@ def test_numbers_change(right):
     assert wrong_answer(right) == changed
 
 
+def test_a_number_of_any_length_is_changed():
+    """Guards: a traceback for more digits than Python reads, in the middle of a run."""
+    right = "7" * 5000
+    assert wrong_answer(right) != right
+    assert len(wrong_answer(right)) == 5000
+
+
 @pytest.mark.parametrize(
     ("solution", "expected"),
     [

@@ -122,3 +122,13 @@ def test_errors_pass_unchanged():
     asked = AlphaStatsRequest(COMPLETIONS, n=1, history=False)
     start, given, fetched = passed(asked, JSON, [b'{"error": 1}'], status=400)
     assert (start["status"], given, fetched) == (400, b'{"error": 1}', [])
+
+
+def test_statistics_of_too_few_tokens_say_so():
+    """Guards: means of no token, or of a part, after vLLM has changed its request ids."""
+    asked = AlphaStatsRequest(COMPLETIONS, n=2, history=False)
+    body = json.dumps({"choices": [choice(1, [7, 8], "length")]}).encode()
+    _, given, _ = passed(asked, JSON, [body])
+    [only] = json.loads(given)["choices"]
+    assert only["alpha_stats"]["count"] == 1
+    assert only["alpha_stats"]["error"] == "vLLM's worker has the values of 1 of 2 tokens"

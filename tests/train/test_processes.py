@@ -160,3 +160,22 @@ def test_two_processes_are_killed_and_go_on(data, tmp_path, sharding):
     assert "going on from" in done.stderr
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all((whole[name] == killed[name]).all() for name in whole)
+
+
+@pytest.mark.slow
+def test_two_interrupted_processes_save_once(data, tmp_path):
+    """Guards: processes that stop after different updates, which never meet again; and a signal
+    that torchrun passes on, taken for a second one."""
+    given = arguments(data, tmp_path / "two", "--num_train_epochs", 40, "--save_steps", 1000)
+    given += ["--num_processes", "2"]
+    process = subprocess.Popen(
+        [*COMMAND, *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "updates, loss" not in (line := process.stderr.readline()):
+        assert line, "ended before the first update"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode != 0
+    last = find_checkpoints(tmp_path / "two").last
+    assert f"interrupted; {last} is safe. To go on:\n  torchrun --standalone" in said
+    assert said.count("interrupted;") == 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -16,7 +17,9 @@ from optimal_sampling import toy_pair
 from optimal_sampling.cli import main
 from optimal_sampling.records.export.tokens import vocabulary_hash
 from optimal_sampling.toy_pair.problems import synthetic_rows
+from optimal_sampling.train import SftOptions
 from optimal_sampling.train.checkpoints import defect, find_checkpoints
+from optimal_sampling.train.data import load_split
 
 STUDENT = AutoTokenizer.from_pretrained(toy_pair.path("toy-student"))
 
@@ -190,6 +193,10 @@ def test_an_example_that_would_be_cut_is_refused(export, sft):
         ({"input_ids": [1, 257], "labels": [-100, -100]}, "have no token with loss"),
         ({"input_ids": [1, 50, 51], "labels": [-100, 50, 51]}, "learn never to stop"),
         ({"prompt": "a", "completion": None}, "is null in 1 rows"),
+        ({"prompt": 1, "completion": 2}, "both have to be texts, or both lists of messages"),
+        ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, "both have to be"),
+        ({"input_ids": [1, -2, 257], "labels": [-100, -2, 257]}, "no tokens of the model"),
+        ({"input_ids": [1, 99999, 257], "labels": [-100, 99999, 257]}, "no tokens of the model"),
     ],
 )
 def test_data_that_would_train_something_else_is_refused(export, sft, row, reason):
@@ -308,6 +315,17 @@ def test_data_of_another_tokenizer_is_refused(export, sft, tmp_path):
     assert (code, "was exported for toy-student, whose tokens have other ids" in said) == (2, True)
 
 
+def test_the_loss_on_the_validation_split_is_shown(export, sft):
+    """Guards: a validation split that is never read, or is trained on."""
+    folder = export(rows(6))
+    Dataset.from_list(rows(8)[6:]).to_parquet(folder / "data" / "validation-00000.parquet")
+    code, _, said = sft(folder, "--max_steps", 2, "--eval_strategy", "steps", "--eval_steps", 2)
+    assert code == 0
+    assert re.search(r"validation loss 0\.\d+ after 2 updates", said)
+    assert "6 examples" in said
+    assert "2 examples" in said
+
+
 def test_what_a_checkpoint_lacks_is_said(export, sft, tmp_path):
     """Guards: training that goes on from a checkpoint which a kill or a full disk cut short."""
     assert sft(export(rows(4)), "--max_steps", "1")[0] == 0
@@ -327,8 +345,24 @@ def test_what_a_checkpoint_lacks_is_said(export, sft, tmp_path):
         assert bool(defect(copy)) == needed, name
 
 
-def test_an_exported_folder_is_one_dataset(export):
-    """Guards: a file beside data/ that load_dataset reads as rows."""
-    folder = export(rows(3))
-    (folder / "export.json").write_text('{"made": "by a test"}')
-    assert load_dataset(str(folder))["train"].num_rows == 3
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*.parquet
+---
+"""
+
+
+def test_the_rows_are_those_of_the_folder(export):
+    """Guards: rows of another folder with the same last name, or from before an overwrite, out of
+    the cache of `datasets`; and a file beside data/ that is read as rows."""
+    for parent, count in (("one", 3), ("two", 5), ("two", 4)):
+        folder = export(rows(count), f"{parent}{count}/data")
+        (folder / "README.md").write_text(CARD)
+        (folder / "export.json").write_text('{"made": "by a test"}')
+        assert len(load_split(SftOptions(dataset_name=str(folder)), "train")) == count
+    other = Dataset.from_list(rows(2))
+    other.to_parquet(folder / "data" / "train-00000.parquet")
+    assert len(load_split(SftOptions(dataset_name=str(folder)), "train")) == 2

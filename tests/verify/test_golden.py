@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import NamedTuple
 
 import pytest
@@ -331,6 +332,37 @@ LATER = [
     Case(r"<think>I close with </think> later. \boxed{1}</think>\boxed{2}", "2", "correct"),
 ]
 
+ODD_SIGNS = [
+    # signs that models write instead of LaTeX: of East Asian keyboards,
+    boxed("５", "5", "correct"),
+    boxed("（Ｃ）", "C", "correct"),
+    boxed("１，０００", "1000", "correct"),
+    boxed("（Ｃ）", "D", "wrong"),
+    # of other scripts,
+    boxed("٣", "3", "correct"),
+    # and of mathematics
+    boxed("√2", r"\sqrt{2}", "correct"),
+    boxed("2√(x+1)", r"2\sqrt{x+1}", "correct"),
+    boxed("½", r"\frac{1}{2}", "correct"),
+    boxed("1½", "1.5", "correct"),
+    boxed("x²", "x^2", "correct"),
+    boxed("x²", "x^3", "wrong"),
+    boxed("x⁻¹", r"\frac{1}{x}", "correct"),
+    boxed("(−∞, 3)∪(4, ∞)", r"(-\infty,3)\cup(4,\infty)", "correct"),
+    # a mixed number without LaTeX
+    boxed("1 1/2", r"\frac{3}{2}", "correct"),
+    boxed("1 1/2", r"\frac{11}{2}", "wrong"),
+    # a number as a JSON file or a program writes it
+    boxed("10^{-7}", "1e-07", "correct"),
+    boxed("3e5", "300000", "correct"),
+    # of tiny decimals the digits count, not their absolute difference
+    boxed("0.0000002", "1e-07", "wrong"),
+    # a sentence is no reference, whatever is in it
+    boxed("72", "Natalia sold 48/2 = 24 clips in May, altogether 72.", "skipped"),
+    boxed("72", "We know that x = 12 and so y has to be 72", "skipped"),
+]
+"""Found by looking for answers that the rules above do not know."""
+
 BOMBS = [
     # towers of powers, and numbers that no memory holds: wrong, and known to be within the limit
     r"9^{9^{9^{9}}}",
@@ -368,10 +400,29 @@ def name(case):
     return re.sub(r"\s+", " ", f"{case.completion[-60:]} | {str(case.reference)[:40]}")
 
 
-@pytest.mark.parametrize("case", [*CASES, *LATER], ids=map(name, [*CASES, *LATER]))
+ALL = [*CASES, *LATER, *ODD_SIGNS]
+
+
+@pytest.mark.parametrize("case", ALL, ids=map(name, ALL))
 def test_golden(case, math):
     """Guards: a verdict that a careful person would not give."""
     assert verdict_of(case, math) == case.verdict
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        r"\frac{1}{",
+        "See the proof above, which also shows that there is no other one.",
+    ],
+)
+def test_an_unusable_reference_is_skipped_whatever_the_answer_is(reference, math):
+    """Guards: a question that counts or not by what was answered: a choice, or no answer at all,
+    were decided before anyone looked at the reference.
+    """
+    for text in ("C", "5", "x = 5", "5 cm", "no box at all"):
+        completion = text if " box" in text else rf"\boxed{{{text}}}"
+        assert grade(Task(completion, reference), math).verdict == "skipped", text
 
 
 def test_there_are_enough_cases():
@@ -388,3 +439,21 @@ def test_bombs():
     assert {text[:40]: grades[text].verdict for text in completions} == dict.fromkeys(
         (text[:40] for text in completions), "wrong"
     )
+
+
+def test_a_reference_that_is_a_bomb():
+    """Guards: right answers that are called wrong because their reference cannot be read."""
+    bomb = rf"\sqrt{{{'{' * 3000}"
+    with GraderPool("math", workers=1, timeout=2.0) as pool:
+        [(_, grade)] = pool.map([(0, Task(r"\boxed{12}", bomb))])
+    assert grade.verdict == "skipped"
+    assert grade.failed
+    assert "for the reference alone" in grade.detail
+
+
+def test_long_answers_are_read_in_linear_time(math):
+    """Guards: an expression that tries every start in a long number, and takes seconds."""
+    digits = "7" * 100_000
+    started = time.process_time()
+    assert verdict_of(boxed(digits, digits, "correct"), math) == "correct"
+    assert time.process_time() - started < 5

@@ -142,6 +142,24 @@ def test_a_dataset_without_answers_is_named(tmp_path):
         verify([run], VerifyOptions(workers=1))
 
 
+def test_a_mistyped_column_leaves_the_verdicts(tmp_path):
+    """Guards: a whole run graded as `skipped` before the error about its reference."""
+    run = make_run(tmp_path, sums(3))
+    verify([run], SYNTHETIC)
+    before = lines_of(run)
+    wrong = VerifyOptions(grader="synthetic", workers=1, reference="anser", regrade="all")
+    with pytest.raises(ConfigError, match=r"looked for anser; did you mean 'answer'"):
+        verify([run], wrong)
+    assert lines_of(run) == before
+
+
+@pytest.mark.parametrize("options", [{"timeout": 1e30}, {"memory_gib": 1e30}, {"timeout": 0}])
+def test_limits_that_no_system_takes_are_refused(options):
+    """Guards: an OverflowError of the system call behind a limit."""
+    with pytest.raises(ConfigError, match="must lie in"):
+        VerifyOptions(**options)
+
+
 @pytest.mark.parametrize("name", ["empty", "missing"])
 def test_a_folder_without_records_is_named(tmp_path, name):
     """Guards: an empty run that was verified without a word."""

@@ -141,10 +141,12 @@ class HostSampler(Sampler):
         self._rounds = 0
         self._draws: dict[tuple[int, ...], list[PreparedDraw]] = {}
 
-    def sample(self, plan: RoundPlan, rows: list[Sequence]) -> SampledRound:
+    def sample(
+        self, plan: RoundPlan, rows: list[Sequence], before: SampledRound | None = None
+    ) -> SampledRound:
         """One round."""
         self._rounds += 1
-        return super().sample(plan, rows)
+        return super().sample(plan, rows, before)
 
     def _drafted(self, logits: Tensor, noise: RoundNoise, offset: int) -> Tensor:
         return torch.full((len(logits),), DRAFT)

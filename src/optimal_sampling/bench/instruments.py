@@ -148,10 +148,12 @@ class MeasuredSampler(Sampler):
     recorder: Recorder
     acceptance: float | None
 
-    def sample(self, plan: RoundPlan, rows: list[Sequence]) -> SampledRound:
+    def sample(
+        self, plan: RoundPlan, rows: list[Sequence], before: SampledRound | None = None
+    ) -> SampledRound:
         """One round. Raises OutOfTime where the run is to end."""
         self.recorder.before(plan, rows)
-        sampled = super().sample(plan, rows)
+        sampled = super().sample(plan, rows, before)
         self.recorder.after(rows)
         if self.acceptance is not None and sampled.width > 1:
             self._overwrite(sampled, rows, self.acceptance)

@@ -30,8 +30,8 @@ __all__ = [
     "dot",
     "fill_rows",
     "full",
-    "keep_by_threshold",
     "keep_largest",
+    "keep_top_k",
     "namespace",
     "stack",
     "tensor_of",
@@ -195,8 +195,8 @@ def keep_largest(scores: Scores, top_k: int, top_p: float) -> Bool[Tensor, "rows
     -1 and 1 switch off. `scores` are log-probabilities up to a constant per row. Of equal scores
     the smaller token id comes first, at the k-th place as in the nucleus.
     """
-    if not uses_numpy(scores.device):
-        return keep_by_threshold(scores, top_k, top_p)
+    if top_p == 1 and not uses_numpy(scores.device):
+        return keep_top_k(scores, top_k)
     vocab = scores.shape[-1]
     count = vocab if top_k < 0 else min(top_k, vocab)
     ranked, order = scores.sort(stable=True, dim=-1, descending=True)
@@ -211,36 +211,11 @@ def keep_largest(scores: Scores, top_k: int, top_p: float) -> Bool[Tensor, "rows
     return keep.scatter_(-1, order, kept)
 
 
-def keep_by_threshold(scores: Scores, top_k: int, top_p: float) -> Bool[Tensor, "rows vocab"]:
-    """`keep_largest` without sorting rows: for accelerators, where that takes longest."""
-    keep = torch.ones_like(scores, dtype=torch.bool)
-    if 0 <= top_k < scores.shape[-1]:
-        least = scores.topk(top_k).values[:, -1:]
-        above = scores > least
-        room = top_k - above.sum(-1, keepdim=True)
-        level = scores == least
-        keep = above | (level & (level.cumsum(-1) <= room))
-    if top_p < 1:
-        kept = scores.masked_fill(~keep, -torch.inf)
-        keep &= _nucleus(kept, top_p)
-    return keep
-
-
-def _nucleus(scores: Scores, top_p: float) -> Bool[Tensor, "rows vocab"]:
-    """The fewest tokens whose share reaches p, found by halving the range of float32 numbers."""
-    share = scores.to(torch.float64).softmax(-1)
-    bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the scores
-    low = keys.new_full((len(keys), 1), -(2**31), dtype=torch.int64)
-    high = keys.amax(-1, keepdim=True).to(torch.int64) + 1
-    for _ in range(32):  # the share from `low` on reaches p, that from `high` on does not
-        middle = (low + high).div(2, rounding_mode="floor")
-        reached = share.masked_fill(keys < middle, 0.0).sum(-1, keepdim=True) >= top_p
-        low = torch.where(reached, middle, low)
-        high = torch.where(reached, high, middle)
-    above = keys > low
-    level = keys == low
-    before = share.masked_fill(~above, 0.0).sum(-1, keepdim=True)
-    # of equal scores, those that come before the one that reaches p
-    before = before + (level.cumsum(-1) - 1) * share
-    return above | (level & (before < top_p))
+def keep_top_k(scores: Scores, top_k: int) -> Bool[Tensor, "rows vocab"]:
+    """`keep_largest` without a nucleus and without sorting rows, for accelerators."""
+    if not 0 <= top_k < scores.shape[-1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    least = scores.topk(top_k).values[:, -1:]
+    above = scores > least
+    level = scores == least
+    return above | (level & (level.cumsum(-1) <= top_k - above.sum(-1, keepdim=True)))

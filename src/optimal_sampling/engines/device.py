@@ -18,7 +18,7 @@ from torch import Tensor
 
 from optimal_sampling.errors import ConfigError
 
-__all__ = ["Overlap", "Stopwatch", "resolve_device", "resolve_dtype", "to_device"]
+__all__ = ["HostCopy", "Overlap", "Stopwatch", "resolve_device", "resolve_dtype", "to_device"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -54,6 +54,26 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """The array as a tensor on the device, from pinned memory: other copies wait for the queue."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A tensor's copy on the host, queued when this is made; later work is not waited for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copied: Any = None
+        self._tensor = tensor
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def wait(self) -> np.ndarray:
+        """The copy, once it is there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        array: np.ndarray = self._tensor.numpy()
+        return array
 
 
 @cache

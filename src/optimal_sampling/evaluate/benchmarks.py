@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from optimal_sampling.generate.dataset import open_dataset
 from optimal_sampling.prompts import PROMPT_COLUMNS
 from optimal_sampling.records.store import read_json, write_atomically
 from optimal_sampling.toy_pair.problems import box_span, synthetic_rows
+from optimal_sampling.verify.answers import REFERENCE_FIELDS
 
 __all__ = [
     "BENCHMARKS",
@@ -41,6 +43,7 @@ _SYNTHETIC_SEED = 1_000_003
 """Problems of this seed are those that the shipped pair was evaluated on, not trained."""
 _SYNTHETIC_ROWS = 500
 _GSM8K_MARK = "####"
+_SHOWN = 5  # repeated questions that are named
 _ENDINGS = (".jsonl", ".json", ".parquet", "")
 
 
@@ -114,6 +117,10 @@ class Questions:
     """`question_hash`."""
     note: str = ""
 
+    def rows(self) -> list[Row]:
+        """The rows of the file."""
+        return _parsed(self.path.read_text("utf-8"))
+
 
 def chosen_benchmarks(config: EvaluateConfig) -> list[Benchmark]:
     """The benchmarks to run, in the order given. Raises ConfigError for an unknown name."""
@@ -149,8 +156,9 @@ def prepare(benchmark: Benchmark, config: EvaluateConfig) -> Questions:
         source, rows = _kept(path, before)
         note = f"read from {path}, because: {error}"
         return Questions(benchmark, path, source, len(rows), before["question_hash"], note)
-    digest = question_hash(row["problem"] for row in rows)
+    digest = question_hash(_problems(rows))
     _check_pinned(benchmark, source, digest, config.allow_other_questions)
+    rows, repeated = _distinct(rows)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     now = {"question_hash": digest, "text": _digest([text])}
     _check_unchanged(benchmark, path, before, now)
@@ -159,8 +167,8 @@ def prepare(benchmark: Benchmark, config: EvaluateConfig) -> Questions:
     if not before:
         facts = {"source": source, "split": benchmark.split, **now}
         write_atomically(about, json.dumps(facts, indent=2) + "\n")
-    note = "" if benchmark.pinned in ("", digest) else "other questions"
-    return Questions(benchmark, path, source, len(rows), digest, note)
+    notes = [] if benchmark.pinned in ("", digest) else ["other questions"]
+    return Questions(benchmark, path, source, len(rows), digest, "; ".join(notes + repeated))
 
 
 def _check_pinned(benchmark: Benchmark, source: str, digest: str, is_allowed: bool) -> None:
@@ -186,12 +194,37 @@ def _check_unchanged(
             )
 
 
+def _distinct(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Each question once, as it is asked, and notes that name the rows that are left out."""
+    first: dict[str, int] = {}
+    repeated = []
+    for place, (row, text) in enumerate(zip(rows, _normalised(_problems(rows)), strict=True)):
+        before = first.setdefault(text, place)
+        if before != place:
+            other = "" if rows[before]["answer"] == row["answer"] else " with another answer"
+            repeated.append(f"row {place + 1} is row {before + 1} again{other}")
+    if not repeated:
+        return list(rows), []
+    named = ", ".join(repeated[:_SHOWN]) + (", ..." if len(repeated) > _SHOWN else "")
+    return [rows[place] for place in first.values()], [
+        f"{len(repeated)} repeated questions are left out: {named}"
+    ]
+
+
+def _problems(rows: Iterable[Row]) -> Iterator[str]:
+    return (row["problem"] for row in rows)
+
+
 def _kept(path: Path, before: Mapping[str, Any]) -> tuple[str, list[Row]]:
     """Source and rows that an earlier call kept. Raises DatasetError where they were changed."""
     text = path.read_text("utf-8")
     if _digest([text]) != before.get("text"):
         raise DatasetError(f"{path} was changed after it was written; restore it, or remove it")
-    return str(before["source"]), [json.loads(line) for line in text.split("\n") if line]
+    return str(before["source"]), _parsed(text)
+
+
+def _parsed(text: str) -> list[Row]:
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def read_rows(benchmark: Benchmark, config: EvaluateConfig) -> tuple[str, list[Row]]:
@@ -205,8 +238,15 @@ def read_rows(benchmark: Benchmark, config: EvaluateConfig) -> tuple[str, list[R
     else:
         split = benchmark.split if local.is_dir() else None
         data, source = DataConfig(str(local), split=split), str(local)
-    dataset = open_dataset(data, seed=0)
-    return source, [benchmark_row(row) for _, row in dataset]
+    return source, list(_benchmark_rows(source, open_dataset(data, seed=0)))
+
+
+def _benchmark_rows(source: str, rows: Iterable[tuple[int, Row]]) -> Iterator[Row]:
+    for place, row in rows:
+        try:
+            yield benchmark_row(row)
+        except DatasetError as error:
+            raise DatasetError(f"row {place + 1} of {source} {error}") from error
 
 
 def _synthetic() -> list[Row]:
@@ -237,10 +277,11 @@ def benchmark_row(row: Mapping[str, Any]) -> Row:
     `answer` is the text after `####` in GSM8K's, the parts of a list joined by commas, the box of
     the solution where there is no other; null where there is none. Raises DatasetError.
     """
-    column = next((name for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), None)
+    texts = {name: row[name] for name in PROMPT_COLUMNS if isinstance(row.get(name), str)}
+    column = next((name for name, text in texts.items() if text.strip()), None)
     if column is None:
         has = ", ".join(map(str, row))
-        raise DatasetError(f"a row has no question as text; it has the columns: {has}")
+        raise DatasetError(f"has no question as text; it has the columns: {has}")
     solution = row.get("solution")
     if isinstance(solution, list | tuple):
         solution = "\n\n".join(map(str, solution))
@@ -256,14 +297,21 @@ def benchmark_row(row: Mapping[str, Any]) -> Row:
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:
-    """The reference answer as text; None where there is no column with one."""
-    values = (row.get(name) for name in ("answer", "final_answer"))
-    value = next((each for each in values if each not in (None, "", [])), None)
+    """The reference answer as text; None where no column has a text, a number or a list of them."""
+    columns = (name for name in REFERENCE_FIELDS if name != "solution")
+    texts = (_answer_text(row.get(name)) for name in columns)
+    return next((text for text in texts if text), None)
+
+
+def _answer_text(value: Any) -> str | None:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return None if value is None else str(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        value = int(value) if value.is_integer() else value
+    is_answer = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return str(value) if is_answer else None
 
 
 def question_hash(problems: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from optimal_sampling.config import expand_user
 from optimal_sampling.errors import ConfigError, ModelError
+from optimal_sampling.vocabulary.model_folder import safetensors_defect
 
 __all__ = ["Checkpoint", "Skipped", "find_checkpoints"]
 
@@ -75,7 +76,7 @@ def find_checkpoints(
 
 def _named(names: Sequence[str]) -> list[Checkpoint]:
     """Hub ids as they are; folders by their name, or by their path where two names are equal."""
-    folders = [expand_user(name).resolve() for name in names]
+    folders = [_usable(expand_user(name).resolve()) for name in names]
     last = [folder.name for folder in folders]
     checkpoints = []
     for name, folder in zip(names, folders, strict=True):
@@ -92,12 +93,14 @@ def _search(given: Path, leave_out: str) -> tuple[list[Checkpoint], list[Skipped
     if not root.is_dir():
         raise ModelError(f"--checkpoint-dir {given} is no folder (looked for {root})")
     complete, skipped = [], []
-    for folder in sorted(_candidates(root, leave_out), key=_natural):
-        label = root.name if folder == root else folder.relative_to(root).as_posix()
+    found = sorted(_candidates(root, leave_out), key=_natural)
+    for folder in dict.fromkeys(map(_usable, found)):
+        is_below = root in folder.parents
+        label = folder.relative_to(root).as_posix() if is_below else folder.name
         problem = _problem(label, folder)
         if problem is None:
             complete.append(Checkpoint(label, str(folder)))
-        elif _problem(label, _merged(folder)) is not None:  # else it was merged already
+        else:
             skipped.append(problem)
     if complete:
         return complete, skipped
@@ -160,39 +163,18 @@ def _half_written(folder: Path, files: Sequence[Path]) -> str:
         return "config.json is missing or cut short"
     if not files:
         return "it has no weights"
-    for path in files:
-        if not _is_whole(path):
-            return f"{path.name} is cut short"
-    for index in folder.glob("*.safetensors.index.json"):
-        content = _json(index)
-        shards = content.get("weight_map", {}) if isinstance(content, dict) else {}
-        missing = sorted({*shards.values()} - {path.name for path in files})
-        if missing or not shards:
-            return f"{missing[0]} is missing" if missing else f"{index.name} is cut short"
-    numbered = [match for path in files if (match := re.search(r"-of-(\d+)", path.name))]
-    if numbered and not any(folder.glob("*.safetensors.index.json")):
-        return "its weights are in several files, and their index is missing"
-    return ""
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            if not 0 < length <= size - 8:
-                return False
-            header = json.loads(file.read(length))
-    except (OSError, ValueError):
-        return False
-    ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
+    return safetensors_defect(folder)
 
 
 def _merged(folder: Path) -> Path:
     """Where a merge command puts the result."""
     return folder.with_name(f"{folder.name}-merged")
+
+
+def _usable(folder: Path) -> Path:
+    """The folder, or for parts that were merged the result."""
+    merged = _merged(folder)
+    return merged if _merge_command(folder) and not _problem("", merged) else folder
 
 
 def _merge_command(folder: Path) -> str:

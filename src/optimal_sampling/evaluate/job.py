@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from optimal_sampling.config import GenerateConfig
 from optimal_sampling.errors import (
     ConfigError,
+    DatasetError,
     ModelError,
     OptimalSamplingError,
     StorageError,
@@ -22,7 +23,7 @@ from optimal_sampling.errors import (
 from optimal_sampling.evaluate.benchmarks import Questions, chosen_benchmarks, prepare
 from optimal_sampling.evaluate.checkpoints import Checkpoint, Skipped, find_checkpoints
 from optimal_sampling.evaluate.options import EvaluateConfig
-from optimal_sampling.evaluate.samples import graded_samples, leave_out
+from optimal_sampling.evaluate.samples import failures, graded_samples, rows_without_reference
 from optimal_sampling.evaluate.statistics import CheckpointScores, Metric, Sample, check_scipy
 from optimal_sampling.evaluate.tables import Evaluation, json_text, markdown_text, summarize
 from optimal_sampling.generate import generate
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from optimal_sampling.engines import Engine
 
 __all__ = ["Report", "evaluate", "run_config", "run_folder"]
+
+_SHOWN = 5  # rows that are named
 
 
 @dataclass
@@ -61,6 +64,8 @@ class _State:
     """By checkpoint: its model and the hash of its files."""
     precision: dict[str, str] = field(default_factory=dict)
     """By checkpoint: that of its weights."""
+    skipped: dict[str, frozenset[int]] = field(default_factory=dict)
+    """By benchmark: rows without a usable reference."""
     missing: list[str] = field(default_factory=list)
     errors: list[OptimalSamplingError] = field(default_factory=list)
 
@@ -95,7 +100,7 @@ def evaluate(
         resolve_grader(grader)
     check_scipy()
     _name_skipped(skipped, state)
-    questions = list(_prepared(benchmarks, state))
+    questions = _with_references(list(_prepared(benchmarks, state)), state)
     if not questions:
         raise state.errors[0]
     _run_all(checkpoints, questions, new_progress, state)
@@ -146,6 +151,32 @@ def _prepared(benchmarks: Sequence[Any], state: _State) -> Iterator[Questions]:
         yield found
 
 
+def _with_references(questions: Sequence[Questions], state: _State) -> list[Questions]:
+    """The benchmarks that can be graded; says how many of their questions cannot."""
+    state.skipped = rows_without_reference(questions)
+    kept = []
+    for each in questions:
+        name, rows = each.benchmark.name, _asked(each, state.config)
+        skipped = state.skipped[name] & {*rows}
+        if len(skipped) == len(rows):
+            state.fail(name, DatasetError(f"no question of {each.source} has a usable answer"))
+            continue
+        if skipped:
+            first = ", ".join(str(row + 1) for row in sorted(skipped)[:_SHOWN])
+            more = ", ..." if len(skipped) > _SHOWN else ""
+            state.say(
+                f"{name}: {len(skipped)} questions are left out, because their reference answer "
+                f"cannot be read: rows {first}{more} of {each.path}"
+            )
+        kept.append(each)
+    return kept
+
+
+def _asked(questions: Questions, config: EvaluateConfig) -> range:
+    """The rows that are asked."""
+    return range(questions.count)[: config.num_examples]
+
+
 def _run_all(
     checkpoints: Sequence[Checkpoint],
     questions: Sequence[Questions],
@@ -182,15 +213,16 @@ def _run(
     config, benchmark = state.config, questions.benchmark
     folder = run_folder(config, checkpoint.label, benchmark.name)
     run = run_config(config, checkpoint.model, questions, folder)
-    summary = generate(run, progress, engine.open)
-    if summary.failed:
-        reasons = "; ".join(f"{count} x {error}" for error, count in summary.errors.items())
+    generate(run, progress, engine.open)
+    skipped, rows = state.skipped[benchmark.name], _asked(questions, config)
+    failed = failures(folder, {*rows} - skipped, config.samples)
+    if failed:
+        reasons = "; ".join(f"{count} x {error}" for error, count in failed.items())
         state.miss(
-            f"{summary.failed} samples of {checkpoint.label} on {benchmark.name} failed and count "
-            f"as wrong: {reasons or 'they had failed --max-attempts times'}"
+            f"{failed.total()} samples of {checkpoint.label} on {benchmark.name} failed and count "
+            f"as wrong: {reasons}"
         )
-    counted = config.num_examples or questions.count
-    samples = graded_samples(folder, counted, config.samples)
+    samples = graded_samples(folder, rows, config.samples, skipped)
     state.samples.setdefault(benchmark.name, {})[checkpoint.label] = samples
     compared: Any = read_json(folder / "config.json")["compared"]
     state.facts[checkpoint.label] = {
@@ -306,11 +338,10 @@ def _evaluations(
     state: _State, checkpoints: Sequence[Checkpoint], questions: Sequence[Questions]
 ) -> Iterator[Evaluation]:
     """In the order of the checkpoints, so that the first one is the baseline."""
-    by_benchmark = {name: leave_out(found) for name, found in state.samples.items()}
     for checkpoint in checkpoints:
         for each in questions:
             name = each.benchmark.name
-            samples = by_benchmark.get(name, {}).get(checkpoint.label)
+            samples = state.samples.get(name, {}).get(checkpoint.label)
             if samples is None:
                 continue
             settings = {
@@ -320,11 +351,7 @@ def _evaluations(
                 "question_hash": each.digest,
                 "grader": each.benchmark.grader,
             }
-            try:
-                scores = CheckpointScores.from_samples(samples)
-            except ConfigError as error:  # no question has a usable reference
-                state.fail(f"{checkpoint.label} on {name}", error)
-                continue
+            scores = CheckpointScores.from_samples(samples)
             yield Evaluation(checkpoint.label, name, scores, settings)
 
 
@@ -343,7 +370,8 @@ def _markdown(summary: dict[str, Any], config: EvaluateConfig) -> str:
     settings = json.dumps(config.settings(), ensure_ascii=False)
     parts = [markdown_text(summary), f"Settings: `{settings}`\n"]
     for name, about in summary["benchmarks"].items():
-        parts.append(f"- {name}: {about['source']}, question hash {about['question_hash']}")
+        note = f" ({about['note']})" if about["note"] else ""
+        parts.append(f"- {name}: {about['source']}, question hash {about['question_hash']}{note}")
     if summary["skipped"] or summary["missing"]:
         parts.append("\nWithout a score:\n")
         parts += [f"- {label}: {reason}" for label, reason in summary["skipped"].items()]

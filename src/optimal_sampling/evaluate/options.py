@@ -112,6 +112,8 @@ class EvaluateConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         self._check_samples()
+        if self.template is not None and "{problem}" not in self.template:
+            raise ConfigError("--template has no {problem}: all questions would be one prompt")
         object.__setattr__(self, "output_dir", str(expand_user(self.output_dir)))
         self.files  # noqa: B018 - raises for what is no NAME=PATH
         self.run_config()

@@ -132,7 +132,7 @@ def _prompt_column(config: DataConfig, name: str, columns: Counter[str]) -> str:
     if not columns[found]:
         raise DatasetError(
             f"dataset {name} has no column {' or '.join(wanted)}; it has: {', '.join(columns)}. "
-            "Name the one with the prompt with --prompt-column"
+            "Call the one with the prompt `problem`, or name it with `generate --prompt-column`"
         )
     return found
 

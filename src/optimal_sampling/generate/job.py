@@ -76,20 +76,20 @@ def generate(
         check_rows(dataset, folder)
         job = _Job(config, dataset, renderer, vocabulary, folder, progress)
         job.grading = grading
-        verdicts: Mapping[str, int] = {}
         try:
             with progress:
                 notes = job.run(open_with)
                 folder.close()
-                verdicts = job.finish_grading()
+                summary = Summary.of(
+                    job.tally, folder, notes, mode=config.run.mode, interrupted=False
+                )
+                summary = replace(summary, verdicts=job.finish_grading())
         except KeyboardInterrupt:
             folder.close()
             folder.recount()
             summary = Summary.of(job.tally, folder, {}, mode=config.run.mode, interrupted=True)
             summary.save(config.shard)
             raise Interrupted(summary) from None
-        summary = Summary.of(job.tally, folder, notes, mode=config.run.mode, interrupted=False)
-        summary = replace(summary, verdicts=verdicts)
         summary.save(config.shard)
         return summary
 

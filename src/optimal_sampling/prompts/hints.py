@@ -21,7 +21,7 @@ HINT_COLUMNS = ("hint", "solution", "answer", "privileged_context")
 """Columns that show the hint in the prompt it is for."""
 
 _CHOICE = re.compile(r"(?P<before>(\\text\{)?\(?)(?P<letter>[A-Z])(?P<after>\)?\}?)")
-_NUMBER = re.compile(r"[0-9]+")
+_NUMBER = re.compile(r"[0-9]{1,18}")  # of a longer one its first digits, which change it too
 _TAIL = "####"
 """Mark before the final answer in solutions of GSM8K."""
 

@@ -112,7 +112,7 @@ class Lock:
     """
 
     def __init__(self, target: Path) -> None:
-        path = target.with_name(f".{target.stem}.lock")
+        path = target.with_name(f".{target.name.removesuffix('.jsonl')}.lock")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             # Opened for appending, which leaves the holder's name in place.
@@ -124,7 +124,8 @@ class Lock:
                 holder = file.read().strip() or "unknown"
             raise RunFolderError(
                 f"{target} is being written by another process ({holder}); "
-                "wait for it, stop it, or choose another --output-dir or --data-slice"
+                "wait for it, stop it, or give this command a folder of its own (--output-dir, "
+                "--data-slice)"
             ) from None
         except OSError as error:
             raise disk_error(path, error) from error

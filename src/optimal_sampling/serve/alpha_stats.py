@@ -136,7 +136,7 @@ class AlphaStatsSender:
         replies: list[Traces] = await self.engine_client.collective_rpc(
             "take_traces_by_prefix", args=(prefixes,)
         )
-        traces = replies[0]  # of the one worker
+        traces = replies[0]  # of the first device; all have the same
         for choice, prefix in zip(finished, prefixes, strict=True):
             rows, error = traces[prefix]
             count = self._token_counts[choice["index"]]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from optimal_sampling.vocabulary.model_folder import safetensors_defect
 
 __all__ = ["Checkpoints", "defect", "find_checkpoints"]
 
@@ -66,33 +67,10 @@ def defect(checkpoint: Path) -> str:
 
 
 def _cut_file(checkpoint: Path) -> str:
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        if not _is_whole_safetensors(path):
-            return f"{path.name} is cut short"
-    for index in checkpoint.glob("*.safetensors.index.json"):
-        shards = {*json.loads(index.read_text("utf-8"))["weight_map"].values()}
-        for name in sorted(shards):
-            if not (checkpoint / name).is_file():
-                return f"{name} is missing"
+    if reason := safetensors_defect(checkpoint):
+        return reason
     for pattern in _ZIPPED:
         for path in sorted(checkpoint.glob(pattern)):
             if path.name != _OTHER_ZIPPED and not zipfile.is_zipfile(path):
                 return f"{path.name} is cut short"
     return ""
-
-
-def _is_whole_safetensors(path: Path) -> bool:
-    """Whether a file is as long as its header says (safetensors: 8 bytes, header, data)."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            return False
-        length = struct.unpack("<Q", start)[0]
-        if length > path.stat().st_size:
-            return False
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return False
-    ends = [item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"]
-    return bool(path.stat().st_size == 8 + length + max(ends, default=0))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pyarrow.types import is_large_list, is_large_string, is_list, is_null, is_string
 
 from optimal_sampling.config import expand_user
 from optimal_sampling.errors import (
@@ -61,7 +62,7 @@ def load_split(options: SftOptions, split: str) -> Any:
 
 
 def _read(name: str, subset: str | None) -> Any:
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
 
     path = expand_user(name)
     try:
@@ -69,11 +70,17 @@ def _read(name: str, subset: str | None) -> Any:
             if path.suffix not in _READERS:
                 raise DatasetError(f"{path} is neither JSONL nor Parquet, by its name")
             return load_dataset(_READERS[path.suffix], data_files=str(path))
-        return load_dataset(str(path) if path.is_dir() else name, subset)
+        if path.is_dir():
+            # By folder, datasets' cache tells folders apart by their last name alone, and gives
+            # the rows of another one, or those from before an overwrite; by file it does not.
+            found = load_dataset_builder(str(path), subset)
+            files = {split: list(paths) for split, paths in found.config.data_files.items()}
+            return load_dataset(found.info.builder_name, data_files=files)
+        return load_dataset(name, subset)
     except OptimalSamplingError:
         raise
     except Exception as error:  # of the hub, the network, the disk or a parser: any class
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise DatasetError(f"cannot load dataset {name}: {reason}") from error
 
 
@@ -83,6 +90,7 @@ def _trained_columns(rows: Any, name: str, completion_only: bool) -> Any:
         return rows.select_columns([*_TOKENS])
     if {"prompt", "completion"} <= {*columns}:
         kept = rows.select_columns([column for column in _KEPT if column in columns])
+        _check_forms(kept, name)
         return _without_nulls(kept, name)
     if not completion_only:
         return rows
@@ -92,6 +100,22 @@ def _trained_columns(rows: Any, name: str, completion_only: bool) -> Any:
         "`prompt` and `completion`, or `input_ids` and `labels`, as `optimal-sampling export` "
         "writes them with --format text or tokens"
     )
+
+
+def _check_forms(rows: Any, name: str) -> None:
+    """Raises DatasetError unless prompts and completions are both texts, or both messages."""
+    types = {column: rows.data.schema.field(column).type for column in ("prompt", "completion")}
+    texts = [_is_text(each) for each in types.values()]
+    lists = [is_list(each) or is_large_list(each) for each in types.values()]
+    if not all(texts) and not all(lists):
+        found = " and ".join(f"`{column}` of {str(each)[:60]}" for column, each in types.items())
+        raise DatasetError(
+            f"dataset {name} has {found}: both have to be texts, or both lists of messages"
+        )
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(is_string(kind) or is_large_string(kind) or is_null(kind))
 
 
 def _without_nulls(rows: Any, name: str) -> Any:
@@ -128,17 +152,19 @@ class Scan:
     """Tokens with loss."""
     ends: NDArray[np.int64]
     """The last of the trained tokens that ends a text, -1 where none of the last three does."""
+    outside: int
+    """Examples with a token that is not in the vocabulary."""
     strange: int
     """Examples whose labels are other tokens than their input, or of another number."""
     digest: str
     """Hash of all tokens and labels."""
 
 
-def scan(dataset: Any, end_ids: frozenset[int]) -> Scan:
-    """Reads `input_ids` and `labels` of a prepared dataset."""
+def scan(dataset: Any, end_ids: frozenset[int], vocabulary: int) -> Scan:
+    """Reads `input_ids` and `labels` of a prepared dataset; ids lie below `vocabulary`."""
     digest = hashlib.blake2b(digest_size=8)
     table: list[tuple[int, int, int]] = []
-    strange = 0
+    strange = outside = 0
     for row in dataset.with_format("numpy", columns=[*_TOKENS]):
         ids, labels = (np.asarray(row[name], dtype=np.int64) for name in _TOKENS)
         for values in (ids, labels):
@@ -146,10 +172,11 @@ def scan(dataset: Any, end_ids: frozenset[int]) -> Scan:
         kept = labels[labels != _IGNORED]
         is_same = len(ids) == len(labels) and np.array_equal(kept, ids[labels != _IGNORED])
         strange += not is_same
+        outside += bool(((ids < 0) | (ids >= vocabulary)).any())
         found = [int(token) for token in kept[-_LAST:] if int(token) in end_ids]
         table.append((len(ids), len(kept), found[-1] if found else -1))
     lengths, trained, ends = np.array(table, dtype=np.int64).T
-    return Scan(lengths, trained, ends, strange, digest.hexdigest())
+    return Scan(lengths, trained, ends, outside, strange, digest.hexdigest())
 
 
 def check_cuts(found: Scan, options: SftOptions, context: int | None) -> list[str]:
@@ -175,6 +202,11 @@ def check_cuts(found: Scan, options: SftOptions, context: int | None) -> list[st
 def check_loss(found: Scan, completion_only: bool) -> list[str]:
     """A note on the tokens with loss. Raises DatasetError where it is not on completions only."""
     total, count = int(found.lengths.sum()), len(found.lengths)
+    if found.outside:
+        raise DatasetError(
+            f"{found.outside} of {count} examples hold ids that are no tokens of the model: they "
+            "were made for another tokenizer"
+        )
     if found.strange:
         raise DatasetError(
             f"the labels of {found.strange} of {count} examples are not their own tokens: "

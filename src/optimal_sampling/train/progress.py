@@ -41,15 +41,26 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         """Show a log of the trainer."""
-        if not state.is_world_process_zero or "loss" not in logs:
+        if not state.is_world_process_zero:
             return
-        line = self._status(state, logs)
+        if "eval_loss" in logs:
+            self._line(f"validation loss {logs['eval_loss']:.4f} after {state.global_step} updates")
+        if "loss" not in logs:
+            return
+        status = self._status(state, logs)
         last = state.global_step >= state.max_steps
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=state.global_step, status=line)
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step, status=status)
         elif last or time.monotonic() >= self._due:
             self._due = time.monotonic() + _SECONDS_BETWEEN_LINES
-            print(f"{state.global_step}/{state.max_steps} updates, {line}", file=self._stream)
+            self._line(f"{state.global_step}/{state.max_steps} updates, {status}")
+
+    def _line(self, text: str) -> None:
+        """A line, above the bar where there is one."""
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.console.print(text)
 
     def _status(self, state: Any, logs: dict[str, Any]) -> str:
         seconds = time.monotonic() - self._started

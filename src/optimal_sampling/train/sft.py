@@ -116,27 +116,33 @@ class _Session:
         self._digest, self._count, self._longest = "", 0, 0
 
     def run(self, folder: Path) -> SftSummary:
-        from optimal_sampling.train.trainer import StopOnSignal, failures
+        from optimal_sampling.train.trainer import StopOnSignal
 
         stop = StopOnSignal()
         trainer = self._trainer(stop)
         self._claim(folder, self._facts(trainer.args))
-        finished = _finished(folder)
-        if finished is not None:
+        summary = _finished(folder)
+        if summary is None:
+            summary = self._train(trainer, stop, folder)
+        else:
             _say(f"{folder} holds the finished model of these options; nothing to do")
-            return finished
+        trainer.end()
+        return summary
+
+    def _train(self, trainer: Any, stop: Any, folder: Path) -> SftSummary:
+        from optimal_sampling.train.trainer import failures
+
         with failures(folder):
             trainer.train(resume_from_checkpoint=self._resume_from(folder))
             if not stop.stopped:
                 trainer.save_model()
         summary = _summary(trainer, folder, self._count, interrupted=stop.stopped)
-        if not stop.stopped:
-            trainer.accelerator.wait_for_everyone()
-            if is_main_process():
-                summary = self._with_completions(summary, folder)
-                text = json.dumps(asdict(summary), indent=2, ensure_ascii=False)
-                write_atomically(folder / "summary.json", text + "\n")
-        trainer.end()
+        trainer.accelerator.wait_for_everyone()
+        if stop.stopped or not is_main_process():
+            return summary
+        summary = self._with_completions(summary, folder)
+        text = json.dumps(asdict(summary), indent=2, ensure_ascii=False)
+        write_atomically(folder / "summary.json", text + "\n")
         return summary
 
     def _trainer(self, stop: Any) -> Any:
@@ -188,7 +194,8 @@ class _Session:
         from optimal_sampling.train import data
 
         options, tokens = self._options, self._tokens
-        found = data.scan(dataset, tokens.end_ids | self._eos_ids())
+        vocabulary = max(tokens.tokenizer.get_vocab().values()) + 1
+        found = data.scan(dataset, tokens.end_ids | self._eos_ids(), vocabulary)
         first = [dict(dataset[i]) for i in range(min(len(dataset), _FIRST))]
         notes = data.check_cuts(found, options, tokens.context)
         notes += data.check_loss(found, options.completion_only_loss)

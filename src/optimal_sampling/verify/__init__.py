@@ -1,7 +1,9 @@
 """Grading of completions: is the answer that of the dataset?
 
     answers   a completion -> its answer; a row -> its reference answer
-    compare   two answers -> do they mean the same? Rules of our own, then math-verify
+    normalise an answer -> its plain form, without what changes its looks alone
+    numbers   rules for integers, fractions, percentages, number bases and ratios
+    compare   two answers -> do they mean the same? All rules, then math-verify
     graders   `math`, `synthetic`, and functions of the user, by name
     pool      graders in processes, with a hard limit of time and memory per completion
     worker    what such a process runs

@@ -9,79 +9,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
-__all__ = ["Unparseable", "is_same", "load_math_verify", "plain"]
+from optimal_sampling.verify.normalise import bare, plain
+from optimal_sampling.verify.numbers import bases, integers, is_number, percentages, ratios
 
+__all__ = ["Unparseable", "is_same", "is_same_text", "load_math_verify", "why_unusable"]
 
-_LONGEST = 300  # characters of a number that is read here
+_NO_ANSWER = "\N{REPLACEMENT CHARACTER}"  # equal to no reference
 
 
 class Unparseable(ValueError):
     """A reference that is no mathematics and no short text."""
 
 
-_FONTS = re.compile(
-    r"\\(?:textbf|textrm|textit|textnormal|textup|mathrm|mathbf|mathit|mathsf|mbox|operatorname)"
-    r"\s*\{"
-)
-_NOTHING = re.compile(
-    r"(?<!\\)\\[!,;:> ]|~"
-    r"|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|q?quad|nonumber)(?![A-Za-z])"
-    r"|\\phantom\{[^{}]*\}|\\phantom\s*-?"
-)
-_DELIMITED = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]|\$+(.*?)\$+", re.DOTALL)
-_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°")
-_LOOSE_FRACTION = re.compile(r"\\frac\s*(\\?[A-Za-z]+|\d)\s*(\\[A-Za-z]+|\d|(?<=\s)[A-Za-z])")
-_INTRODUCED = re.compile(r"^\s*\\text\s*\{[^{}]*(?:\bis|[:=])\s*\}(?=.)")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
-
-
-def _repeating(match: re.Match[str]) -> str:
-    r"""`0.1\overline{6}` as a fraction: (16 - 1) / (100 - 10)."""
-    whole, before, again = match.groups()
-    if len(match[0]) > _LONGEST:
-        return match[0]
-    above = int(f"{whole}{before}{again}") - int(f"{whole}{before}" or 0)
-    below = (10 ** len(again) - 1) * 10 ** len(before)
-    return rf"\frac{{{above}}}{{{below}}}"
-
-
-_REPLACED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
-    (re.compile(r",\\!|\{,\}|\\thinspace"), ""),  # between thousands
-    (_FONTS, r"\\text{"),
-    (_NOTHING, " "),
-    (_INTRODUCED, ""),  # "The answer is"
-    (_REPEATING, _repeating),
-    (re.compile(r"\\(?:varnothing|O)(?![A-Za-z])|\\\{\s*\\\}"), r"\\emptyset"),
-    (re.compile(r"\\[dtc]frac"), r"\\frac"),
-    (_LOOSE_FRACTION, r"\\frac{\1}{\2}"),
-    (re.compile(r"(?<=\d)i(?![A-Za-z])"), " i"),  # which math-verify reads as imaginary
-    (re.compile(r"\\?%"), "%"),
-    (re.compile(r"\\?\$"), ""),
-    (re.compile(r"[−–]"), "-"),
-    (re.compile(r"\\(?:le|ge)q?slant(?![A-Za-z])"), lambda match: match[0].replace("slant", "")),
-    (re.compile(r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<=[\d\s}])\s+(?:and|or)\s+(?=[-\d\\])"), ","),
-    (re.compile(r",\s*,"), ","),
-    (re.compile(r"^\s*(?:\\(?:approx|therefore|simeq)|≈)(?![A-Za-z])"), ""),
-    (re.compile(r"\s+"), " "),
-)
-
-
-def plain(text: str) -> str:
-    """An answer without what changes its looks alone: delimiters, spaces, fonts, a full stop."""
-    text = text.strip()
-    while match := _DELIMITED.fullmatch(text):
-        text = next(group for group in match.groups() if group is not None).strip()
-    for pattern, replacement in _REPLACED:
-        text = pattern.sub(replacement, text)
-    return text.strip().rstrip(".,;\\ ")
-
-
 def load_math_verify() -> None:
     """Import math-verify, which takes a second."""
     import math_verify  # noqa: F401
+
+
+@lru_cache(maxsize=65_536)
+def why_unusable(reference: str) -> str | None:
+    """Why no answer can be compared with a reference, whatever the answer; None where one can."""
+    if is_number(plain(reference)):
+        return None
+    try:
+        is_same(_NO_ANSWER, reference)
+    except Unparseable as error:
+        return str(error)
+    return None
+
+
+def is_same_text(answer: str, reference: str) -> bool:
+    """Whether two answers are the same characters, but for their looks."""
+    return _equal_texts(plain(answer), plain(reference)) is True
 
 
 def is_same(answer: str, reference: str) -> bool:
@@ -109,20 +71,14 @@ def _equal_texts(answer: str, reference: str) -> bool | None:
 
 _CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Z])\)?")
 _WITH_CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:])\s*(.+)", re.DOTALL)
-_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
-
-
-def _bare(text: str) -> str:
-    r"""Without the commands of `\text{...}` around its parts."""
-    return re.sub(r"\s+", " ", _TEXT.sub(r"\1", text)).strip().rstrip(".,: ")
 
 
 def _choice(text: str) -> tuple[str | None, str]:
     """The letter of a choice, and the text beside it: `(C) 12` -> C, 12."""
-    bare = _bare(text)
-    if match := _CHOICE.fullmatch(bare):
+    letters = bare(text)
+    if match := _CHOICE.fullmatch(letters):
         return (match[1] or match[2]).upper(), ""
-    if match := _WITH_CHOICE.fullmatch(bare):
+    if match := _WITH_CHOICE.fullmatch(letters):
         return match[1] or match[2], plain(match[3])
     return None, text
 
@@ -132,8 +88,8 @@ def _choices(answer: str, reference: str) -> bool | None:
     (letter, rest), (wanted, wanted_rest) = _choice(answer), _choice(reference)
     if wanted is None and letter is None:
         return None
-    if wanted is not None and letter is None and len(_bare(answer)) == 1:
-        letter = _bare(answer).upper()
+    if wanted is not None and letter is None and len(bare(answer)) == 1:
+        letter = bare(answer).upper()
     if wanted is not None and letter is not None:
         return letter == wanted
     if rest and wanted_rest:  # a letter on one side alone, beside the same text
@@ -148,119 +104,24 @@ _FUNCTIONS = {"sin", "cos", "tan", "log", "ln", "pi", "exp", "sqrt", "infty", "m
 
 def _words(answer: str, reference: str) -> bool | None:
     r"""The reference is one or several words, `\text{Friday}`, or letters, `A, B`."""
-    wanted = _bare(reference)
+    wanted = bare(reference)
     is_text = "\\text" in reference or len(wanted) > 3
     if not _WORDS.fullmatch(wanted) or not is_text or wanted.lower() in _FUNCTIONS:
         return None
     if len(wanted.split()) > _MOST_WORDS:
-        raise Unparseable(f"the reference answer {wanted!r:.200} is a text, not an answer")
-    wanted_parts, parts = _parts(wanted), _parts(_bare(answer))
+        raise Unparseable(_is_text(wanted))
+    wanted_parts, parts = _parts(wanted), _parts(bare(answer))
     if all(len(part) == 1 for part in wanted_parts):
         return sorted(wanted_parts) == sorted(parts)
     return wanted_parts == parts
 
 
+def _is_text(reference: str) -> str:
+    return f"the reference answer {reference!r:.200} is a text, not an answer"
+
+
 def _parts(words: str) -> list[str]:
     return [part.strip() for part in re.split(r",|\band\b", words.casefold()) if part.strip()]
-
-
-# --- numbers -----------------------------------------------------------------------------------
-
-_INTEGER = re.compile(r"([-+]?)\s?(\d{1,3}(?:,\d{3})+|\d+)(?:\.0*)?")
-_DECIMAL = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")
-_FRACTION = re.compile(r"([-+]?)(?:\\frac\{(-?\d+)\}\{(-?\d+)\}|(\d+)\s?/\s?(\d+))")
-
-
-def _integer(text: str) -> str | None:
-    """The digits of an integer with their sign: of any length, and never turned into a number."""
-    match = _INTEGER.fullmatch(text)
-    if match is None:
-        return None
-    digits = match[2].replace(",", "").lstrip("0") or "0"
-    return f"-{digits}" if match[1] == "-" and digits != "0" else digits
-
-
-def _rational(text: str) -> Fraction | None:
-    """The value of an integer, a decimal or a simple fraction."""
-    if not text or len(text) > _LONGEST:
-        return None
-    if _DECIMAL.fullmatch(text) and text[-1].isdigit():
-        return Fraction(text.replace(",", ""))
-    match = _FRACTION.fullmatch(text)
-    if match is None:
-        return None
-    above, below = int(match[2] or match[4]), int(match[3] or match[5])
-    return Fraction(above, below) * (-1 if match[1] == "-" else 1) if below else None
-
-
-def _integers(answer: str, reference: str) -> bool | None:
-    """The reference is an integer, the answer a number."""
-    wanted = _integer(reference)
-    if wanted is None:
-        return None
-    found = _integer(answer)
-    if found is not None:
-        return found == wanted
-    value = _rational(answer)
-    return None if value is None else value == _rational(reference)
-
-
-def _percentages(answer: str, reference: str) -> bool | None:
-    """One of them has a percent sign, which may be missing in the other: 50% is 50, and 0.5."""
-    if not {answer[-1:], reference[-1:]} & {"%"}:
-        return None
-    found, wanted = (_rational(text.rstrip("% ")) for text in (answer, reference))
-    if found is None or wanted is None:
-        return None
-    if answer[-1] == reference[-1] or found == wanted:
-        return found == wanted
-    scaled = (found, wanted / 100) if reference[-1] == "%" else (found / 100, wanted)
-    return scaled[0] == scaled[1]
-
-
-_BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
-_BASE_NAMES |= {"nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16}
-_BASE = re.compile(
-    r"\(?(-?[0-9A-Za-z][0-9A-Za-z, ]*)\)?\s*"
-    r"(?:_\s*\{?|\(?\s*base\s*)\s*([0-9]{1,2}|[a-z]+)\s*\}?\)?"
-)
-
-
-def _in_base(text: str) -> tuple[str, int] | None:
-    """Digits and base of `1011_2`, `(1011)_{two}`, `1011 base 2`."""
-    match = _BASE.fullmatch(_bare(text))
-    if match is None:
-        return None
-    name = match[2]
-    base = int(name) if name.isdigit() else _BASE_NAMES.get(name, 0)
-    digits = re.sub(r"[ ,]", "", match[1]).upper()
-    is_valid = 2 <= base <= 36 and all(int(each, 36) < base for each in digits.lstrip("-"))
-    return (digits, base) if is_valid else None
-
-
-def _bases(answer: str, reference: str) -> bool | None:
-    """One of them is a number in a base, which may be missing in the other."""
-    found, wanted = _in_base(answer), _in_base(reference)
-    if found and wanted:
-        return found == wanted
-    based, other = (found, reference) if found else (wanted, answer)
-    if based is None:
-        return None
-    return re.sub(r"[ ,]", "", _bare(other)).upper() == based[0]
-
-
-_RATIO = re.compile(r"\d+(?:\s?:\s?\d+)+(?:\s?[ap]\.?\s?m)?", re.IGNORECASE)
-
-
-def _ratios(answer: str, reference: str) -> bool | None:
-    """The reference is a ratio or a time of day: `3:4`, `8:34 p.m.`"""
-    wanted = _bare(reference)
-    if not _RATIO.fullmatch(wanted):
-        return None
-    found = re.sub(r"\\colon|\\ratio", ":", _bare(answer))
-    if match := _FRACTION.fullmatch(found):
-        found = f"{match[2] or match[4]}:{match[3] or match[5]}"
-    return re.sub(r"[ .]", "", found).lower() == re.sub(r"[ .]", "", wanted).lower()
 
 
 # --- units -------------------------------------------------------------------------------------
@@ -296,6 +157,7 @@ _UNITS = {
     for name in names.split()
 }
 """Spellings of a unit, without a plural s -> one of them."""
+_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°")
 _TEXT_UNIT = re.compile(r"(.*[\d}).!a-z])\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?([23])\}?)?")
 _WORD_UNIT = re.compile(
     r"([-+]?[\d.,/ ]*\d)\s*([A-Za-z]{2,}[A-Za-z ./]*|(?<= )[mgsh])(?:\^?\{?([23])\}?)?"
@@ -353,38 +215,51 @@ def _assignments(answer: str, reference: str) -> bool | None:
 
 _RULES: tuple[Rule, ...] = (
     _equal_texts,
-    _integers,
-    _percentages,
+    integers,
+    percentages,
     _choices,
-    _bases,
+    bases,
     _words,
-    _ratios,
+    ratios,
     _assignments,
     _units,
 )
 
 
+_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}(?![A-Za-z}])")  # words outside of commands
+_MOST_PROSE = 3  # such words of an expression
+_ROUNDING = 1e-6  # relative, of a decimal
+
+
 def _math_verify(answer: str, reference: str) -> bool:
     import math_verify
 
+    if len(_PROSE.findall(reference)) > _MOST_PROSE:
+        raise Unparseable(_is_text(reference))
     wanted = _parsed(reference)
     if not wanted:
         raise Unparseable(f"the reference answer {reference!r:.200} is no mathematics")
     if _BRACKETED.fullmatch(reference) and "," in answer and not re.match(r"\\?[(\[{]", answer):
         answer = f"{reference[0]}{answer}{reference[-1]}"  # an ordered pair without its brackets
     found = _parsed(answer)
-    if not found or _differ_exactly(wanted[0], found[0]):
+    if not found or _differ(wanted[0], found[0]):
         return False
     # Limits of time are the pool's: those of math-verify need the main thread.
     same = math_verify.verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True)
     return bool(same)
 
 
-def _differ_exactly(first: Any, second: Any) -> bool:
-    """Whether both are rational numbers and not equal; math-verify rounds tiny ones to zero."""
+def _differ(first: Any, second: Any) -> bool:
+    """Whether both are numbers and not equal; math-verify rounds tiny ones to zero."""
     values = [each.doit() for each in (first, second) if hasattr(each, "doit")]
     is_rational = [getattr(value, "is_Rational", False) for value in values]
-    return len(values) == 2 and all(is_rational) and bool(values[0] != values[1])
+    is_float = [getattr(value, "is_Float", False) for value in values]
+    if len(values) < 2 or not all(map(any, zip(is_rational, is_float, strict=True))):
+        return False
+    difference = abs(values[0] - values[1])
+    if all(is_rational):
+        return bool(difference)
+    return bool(difference > _ROUNDING * abs(values[0]))
 
 
 def _parsed(text: str) -> list[Any]:

@@ -158,17 +158,17 @@ def grade(task: Task, grader: Grader) -> Grade:
 
 
 def _grade_math(task: Task) -> Grade:
-    from optimal_sampling.verify.compare import Unparseable, is_same
+    from optimal_sampling.verify.compare import is_same, is_same_text, why_unusable
 
     if task.reference is None:
         return Grade("skipped", detail="the row has no reference answer")
     answer = task.answer
+    if reason := why_unusable(task.reference):
+        same = answer is not None and is_same_text(answer, task.reference)
+        return Grade("correct", answer) if same else Grade("skipped", answer, reason)
     if answer is None:
         return Grade("no_answer")
-    try:
-        same = is_same(answer, task.reference)
-    except Unparseable as error:
-        return Grade("skipped", answer, str(error))
+    same = is_same(answer, task.reference)
     return Grade("correct" if same else "wrong", answer)
 
 
@@ -177,6 +177,8 @@ def _grade_synthetic(task: Task) -> Grade:
 
     if task.reference is None:
         return Grade("skipped", detail="the row has no reference answer")
+    if not is_correct(rf"\boxed{{{task.reference}}}", task.reference):
+        return Grade("skipped", detail=f"the reference {task.reference!r:.{_SHOWN}} is no integer")
     answer = boxed(task.completion)
     if answer is None:
         return Grade("no_answer")

@@ -6,9 +6,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from optimal_sampling.config import Regrade, VerifyConfig, VerifyOptions, expand_user
 from optimal_sampling.errors import ConfigError, OptimalSamplingError, did_you_mean
@@ -87,6 +87,9 @@ def verify(
         timeout=options.timeout,
         memory_gib=options.memory_gib,
     )
+    if pool.spec.path is None:
+        for folder in folders:
+            _check_references(folder, options.reference)
     try:
         with progress, pool:
             for folder in folders:
@@ -97,9 +100,32 @@ def verify(
             progress.update(tally, 0, is_last=True)
     except KeyboardInterrupt:
         raise Interrupted(tally) from None
-    if pool.spec.path is None and tally.new and tally.without_reference == tally.new:
-        raise ConfigError(_no_reference(options.reference))
     return tally
+
+
+def _check_references(folder: Path, reference: str | None) -> None:
+    """Raise ConfigError where no record of a run folder has a reference answer.
+
+    Before the first verdict: a mistyped column must not replace the verdicts that are there.
+    """
+    rows = (line.record["row"] for _, line in record_lines(folder))
+    first = next(rows, None)
+    if first is None:
+        return
+    column = _column(folder, reference)
+    if any(reference_of(row, column) is not None for row in chain([first], rows)):
+        return
+    raise ConfigError(f"{folder}: {_no_reference(column, first)}")
+
+
+def _column(folder: Path, reference: str | None) -> str | None:
+    """Column with the reference answers; None: one of the usual names."""
+    return reference or _options_of(folder).get("answer_column")
+
+
+def _options_of(folder: Path) -> dict[str, Any]:
+    options = read_json(folder / "config.json").get("compared")
+    return options if isinstance(options, dict) else {}
 
 
 def _count_lines(folder: Path) -> int:
@@ -125,9 +151,8 @@ def _grade_folder(
 
 def _source_of(folder: Path, grader: GraderSpec, reference: str | None) -> Source:
     """References and markers of a run folder, by its `config.json`."""
-    options = read_json(folder / "config.json").get("compared")
-    options = options if isinstance(options, dict) else {}
-    column = reference or options.get("answer_column")
+    options = _options_of(folder)
+    column = _column(folder, reference)
     if grader.name != "math":  # other graders do not look for the answer
         return Source(grader, column)
     return Source(grader, column, lambda: _blocks_of(options))
@@ -241,18 +266,15 @@ class Grading:
 
 def check_columns(columns: Sequence[str], reference: str | None) -> None:
     """Raise ConfigError where a dataset with these columns has no reference answers."""
-    if reference is not None and reference not in columns:
-        near = did_you_mean(reference, columns)
-        raise ConfigError(
-            f"--reference {reference}: no such column{near}; the dataset has: {', '.join(columns)}"
-        )
-    if reference is None and not {*REFERENCE_FIELDS} & {*columns}:
-        raise ConfigError(_no_reference(reference))
+    looked_for = {*REFERENCE_FIELDS} if reference is None else {reference}
+    if not looked_for & {*columns}:
+        raise ConfigError(_no_reference(reference, columns))
 
 
-def _no_reference(column: str | None) -> str:
+def _no_reference(column: str | None, columns: Iterable[str]) -> str:
     looked_for = column or ", ".join(REFERENCE_FIELDS)
+    near = did_you_mean(column, columns) if column else ""
     return (
-        f"no row has a reference answer to grade with (looked for {looked_for}); "
-        "name its column with --reference"
+        f"no row has a reference answer to grade with (looked for {looked_for}{near}; "
+        f"the columns are: {', '.join(columns)}); name its column with --reference"
     )

@@ -43,7 +43,6 @@ class GradeTally:
     """New verdicts."""
     failures: Counter[str] = field(default_factory=Counter)
     """Why graders failed."""
-    without_reference: int = 0
     started: float = field(default_factory=time.monotonic)
 
     def counted(self, lines: Iterable[Line]) -> Iterator[Line]:
@@ -55,7 +54,6 @@ class GradeTally:
     def add(self, graded: Graded) -> None:
         """Count a new verdict."""
         self.counts[graded["verdict"]] += 1
-        self.without_reference += graded["reference"] is None
         if graded["failed"]:
             self.failures[str(graded["detail"])] += 1
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 from optimal_sampling.errors import ModelError
 
-__all__ = ["check_model_folder", "check_weight_files", "has_adapter"]
+__all__ = ["check_model_folder", "check_weight_files", "has_adapter", "safetensors_defect"]
 
 _MERGE = "merge it into the base model with peft's merge_and_unload, and give the saved result"
 _OTHER_KINDS = (
@@ -69,6 +71,43 @@ def check_weight_files(name: str, folder: Path) -> None:
         f"{name} has no file *.safetensors: {problem}; give a folder to which the model was saved "
         "with save_pretrained"
     )
+
+
+def safetensors_defect(folder: Path) -> str:
+    """Which of a folder's files of weights is cut short or missing; "" where none is.
+
+    A folder without any has no defect.
+    """
+    files = {path.name: path for path in folder.glob("*.safetensors")}
+    for name, path in sorted(files.items()):
+        if not _is_whole(path):
+            return f"{name} is cut short"
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    for index in indices:
+        try:
+            shards = {*json.loads(index.read_bytes())["weight_map"].values()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return f"{index.name} is cut short"
+        if missing := sorted(shards - files.keys()):
+            return f"{missing[0]} is missing"
+    if not indices and any(re.search(r"-of-\d+", name) for name in files):
+        return "its weights are in several files, and their index is missing"
+    return ""
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is as long as its header says (safetensors: 8 bytes, header, data)."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if not 0 < length <= size - 8:
+                return False
+            header = json.loads(file.read(length))
+        ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
+        return bool(size == 8 + length + max(ends, default=0))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def has_adapter(path: str) -> bool:

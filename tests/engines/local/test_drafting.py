@@ -295,8 +295,8 @@ def test_looked_up_ids_outside_the_vocabulary_are_not_drafted():
     seen = []
 
     class WatchedSampler(Sampler):
-        def sample(self, plan, rows):
-            sampled = super().sample(plan, rows)
+        def sample(self, plan, rows, before=None):
+            sampled = super().sample(plan, rows, before)
             seen.append(sampled.drafts)
             return sampled
 

@@ -101,11 +101,21 @@ def reserve(memory, plan):
     assert all(m.held >= m.bytes_needed(plan.lengths, plan.width) for m in memory.managers)
 
 
+def as_lists(plan):
+    """All of a plan, comparable."""
+    values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    return {name: np.asarray(x).tolist() if name != "chunks" else x for name, x in values.items()}
+
+
 def run(scheduler, sequences, width=1):
     """Serve all. The finished, in order; a token is a number of its sequence and position."""
     cache, finished, source, rounds = PretendCache(2), [], iter(sequences), 0
+    foreseen = rows = None
     while True:
         plan = scheduler.next_round(source, width)
+        if foreseen is not None and width == 1:
+            assert as_lists(plan) == as_lists(foreseen)
+            assert scheduler.running == rows
         if plan is None:
             if not scheduler.waiting:
                 return finished
@@ -116,6 +126,7 @@ def run(scheduler, sequences, width=1):
         cache.check(scheduler, plan)
         assert 1 <= plan.width <= width
         reserve(scheduler.memory, plan)
+        foreseen, rows = scheduler.following(plan), list(scheduler.running)
         assert len(scheduler.running) <= scheduler.limits.rows
         for context in range(2):
             assert sum(len(c.ids) for c in plan.chunks[context]) <= scheduler.limits.prefill_chunk
@@ -135,6 +146,7 @@ def run(scheduler, sequences, width=1):
                 done.append(index)
         finished += [scheduler.running[i] for i in done]
         scheduler.finish(done)
+        assert not (done and foreseen), "the limit of a text is known before"
 
 
 NARROWED = [
@@ -331,3 +343,19 @@ def test_a_batch_that_memory_bounds_gathers_by_what_it_holds():
             row.cached = [3, 3]
         scheduler.finish([0])
     assert running == [8, 7, 6, 5, 8, 7]
+
+
+def test_no_round_is_foreseen_past_a_switch_of_rotary_factors():
+    """Guards: a text that goes on with the short factors, as its switch fell into a round ahead."""
+    bounded = dataclasses.replace(limits(chunk=100), rope_switches=(12, None))
+    scheduler = Scheduler(bounded, slots(bounded.rows, 10**9))
+    source, foreseen = iter([sequence(0, 10, 6, 30)]), []
+    for _ in range(5):
+        plan = scheduler.next_round(source)
+        [row] = scheduler.running
+        for i in scheduler.memory.reservations(plan.lengths, UNIT):
+            scheduler.memory.managers[i].reserve(plan.lengths, UNIT)
+        foreseen.append((int(plan.lengths[0, 0]), scheduler.following(plan) is not None))
+        row.output.append(7)
+        row.cached = [row.known(0) - 1, row.known(1) - 1]
+    assert foreseen == [(10, False), (11, True), (12, False), (13, False), (14, True)]

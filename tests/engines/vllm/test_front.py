@@ -201,7 +201,8 @@ def test_failed_prompts_leave_empty_rows(sampler):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tensor_parallel_size": 2}, "several devices"),
+        ({"pipeline_parallel_size": 2}, "this kind of parallelism"),
+        ({"data_parallel_size": 2}, "one process per device"),
         ({"quantization": "fp8"}, "quantised"),
         ({"enable_lora": True}, "LoRA"),
         ({"watermark_config": {"key": 1}}, "watermarks"),

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -65,6 +66,19 @@ def test_load_dataset(tmp_path, runs, rows, output):
     assert {name: len(split) for name, split in loaded.items()} == report.rows
     assert set(report.rows) == {"train", "validation"}
     assert sum(report.rows.values()) == 8
+
+
+def test_the_cache_of_datasets_tells_exports_apart(tmp_path, runs, rows):
+    """Guards: the rows of another folder of the same last name, or from before an overwrite."""
+    datasets = pytest.importorskip("datasets")
+    counts = []
+    for name, count in (("one", 1), ("two", 2), ("two", 3)):
+        run = runs.make([Draw(number, "text") for number in range(count)], rows, f"run{count}")
+        target = str(tmp_path / name / "data")
+        report = export(runs.options(run, output_dir=target, overwrite=True), runs.tools)
+        loaded = datasets.load_dataset(str(report.folder), cache_dir=str(tmp_path / "cache"))
+        counts.append(loaded["train"].num_rows)
+    assert counts == [1, 2, 3]
 
 
 def test_only_correct(runs, rows):
@@ -244,6 +258,51 @@ def test_nothing_to_export(runs, rows):
     assert not (runs.root / "out").exists()
 
 
+def test_rows_without_a_solution(runs, rows):
+    """Guards: a warm start that one row without a solution stops, or that leaves it out unsaid."""
+    rows = [rows[0], rows[1] | {"solution": None}, rows[2] | {"solution": " "}]
+    folder = runs.make([Draw(place, "a") for place in range(3)], rows)
+    report = export(runs.options(folder, kind="warmstart"), runs.tools)
+    assert completions(report) == [rows[0]["solution"]]
+    assert lines(report)["left out: no solution in the column 'solution'"] == "2"
+
+
+def test_a_command_of_several_lines_in_the_card(runs, rows):
+    """Guards: a block of code in the card that ends, or changes an option, at a line break."""
+    folder = runs.make([Draw(0, "a")], rows, teacher_template="{problem}\n\nSolution: {solution}")
+    text = (export(runs.options(folder), runs.tools).folder / "README.md").read_text()
+    [block] = re.findall("^~~~sh$(.*?)^~~~$", text, re.DOTALL | re.MULTILINE)
+    words = shlex.split(block)
+    assert "--teacher-template={problem}\n\nSolution: {solution}" in words
+
+
+def test_the_folder_behind_a_link_is_replaced(runs, rows):
+    """Guards: an overwrite that fails on a link after it has moved the old export away."""
+    folder = runs.make([Draw(0, "a")], rows)
+    report = export(runs.options(folder), runs.tools)
+    link = runs.root / "link"
+    link.symlink_to(report.folder)
+    again = export(runs.options(folder, output_dir=str(link), overwrite=True), runs.tools)
+    assert link.is_symlink()
+    assert completions(again) == ["a"]
+
+
+def test_exports_with_dots_in_their_names_do_not_wait(tmp_path):
+    """Guards: Qwen3-1.7B and Qwen3-1.5B with one lock, of which the second is refused."""
+    first, second = tmp_path / "Qwen3-1.7B", tmp_path / "Qwen3-1.5B"
+    with new_folder(first, overwrite=False), new_folder(second, overwrite=False):
+        pass
+    assert first.is_dir()
+    assert second.is_dir()
+
+
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_an_empty_name_is_no_default(name):
+    """Guards: `--output-dir ""` of an unset variable, which wrote into the default folder."""
+    with pytest.raises(ConfigError, match="output_dir"):
+        ExportOptions(("run",), output_dir=name)
+
+
 def test_a_folder_that_is_not_empty(runs, rows):
     """Guards: a folder of the user's that is overwritten; an export that is overwritten unasked."""
     folder = runs.make([Draw(0, "a")], rows)
@@ -316,7 +375,7 @@ def test_the_card(runs, rows):
         assert f"## {title}" in text
         assert all(f"| {name} |" in text for name, _ in section)
     assert report.command in text
-    assert "    optimal-sampling export x" in text
+    assert "\noptimal-sampling export x\n" in text
     wanted = ("share right", "alpha where the models differ", "clamped share", "truncated")
     wanted += ("Chernoff information, nats/token", "tokens with loss", "teacher", "alpha method")
     assert not {*wanted} - lines(report).keys()
@@ -389,6 +448,7 @@ def exporting(root, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_killed_at_random(runs, rows):
     """Guards: 20 kills in an export that leave half of one, lose one, or change the next."""
     draws = [Draw(row, f"{row} {place} " * 20, place) for row in range(8) for place in range(100)]

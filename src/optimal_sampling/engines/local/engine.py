@@ -258,6 +258,11 @@ class LocalEngine(Engine):
                 f"{counts.accepted} of {counts.drafted} drafted tokens accepted "
                 f"in {counts.rounds} rounds"
             )
+        if counts.ahead:
+            notes["ahead"] = (
+                f"{counts.ahead} of {counts.rounds} rounds queued before the tokens of the round "
+                "before were known"
+            )
         if self.pair.shared:
             notes["weights"] = (
                 "the same for student and teacher, loaded once, both contexts in one forward pass"

@@ -14,6 +14,7 @@ text, and both contexts of all n tokens are one forward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from copy import copy
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -76,6 +77,7 @@ class SampledRound:
     """Per context, at the drafts' positions and at the one after."""
     step: Drawn
     """Rows * width tokens, row by row."""
+    noise: RoundNoise
     confidences: Seq[Float[np.ndarray, " rows"]]
     """Per draft, the probability that the drafter gave it in each row; 0: there was none."""
     stopwatch: Stopwatch
@@ -111,8 +113,18 @@ class RoundNoise:
         self._made: list[Float32[Tensor, "rows vocab"]] = []
         self._block = width if len(rows) * width * vocab <= self.BLOCK else 1
 
+    def following(self) -> RoundNoise:
+        """That of the next round, of width 1, after one token for each of the same rows."""
+        noise = copy(self)
+        noise._first = self._first + 1
+        noise._made = []
+        noise._block = 1
+        return noise
+
     def positions(self, width: int) -> Int64[Tensor, "rows width"]:
         """Index of each token in its completion."""
+        if width == 1:
+            return self._first[:, None]
         return self._first[:, None] + torch.arange(width, device=self._first.device)
 
     def at(self, offset: int) -> Float32[Tensor, "rows vocab"] | NoiseKeys:
@@ -133,7 +145,8 @@ class RoundNoise:
     def upto(self, width: int) -> Float32[Tensor, "tokens vocab"] | NoiseKeys:
         """Noise of rows * width tokens, row by row."""
         if self._fused:
-            return NoiseKeys(self._keys.repeat_interleave(width), self.positions(width).reshape(-1))
+            keys = self._keys if width == 1 else self._keys.repeat_interleave(width)
+            return NoiseKeys(keys, self.positions(width).reshape(-1))
         last = self.at(width - 1)
         if width == 1:
             return last
@@ -159,18 +172,27 @@ class Sampler:
         self.measures_confidence = self.device.type == "cpu"
         """The drafter's probabilities are on the host, where the policy needs them."""
 
-    def sample(self, plan: RoundPlan, rows: list[Sequence]) -> SampledRound:
-        """One round. The sequences are left as they are."""
-        noise = RoundNoise(rows, plan.width, self.settings.vocab_size, self.device)
+    def sample(
+        self, plan: RoundPlan, rows: list[Sequence], before: SampledRound | None = None
+    ) -> SampledRound:
+        """One round. The sequences are left as they are.
+
+        `before`: the round of the same rows whose tokens, one per row, `rows` do not have yet.
+        """
+        if before is None:
+            last = None
+            noise = RoundNoise(rows, plan.width, self.settings.vocab_size, self.device)
+        else:
+            last, noise = before.step.token, before.noise.following()
         if len(self.models) == 1:
-            return self._with_lookup(plan, rows, noise)
+            return self._with_lookup(plan, rows, noise, last)
         if self.overlap.works and self.policy.most == 0:
             # with drafts the policy has to know the seconds of each model
-            return self._side_by_side(plan, rows, noise)
-        return self._with_student(plan, rows, noise)
+            return self._side_by_side(plan, rows, noise, last)
+        return self._with_student(plan, rows, noise, last)
 
     def _with_student(
-        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise
+        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise, last: Tensor | None
     ) -> SampledRound:
         """The student steps and drafts while that pays, then the teacher verifies."""
         student, teacher = self.models
@@ -181,7 +203,7 @@ class Sampler:
         steps: list[Float[Tensor, "rows vocab"]] = []
         settled = True
         while True:
-            [logits], lasting = student.forward(plan, rows, drafts[:, -1:], offset=len(steps))
+            [logits], lasting = student.forward(plan, rows, drafts[:, -1:], len(steps), last)
             steps.append(logits[:, 0])
             settled &= lasting
             if len(steps) == plan.width or len(steps) == forced:
@@ -191,27 +213,28 @@ class Sampler:
                 break
             drafts = torch.cat([drafts, token[:, None]], 1)
         stopwatch.mark()
-        [verified], lasting = teacher.forward(plan, rows, drafts)
+        [verified], lasting = teacher.forward(plan, rows, drafts, last=last)
         stopwatch.mark()
         both = [torch.stack(steps, 1), verified]
         return SampledRound(
             drafts=drafts,
             logits=both,
             step=self._draw(both, noise),
+            noise=noise,
             confidences=expected.confidences,
             stopwatch=stopwatch,
             settled=settled and lasting,
         )
 
     def _side_by_side(
-        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise
+        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise, last: Tensor | None
     ) -> SampledRound:
         """One position, for which neither model waits for the other."""
         drafts = self._no_drafts(rows)
         stopwatch = Stopwatch(self.device)
         with self.overlap.beside():
-            verified, verify_lasting = self.models[1].forward(plan, rows, drafts)
-        stepped, lasting = self.models[0].forward(plan, rows, drafts)
+            verified, verify_lasting = self.models[1].forward(plan, rows, drafts, last=last)
+        stepped, lasting = self.models[0].forward(plan, rows, drafts, last=last)
         stopwatch.mark()
         self.overlap.join()
         stopwatch.mark()
@@ -220,6 +243,7 @@ class Sampler:
             drafts=drafts,
             logits=both,
             step=self._draw(both, noise),
+            noise=noise,
             confidences=[],
             stopwatch=stopwatch,
             settled=lasting and verify_lasting,
@@ -242,7 +266,7 @@ class Sampler:
         return known
 
     def _with_lookup(
-        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise
+        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise, last: Tensor | None
     ) -> SampledRound:
         """One model: the last token and what was looked up, in all contexts, in one pass."""
         stopwatch = Stopwatch(self.device)
@@ -250,12 +274,13 @@ class Sampler:
         found, confidences = self._looked_up(plan, rows, min(width, plan.width) - 1)
         drafts = to_device(np.array(found, dtype=np.int64).reshape(len(rows), -1), self.device)
         stopwatch.mark()
-        logits, settled = self.models[0].forward(plan, rows, drafts)
+        logits, settled = self.models[0].forward(plan, rows, drafts, last=last)
         stopwatch.mark()
         return SampledRound(
             drafts=drafts,
             logits=logits,
             step=self._draw(logits, noise),
+            noise=noise,
             confidences=confidences,
             stopwatch=stopwatch,
             settled=settled,

@@ -1,6 +1,7 @@
 """One `generate` call: requests become sequences, rounds extend them, and ended ones completions.
 
-Every cache holds all but the last token of a row, so giving up drafts is not counting them.
+Every cache holds all but the last token of a row, so giving up drafts is not counting them. The
+same holds for a round that is queued ahead: what it made for texts that ended is not counted.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from optimal_sampling.distribution import top_tokens
 from optimal_sampling.engines.base import bad_logits_message, prompt_problem
+from optimal_sampling.engines.device import HostCopy
 from optimal_sampling.engines.local.drafting import DraftPolicy, Lookup
 from optimal_sampling.engines.local.emission import Drawing, Emission
 from optimal_sampling.engines.local.memory import KVMemory
@@ -24,7 +26,7 @@ from optimal_sampling.engines.local.runner import CachedModel
 from optimal_sampling.engines.local.scheduler import RoundPlan, Scheduler, Sequence
 from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Request, TokenTrace
 
-__all__ = ["DraftCounts", "GenerationLoop"]
+__all__ = ["DraftCounts", "GenerationLoop", "QueuedRound"]
 
 
 @dataclass(slots=True)
@@ -32,10 +34,23 @@ class DraftCounts:
     """What speculation did in one `generate` call."""
 
     rounds: int = 0
+    ahead: int = 0
+    """Rounds that were queued before the tokens of the one before were waited for."""
     drafted: int = 0
     """Tokens drafted for rows that were decoding."""
     accepted: int = 0
     """Of these, tokens of a completion after which the round went on."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QueuedRound:
+    """A round whose tokens are not yet waited for."""
+
+    plan: RoundPlan
+    rows: list[Sequence]
+    sampled: SampledRound
+    packed: HostCopy
+    started: float
 
 
 class GenerationLoop:
@@ -53,6 +68,12 @@ class GenerationLoop:
         self.policy = policy
         self.sampler = sampler
         self.counts = DraftCounts()
+        self.runs_ahead = (
+            policy.most == 0
+            and all(model.runner.runs_ahead for model in models)
+            and not (settings.capture or settings.top_tokens)  # made from logits, after the wait
+        )
+        """Whether a round is queued before the tokens of the one before it are waited for."""
         self._is_stop = np.zeros(settings.vocab_size, dtype=bool)
         self._is_stop[[token for token in settings.stop_ids if token < settings.vocab_size]] = True
         self.memory = KVMemory([model.cache.manager for model in models], settings.memory)
@@ -67,7 +88,7 @@ class GenerationLoop:
                 yield self._completion(sequence, "error", reason)
             self.scheduler.rejected.clear()
             if plan is not None:
-                yield from self._round(plan)
+                yield from self._rounds(plan)
             elif not self.scheduler.waiting:
                 return
 
@@ -93,20 +114,51 @@ class GenerationLoop:
 
     # a round
 
+    def _rounds(self, plan: RoundPlan) -> Iterator[Completion]:
+        """The planned round, and those after it that need no other plan until a text ends.
+
+        Each of these is queued before the tokens of the one before it are waited for.
+        """
+        queued: QueuedRound | None = self._queue(plan)
+        while queued is not None:
+            ahead = self._queue_ahead(queued) if self.runs_ahead else None
+            done = self._finish(queued)
+            self.scheduler.finish(list(done))
+            if ahead is not None:
+                for row in done:
+                    ahead.plan.ready[row] = False
+            queued = ahead if ahead is not None and any(ahead.plan.ready) else None
+            yield from done.values()
+
     @torch.inference_mode()
-    def _round(self, plan: RoundPlan) -> list[Completion]:
+    def _queue(self, plan: RoundPlan, before: SampledRound | None = None) -> QueuedRound:
+        """Queue a round; `before` as in `Sampler.sample`."""
         started = time.perf_counter()
         rows = self.scheduler.running
         self._prepare(plan, rows)
-        sampled = self.sampler.sample(plan, rows)
+        sampled = self.sampler.sample(plan, rows, before)
         self.counts.rounds += 1
+        return QueuedRound(plan, rows, sampled, HostCopy(sampled.packed()), started)
+
+    def _queue_ahead(self, queued: QueuedRound) -> QueuedRound | None:
+        """The round after this one, where its plan is certain unless a text ends."""
+        plan = self.scheduler.following(queued.plan)
+        if plan is None:
+            return None
+        self.counts.ahead += 1
+        return self._queue(plan, queued.sampled)
+
+    @torch.inference_mode()
+    def _finish(self, queued: QueuedRound) -> dict[int, Completion]:
+        """Wait for a round's tokens and append them. The texts that end, by row."""
+        plan, rows, sampled = queued.plan, queued.rows, queued.sampled
         for context, chunks in enumerate(plan.chunks):
             for chunk in chunks:
                 rows[chunk.row].cached[context] += len(chunk.ids)
-        done = self._emit(plan, rows, sampled)
-        if sampled.settled and not any(plan.chunks):
+        done = self._emit(queued)
+        if self.policy.most and sampled.settled and not any(plan.chunks):
             drafting, verification = sampled.stopwatch.laps()
-            rest = time.perf_counter() - started - drafting - verification
+            rest = time.perf_counter() - queued.started - drafting - verification
             self.policy.observe_round(sampled.width, len(rows), drafting, verification, rest)
         return done
 
@@ -120,39 +172,28 @@ class GenerationLoop:
 
     # from tensors to completions
 
-    def _emit(
-        self, plan: RoundPlan, rows: list[Sequence], sampled: SampledRound
-    ) -> list[Completion]:
+    def _emit(self, queued: QueuedRound) -> dict[int, Completion]:
         """Give every ready row its tokens. The copy to the host is the only wait for a GPU."""
-        width = sampled.width
-        packed = sampled.packed().cpu().numpy().reshape(len(rows), width, -1)
+        plan, rows, sampled = queued.plan, queued.rows, queued.sampled
+        packed = queued.packed.wait().reshape(len(rows), sampled.width, -1)
         tokens = packed[:, :, 1].astype(np.int64)
         drawing = Drawing(
             tokens=tokens,
             drafts=packed[:, :-1, 0].astype(np.int64),
             bad=packed[:, :, 2] + packed[:, :, 3] > 0,
             stops=self._is_stop[tokens],
-            left=self._left(plan, rows),
+            left=plan.left,
         )
         emission = Emission.of(drawing, plan.ready)
         self._learn(sampled, drawing, emission, plan.ready)
         self._extend(plan, rows, drawing, emission, packed[:, :, 4:])
         self._keep_captured(sampled, rows, emission)
-        done = []
+        done = {}
         for row, reason in emission.ended.items():
             error = self._error(rows[row], packed[row]) if reason == "error" else ""
             if not (error and self._recomputes(row, rows[row])):
-                done.append((row, self._completion(rows[row], reason, error)))
-        self.scheduler.finish([row for row, _ in done])
-        return [completion for _, completion in done]
-
-    def _left(self, plan: RoundPlan, rows: list[Sequence]) -> Int[np.ndarray, " rows"]:
-        """Tokens that each text may still have, by its request and by the contexts."""
-        left = np.array([s.request.max_new_tokens - len(s.outputs[0]) for s in rows])
-        for known, limit in zip(plan.lengths.T, self.settings.limits.context_lengths, strict=True):
-            if limit is not None:
-                left = np.minimum(left, limit - known)
-        return left
+                done[row] = self._completion(rows[row], reason, error)
+        return done
 
     def _extend(
         self,

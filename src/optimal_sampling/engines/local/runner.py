@@ -145,6 +145,11 @@ class ModelRunner(ABC, Generic[CacheT]):
     """Key length at which attention changes its bits."""
     gather = 0.0
     """`Limits.gather` for this kind of memory."""
+    runs_ahead = False
+    """A pass may be queued before it is known which rows the pass before it ended.
+
+    What it writes for those rows is never read.
+    """
     drafts = True
     """Several tokens of a row can go through the model at once, and be forgotten."""
 
@@ -238,11 +243,13 @@ class CachedModel:
         rows: list[Sequence],
         drafts: Int[Tensor, "rows drafts"],
         offset: int = 0,
+        last: Int[Tensor, " rows"] | None = None,
     ) -> tuple[list[Float[Tensor, "rows width vocab"]], bool]:
         """Logits after each row's last known token and after each of its drafts, per context.
 
         Returns whether the pass was settled too. With an `offset` the last known token and
-        `offset - 1` drafts are cached already, and only `drafts` are fed.
+        `offset - 1` drafts are cached already, and only `drafts` are fed. `last`: the last known
+        tokens, where `rows` do not have them yet.
         """
         width = len(self.contexts)
         idle: list[int] = []
@@ -253,13 +260,19 @@ class CachedModel:
         tokens = drafts.repeat_interleave(width, 0) if width > 1 else drafts
         chunks: list[Chunk] = []
         if offset == 0:
-            last = np.array(
-                [[(s.outputs[c] or s.prompts[c])[-1]] for s in rows for c in self.contexts]
-            )
-            tokens = torch.cat([to_device(last, drafts.device), tokens], 1)
+            if last is None:
+                last = self._last(rows)
+            elif width > 1:
+                last = last.repeat_interleave(width)
+            tokens = torch.cat([last[:, None], tokens], 1)
             chunks = self._chunks(plan)
         done = self.runner.forward(self.cache, tokens, start, idle, chunks)
         return [done.logits[i::width] for i in range(width)], done.settled
+
+    def _last(self, rows: list[Sequence]) -> Int[Tensor, " rows"]:
+        """The last known token of every row of this cache."""
+        last = [(s.outputs[c] or s.prompts[c])[-1] for s in rows for c in self.contexts]
+        return to_device(np.array(last), self.runner.device)
 
     def _chunks(self, plan: RoundPlan) -> list[Chunk]:
         """The plan's chunks, addressed by rows of this cache."""

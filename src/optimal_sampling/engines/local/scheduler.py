@@ -10,11 +10,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from optimal_sampling.engines.local.memory import KVMemory, Lengths
 from optimal_sampling.types import Request
@@ -141,6 +142,8 @@ class RoundPlan:
     """(from, to) rows to copy in every cache before anything else."""
     lengths: Lengths
     """The tokens known before the round; caches need `width` more."""
+    left: Int[np.ndarray, " rows"]
+    """Tokens that each text may still have, by its request and by the contexts."""
 
 
 class Scheduler:
@@ -181,6 +184,24 @@ class Scheduler:
         self._admit(source, lengths, left)
         moves = self._close_holes()
         return self._plan(width, moves) if self.running else None
+
+    def following(self, plan: RoundPlan) -> RoundPlan | None:
+        """The round after `plan`, should no text end in it; before its tokens are known.
+
+        None where that round has other rows or reads prompt tokens, moves memory, or may not be.
+        Admission need not be tried again: what stopped it, for a plan without chunks, holds until
+        a text ends.
+        """
+        if plan.width > 1 or any(plan.chunks) or not all(plan.ready) or plan.left.min() < 2:
+            return None
+        lengths = plan.lengths + 1
+        for known, switch in zip(lengths.T, self.limits.rope_switches, strict=False):
+            if switch is not None and (known == switch + 1).any():
+                return None
+        if self.memory.reservations(lengths, 1):
+            return None
+        ready = list(plan.ready)
+        return replace(plan, ready=ready, moves=[], lengths=lengths, left=plan.left - 1)
 
     def finish(self, rows: list[int]) -> None:
         """These rows have ended; the next admissions take their place."""
@@ -325,7 +346,16 @@ class Scheduler:
                     ids = sequence.tokens(context, start, count)
                     chunks[context].append(Chunk(row, start, ids, sequence.long[context]))
         lengths = self._lengths(self.running)
-        return RoundPlan(self._width(width, ready, lengths), ready, chunks, moves, lengths)
+        width = self._width(width, ready, lengths)
+        return RoundPlan(width, ready, chunks, moves, lengths, self._left(lengths))
+
+    def _left(self, lengths: Lengths) -> Int[np.ndarray, " rows"]:
+        """Tokens that each running text may still have."""
+        left = np.array([s.request.max_new_tokens - len(s.outputs[0]) for s in self.running])
+        for known, limit in zip(lengths.T, self.limits.context_lengths, strict=True):
+            if limit is not None:
+                left = np.minimum(left, limit - known)
+        return left
 
     def _granted_rows(self) -> list[int]:
         """The rows that have tokens to cache, by admission."""

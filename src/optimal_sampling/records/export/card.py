@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,15 @@ def card(
     runs: list[Run],
     sections: Iterable[Section],
     commands: Iterable[str],
-    splits: Iterable[str],
+    folder: Path,
 ) -> str:
-    """README.md: YAML for the hub and `load_dataset`, then Markdown."""
+    """README.md: YAML for the hub and `load_dataset`, then Markdown.
+
+    `folder`: holds the rows, in `data/SPLIT-*.parquet`.
+    """
     source = _first(runs, "dataset")
     parts = [
-        _front_matter(options, splits, licence(options, source)),
+        _front_matter(options, folder, licence(options, source)),
         f"# {options.kind}: {source}\n",
         f"{_KINDS[options.kind]}\nMade by optimal-sampling {__version__}.\n",
         f"Columns: {_FORMATS[options.format]}",
@@ -92,8 +96,9 @@ def card(
         else "",
     ]
     parts += [_table(title, lines) for title, lines in sections]
-    text = "\n".join(f"    {command}" for command in commands)
-    parts.append(f"## Commands\n\n{text}\n")
+    # Fenced: an indented block would end, or change an option, where one holds a line break.
+    text = "\n".join(commands)
+    parts.append(f"## Commands\n\n~~~sh\n{text}\n~~~\n")
     return "\n".join(parts)
 
 
@@ -118,15 +123,25 @@ def _licence_of(readme: str) -> str:
     return next((value.strip() for name, _, value in lines if name == "license"), "unknown")
 
 
-def _front_matter(options: ExportOptions, splits: Iterable[str], name: str) -> str:
+def _front_matter(options: ExportOptions, folder: Path, name: str) -> str:
+    """The name of the config is that of its content, by which the cache of `datasets` knows it.
+
+    That cache tells local folders apart by their last name and the config's alone, and would give
+    the rows of another export, or those from before an overwrite.
+    """
     import yaml
 
+    paths = sorted(folder.glob("data/*.parquet"))
+    splits = dict.fromkeys(path.name.split("-")[0] for path in paths)
+    digest = blake2b(digest_size=6)
+    for path in paths:
+        digest.update(path.read_bytes())
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     head: Mapping[str, Any] = {
         "license": name,
         "task_categories": ["text-generation"],
         "tags": ["distillation", "optimal-sampling", options.kind],
-        "configs": [{"config_name": "default", "data_files": files}],
+        "configs": [{"config_name": f"{options.kind}-{digest.hexdigest()}", "data_files": files}],
     }
     return f"---\n{yaml.safe_dump(dict(head), sort_keys=False)}---\n"
 

@@ -34,6 +34,7 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     another process writes it; StorageError where the disk is full.
     """
     check_target(target, overwrite=overwrite)
+    target = Path(os.path.realpath(target))  # of a link, what it leads to is replaced
     lock = Lock(target)
     partial = target.with_name(f".{target.name}.partial")
     old = target.with_name(f".{target.name}.old")
@@ -57,11 +58,14 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 def check_target(target: Path, *, overwrite: bool) -> None:
     """Raise RunFolderError where the folder may not be written."""
-    if not target.exists():
+    try:
+        names = set(os.listdir(target))
+    except FileNotFoundError:
         return
-    if not target.is_dir():
-        raise RunFolderError(f"{target} is a file; choose another --output-dir")
-    names = {path.name for path in target.iterdir()}
+    except NotADirectoryError as error:
+        raise RunFolderError(f"{target} is a file; choose another --output-dir") from error
+    except OSError as error:
+        raise disk_error(target, error) from error
     if names and not overwrite:
         raise RunFolderError(f"{target} is not empty; choose another --output-dir, or --overwrite")
     foreign = sorted(names - _OWN_NAMES)

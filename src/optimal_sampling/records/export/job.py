@@ -97,15 +97,16 @@ def export(options: ExportOptions, tools: Tools, commands: Iterable[str] = ()) -
     _, first = next(records_of(selection.entries[:1]))
     form = form_of(options, tokens, runs, first)
     writing = _Writing(options, form, tools)
+    coverage = _coverage(options, runs, entries)
     with new_folder(target, overwrite=options.overwrite) as folder:
         exported = writing.run(folder, selection.entries)
         sections = _sections(options, runs, selection, exported, Source.of(entries, failed))
-        sections[0][1].extend(_coverage(options, runs, entries).lines())
+        sections[0][1].extend(coverage.lines())
         sections += _more(questions, tokens, runs)
         command = train_command(options, tokens, exported.longest)
         made = [generate_command(run) for run in runs]
         shown = [*made, *commands, *([command] if command else [])]
-        text = card(options, runs, sections, shown, exported.rows)
+        text = card(options, runs, sections, shown, folder)
         (folder / "README.md").write_text(text, "utf-8", errors="backslashreplace")
         _write_summary(folder, options, exported, tokens, sections)
     return Report(target, dict(exported.rows), sections, command)
@@ -145,8 +146,8 @@ class _Writing:
         try:
             for number, (entry, record) in enumerate(records_of(entries)):
                 row = self.form.row(entry, record)
-                if row is None:
-                    self.exported.without_prompt += 1
+                if isinstance(row, str):
+                    self.exported.left_out[row] += 1
                     continue
                 validation = is_validation(entry.prompt, self.options.validation_share)
                 split = "validation" if validation else "train"
@@ -168,16 +169,14 @@ class _Writing:
     def _check_rows(self) -> None:
         if self.exported.rows["train"]:
             return
-        lost = self.exported.without_prompt
-        raise DatasetError(
-            "nothing to train on: "
-            + (
-                f"the prompts of all {lost} records have other ids with the tokenizer of "
-                f"{self.form.tokens.model!r} than they had"
-                if lost and not self.exported.count
-                else f"all {self.exported.count} rows are in the validation split"
-            )
-        )
+        reasons = [f"{count} records: {why}" for why, count in self.exported.left_out.items()]
+        if self.exported.count:
+            reasons.append(f"all {self.exported.count} rows are in the validation split")
+        message = f"nothing to train {self.form.tokens.model!r} on: {'; '.join(reasons)}"
+        if self.options.kind == "warmstart":
+            columns = ", ".join(self.form.first["row"])
+            message += f". The columns are: {columns} (--solution-column)"
+        raise DatasetError(message)
 
     def _score(self, scored: list[Scored]) -> None:
         if not scored or self.options.format == "prompts":

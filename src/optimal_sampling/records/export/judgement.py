@@ -151,8 +151,8 @@ class Exported:
     """Rows whose text has other ids than were drawn."""
     changed_rows: list[str] = field(default_factory=list)
     """The first of them: id and sample."""
-    without_prompt: int = 0
-    """Records that were left out: the ids of their prompts cannot be made again."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Records of which no row could be made, by reason."""
     totals: Totals = field(default_factory=Totals)
     hints: int = 0
     """Rows whose teacher was shown more than the student."""
@@ -223,9 +223,8 @@ class Exported:
             if self.changed_rows:
                 more = ", ..." if self.changed > SHOWN else ""
                 yield "these are (id:sample_index)", ", ".join(self.changed_rows) + more
-        if self.without_prompt:
-            count = str(self.without_prompt)
-            yield "left out: prompt ids cannot be made again from the text", count
+        for reason, count in self.left_out.items():
+            yield f"left out: {reason}", str(count)
 
     def _student_lines(self) -> Iterator[Line]:
         name = "student NLL, nats/token, before training"

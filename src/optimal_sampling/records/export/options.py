@@ -99,8 +99,12 @@ class ExportOptions:
             raise ConfigError(f"max_per_prompt must be at least 1, got {self.max_per_prompt}")
         if self.score_rows < 0:
             raise ConfigError(f"score_rows must be at least 0, got {self.score_rows}")
-        target = expand_user(self.output_dir or f"outputs/sft/{self.kind}_sft")
-        object.__setattr__(self, "output_dir", str(target))
+        target = self.output_dir
+        if target is None:
+            target = f"outputs/sft/{self.kind}_sft"
+        if not target or "\0" in target:
+            raise ConfigError(f"output_dir must be a name without NUL characters, got {target!r}")
+        object.__setattr__(self, "output_dir", str(expand_user(target)))
         self._check_combinations()
 
     def _check_combinations(self) -> None:

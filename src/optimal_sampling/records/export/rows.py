@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from optimal_sampling.errors import DatasetError
 from optimal_sampling.prompts.rows import value_text
 from optimal_sampling.records.export.conversations import Conversations
 from optimal_sampling.records.export.options import ExportOptions
@@ -56,8 +55,8 @@ class Form:
         """Names and types of the columns."""
         raise NotImplementedError
 
-    def row(self, entry: Entry, record: Record) -> Row | None:
-        """The row of a record; None where the ids of its prompt cannot be made again."""
+    def row(self, entry: Entry, record: Record) -> Row | str:
+        """The row of a record, or why it has none."""
         raise NotImplementedError
 
 
@@ -78,13 +77,16 @@ class RowMaker(Form):
             columns["chat_template_kwargs"] = pa.struct({"enable_thinking": pa.bool_()})
         return pa.schema(columns | {"id": pa.string(), "sample_index": pa.int32()})
 
-    def row(self, entry: Entry, record: Record) -> Row | None:
+    def row(self, entry: Entry, record: Record) -> Row | str:
         """As in Form."""
         prompt_ids = self.tokens.prompt_ids(record, self.runs[entry.run])
         if prompt_ids is None:
-            return None
+            return "prompt ids cannot be made again from the text"
+        completion = self._completion(entry, record, prompt_ids)
+        if completion is None:
+            return f"no solution in the column {self.options.solution_column!r}"
         hint = self.conversations[entry.run].hint(record["row"])
-        text, ids = self._completion(entry, record, prompt_ids)
+        text, ids = completion
         made = Row({}, prompt_ids, ids, text, hint)
         if self.options.format == "tokens":
             made.columns = {
@@ -106,19 +108,15 @@ class RowMaker(Form):
 
     def _completion(
         self, entry: Entry, record: Record, prompt_ids: list[int]
-    ) -> tuple[str, list[int]]:
-        """Text without and ids with the end token."""
+    ) -> tuple[str, list[int]] | None:
+        """Text without and ids with the end token; None where the row has no solution."""
         if self.options.kind != "warmstart":
             self.tokens.check(entry, record)
             return raw_text(record), record["completion_ids"]
         column = self.options.solution_column
         text = value_text(record["row"].get(column), column)
-        if text is None:
-            raise DatasetError(
-                f"row {record['row_index']} of the dataset has no solution in the column "
-                f"{column!r}; it has: {', '.join(record['row'])}. Name the column with "
-                "--solution-column"
-            )
+        if not text or text.isspace():
+            return None
         return text, self.tokens.continued(record["student_prompt"], prompt_ids, text)
 
     def _add_messages(self, made: Row, entry: Entry, record: Record) -> None:
@@ -161,7 +159,7 @@ class PromptMaker(Form):
         differ = any(len({run.compared.get(name) for name in names}) > 1 for run in self.runs)
         return differ or "privileged_context" in self.first["row"]
 
-    def row(self, entry: Entry, record: Record) -> Row | None:
+    def row(self, entry: Entry, record: Record) -> Row | str:
         """As in Form."""
         conversations = self.conversations[entry.run]
         messages = conversations.student(record["row"])

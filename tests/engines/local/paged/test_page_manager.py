@@ -1,10 +1,11 @@
 """Extents of pages against a pretend memory, in which every page says what was written to it."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimal_sampling.engines.local.paged.page_manager import ExtentAllocator
+from optimal_sampling.engines.local.paged.page_manager import PAGE, ExtentAllocator, PageManager
 
 PAGES = 12
 
@@ -77,3 +78,13 @@ def test_growth_in_place_copies_nothing():
 def test_more_than_there_is_is_refused():
     with pytest.raises(ValueError, match="13 pages are wanted, and there are 12"):
         ExtentAllocator(PAGES).resize([6, 7])
+
+
+def test_there_is_room_until_a_row_outgrows_its_pages():
+    """Guards: a round queued ahead that would move rows, or that keeps the pages of ended rows."""
+    manager = PageManager((0,), 1, 3)
+    manager.reserve(np.array([[PAGE - 3], [5]]), 1)
+    assert manager.has_room(np.array([[PAGE - 1], [7]]), 1)
+    assert not manager.has_room(np.array([[PAGE], [7]]), 1)
+    assert not manager.has_room(np.array([[PAGE - 1]]), 1)
+    assert not manager.has_room(np.array([[5], [5], [5]]), 1)

@@ -16,17 +16,18 @@ from tests.engines.local.paged.conftest import FakeRecorder
 from tests.engines.local.test_engine import PROMPTS
 
 
-def paged_engine(*models, recorded=True, **options):
+def paged_engine(*models, recorded=True, ahead=False, **options):
     engine = engine_of(*models, **options)
     for runner in engine.pair.runners.values():
         assert isinstance(runner, PageRunner)
         runner.new_recorder = FakeRecorder if recorded else None
+        runner.runs_ahead = ahead
     return engine
 
 
-def paged_harness(student, teacher):
+def paged_harness(student, teacher, **options):
     stock = {"student": stock_logits(student), "teacher": stock_logits(teacher)}
-    base = paged_engine(student, teacher)
+    base = paged_engine(student, teacher, **options)
     return Harness(
         open=lambda mixture, batch_size: base.view(
             mixture, options=replace(base.options, batch_size=batch_size)
@@ -54,6 +55,14 @@ class TestPagedSharedWeights(EngineConformance):
     def test_draws_follow_q(self, harness):
         """As in the suite; the two prompts are what makes q differ from the teacher."""
         super().test_draws_follow_q(harness)
+
+
+@pytest.mark.usefixtures("flash_on_cpu")
+class TestRunningAhead(EngineConformance):
+    @pytest.fixture
+    def harness(self, flash_on_cpu):
+        models = tiny_model(1, layers=1), tiny_model(2, layers=3)
+        return paged_harness(*models, ahead=True, draft_tokens=0)
 
 
 def texts(completions):

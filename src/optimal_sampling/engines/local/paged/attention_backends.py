@@ -158,10 +158,7 @@ def _own_window(call: AttentionCall, queries: int) -> tuple[bool, int, int]:
 
 
 def split_or(flash: Backend) -> Backend:
-    """Split-KV attention in Triton where every row has a few queries; `flash` elsewhere.
-
-    On an H100 it is 2 to 13 times as fast as PyTorch's operator for 1 to 5 queries per row.
-    """
+    """Split-KV attention in Triton where every row has a few queries; `flash` elsewhere."""
     from optimal_sampling.engines.local.paged.split_attention import (
         MOST_QUERIES,
         split_attention,

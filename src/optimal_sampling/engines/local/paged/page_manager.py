@@ -67,8 +67,9 @@ class PageManager(BlockManager):
         return bool(self._pages(lengths, width).sum() <= self.pages)
 
     def has_room(self, lengths: Lengths, width: int) -> bool:
-        """Never: resizing also frees the extents of rows that ended."""
-        return False
+        """Whether the rows are as many as there were, and the pages of each are enough."""
+        needed = self.row_lengths(lengths, width)
+        return len(needed) == len(self.allocator.rows) and bool((needed <= self.rooms).all())
 
     def reserve(self, lengths: Lengths, width: int) -> list[Copy]:
         """Resize all extents. Returns the copies to make, one after the other."""

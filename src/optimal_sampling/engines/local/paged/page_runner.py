@@ -73,6 +73,7 @@ class PageRunner(ModelRunner[PageCache]):
         self.new_recorder: Callable[[], Recorder] | None = (
             CudaRecorder if self.device.type == "cuda" else None
         )
+        self.runs_ahead = self.device.type == "cuda"
         self.graphs: dict[PageCache, Graphs] = {}
         self.released: list[PageCache] = []
 
