@@ -180,7 +180,7 @@ def _generate(config: GenerateConfig) -> int:
 
     summary = generate(config, progress_for())
     Console().print(summary.table())
-    return 3 if summary.failed else 0
+    return 3 if summary.failed or summary.not_graded else 0
 
 
 def run_evaluate(arguments: Sequence[str]) -> int:

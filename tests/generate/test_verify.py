@@ -180,3 +180,12 @@ def test_killed_while_it_generates_and_grades(tmp_path, most):
             even = int(record["row"]["answer"]) % 2 == 0
             assert graded["verdict"] == ("correct" if even else "wrong")
     assert {graded["verdict"] for _, graded in pairs} == {"correct", "wrong", "truncated"}
+
+
+def test_a_grader_that_fails_is_counted(fake_engine, graded_job, tmp_path):
+    """Guards: exit code 0 for a run of which no completion could be graded."""
+    path = tmp_path / "raises.py"
+    path.write_text("def check(completion, reference, row):\n    raise ValueError\n")
+    summary = generate(graded_job(grader=f"{path}:check"))
+    assert summary.verdicts == {"skipped": summary.not_graded}
+    assert summary.not_graded > 0

@@ -147,9 +147,12 @@ def test_a_mistyped_column_leaves_the_verdicts(tmp_path):
     run = make_run(tmp_path, sums(3))
     verify([run], SYNTHETIC)
     before = lines_of(run)
-    wrong = VerifyOptions(grader="synthetic", workers=1, reference="anser", regrade="all")
-    with pytest.raises(ConfigError, match=r"looked for anser; did you mean 'answer'"):
-        verify([run], wrong)
+    own = tmp_path / "own.py"
+    own.write_text("def check(completion, reference, row):\n    return True\n")
+    for grader in ("synthetic", f"{own}:check"):
+        wrong = VerifyOptions(grader=grader, workers=1, reference="anser", regrade="all")
+        with pytest.raises(ConfigError, match=r"looked for anser; did you mean 'answer'"):
+            verify([run], wrong)
     assert lines_of(run) == before
 
 

@@ -71,6 +71,17 @@ def test_only_the_failed_completion_is_lost(grader):
     assert "returned 0.5 instead of True, False or one of correct" in by_text["number"].detail
 
 
+def test_a_function_of_other_arguments_is_named(tmp_path):
+    """Guards: a line of this package, given as one of the user's file."""
+    path = tmp_path / "own.py"
+    path.write_text("def check(completion):\n    return True\n")
+    with GraderPool(f"{path}:check", workers=1) as pool:
+        [(_, grade)] = pool.map([(0, Task("a", "a"))])
+    assert grade.verdict == "skipped"
+    assert grade.detail.startswith("own.py:check raised TypeError: check() takes 1 positional")
+    assert "(line" not in grade.detail
+
+
 def test_closing_drops_what_is_pending(grader):
     """Guards: an interrupt that waits for graders that hang."""
     with GraderPool(grader, workers=1, timeout=100.0) as pool:

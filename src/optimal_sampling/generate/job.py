@@ -84,6 +84,8 @@ def generate(
                     job.tally, folder, notes, mode=config.run.mode, interrupted=False
                 )
                 summary = replace(summary, verdicts=job.finish_grading())
+                if job.grading is not None:
+                    summary = replace(summary, not_graded=job.grading.failed)
         except KeyboardInterrupt:
             folder.close()
             folder.recount()

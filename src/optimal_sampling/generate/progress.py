@@ -147,6 +147,8 @@ class Summary:
     notes: Mapping[str, str]
     verdicts: Mapping[str, int] = field(default_factory=dict)
     """How many completions of the shard have each verdict."""
+    not_graded: int = 0
+    """Completions of the shard on which the grader failed."""
 
     @classmethod
     def of(
@@ -218,6 +220,8 @@ class Summary:
         yield from _mean_lines(self.means, self.finish_reasons)
         if self.verdicts:
             yield "verdicts", verdict_text(self.verdicts)
+        if self.not_graded:
+            yield "the grader failed on", f"{self.not_graded} (verify --regrade failed)"
         yield from _error_lines(self.errors)
         yield from self.notes.items()
         yield "records", self.records_file

@@ -107,6 +107,11 @@ class VerdictFile:
         """How many samples have each verdict, by the last verdict on each."""
         return Counter(verdict for _, verdict, _ in self._latest.values())
 
+    @property
+    def failed(self) -> int:
+        """Samples on which the grader failed, by the last verdict on each."""
+        return sum(has_failed for _, _, has_failed in self._latest.values())
+
     def append(self, graded: Graded) -> None:
         """Add a verdict. It is on the disk after the next commit."""
         self._file.append(graded)

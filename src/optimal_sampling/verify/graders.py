@@ -197,8 +197,10 @@ def _user_grader(spec: GraderSpec) -> Grader:
         except MemoryError:
             raise
         except Exception as error:
-            line = traceback.extract_tb(error.__traceback__)[-1].lineno
-            reason = f"{name} raised {type(error).__name__}: {error} (line {line})"
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == spec.path]
+            place = f" (line {lines[-1]})" if lines else ""
+            reason = f"{name} raised {type(error).__name__}: {error}{place}"
             return Grade("skipped", detail=reason, failed=True)
         if isinstance(value, bool):
             return Grade("correct" if value else "wrong")

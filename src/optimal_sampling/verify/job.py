@@ -87,7 +87,7 @@ def verify(
         timeout=options.timeout,
         memory_gib=options.memory_gib,
     )
-    if pool.spec.path is None:
+    if pool.spec.path is None or options.reference is not None:
         for folder in folders:
             _check_references(folder, options.reference)
     try:
@@ -244,6 +244,11 @@ class Grading:
         for _ in _grade_lines(lines, (self._file, self._pool, self._source)):
             pass
         return dict(self._file.counts())
+
+    @property
+    def failed(self) -> int:
+        """Records of the shard on which the grader failed."""
+        return self._file.failed
 
     def _store(self, grades: Iterable[tuple[Tag, Grade]]) -> None:
         for tag, grade in grades:

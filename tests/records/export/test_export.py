@@ -258,6 +258,15 @@ def test_nothing_to_export(runs, rows):
     assert not (runs.root / "out").exists()
 
 
+@pytest.mark.parametrize("content", ["{}", '{"compared": []}', "[]", '{"compared": {}}'])
+def test_a_config_without_options(runs, rows, content):
+    """Guards: a traceback for a file that was edited or written by something else."""
+    folder = runs.make([Draw(0, "a")], rows)
+    Path(folder, "config.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"config\.json"):
+        export(runs.options(folder), runs.tools)
+
+
 def test_rows_without_a_solution(runs, rows):
     """Guards: a warm start that one row without a solution stops, or that leaves it out unsaid."""
     rows = [rows[0], rows[1] | {"solution": None}, rows[2] | {"solution": " "}]

@@ -91,7 +91,7 @@ def export(options: ExportOptions, tools: Tools, commands: Iterable[str] = ()) -
     tools.say(f"{len(entries)} good records in {', '.join(options.runs)}")
     questions = load_questions(options.decontaminate, tools.rows_of)
     selection = select(entries, options, _contaminated(entries, runs, questions))
-    model = options.model or str(runs[0].compared["student"])
+    model = options.model or str(runs[0].compared.get("student"))
     vocabulary = tools.vocabulary(model, options.trust_remote_code)
     tokens = StudentTokens(model, vocabulary, selection.entries)
     _, first = next(records_of(selection.entries[:1]))

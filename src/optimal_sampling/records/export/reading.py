@@ -86,7 +86,13 @@ def _open(path: Path) -> Run:
     if not _has_records(path):
         raise RunFolderError(f"{path} holds no records (no {path / 'records'}/*.jsonl)")
     document = read_json(path / "config.json")
-    return Run(path, document.get("compared", {}), document.get("may_differ", {}))
+    compared, may_differ = (document.get(name, {}) for name in ("compared", "may_differ"))
+    if not isinstance(compared, dict) or not isinstance(may_differ, dict) or not compared:
+        raise RunFolderError(
+            f"{path / 'config.json'} does not hold the options of a run; restore it, or generate "
+            "the run again"
+        )
+    return Run(path, compared, may_differ)
 
 
 def _has_records(path: Path) -> bool:
