@@ -15,6 +15,7 @@ class Runner:
     """What `check_models` needs of a model runner. `run`: the models that it runs, by role."""
 
     device = torch.device("cpu")
+    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1))
 
     def __init__(self, folders, run, dtype=torch.float32, quantization=None):
         self.run = {role: model.to(dtype) for role, model in run.items()}

@@ -100,6 +100,11 @@ def test_each_model_has_its_own_window(saved, teacher, student):
     assert_exact(Pair(saved[student], saved[teacher]))
 
 
+def test_drafts_beside_windows(saved):
+    """Guards: a draft model's layers in another kind of block than those of the pair."""
+    assert_exact(Pair(saved["window"], saved["mixed"]), draft_tokens=2)
+
+
 @pytest.mark.parametrize("teacher", ["llama", "own_head"])
 def test_a_head_that_the_config_calls_tied(saved, teacher):
     """Guards: the embedding as a student's head, beside another model and beside itself."""

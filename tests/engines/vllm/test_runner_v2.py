@@ -65,7 +65,12 @@ class Runner:
     """A model runner that keeps how it was called."""
 
     def __init__(self):
-        self.model = SimpleNamespace(default=MixtureConfig(), expected=None, separate_forward=None)
+        self.model = SimpleNamespace(
+            default=MixtureConfig(),
+            expected=None,
+            separate_forward=None,
+            needs_student=lambda mode: mode == "mixture",
+        )
 
     def get_model(self):
         return self.model

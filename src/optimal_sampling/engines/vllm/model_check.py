@@ -26,20 +26,20 @@ _LARGEST = {"cpu": 2_000_000_000, "gpu": 8_000_000_000}
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """A model's log-probabilities by Transformers, on a CPU."""
+class _Run:
+    """vLLM's log-probabilities, [rows, vocab], at the last tokens of a text."""
 
-    model: Any
-    vocab_size: int
-
-    def log_p(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "rows vocab"]:
-        """At the last tokens of a text."""
-        logits = self.model(input_ids=ids[None], use_cache=False).logits[0]
-        return _log_p(logits, self.vocab_size)
+    ids: Int[Tensor, " tokens"]
+    whole: Tensor
+    """Of the text in one piece."""
+    parts: Tensor
+    """Of the text in several."""
 
 
 def check_models(runner: Any, wanted: str) -> dict[str, str]:
     """What was found, by role. `wanted`: `on`, or `auto` for models that are small enough.
+
+    Every device of a split model runs its part, and the first one compares.
 
     Raises ModelError where a model's log-probabilities are off by more than 1e-2 in float32, or by
     more than five times its own noise in lower precision: what changes with the shape of a batch,
@@ -49,50 +49,68 @@ def check_models(runner: Any, wanted: str) -> dict[str, str]:
     roles = ["teacher"] if model.settings.shared else ["teacher", "student"]
     found = {}
     for role in roles:
-        reason = _reason_against(model, role, wanted, runner.device)
-        found[role] = f"not compared: {reason}" if reason else _compare(runner, role)
+        reason = _reason_against(runner, role, wanted)
+        if reason:
+            found[role] = f"not compared: {reason}"
+            continue
+        runs = _run(runner, role)
+        if runner.vllm_config.parallel_config.rank == 0:
+            found[role] = _compare(role, model.role_configs[role], runs)
     return found
 
 
-def _reason_against(model: Any, role: str, wanted: str, device: torch.device) -> str:
-    config = model.role_configs[role]
-    if config.quantization is not None:
+def _reason_against(runner: Any, role: str, wanted: str) -> str:
+    model = runner.get_model()
+    if model.role_configs[role].quantization is not None:
         return "its weights are quantised"
     count = sum(parameter.numel() for parameter in getattr(model, role).parameters())
-    limit = _LARGEST["cpu" if device.type == "cpu" else "gpu"]
+    count *= runner.vllm_config.parallel_config.tensor_parallel_size
+    limit = _LARGEST["cpu" if runner.device.type == "cpu" else "gpu"]
     if wanted == "auto" and count > limit:
         return f"more than {limit / 1e9:.0f}e9 parameters; --check-models on does it"
     return ""
 
 
 @torch.inference_mode()
-def _compare(runner: Any, role: str) -> str:
+def _run(runner: Any, role: str) -> list[_Run]:
+    """vLLM's log-probabilities of a short and a long text, each as a whole and in three pieces."""
     model = runner.get_model()
-    config = model.role_configs[role]
-    vocab_size = model.settings.vocab_size
-    reference = _Reference(_load(role, config), vocab_size)
-    texts = [_text(length, vocab_size) for length in _lengths(runner, config)]
-    precise = [reference.log_p(ids) for ids in texts]
-    rounded = precise
+    size = model.settings.vocab_size
+    runs = []
+    for length in _lengths(runner, model.role_configs[role]):
+        ids = _text(length, size)
+        logits = [runner.role_logits(role, ids, piece) for piece in (length, length // 3 + 1)]
+        runs.append(_Run(ids, *(_log_p(each, size) for each in logits)))
+    return runs
+
+
+@torch.inference_mode()
+def _compare(role: str, config: Any, runs: list[_Run]) -> str:
+    reference = _load(role, config)
+
+    def log_p(run: _Run) -> Tensor:
+        logits = reference(input_ids=run.ids[None], use_cache=False).logits[0]
+        return _log_p(logits, run.whole.shape[-1])
+
+    precise = rounded = [log_p(run) for run in runs]
     if config.dtype != torch.float32:
-        reference.model.to(config.dtype)
-        rounded = [reference.log_p(ids) for ids in texts]
+        reference.to(config.dtype)
+        rounded = [log_p(run) for run in runs]
     reports = []
-    for ids, exact, coarse in zip(texts, precise, rounded, strict=True):
-        pieces = (len(ids), len(ids) // 3 + 1)
-        whole, parts = (_log_p(runner.role_logits(role, ids, n), vocab_size) for n in pieces)
-        if not (exact.isfinite().all() and whole.isfinite().all()):
+    for run, exact, coarse in zip(runs, precise, rounded, strict=True):
+        if not (exact.isfinite().all() and run.whole.isfinite().all()):
             return "not compared: logits that are not finite"
-        noise = max(_distance(whole, parts), _distance(exact, coarse))
+        noise = max(_distance(run.whole, run.parts), _distance(exact, coarse))
         limit = _FLOAT32_LIMIT if config.dtype == torch.float32 else _NOISES * noise
-        error = max(_distance(whole, exact), _distance(parts, exact))
+        error = max(_distance(run.whole, exact), _distance(run.parts, exact))
+        length = len(run.ids)
         if error > limit:
             raise ModelError(
                 f"vLLM computes another {role} than Transformers: log-probabilities of a text of "
-                f"{len(ids)} tokens are off by up to {error:.2g} nats (allowed: {limit:.2g}). Use "
+                f"{length} tokens are off by up to {error:.2g} nats (allowed: {limit:.2g}). Use "
                 "--engine local, or --check-models off where you know that vLLM is right"
             )
-        reports.append(f"{error:.1e} nats on {len(ids)} tokens (allowed: {limit:.1e})")
+        reports.append(f"{error:.1e} nats on {length} tokens (allowed: {limit:.1e})")
     return ", ".join(reports)
 
 

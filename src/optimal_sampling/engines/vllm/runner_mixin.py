@@ -196,12 +196,13 @@ class RunnerMixin:
         """
         size = self._block_size()
         count = -(-len(ids) // size)
+        ids = ids.to(self.device, torch.int32)  # as vLLM's: compiled models take no other type
         blocks = torch.arange(1, count + 1, dtype=torch.int32, device=self.device)[None]
         piece = min(piece, self.vllm_config.scheduler_config.max_num_batched_tokens)
         model = getattr(self.get_model(), role)
         logits = []
         for start in range(0, len(ids), piece):
-            part = ids[start : start + piece].to(self.device)
+            part = ids[start : start + piece]
             batch = ModelBatch.from_spans([Span(len(part), start, len(ids))], part)
             metadata, slots = self._attention_metadata(role, batch, blocks, size)
             with set_forward_context(
