@@ -125,11 +125,12 @@ def _name_skipped(skipped: Sequence[Skipped], state: _State) -> None:
         else:
             state.miss(f"{each.label}: {each.reason}")
     size = state.config.tensor_parallel_size
-    if size > 1:
+    if size > 1 and state.config.engine == "local":
         state.say(
-            f"note: --tensor-parallel-size {size} changes nothing: a model is computed on one "
-            "device. For more devices start one process on each (CUDA_VISIBLE_DEVICES) with its "
-            "own --benchmarks and the same --output-dir, then one with all of them"
+            f"note: --tensor-parallel-size {size} changes nothing: the local engine computes a "
+            "model on one device. --engine vllm splits it; or start one process on each device "
+            "(CUDA_VISIBLE_DEVICES) with its own --benchmarks and the same --output-dir, then one "
+            "with all of them"
         )
 
 
@@ -227,7 +228,7 @@ def _run(
     compared: Any = read_json(folder / "config.json")["compared"]
     state.facts[checkpoint.label] = {
         "model": checkpoint.model,
-        "files": compared.get(f"{config.role}_files"),
+        "files": compared.get("student_files"),
     }
     state.precision[checkpoint.label] = compared["precision"]
     for line in _result_lines(samples, folder, config.verbose):

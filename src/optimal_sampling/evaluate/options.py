@@ -8,6 +8,7 @@ from typing import Literal
 
 from optimal_sampling.config import (
     DataConfig,
+    EngineOptions,
     GenerateConfig,
     LocalOptions,
     MixtureConfig,
@@ -64,7 +65,7 @@ class EvaluateConfig:
     kv_memory_gib: float | None = None
     """Budget of the KV cache in GiB; unset: a share of the memory free after loading."""
     tensor_parallel_size: int = 1
-    """Accepted for older command lines. Both engines compute a model on one device."""
+    """Devices that `vllm` splits a model over. `local` computes on one, and says so."""
     workers: int = 1
     """More than 1 is refused: one process evaluates on one device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -145,11 +146,6 @@ class EvaluateConfig:
         return found
 
     @property
-    def role(self) -> Literal["student", "teacher"]:
-        """The mode of the runs. The model has both roles, and vLLM has no mode `student`."""
-        return "student" if self.engine == "local" else "teacher"
-
-    @property
     def counts(self) -> tuple[int, ...]:
         """The k of pass@k and maj@k."""
         return tuple(sorted({*self.pass_at})) or (self.samples,)
@@ -157,7 +153,6 @@ class EvaluateConfig:
     def run_config(self) -> GenerateConfig:
         """What the runs of all checkpoints and benchmarks have in common. Raises ConfigError."""
         is_greedy = self.temperature == 0
-        engine_options = LocalOptions if self.engine == "local" else VllmOptions
         return GenerateConfig(
             models=ModelConfig(
                 dtype=self.dtype,
@@ -176,15 +171,25 @@ class EvaluateConfig:
                 student_system_prompt=self.system_prompt,
                 teacher_system_prompt=self.system_prompt,
                 hint=self.hint,
-                hint_to=self.role,
+                hint_to="student",
             ),
             run=RunConfig(
-                mode=self.role,
+                mode="student",
                 seed=self.seed,
                 max_new_tokens=self.max_new_tokens,
                 token_lists=False,
             ),
-            engine=engine_options(batch_size=self.batch_size, kv_memory_gib=self.kv_memory_gib),
+            engine=self._engine_options(),
+        )
+
+    def _engine_options(self) -> EngineOptions:
+        batch, memory = self.batch_size, self.kv_memory_gib
+        if self.engine == "local":
+            return LocalOptions(batch_size=batch, kv_memory_gib=memory)
+        return VllmOptions(
+            batch_size=batch,
+            kv_memory_gib=memory,
+            tensor_parallel_size=self.tensor_parallel_size,
         )
 
     def settings(self) -> Mapping[str, object]:

@@ -9,7 +9,7 @@ from optimal_sampling.toy_pair.problems import is_correct
 
 
 def test_a_checkpoint_in_vllm(tmp_path):
-    """Guards: a mode that this engine does not have, and a hint that its prompt lacks."""
+    """Guards: another mode than that of the local engine, and a hint that its prompt lacks."""
     config = EvaluateConfig(
         extra_models=("toy-student",),
         benchmarks=("synthetic",),
@@ -22,7 +22,8 @@ def test_a_checkpoint_in_vllm(tmp_path):
     report = evaluate(config)
     records = list(load(run_folder(config, "toy-student", "synthetic")))
     assert len(records) == 4
-    assert all(r["row"]["solution"] in r["teacher_prompt"] for r in records)
+    assert {r["mode"] for r in records} == {"student"}
+    assert all(r["row"]["solution"] in r["student_prompt"] for r in records)
     right = sum(
         is_correct(r["completion"], r["row"]["answer"]) and r["finish_reason"] == "stop"
         for r in records
