@@ -51,6 +51,8 @@ MAY_DIFFER = frozenset(
         "gpu_memory_utilization",
         "tensor_parallel_size",
         "attention",  # as `device`
+        "fused_layers",
+        "check_models",  # a check at the start
         "max_attempts",
         "verify",  # verdicts say themselves what they are about
         "reference",
