@@ -94,7 +94,8 @@ def engine_arguments(
     """
     _check_given(given)
     _check_models(models)
-    teacher, student = _folders(models)
+    random = given.get("load_format") == "dummy"
+    teacher, student = _folders(models, weights=not random)
     _check_quantization(given.get("quantization"), _config(teacher, models))
     problem = _draft_problem(_config(student, models), given.get("tensor_parallel_size", 1))
     options = replace(options, draft_tokens=_drafts(options, not problem and student != teacher))
@@ -113,7 +114,7 @@ def engine_arguments(
                 "vocab_size": vocabulary.size,
                 "mixture": asdict(mixture) | {"temperature": 1.0, "top_k": -1, "top_p": 1.0},
                 "end_id": min(vocabulary.stop_ids, default=0),
-                "check_models": options.check_models,
+                "check_models": "off" if random else options.check_models,
             },
         },
         "load_format": "safetensors",  # pickled weights run code
@@ -151,12 +152,13 @@ def _draft_problem(student: Any, devices: int) -> str:
     return ""
 
 
-def _folders(models: ModelConfig) -> tuple[str, str]:
-    """Folders of teacher and student. Raises ModelError."""
+def _folders(models: ModelConfig, weights: bool) -> tuple[str, str]:
+    """Folders of teacher and student. Raises ModelError, also where `weights` are needed."""
     teacher = resolve_model(models.teacher, models.teacher_revision, weights=True)
     student = resolve_model(models.student, models.student_revision, weights=True)
     for role, folder in (("teacher", teacher), ("student", student)):
-        check_weight_files(f"the {role} model {folder!r}", Path(folder))
+        if weights:
+            check_weight_files(f"the {role} model {folder!r}", Path(folder))
         if has_adapter(folder):
             raise ModelError(
                 f"a LoRA adapter lies beside the {role} model {folder!r}, which the vLLM "
