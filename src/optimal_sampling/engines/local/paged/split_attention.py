@@ -58,7 +58,6 @@ def split_attention(
     kv_heads = keys.shape[1]
     group = heads // kv_heads
     width = tokens // rows
-    output = torch.empty(tokens, heads, dim, dtype=query.dtype, device=query.device)
     partial = query.new_empty(tokens, heads, splits, dim, dtype=torch.float32)
     weights = query.new_empty(2, tokens, heads, splits, dtype=torch.float32)
     padded_dim = max(16, triton.next_power_of_2(dim))
@@ -88,6 +87,13 @@ def split_attention(
         num_warps=warps_for(queries),
         num_stages=3 if padded_dim <= 128 else 2,
     )
+    return _combined(partial, weights, query.dtype)
+
+
+def _combined(partial: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Outputs of all parts as one. partial: [tokens, heads, splits, dim]; weights: [2, ...]."""
+    tokens, heads, splits, dim = partial.shape
+    output = partial.new_empty(tokens, heads, dim, dtype=dtype)
     _combine[tokens, heads](
         partial,
         weights[0],
@@ -95,7 +101,7 @@ def split_attention(
         output,
         HEADS=heads,
         DIM=dim,
-        PADDED_DIM=padded_dim,
+        PADDED_DIM=max(16, triton.next_power_of_2(dim)),
         SPLITS=splits,
         PADDED_SPLITS=triton.next_power_of_2(splits),
         num_warps=2,
