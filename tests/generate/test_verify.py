@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests.verify.killing import kill_repeatedly
 
 from optimal_sampling.config import VerifyConfig
 from optimal_sampling.errors import ConfigError
@@ -153,21 +152,7 @@ def test_killed_while_it_generates_and_grades(tmp_path, most):
     command += [f"--output-dir={run}", f"--verify={own}:check"]
     path = run / "verdicts" / "main.jsonl"
     rng = random.Random(7)
-    kills, known = 0, set()
-    while kills < most:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = path.stat().st_size if path.exists() else 0
-        while process.poll() is None and (not path.exists() or path.stat().st_size == before):
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05))
-        process.kill()
-        if process.wait() != -signal.SIGKILL:
-            break
-        kills += 1
-        found = {(line["id"], line["record"]) for line in Scan(path)}
-        assert found >= known
-        known = found
-    assert kills == most
+    kill_repeatedly(command, path, most, rng, 0.05)
     subprocess.run(command, check=True, capture_output=True)
     lines = [(line["id"], line["sample_index"], line["record"]) for line in Scan(path)]
     assert len(lines) == len(set(lines))

@@ -21,6 +21,7 @@ from optimal_sampling.records.store import RecordFile, Scan
 from optimal_sampling.records.verdicts import graded_records, load_verdicts
 from optimal_sampling.types import TRACE_FIELDS, Completion, Request, TokenTrace
 from optimal_sampling.verify.job import verify
+from tests.verify.killing import kill_repeatedly
 
 COMMAND = [sys.executable, "-m", "optimal_sampling", "verify"]
 SYNTHETIC = VerifyOptions(grader="synthetic", workers=1)
@@ -190,21 +191,7 @@ def test_killed_at_any_moment(tmp_path, most):
     command = [*COMMAND, str(run), f"--grader={own}:check", "--workers=2"]
     path = run / "verdicts" / "main.jsonl"
     rng = random.Random(5)
-    kills, known = 0, set()
-    while kills < most:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = path.stat().st_size if path.exists() else 0
-        while process.poll() is None and (not path.exists() or path.stat().st_size == before):
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.1))
-        process.kill()
-        if process.wait() != -signal.SIGKILL:
-            break
-        kills += 1
-        found = {(line["id"], line["record"]) for line in Scan(path)}
-        assert found >= known
-        known = found
-    assert kills == most
+    known = kill_repeatedly(command, path, most, rng, 0.1)
     assert 0 < len(known) < 400
     subprocess.run(command, check=True, capture_output=True)
     lines = lines_of(run)
