@@ -65,6 +65,7 @@ _DIAGNOSTICS = {
     "log_q": "log_q",
     "fallback": "fallback",
     "curvature": "curvature",
+    "vetoed": "vetoed",
 }
 """Names in `SamplingOutput.diagnostics`, and what they are called in a TokenTrace."""
 
@@ -93,7 +94,7 @@ class SamplingOutput:
     """[batch, seq]: ess_teacher / ess_student; above 1 where q is closer to the teacher."""
     diagnostics: dict[str, Any] = field(default_factory=dict)
     """[batch, seq] each: kl_theta, kl_t, entropy, clamped, log_p_theta, log_p_t, log_q, fallback,
-    curvature (Var_q of the models' log ratio).
+    curvature (Var_q of the models' log ratio), vetoed (the student's mass outside of the support).
     Floats: alpha_mean, alpha_weighted_mean (alpha where the models differ: each token with its
     curvature as weight), ess_ratio_mean (ratio of the two mean ESS), kl_theta_mean, kl_t_mean,
     entropy_mean, clamped_share. `num_tokens`: a list. Empty without `return_diagnostics`."""
@@ -123,7 +124,8 @@ class OptimalSamplingModel(BatchSampler):
 
     Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`,
     `allow_unused_weights`;
-    the fields of LocalOptions; `trust_region` and `schedule_*` of MixtureConfig; and defaults for
+    the fields of LocalOptions; `trust_region`, `schedule_*`, `veto_min_p`, `interleaved_*`,
+    `arithmetic_weight` and `teacher_support_min_p` of MixtureConfig; and defaults for
     `generate`: `student_system_prompt` (or `theta_system_prompt`), `teacher_system_prompt`,
     `enable_chat_template`, `thinking`.
 

@@ -253,6 +253,9 @@ def _mean_lines(
         mean = means[name]
         if mean is not None:
             yield title, f"{mean:.4f}"
+    vetoed = means["vetoed"]
+    if vetoed:
+        yield "vetoed share of the student's mass", f"{vetoed:.4f}"
     reasons = (f"{name} {count}" for name, count in sorted(finish_reasons.items()))
     yield "finish reasons", ", ".join(reasons)
 
