@@ -20,6 +20,7 @@ __all__ = [
     "HostOptions",
     "IdentityOptions",
     "MemoryOptions",
+    "MethodsOptions",
     "ModelOptions",
     "PairOptions",
     "ScalingOptions",
@@ -173,6 +174,26 @@ class DraftsOptions(SpeedOptions):
 
     name = "drafts"
     function = "speed:run_speed"
+
+
+@dataclass(frozen=True)
+class MethodsOptions(BenchOptions):
+    """q* by method and sharpness beside the teacher alone: speed, and drafts accepted."""
+
+    name = "methods"
+    function = "methods:run_methods"
+    models: ModelConfig = DEFAULT_MODELS
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Texts at once."""
+    num_prompts: int = 128
+    """Prompts at the largest batch; fewer where it is slow."""
+    repeats: int = 3
+    """Counted repeats of every row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.batches, default=0) < 1:
+            raise ConfigError(f"batches must be numbers of at least 1, got {self.batches}")
 
 
 @dataclass(frozen=True)
@@ -333,6 +354,7 @@ class GpuOptions(BenchOptions):
 _KINDS: tuple[type[BenchOptions], ...] = (
     SpeedOptions,
     DraftsOptions,
+    MethodsOptions,
     SelfDistilOptions,
     ScalingOptions,
     MemoryOptions,
