@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 from optimal_sampling.config import MixtureConfig, Stage, expand_user
 from optimal_sampling.errors import ConfigError, did_you_mean
-from optimal_sampling.types import AlphaMethod
 
 __all__ = ["RECIPES", "Recipe", "escalate", "read_stages", "recipe_stages"]
 
@@ -17,7 +16,6 @@ Recipe = Literal["escalate", "escalate_privileged"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 
 _OWN_TRIES = 4
-_METHOD: AlphaMethod = "kl_symmetry"
 _OWN = [field.name for field in fields(Stage) if field.name != "mixture"]
 _MIXTURE = [field.name for field in fields(MixtureConfig)]
 
@@ -31,14 +29,19 @@ def escalate(
     """The student's own tries (4), then the veto, then the teacher's likeliest text.
 
     `mixture`: what holds in all stages, such as the temperature. `privileged`: the teacher of the
-    last stage is shown the right solution.
+    last stage is shown the right solution. Raises ConfigError for another alpha method.
     """
     mixture = mixture or MixtureConfig()
+    if mixture.alpha_method not in (MixtureConfig.alpha_method, "veto"):
+        raise ConfigError(
+            f"alpha_method {mixture.alpha_method}: the recipe has a stage `veto` in its place; for "
+            "another method write the stages into a file (--stages)"
+        )
     tries = _OWN_TRIES if own_tries is None else own_tries
     hint: Literal["right"] | None = "right" if privileged else None
     return (
         Stage("own", mode="student", tries=tries, mixture=mixture),
-        Stage("veto", mixture=replace(mixture, alpha_method=_METHOD)),
+        Stage("veto", mixture=replace(mixture, alpha_method="veto")),
         Stage("teacher", mode="teacher", hint=hint, mixture=replace(mixture, top_k=1)),
     )
 
