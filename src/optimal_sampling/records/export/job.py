@@ -213,11 +213,12 @@ class _Pace:
 def _drawn_at(runs: list[Run]) -> str:
     """How the student of the records differs from the student at temperature 1."""
     notes = []
-    temperatures = {run.compared.get("temperature", 1.0) for run in runs}
+    options = [each for run in runs for each in run.stages or [run.compared]]
+    temperatures = {each.get("temperature", 1.0) for each in options}
     if temperatures != {1.0}:
         notes.append(f"temperature {', '.join(map(str, sorted(temperatures)))}")
     restricted = ("teacher_support_top_k", -1), ("teacher_support_top_p", 1.0)
-    if any(run.compared.get(name, off) != off for run in runs for name, off in restricted):
+    if any(each.get(name, off) != off for each in options for name, off in restricted):
         notes.append("within the teacher's support")
     return f" ({', '.join(notes)})" if notes else ""
 
