@@ -213,7 +213,7 @@ tokens. What a default configuration leaves off is listed as a variant, in brack
   long row and a row that grows past every length, in one batch and with prompts in chunks, are
   those of the model's own forward pass in float64.
 - **own cache**: with the model's own forward pass and cache, one token at a time. The reason says
-  why not natively. Rows of one length run together unless it ends with "one row at a time".
+  why not natively, and then which rows share a batch with the logits that each has alone.
 - **refused**: neither gives the logits of the model's own uncached forward pass.
 - **not testable**: no small copy can be made or run; the error is given. Such a model is refused.
 
