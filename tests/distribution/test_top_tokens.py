@@ -56,7 +56,7 @@ def test_they_are_the_largest_of_all(vocab, mixture, masked):
     assert (ids.dtype, log_p.dtype) == (torch.int32, torch.float32)
     values = wanted.topk(k).values
     # log p of -500 and less, in float32
-    exact = {"atol": 2e-5 if mixture.temperature > 0.1 else 1e-4, "rtol": 1e-5}
+    exact = {"atol": 2e-5 if mixture.temperature > 0.1 else 5e-4, "rtol": 1e-5}
     torch.testing.assert_close(log_p.double(), values, **exact)
     picked = wanted.gather(-1, ids.long())
     torch.testing.assert_close(picked, values, **exact)
