@@ -80,12 +80,12 @@ def _run(options: Options, output: Path) -> int:
     from benchmarks.experiment import work  # after the environment is set
 
     claim_folder(output, plan, options.dataset)
-    crew = work.Crew(output, plan, options.dataset, _workers(options))
-    if options.command == "tune":
-        return crew.tune()
-    profile = "full" if options.full else "main"
+    workers = work.Workers(output, plan, options.dataset, _workers(options))
     arms = [name for name in options.arms.split(",") if name]
-    return crew.run(plan.units(profile, arms, _numbers(options.seeds)))
+    if options.command == "tune":
+        return workers.tune(arms)
+    profile = "full" if options.full else "main"
+    return workers.run(plan.units(profile, arms, _numbers(options.seeds)))
 
 
 def _plan(options: Options) -> Plan:

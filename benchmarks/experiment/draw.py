@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from benchmarks.experiment.plan import SHARPNESS, Arm, Plan
+from benchmarks.experiment.plan import Arm, Plan
 
 from optimal_sampling.config import (
     DataConfig,
@@ -107,7 +107,7 @@ class Drawing:
         prompt = {"student_template": text["prompt"], "teacher_template": text["prompt"]}
         return GenerateConfig(
             models=self.models,
-            mixture=MixtureConfig(**{**arm.mixture, **SHARPNESS.get(arm.sharpness, {})}),
+            mixture=MixtureConfig(**arm.mixture_options),
             data=DataConfig(
                 dataset=str(self.problems), num_examples=count, samples_per_prompt=arm.tries
             ),

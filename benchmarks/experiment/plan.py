@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from optimal_sampling.config import MixtureConfig, PromptConfig
 from optimal_sampling.errors import ConfigError, RunFolderError, did_you_mean
 from optimal_sampling.records.store import read_json, write_atomically
 
@@ -57,6 +58,11 @@ class Arm:
     """Column of the reference solutions."""
 
     @property
+    def mixture_options(self) -> dict[str, Any]:
+        """Options of MixtureConfig, those of the sharpness included."""
+        return {**self.mixture, **SHARPNESS.get(self.sharpness, {})}
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether what is drawn depends on the pair's teacher."""
         return self.mode in ("mixture", "teacher") and not self.self_teacher
@@ -70,6 +76,12 @@ class Pair:
     title: str
     teacher: str | Mapping[str, Any]
     student: str
+
+    def teacher_model(self, output: Path) -> str:
+        """Its name, or its folder below a folder of results."""
+        if isinstance(self.teacher, str):
+            return self.teacher
+        return str(output / "models" / f"{self.name}-teacher")
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,7 @@ class Plan:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def owner(self, pair: str, arm: str) -> str:
-        """The pair below which an arm is run: without the teacher, pairs of one student share it."""
+        """The pair that an arm is run for: pairs of one student share what needs no teacher."""
         if self.arms[arm].needs_teacher:
             return pair
         student = self.pairs[pair].student
@@ -178,6 +190,10 @@ def _check(plan: Plan) -> None:
                 f"arm {arm.name}: sharpness must be one of {', '.join(SHARPNESS)}, "
                 f"got {arm.sharpness!r}"
             )
+        _built(MixtureConfig, arm.mixture_options, f"arm {arm.name}, mixture")
+        _built(PromptConfig, arm.prompt, f"arm {arm.name}, prompt")
+    if plan.text["grader"] not in ("math", "synthetic"):
+        raise ConfigError(f"text.grader must be math or synthetic, got {plan.text['grader']!r}")
     criteria = plan.criteria
     named = [criteria["default"], *criteria["teacher"].values(), *criteria["candidates"]]
     for name in [*named, *plan.tuning["arms"]]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment import text
-from benchmarks.experiment.analysis import BINS, Results, encoded
+from benchmarks.experiment.analysis import BINS, Results, decoded, encoded
 from benchmarks.experiment.figure import Mark, Panel, svg
 from benchmarks.experiment.plan import SHARPNESS, Arm, Plan
 from benchmarks.experiment.streams import Streams
-from benchmarks.experiment.unit import Laboratory
+from benchmarks.experiment.unit import Experiment
 
 from optimal_sampling.errors import DatasetError
 from optimal_sampling.evaluate.statistics import Estimate
@@ -26,16 +26,16 @@ _METRICS = {"sampled": "T = 1", "greedy": "greedy"}
 def collect(output: Path, plan: Plan) -> dict[str, Any]:
     """The data of a folder of results: what the tables are made of, and nothing else."""
     before = read_json(output / "plan.json")
-    laboratory = Laboratory(output, plan, before.get("dataset"))
+    experiment = Experiment(output, plan, before.get("dataset"))
     paths = sorted((output / "units").glob("*/*/*/unit.json"))
     units = [_compact(read_json(path)) for path in paths]
     if not units:
         raise DatasetError(f"{output} holds no finished unit; call `run` first")
-    streams = Streams(output / "problems", plan, laboratory.dataset)
+    streams = Streams(output / "problems", plan, experiment.dataset)
     teachers = {path.stem: dict(read_json(path)) for path in output.glob("models/*.json")}
     return {
         "plan": plan.digest,
-        "dataset": laboratory.dataset,
+        "dataset": experiment.dataset,
         "steps": [row.get("steps") for row in streams.rows("evaluation")],
         "teachers": teachers,
         "units": units,
@@ -195,7 +195,7 @@ def _share_right(results: Results, pair: str, arm: Arm) -> str:
     if arm.mode in ("none", "reference"):
         return ""
     rounds = [unit["rounds"][0] for unit in results.of(pair, arm.name).values()]
-    right = sum(sum(map(lambda c: int(c, 36), each["right"])) for each in rounds)
+    right = sum(sum(decoded(each["right"])) for each in rounds)
     return f"{100 * right / sum(len(each['right']) * arm.tries for each in rounds):.1f}"
 
 
@@ -211,7 +211,7 @@ def _diversity(results: Results, pair: str, arm: Arm) -> list[str]:
         return ["", ""]
     passed = _interval(results.accuracy(pair, arm.name, "diversity"))
     units = results.of(pair, arm.name).values()
-    counts = [int(digit, 36) for unit in units for digit in unit["diversity"]["distinct"]]
+    counts = [count for unit in units for count in decoded(unit["diversity"]["distinct"])]
     return [passed, f"{sum(counts) / len(counts):.2f}"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice
@@ -121,8 +121,3 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a JSONL file."""
     lines = path.read_text("utf-8").split("\n")
     return [json.loads(line) for line in lines if line]
-
-
-def steps_of(rows: Iterable[Mapping[str, Any]]) -> list[int | None]:
-    """Number of steps of each problem; None where the rows do not say."""
-    return [row.get("steps") for row in rows]

@@ -49,8 +49,8 @@ LIMITS = """\
 - Several candidates are judged, and no interval is corrected for that.
 - One learning rate, chosen on three kinds of text, holds for all; another may suit another text.
 - Only right completions are trained on. Without a verifier, rules that make fewer errors gain more.
-- 25,000 tokens and three epochs. What is sharp and alike may be worse where training goes on longer;
-  pass@k and the number of distinct right texts are the only looks at diversity.
+- 25,000 tokens and three epochs. What is sharp and alike may be worse where training goes on
+  longer; pass@k and the number of distinct right texts are the only looks at diversity.
 """
 
 
@@ -58,16 +58,15 @@ def introduction(results: Results) -> str:
     """What was done, in a paragraph."""
     plan = results.plan
     seeds = sorted({each["seed"] for each in results.document["units"] if each["arm"] != "base"})
-    arms = [
-        arm for arm in plan.arms.values() if any(results.of(pair, arm.name) for pair in plan.pairs)
-    ]
     tokens, epochs = plan.text["tokens"], plan.sft["epochs"]
+    ways = {each["arm"] for each in results.document["units"]} - {"base"}
+    problems, samples = len(results.document["steps"]), plan.evaluation["samples"]
     return f"""\
 # Which text makes the best student?
 
-Text was drawn in {len(arms) - 1} ways, right completions were kept, the student was trained on
-{tokens:,} of their tokens for {epochs} epochs, and asked {len(results.document["steps"])} problems
-that are in no training text: {plan.evaluation["samples"]} completions at T = 1, and the greedy one.
+Text was drawn in {len(ways)} ways, right completions were kept, the student was trained on
+{tokens:,} of their tokens for {epochs} epochs, and asked {problems} problems that are in no
+training text: {samples} completions each at T = 1, and the greedy one.
 {len(results.document["units"])} trainings and evaluations, seeds {", ".join(map(str, seeds))}.
 Arms, seeds, settings and criteria are in `benchmarks/experiment/plan.yaml` (hash
 {plan.digest}), which was fixed before the first of these texts was drawn. Accuracies in percent.
@@ -96,7 +95,9 @@ def measured(results: Results, trials: str) -> str:
     )
     teachers = "".join(
         f"- {name}: trained on {each['examples']} solutions in {each['seconds']:.0f} s "
-        f"({each['cpu_seconds']:.0f} s of CPU time), {each['megabytes']} MB\n"
+        f"({each['cpu_seconds']:.0f} s of CPU time, their measuring included), "
+        f"{each['megabytes']} MB in float32; of its solutions of the validation problems at T = 1 "
+        f"{each['right']:.1%} are right, {each['as_trained']:.1%} word for word as those\n"
         for name, each in sorted(document["teachers"].items())
     )
     sft = plan.sft
@@ -110,13 +111,13 @@ Machine:
 
 {lines}
 
-Training: AdamW, learning rate {sft["learning_rate"]:g} falling linearly, batches of {sft["batch"]}
-completions, loss on the completions. Completions of at most {plan.text["max_new_tokens"]} tokens, the
-first right one of each problem, in the order of the problems, up to the tokens of the plan. All arms
-of a seed start from the same problems.
+Training: AdamW, learning rate {sft["learning_rate"]:g} falling linearly, batches of
+{sft["batch"]} completions, loss on the completions. Completions of at most
+{plan.text["max_new_tokens"]} tokens, the first right one of each problem, in the order of the
+problems, up to the tokens of the plan. All arms of a seed start from the same problems.
 
-Intervals are for new problems and new seeds: the variance is the sum of that between the means of the
-problems and that between the means of the seeds, each with its degrees of freedom
+Intervals are for new problems and new seeds: the variance is the sum of that between the means of
+the problems and that between the means of the seeds, each with its degrees of freedom
 (`benchmarks/experiment/analysis.py`). With one seed they are for new problems alone.
 
 Teachers that were trained for this (the same command trains them again):

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.experiment.plan import Unit
-from benchmarks.experiment.unit import Laboratory, evaluated, once
+from benchmarks.experiment.unit import Experiment, evaluated, once
 
 from optimal_sampling.records.store import read_json, write_atomically
 
@@ -17,40 +17,40 @@ __all__ = ["choose", "tune", "tuning_units"]
 Trial = dict[str, Any]
 
 
-def tuning_units(laboratory: Laboratory) -> list[Unit]:
+def tuning_units(experiment: Experiment) -> list[Unit]:
     """The arms and seeds of the choice, on the first pair."""
-    plan = laboratory.plan
+    plan = experiment.plan
     pair = next(iter(plan.pairs))
     return [
         plan.unit(pair, arm, seed) for seed in plan.tuning["seeds"] for arm in plan.tuning["arms"]
     ]
 
 
-def tune(laboratory: Laboratory, unit: Unit) -> list[Trial]:
+def tune(experiment: Experiment, unit: Unit) -> list[Trial]:
     """Train an arm's text with each learning rate, and score it on the validation problems."""
-    plan, folder = laboratory.plan, laboratory.output / "tuning" / unit.arm / f"seed-{unit.seed}"
+    plan, folder = experiment.plan, experiment.output / "tuning" / unit.arm / f"seed-{unit.seed}"
     student = plan.pairs[unit.pair].student
-    drawing = laboratory.drawing(unit, ("tuning", unit.seed), folder, student)
+    drawing = experiment.drawing(unit, ("tuning", unit.seed), folder, student)
     once(folder / "drawn.json", drawing.draw)
-    return [_trial(laboratory, unit, folder, rate) for rate in plan.tuning["learning_rates"]]
+    return [_trial(experiment, unit, folder, rate) for rate in plan.tuning["learning_rates"]]
 
 
-def _trial(laboratory: Laboratory, unit: Unit, folder: Path, rate: float) -> Trial:
+def _trial(experiment: Experiment, unit: Unit, folder: Path, rate: float) -> Trial:
     path = folder / f"trial-{rate:g}.json"
     if path.exists():
         return dict(read_json(path))
-    student = laboratory.plan.pairs[unit.pair].student
-    drawing = laboratory.drawing(unit, ("tuning", unit.seed), folder, student)
+    student = experiment.plan.pairs[unit.pair].student
+    drawing = experiment.drawing(unit, ("tuning", unit.seed), folder, student)
     name = f"student-{rate:g}"
-    laboratory.train(drawing, rate, name)
-    questions = laboratory.streams.path("validation")
-    plan = laboratory.plan.evaluation
+    experiment.train(drawing, rate, name)
+    questions = experiment.streams.path("validation")
+    plan = experiment.plan.evaluation
     common = {"seed": unit.seed, "batch_size": plan["batch_size"]}
     scores = {
-        "sampled": laboratory.evaluation(
+        "sampled": experiment.evaluation(
             questions, folder / f"{name}-sampled", samples=plan["samples"], **common
         ),
-        "greedy": laboratory.evaluation(
+        "greedy": experiment.evaluation(
             questions, folder / f"{name}-greedy", temperature=0.0, **common
         ),
     }

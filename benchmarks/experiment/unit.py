@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment.draw import Clock, Drawing, training_set
-from benchmarks.experiment.pairs import teacher_of
 from benchmarks.experiment.plan import Arm, Plan, Unit
 from benchmarks.experiment.streams import Streams
 
@@ -24,14 +23,14 @@ from optimal_sampling.records.verdicts import graded_records
 from optimal_sampling.train.options import SftOptions
 from optimal_sampling.train.sft import sft
 
-__all__ = ["Laboratory", "evaluated", "hardware"]
+__all__ = ["Experiment", "evaluated", "hardware"]
 
 Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Laboratory:
-    """What all units share."""
+class Experiment:
+    """A plan, its problems, and the folder of its results."""
 
     output: Path
     plan: Plan
@@ -99,7 +98,8 @@ class Laboratory:
 
     def _teacher(self, unit: Unit, arm: Arm, student: str) -> str:
         """The student itself where its weights are all that is used."""
-        return teacher_of(self.plan.pairs[unit.pair], self.output) if arm.needs_teacher else student
+        pair = self.plan.pairs[unit.pair]
+        return pair.teacher_model(self.output) if arm.needs_teacher else student
 
     def train(self, drawing: Drawing, rate: float, name: str = "student") -> Facts:
         """Train the drawing's student on its text, into the folder `name` of the round."""

@@ -16,20 +16,20 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
-from benchmarks.experiment.pairs import prepare
+from benchmarks.experiment.pairs import TrainedTeacher
 from benchmarks.experiment.plan import Plan, Unit
 from benchmarks.experiment.tuning import choose, tune, tuning_units
-from benchmarks.experiment.unit import Laboratory
+from benchmarks.experiment.unit import Experiment
 
 from optimal_sampling.errors import ConfigError, OptimalSamplingError
 
-__all__ = ["Crew"]
+__all__ = ["Workers"]
 
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Crew:
+class Workers:
     """Processes that share the work on a folder of results."""
 
     output: Path
@@ -38,20 +38,20 @@ class Crew:
     workers: int
 
     @property
-    def laboratory(self) -> Laboratory:
+    def experiment(self) -> Experiment:
         """What units are run with."""
-        return Laboratory(self.output, self.plan, self.dataset)
+        return Experiment(self.output, self.plan, self.dataset)
 
     def run(self, units: Sequence[Unit]) -> int:
         """Run the units that have no results; 1 where some failed."""
         if not self.plan.sft["learning_rate"]:
             raise ConfigError("the plan has no sft.learning_rate: call `tune`, and write it there")
-        owed = [unit for unit in units if not self.laboratory.result_path(unit).exists()]
+        owed = [unit for unit in units if not self.experiment.result_path(unit).exists()]
         say(f"{len(units)} units, {len(owed)} owed; results: {self.output}")
         self._prepare({unit.pair for unit in owed})
         pace = Pace(len(owed))
         failed = []
-        for unit, result in self._map(partial(_run_unit, self.laboratory), owed):
+        for unit, result in self._map(partial(_run_unit, self.experiment), owed):
             name = f"{unit.pair} {unit.arm} seed {unit.seed}"
             if isinstance(result, OptimalSamplingError):
                 failed.append(f"{name}: {result}")
@@ -62,12 +62,12 @@ class Crew:
             say(f"{len(failed)} units failed; the same command tries them again")
         return 1 if failed else 0
 
-    def tune(self) -> int:
-        """Try the learning rates of the plan, and say which one it would choose."""
-        units = tuning_units(self.laboratory)
+    def tune(self, arms: Sequence[str] = ()) -> int:
+        """Try the learning rates of the plan with its arms, or some of them; say which is best."""
+        units = [unit for unit in tuning_units(self.experiment) if not arms or unit.arm in arms]
         self._prepare({unit.pair for unit in units})
         trials = []
-        for _, found in self._map(partial(tune, self.laboratory), units):
+        for _, found in self._map(partial(tune, self.experiment), units):
             if isinstance(found, OptimalSamplingError):
                 raise found
             for each in found:
@@ -88,14 +88,14 @@ class Crew:
 
     def _prepare(self, pairs: Iterable[str]) -> None:
         """Problems and trained teachers, before several processes need them."""
-        streams = self.laboratory.streams
+        streams = self.experiment.streams
         for name in ("validation", "evaluation"):
             streams.path(name)
         for name in sorted(pairs):
             with log_of(self.output):
-                facts = prepare(self.plan.pairs[name], streams, self.output)
+                facts = TrainedTeacher(self.experiment, self.plan.pairs[name]).prepare()
             if facts:
-                say(f"{name}: teacher of {facts['megabytes']} MB, trained in {facts['seconds']} s")
+                say(f"{name}: teacher trained, {facts['right']:.1%} right on validation problems")
 
     def _map(
         self, work: Callable[[Unit], Made], units: Sequence[Unit]
@@ -126,8 +126,8 @@ def _caught(work: Callable[[Unit], Made], unit: Unit) -> Made | OptimalSamplingE
         return error
 
 
-def _run_unit(laboratory: Laboratory, unit: Unit) -> dict[str, Any]:
-    return laboratory.run(unit)
+def _run_unit(experiment: Experiment, unit: Unit) -> dict[str, Any]:
+    return experiment.run(unit)
 
 
 def _start(output: str, parent: int) -> None:
