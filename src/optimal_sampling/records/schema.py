@@ -35,12 +35,14 @@ __all__ = [
     "key_of",
     "record_of",
     "row_id",
+    "stage_id",
 ]
 
 SCHEMA_VERSION = 1
 
 Key = tuple[str, int]
-"""Identity of a record: `id` (content hash of both rendered prompts) and `sample_index`."""
+"""Identity of a record: `id` (content hash of both rendered prompts, and of the stage in a run of
+stages) and `sample_index`."""
 
 _MAX_DEPTH = 50  # levels of nesting of a row that a record keeps
 _DIGITS = 6  # significant digits of every float in a record: float32 holds seven
@@ -74,6 +76,10 @@ class Sample:
     raw_text: str | None = None
     """The completion, decoded with its special tokens; None where there is none."""
     mode: Mode = "mixture"
+    stage: str = ""
+    """Name of the stage; "" in a run without stages."""
+    tries: int = 0
+    """Tries of the prompt up to and including this one, those of earlier stages counted."""
 
     @property
     def request(self) -> Request:
@@ -164,15 +170,16 @@ class Record(TypedDict):
     id: Annotated[
         str,
         Field(
-            "content hash of the two rendered prompts (32 hex digits); "
-            "of the row, where it could not be rendered",
+            "content hash of the two rendered prompts (32 hex digits), and of the stage in a run "
+            "of stages; of the row, where it could not be rendered",
             attrgetter("prompt.id"),
         ),
     ]
     sample_index: Annotated[
         int,
         Field(
-            "which of `--samples-per-prompt`; with `id` the identity of a record",
+            "which of `--samples-per-prompt`, in a run of stages which try of its stage; "
+            "with `id` the identity of a record",
             attrgetter("completion.request.sample_index"),
         ),
     ]
@@ -180,6 +187,18 @@ class Record(TypedDict):
     mode: Annotated[
         Mode,
         Field("what tokens were drawn from: `mixture`, `student` or `teacher`", attrgetter("mode")),
+    ]
+    stage: Annotated[
+        NotRequired[str],
+        Field("name of the stage; absent in a run without stages", lambda s: s.stage or None),
+    ]
+    tries: Annotated[
+        NotRequired[int],
+        Field(
+            "tries that the stages have for a prompt up to and including this one; absent in a run "
+            "without stages",
+            lambda s: s.tries or None,
+        ),
     ]
     row_index: Annotated[
         int,
@@ -372,7 +391,7 @@ def record_of(sample: Sample, *, token_lists: bool = True) -> Record:
     lists = "token_alpha", "token_kl_student", "token_kl_teacher"
     names = [name for name in FIELDS if token_lists or name not in lists]
     record = {name: FIELDS[name].take(sample) for name in names}
-    for name in ("completion_raw", "top_tokens"):
+    for name in ("completion_raw", "top_tokens", "stage", "tries"):
         if record[name] is None:
             del record[name]
     return cast(Record, record)
@@ -386,6 +405,11 @@ def key_of(record: Record) -> Key:
 def row_id(row: Mapping[str, Any]) -> str:
     """Content hash of a row, as it is and as a record has it."""
     return prompt_id("\x00row", json.dumps(jsonable(row), sort_keys=True))
+
+
+def stage_id(stage: str, prompt: str) -> str:
+    """`id` of the records of a stage on a prompt. Their noise is that of no other stage."""
+    return prompt_id(f"\x00stage {stage}", prompt)
 
 
 def jsonable(value: Any, depth: int = 0) -> Any:

@@ -214,7 +214,8 @@ class _Pace:
 
 def _drawn_at(runs: list[Run]) -> str:
     """How the student of the records differs from the student at temperature 1."""
-    temperatures = {run.compared.get("temperature", 1.0) for run in runs}
+    options = [each for run in runs for each in run.stages or [run.compared]]
+    temperatures = {each.get("temperature", 1.0) for each in options}
     if temperatures == {1.0}:
         return ""
     return f" (temperature {', '.join(map(str, sorted(temperatures)))})"
@@ -223,7 +224,8 @@ def _drawn_at(runs: list[Run]) -> str:
 def _within_support(runs: list[Run]) -> bool:
     """Whether a run restricted both models to the teacher's likeliest tokens."""
     restricted = ("teacher_support_top_k", -1), ("teacher_support_top_p", 1.0)
-    return any(run.compared.get(name, off) != off for run in runs for name, off in restricted)
+    options = [each for run in runs for each in run.stages or [run.compared]]
+    return any(each.get(name, off) != off for each in options for name, off in restricted)
 
 
 def _coverage(options: ExportOptions, runs: list[Run], entries: list[Entry]) -> Coverage:
