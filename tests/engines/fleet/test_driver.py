@@ -118,7 +118,7 @@ def test_where_no_worker_is_left_the_run_says_why():
     """Guards: an endless wait, and an error without its cause."""
     broken = Broken("it raised RuntimeError: out of memory")
     launcher = FakeLauncher(2, Behaviour(never_loads={0: broken, 1: broken}))
-    with pytest.raises(EngineError, match="no worker is left:\n  worker 1.*out of memory"):
+    with pytest.raises(EngineError, match=r"no worker is left:\n  worker 1.*out of memory"):
         served(launcher, requests(3))
 
 
@@ -127,7 +127,7 @@ def test_an_error_that_only_the_user_can_help_is_not_tried_again():
     broken = Broken("there is no model 'missing'", "ModelError")
     launcher = FakeLauncher(2, Behaviour(never_loads={0: broken, 1: broken}))
     driver = Driver(launcher)
-    with pytest.raises(ModelError, match="^there is no model 'missing'$"):
+    with pytest.raises(ModelError, match=r"^there is no model 'missing'$"):
         driver.open()
     assert [each.worker.starts for each in driver.members] == [1, 1]
 
