@@ -504,6 +504,9 @@ class FleetConfig(Checked):
             self._check_range("workers", 1)
         self._check_range("gpus_per_worker", 0, above=True)
         self._check_range("worker_timeout", 0, _LONGEST_TIMEOUT, above=True)
+        for name in ("gpus_per_worker", "worker_timeout") if not self.is_used else ():
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} is about workers, and there are none; give workers too")
 
     @property
     def is_used(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -14,6 +14,7 @@ from optimal_sampling.errors import ConfigError, EngineError, OptimalSamplingErr
 from optimal_sampling.generate.dataset import Dataset, open_dataset
 from optimal_sampling.generate.fingerprint import check_rows, model_facts
 from optimal_sampling.generate.progress import Progress, Summary, Tally
+from optimal_sampling.generate.workers import NO_WORKERS, WorkersFile
 from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.records.run_folder import TEMPLATE_DATE, RunFolder, template_date
 from optimal_sampling.records.schema import Key, Prompt, Sample, record_of, row_id
@@ -188,14 +189,29 @@ class _Job:
             self.progress.show_notes(engine.notes())
             self.tally.restart_clock()
             self.progress.update(self.tally)
-            for completion in engine.generate(chain([first], requests)):
-                self._finish(completion)
+            with self._shown_workers(engine):
+                for completion in engine.generate(chain([first], requests)):
+                    self._finish(completion)
             if self._in_flight:
                 lost = len(self._in_flight)
                 raise EngineError(
                     f"the engine {config.engine.name} ended without {lost} of its requests"
                 )
             return notes | engine.notes()
+
+    @contextmanager
+    def _shown_workers(self, engine: Engine) -> Iterator[None]:
+        """Show the engine's workers, if it has any, also between completions."""
+        with WorkersFile(self.folder.path, self.config.shard) as file:
+
+            def tick() -> None:
+                self.progress.update(self.tally)
+                file.update(engine.workers())
+
+            self.progress.workers = engine.workers
+            engine.watch(tick)
+            yield
+            self.progress.workers = NO_WORKERS
 
     def _opener(self) -> OpenEngine:
         """What opens the engine, or the fleet of engines."""
