@@ -81,6 +81,7 @@ _DIAGNOSTICS = {
     "log_q": "log_q",
     "fallback": "fallback",
     "curvature": "curvature",
+    "vetoed": "vetoed",
 }
 """Names in `SamplingOutput.diagnostics`, and what they are called in a TokenTrace."""
 
@@ -109,7 +110,7 @@ class SamplingOutput:
     """[batch, seq]: ess_teacher / ess_student; above 1 where q is closer to the teacher."""
     diagnostics: dict[str, Any] = field(default_factory=dict)
     """[batch, seq] each: kl_theta, kl_t, entropy, clamped, log_p_theta, log_p_t, log_q, fallback,
-    curvature (Var_q of the models' log ratio).
+    curvature (Var_q of the models' log ratio), vetoed (the student's mass outside of the support).
     Floats: alpha_mean, alpha_weighted_mean (alpha where the models differ: each token with its
     curvature as weight), ess_ratio_mean (ratio of the two mean ESS), kl_theta_mean, kl_t_mean,
     entropy_mean, clamped_share. `num_tokens`: a list. Empty without `return_diagnostics`."""
@@ -140,9 +141,10 @@ class OptimalSamplingModel(BatchSampler):
     Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`,
     `allow_unused_weights`;
     the fields of LocalOptions; those of FleetConfig, such as `workers=2`, for engines in processes
-    of their own that share the prompts; `trust_region` and `schedule_*` of MixtureConfig; and
-    defaults for `generate`: `student_system_prompt` (or `theta_system_prompt`),
-    `teacher_system_prompt`, `enable_chat_template`, `thinking`.
+    of their own that share the prompts; `trust_region`, `schedule_*`, `veto_min_p`,
+    `interleaved_*`, `arithmetic_weight` and `teacher_support_min_p` of MixtureConfig; and defaults
+    for `generate`: `student_system_prompt` (or `theta_system_prompt`), `teacher_system_prompt`,
+    `enable_chat_template`, `thinking`.
 
     Raises ConfigError (an option), ModelError, TokenizerMismatchError, MissingDependencyError.
     """
