@@ -165,7 +165,7 @@ def _round_activations(model: nn.Module) -> None:
         if inputs is None:
             continue
         if (inputs.type, inputs.num_bits, inputs.strategy, inputs.symmetric) == _INT8_PER_TOKEN:
-            layer.quantization_enabled = False  # its own rounding
+            vars(layer)["quantization_enabled"] = False  # its own rounding
             layer.register_forward_pre_hook(_round_input)
 
 
