@@ -109,8 +109,8 @@ class ChatFormat:
     def ids(self, text: str) -> tuple[int, ...]:
         """Ids of a whole prompt. A BOS in the text is not added again; an EOS is never added.
 
-        The pieces between SEAMs of literal control tokens are encoded on their own. Raises PromptError for a lone surrogate,
-        an empty prompt, an id that the model lacks.
+        The pieces between SEAMs of literal control tokens are encoded on their own. Raises
+        PromptError for a lone surrogate, an empty prompt, an id that the model lacks.
         """
         try:
             text.encode()
