@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from optimal_sampling.records import load_verdicts
+from optimal_sampling.records import load, load_verdicts
 
 COMMAND = [sys.executable, "-m", "optimal_sampling"]
 
@@ -129,11 +129,11 @@ def test_kill_and_resume_in_stages(tmp_path):
     whole = [*COMMAND, *arguments(tmp_path / "whole", 30, **options)]
     subprocess.run(whole, check=True, capture_output=True)
     command = [*COMMAND, *arguments(tmp_path / "killed", 30, **options)]
-    kills = kill_until_done(command, tmp_path / "killed", random.Random(5), longest=1.5, most=4)
+    kills = kill_until_done(command, tmp_path / "killed", random.Random(5), longest=1.5, most=3)
     assert kills >= 1
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     assert verdicts(tmp_path / "killed") == verdicts(tmp_path / "whole")
-    stages = {json.loads(line)["stage"] for line in lines(tmp_path / "whole").values()}
+    stages = {record["stage"] for record in load(tmp_path / "whole")}
     assert stages == {"own", "kl", "teacher"}
 
 
