@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
+from datetime import date
 from typing import Any
 
 from optimal_sampling.config import GenerateConfig, MixtureConfig
@@ -51,15 +52,17 @@ def open_inputs(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRend
     return dataset, vocabulary, renderer_of(config, dataset, vocabulary)
 
 
-def renderer_of(config: GenerateConfig, dataset: Dataset, vocabulary: Vocabulary) -> PromptRenderer:
-    """What rows are rendered with."""
+def renderer_of(
+    config: GenerateConfig, dataset: Dataset, vocabulary: Vocabulary, day: date | None = None
+) -> PromptRenderer:
+    """What rows are rendered with. `day`: that of chat templates; None: the run's."""
     return PromptRenderer(
         config.prompt,
         vocabulary,
         prompt_column=dataset.prompt_column,
         answer_column=dataset.answer_column,
         columns=dataset.columns,
-        day=template_date(config.run.output_dir),
+        day=day or template_date(config.run.output_dir),
     )
 
 
