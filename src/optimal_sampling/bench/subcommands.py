@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 from optimal_sampling.config import Attention, ModelConfig, expand_user
 from optimal_sampling.errors import ConfigError
@@ -20,6 +20,7 @@ __all__ = [
     "HostOptions",
     "IdentityOptions",
     "MemoryOptions",
+    "MethodsOptions",
     "ModelOptions",
     "PairOptions",
     "ScalingOptions",
@@ -28,14 +29,16 @@ __all__ = [
     "SolverOptions",
     "SpeedOptions",
     "TopTokensOptions",
+    "Uneven",
     "parse_bench",
     "parse_size",
 ]
 
 COUNTS = ("threads", "num_prompts", "repeats", "prompt_tokens", "new_tokens")
-FOR_SHAPES = ("same_weights", "acceptance", "prompt_tokens", "new_tokens")
+FOR_SHAPES = ("same_weights", "acceptance", "prompt_tokens", "new_tokens", "uneven")
 """Options that have no effect on models which are not shapes."""
 DEFAULT_MODELS = ModelConfig()
+Uneven: TypeAlias = Literal["nothing", "prompts", "all"]
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,9 @@ class SpeedOptions(ScalingOptions):
     function = "speed:run_speed"
     repeats: int = 5
     """Counted repeats of every row."""
+    uneven: Uneven = "nothing"
+    """Shapes: whose lengths are random, from an eighth of the given one to all of it. `all`:
+    prompts and completions."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,26 @@ class DraftsOptions(SpeedOptions):
 
     name = "drafts"
     function = "speed:run_speed"
+
+
+@dataclass(frozen=True)
+class MethodsOptions(BenchOptions):
+    """q* by method and sharpness beside the teacher alone: speed, and drafts accepted."""
+
+    name = "methods"
+    function = "methods:run_methods"
+    models: ModelConfig = DEFAULT_MODELS
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Texts at once."""
+    num_prompts: int = 128
+    """Prompts at the largest batch; fewer where it is slow."""
+    repeats: int = 3
+    """Counted repeats of every row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.batches, default=0) < 1:
+            raise ConfigError(f"batches must be numbers of at least 1, got {self.batches}")
 
 
 @dataclass(frozen=True)
@@ -333,6 +359,7 @@ class GpuOptions(BenchOptions):
 _KINDS: tuple[type[BenchOptions], ...] = (
     SpeedOptions,
     DraftsOptions,
+    MethodsOptions,
     SelfDistilOptions,
     ScalingOptions,
     MemoryOptions,

@@ -9,14 +9,14 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -24,10 +24,12 @@ from rich.text import Text
 
 from optimal_sampling.config import GenerateConfig, expand_user
 from optimal_sampling.generate.stage_counts import StageCounts, stage_lines
+from optimal_sampling.generate.workers import NO_WORKERS, status_lines, worker_table, worker_text
 from optimal_sampling.records.run_folder import RunFolder, Totals
 from optimal_sampling.records.schema import Record
 from optimal_sampling.records.store import read_json, write_atomically
 from optimal_sampling.records.verdicts import Graded, graded_records
+from optimal_sampling.types import WorkerStatus
 from optimal_sampling.verify.progress import verdict_text
 
 __all__ = [
@@ -264,6 +266,9 @@ def _mean_lines(
         mean = means[name]
         if mean is not None:
             yield title, f"{mean:.4f}"
+    vetoed = means["vetoed"]
+    if vetoed:
+        yield "vetoed share of the student's mass", f"{vetoed:.4f}"
     reasons = (f"{name} {count}" for name, count in sorted(finish_reasons.items()))
     yield "finish reasons", ", ".join(reasons)
 
@@ -288,8 +293,13 @@ def folder_status(run: str | Path) -> Table:
     names = [stage["name"] for stage in compared.get("stages", [])]
     source = f"stages {', '.join(names)}" if names else f"the {compared.get('mode', 'mixture')}"
     title = f"{folder}: drawn from {source}"
-    counts = stage_lines(stages.numbers(names), len(stages.prompts), len(stages.solved))
-    return _table(title, chain(_status_lines(totals, failed, calls), counts, verdicts.lines()))
+    lines = chain(
+        _status_lines(totals, failed, calls),
+        stage_lines(stages.numbers(names), len(stages.prompts), len(stages.solved)),
+        status_lines(folder),
+        verdicts.lines(),
+    )
+    return _table(title, lines)
 
 
 @dataclass
@@ -340,6 +350,9 @@ def _status_lines(
 class Progress:
     """Base class, which shows nothing. A context manager: `update` is called within."""
 
+    workers: Callable[[], Sequence[WorkerStatus]] = NO_WORKERS
+    """Rows of the workers, where there are any."""
+
     def update(self, tally: Tally) -> None:
         """Show the counts, which have changed."""
 
@@ -382,13 +395,27 @@ class LinesProgress(Progress):
             self._due = time.monotonic() + self._seconds
             prefix = f"{tally.title}: " if tally.title else ""
             self.show(f"{prefix}{tally.done}/{tally.asked} done, {status(tally)}")
+            for row in self.workers():
+                self.show(f"  {row.name}: {worker_text(row)}")
+
+
+class _BarAndWorkers(Bar):
+    """A bar, and below it the rows of the workers."""
+
+    workers: Sequence[WorkerStatus] = ()
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """What is redrawn."""
+        yield self.make_tasks_table(self.tasks)
+        if self.workers:
+            yield worker_table(self.workers)
 
 
 class TerminalProgress(Progress):
-    """A bar that is redrawn in place."""
+    """A bar that is redrawn in place, with a row per worker."""
 
     def __init__(self, console: Console) -> None:
-        self._bar = Bar(
+        self._bar = _BarAndWorkers(
             BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total} done"),
             TextColumn("{task.fields[status]}"),
@@ -408,6 +435,7 @@ class TerminalProgress(Progress):
 
     def update(self, tally: Tally) -> None:
         """Move the bar."""
+        self._bar.workers = self.workers()
         text = f"{tally.title}, {status(tally)}" if tally.title else status(tally)
         self._bar.update(self._task, completed=tally.done, total=tally.asked, status=text)
 

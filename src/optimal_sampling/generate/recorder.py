@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from optimal_sampling.config import GenerateConfig
 from optimal_sampling.errors import EngineError
 from optimal_sampling.generate.dataset import Dataset
 from optimal_sampling.generate.progress import Progress, Tally
+from optimal_sampling.generate.workers import NO_WORKERS, WorkersFile
 from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.records.run_folder import RunFolder
 from optimal_sampling.records.schema import Key, Prompt, Sample, record_of
@@ -46,12 +48,27 @@ class Work:
     def engine(self, config: GenerateConfig) -> Iterator[Engine]:
         """An engine for a config, its models loaded; says so, and shows its notes."""
         self.progress.start_loading(config)
-        from optimal_sampling.engines import open_engine  # torch is loaded here
-
         arguments = config.engine, config.models, config.mixture, self.vocabulary, config.run.mode
-        with (self.open_with or open_engine)(*arguments) as engine:
+        with (self.open_with or self._opener())(*arguments) as engine:
             self.progress.show_notes(engine.notes())
+            self.progress.workers = engine.workers
             yield engine
+        self.progress.workers = NO_WORKERS
+
+    def _opener(self) -> OpenEngine:
+        """What opens the engine, or the fleet of engines."""
+        from optimal_sampling import engines  # torch is loaded here
+
+        if not self.config.fleet.is_used:
+            return engines.open_engine
+        from optimal_sampling.engines.fleet import open_fleet
+
+        return partial(
+            open_fleet,
+            fleet=self.config.fleet,
+            logs=self.folder.path / "logs",
+            report=self.progress.show,
+        )
 
 
 @dataclass(frozen=True)
@@ -96,8 +113,15 @@ class Recorder:
     def serve(self, engine: Engine, requests: Iterable[Request]) -> None:
         """Have requests completed. Raises EngineError where some are not."""
         self.show()
-        for completion in engine.generate(requests):
-            self._finish(completion)
+        with WorkersFile(self.work.folder.path, self.work.config.shard) as file:
+
+            def tick() -> None:
+                self.show()
+                file.update(engine.workers())
+
+            engine.watch(tick)
+            for completion in engine.generate(requests):
+                self._finish(completion)
         if self._in_flight:
             lost, name = len(self._in_flight), self.work.config.engine.name
             raise EngineError(f"the engine {name} ended without {lost} of its requests")

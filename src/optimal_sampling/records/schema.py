@@ -137,6 +137,12 @@ def _chernoff(sample: Sample) -> float | None:
     return _mean((1 - alpha) * student + alpha * teacher for alpha, student, teacher in columns)
 
 
+def _nll_student(sample: Sample) -> float | None:
+    """−log p_student of the whole completion; None where a token has no finite one."""
+    log_p = sample.trace["log_p_student"]
+    return _rounded(-math.fsum(log_p)) if log_p else None
+
+
 def _top_tokens(sample: Sample) -> dict[str, Any] | None:
     """Ids and log-probabilities as the bytes of two arrays, [tokens, distributions, k]."""
     captured = sample.completion.captured
@@ -305,6 +311,33 @@ class Record(TypedDict):
             "log_p_student",
             "log p_student of the tokens drawn, at the run's temperature, mean over tokens",
         ),
+    ]
+    nll_student: Annotated[
+        float | None,
+        Field(
+            "−log p_student of the whole completion, at the run's temperature, in nats",
+            _nll_student,
+        ),
+    ]
+    vetoed: Annotated[
+        float | None,
+        _mean_of(
+            "vetoed",
+            "1 − p_student(S), mean over tokens, with S the tokens that the teacher finds plausible"
+            " (its support; of `interleaved` its own set); 0 without such a set",
+        ),
+    ]
+    kl_student_restricted: Annotated[
+        float | None,
+        _mean_of("kl_student_restricted", "`kl_student` to p_student restricted to the support"),
+    ]
+    kl_teacher_restricted: Annotated[
+        float | None,
+        _mean_of("kl_teacher_restricted", "`kl_teacher` to p_teacher restricted to the support"),
+    ]
+    log_p_student_restricted: Annotated[
+        float | None,
+        _mean_of("log_p_student_restricted", "`log_p_student` of p_student restricted likewise"),
     ]
     error: Annotated[
         str,

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from optimal_sampling.config import Regrade, VerifyConfig, VerifyOptions, expand_user
-from optimal_sampling.errors import ConfigError, OptimalSamplingError, did_you_mean
+from optimal_sampling.errors import (
+    ConfigError,
+    OptimalSamplingError,
+    RunFolderError,
+    did_you_mean,
+)
 from optimal_sampling.records.run_folder import record_lines
 from optimal_sampling.records.schema import Key, Record, key_of
 from optimal_sampling.records.store import Line, read_json
@@ -90,7 +95,10 @@ def verify(
     """
     progress = progress or GradeProgress()
     folders = [expand_user(run) for run in runs]
-    tally = GradeTally(sum(map(_count_lines, folders)))
+    counts = {folder: _count_lines(folder) for folder in folders}
+    if empty := [str(folder) for folder, count in counts.items() if not count]:
+        raise RunFolderError(f"{', '.join(empty)} holds no records in records/*.jsonl")
+    tally = GradeTally(sum(counts.values()))
     pool: GraderPool[Tag] = GraderPool(
         options.grader,
         workers=options.workers,

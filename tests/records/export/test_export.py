@@ -28,6 +28,7 @@ from optimal_sampling.errors import (
     TokenizerMismatchError,
 )
 from optimal_sampling.records.export import ExportOptions, export, push
+from optimal_sampling.records.export.decontaminate import Questions
 from optimal_sampling.records.export.folder import ParquetShards, new_folder
 from optimal_sampling.records.export.job import Tools
 from optimal_sampling.records.export.selection import is_validation
@@ -199,6 +200,33 @@ def test_decontamination(runs):
     assert completions(report) == ["1", "2"]
     assert lines(report)["overlapping with mine"] == "1"
     assert lines(report)["questions of mine, checked for overlap"] == "1"
+
+
+CHINESE = "已知函数的图像经过原点并且在区间上单调递增求实数的取值范围"
+JAPANESE = "次の文章を読んで、最も適切な答えを一つ選びなさい。ただし根拠も述べること。"
+THAI = "จงหาผลบวกของจำนวนเต็มบวกทั้งหมดที่น้อยกว่าหนึ่งร้อย"
+
+
+@pytest.mark.parametrize("question", [CHINESE, JAPANESE, THAI])
+def test_scripts_without_spaces_overlap_too(question):
+    """Guards: a whole sentence that counts as one word, so that only an equal text overlaps."""
+    questions = Questions()
+    questions.add("mine", [question])
+    assert questions.match(f"第一问：{question[2:]} (2024)") == "mine"
+    assert questions.match(f"请看。{question[4:21]}") == "mine"
+    assert questions.match(question[4:16]) is None
+    assert questions.match("完全不同的一道题目，求三角形的面积和周长各是多少？") is None
+
+
+def test_words_beside_letters_without_spaces():
+    """Guards: numbers and Latin words that are cut apart, or count for half."""
+    questions = Questions()
+    questions.add("mine", ["one two three four five six seven 求值"])
+    assert questions.match("so: One two three four five six seven 求值!") == "mine"
+    assert questions.match("one two three four five six seven 求") is None
+    questions.add("short", ["求值"])
+    assert questions.match("求值") == "short"
+    assert questions.match("求值吗") is None
 
 
 def test_an_empty_benchmark_is_refused(runs, rows):
