@@ -153,7 +153,8 @@ class DryRun:
 def dry_run(config: GenerateConfig, shown: int = 3) -> DryRun:
     """Render every row. Raises as `generate` does for a dataset, a template or a tokenizer."""
     dataset, vocabulary, renderer = open_inputs(config)
-    result = DryRun(config, vocabulary, input_notes(config, vocabulary, renderer))
+    on_rows = renderer.row_notes(row for _, row in dataset)
+    result = DryRun(config, vocabulary, input_notes(config, vocabulary, renderer, on_rows))
     seen: set[str] = set()
     for index, row, rendered in render_rows(renderer, dataset):
         identity = prompt_of(index, row, rendered).id
