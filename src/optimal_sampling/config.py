@@ -160,12 +160,16 @@ class MixtureConfig(Checked):
     """Nucleus of q to draw from, after mixing; 1: all of q."""
     top_k: int = -1
     """Draw from the k likeliest tokens of q, after mixing; -1: all of q."""
+    byte_tolerance: float = 0.01
+    """Two tokenizers: a model is not run after a token whose share of its probability of the text
+    is below this. What is given up is in the records; 0: exact, and slow (docs/tokenizers.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_range("fixed_alpha alpha_min alpha_max schedule_start schedule_end", 0, 1)
         self._check_range("top_p teacher_support_top_p", 0, 1, above=True)
         self._check_range("trust_region", 0)
+        self._check_range("byte_tolerance", 0, 0.05)
         self._check_range("schedule_tokens", 1)
         self._check_range("temperature", 0, above=True)
         if not MIN_TEMPERATURE <= self.temperature < math.inf:
@@ -214,6 +218,9 @@ class ModelConfig(Checked):
     """Load a model whose files hold weights that its architecture does not use."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model. Off unless you have read that code."""
+    granularity: Literal["auto", "token", "byte"] = "auto"
+    """What is drawn one by one: `token`, which needs one tokenizer, or `byte`, for models with
+    different tokenizers; auto: bytes where the tokenizers differ (docs/tokenizers.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,6 +246,8 @@ class EngineOptions(Checked):
     engine_class: ClassVar[str]
     """`module:Class`, imported on use: an `engines.base.Engine` with a classmethod
     `load(models, mixture, options, vocabulary, mode) -> Engine`."""
+    byte_engine_class: ClassVar[str] = ""
+    """As `engine_class`, the engine for two different tokenizers; empty: none."""
     fixed: ClassVar[frozenset[str]] = frozenset()
     """Options that a loaded engine cannot change."""
     loads_models: ClassVar[bool] = True
@@ -260,6 +269,7 @@ class LocalOptions(EngineOptions):
 
     name = "local"
     engine_class = "optimal_sampling.engines.local.engine:LocalEngine"
+    byte_engine_class = "optimal_sampling.engines.bytes.engine:ByteEngine"
     fixed = frozenset({"attention", "batch_invariant", "fused_layers"})
 
     batch_size: int = 32

@@ -4,12 +4,21 @@
     model_folder  what the folder of a model has to hold
     turn_end      the token with which a chat template ends turns
     thinking      the markers around a model's reasoning, from its chat template
+    token_bytes   what every token of a tokenizer writes
     shared        `Vocabulary`: the ids that both models share
 
 Transformers is imported when a tokenizer is loaded.
 """
 
 from optimal_sampling.vocabulary.shared import Vocabulary
+from optimal_sampling.vocabulary.token_bytes import TokenBytes, continued_ids
 from optimal_sampling.vocabulary.tokens import ModelTokens, load_tokens, resolve_model
 
-__all__ = ["ModelTokens", "Vocabulary", "load_tokens", "resolve_model"]
+__all__ = [
+    "ModelTokens",
+    "TokenBytes",
+    "Vocabulary",
+    "continued_ids",
+    "load_tokens",
+    "resolve_model",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -43,6 +43,11 @@ class TokenBytes:
     def size(self) -> int:
         """Number of ids; rows of logits from there on mean nothing."""
         return len(self.of_id)
+
+    def cut(self, rows: int | None) -> TokenBytes:
+        """The ids that the model has logits of."""
+        ends = frozenset(i for i in self.end_ids if rows is None or i < rows)
+        return replace(self, of_id=self.of_id[:rows], end_ids=ends)
 
     def join(self, ids: Iterable[int]) -> bytes:
         """The bytes of a text. Control tokens write nothing."""

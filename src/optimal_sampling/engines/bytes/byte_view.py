@@ -111,6 +111,12 @@ class ByteView:
         """The hypothesis with most mass."""
         return max(self.live, key=attrgetter("log_total"))
 
+    @property
+    def closed(self) -> Hypothesis | None:
+        """Of the hypotheses whose tokens are all complete, that with most weight."""
+        found = [h for h in self.live if h.node == ROOT]
+        return max(found, key=attrgetter("log_weight"), default=None)
+
     def law(self) -> Float[np.ndarray, " symbols"]:
         """Probabilities of the next byte, and of `END`."""
         law = np.zeros(SYMBOLS)

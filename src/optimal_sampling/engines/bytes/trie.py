@@ -22,6 +22,8 @@ class ByteTrie:
 
     ids: Int[np.ndarray, " tokens"]
     """The id of every rank."""
+    words: list[bytes]
+    """The bytes of every rank, in order."""
     first: Int[np.ndarray, " nodes"]
     """The first rank of every node. Tokens that end at the node come first."""
     ending: Int[np.ndarray, " nodes"]
@@ -35,7 +37,7 @@ class ByteTrie:
 
     def __init__(self, of_id: Sequence[bytes | None]) -> None:
         ranked = sorted((written, index) for index, written in enumerate(of_id) if written)
-        words = [written for written, _ in ranked]
+        self.words = words = [written for written, _ in ranked]
         self.ids = np.array([index for _, index in ranked], dtype=np.int64)
         self._build(words)
 

@@ -125,7 +125,7 @@ class LocalEngine(Engine):
             elif mode in ("mixture", role):
                 loaded[role] = load_model(paths[role], models, role, load_kwargs)
         return cls(
-            LoadedPair.of(loaded, vocabulary.size, options), mixture, options, vocabulary, mode
+            LoadedPair.of(loaded, vocabulary.logit_rows, options), mixture, options, vocabulary, mode
         )
 
     def _check_settings(self, loaded: EngineOptions) -> None:
