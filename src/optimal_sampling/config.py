@@ -160,16 +160,12 @@ class MixtureConfig(Checked):
     """Nucleus of q to draw from, after mixing; 1: all of q."""
     top_k: int = -1
     """Draw from the k likeliest tokens of q, after mixing; -1: all of q."""
-    byte_tolerance: float = 0.01
-    """Two tokenizers: a model is not run after a token whose share of its probability of the text
-    is below this. What is given up is in the records; 0: exact, and slow (docs/tokenizers.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_range("fixed_alpha alpha_min alpha_max schedule_start schedule_end", 0, 1)
         self._check_range("top_p teacher_support_top_p", 0, 1, above=True)
         self._check_range("trust_region", 0)
-        self._check_range("byte_tolerance", 0, 0.05)
         self._check_range("schedule_tokens", 1)
         self._check_range("temperature", 0, above=True)
         if not MIN_TEMPERATURE <= self.temperature < math.inf:
@@ -239,7 +235,8 @@ Attention = Literal["auto", "varlen", "flash_attn", "sdpa"]
 
 @dataclass(frozen=True)
 class EngineOptions(Checked):
-    """Options of one engine: they change speed and memory, not the distribution of tokens."""
+    """Options of one engine: they change speed and memory, and none but `byte_tolerance` changes
+    the distribution of tokens."""
 
     name: ClassVar[str]
     """Value of `--engine`."""
@@ -292,10 +289,14 @@ class LocalOptions(EngineOptions):
     top_tokens: int = 0
     """Keep, for every token, ids and log-probabilities of the k likeliest tokens of student,
     teacher and q: soft targets (docs/records.md). 0: none."""
+    byte_tolerance: float = 0.01
+    """Two tokenizers: a model is not run after a token whose share of its probability of the text
+    is below this. What is given up is in the records; 0: exact, and slow (docs/tokenizers.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_range("top_tokens", 0)
+        self._check_range("byte_tolerance", 0, 0.05)
 
 
 @dataclass(frozen=True)
@@ -484,6 +485,8 @@ class RunConfig(Checked):
     """Most tokens per completion."""
     token_lists: bool = True
     """Keep alpha and both KLs of every token in the records."""
+    byte_lists: bool = False
+    """Two tokenizers: keep alpha and both KLs of every byte in the records."""
     max_attempts: int = 3
     """Later calls try a failed prompt again until it has failed this often."""
 

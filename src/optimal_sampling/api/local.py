@@ -23,6 +23,7 @@ from optimal_sampling.api.batch import (
     whole_number,
 )
 from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
+from optimal_sampling.engines.bytes.engine import ByteEngine
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.errors import ConfigError, did_you_mean
 from optimal_sampling.prompts import PromptRenderer
@@ -31,7 +32,9 @@ from optimal_sampling.types import AlphaMethod, Completion, weighted_mean
 __all__ = ["OptimalSamplingModel", "PerToken", "SamplingOutput"]
 
 _ENGINE_OPTIONS = frozenset(item.name for item in fields(LocalOptions))
-_MODEL_OPTIONS = frozenset({"allow_unused_weights", "load_in_4bit", "trust_remote_code"})
+_MODEL_OPTIONS = frozenset(
+    {"allow_unused_weights", "granularity", "load_in_4bit", "trust_remote_code"}
+)
 _PROMPT_OPTIONS = frozenset(
     {
         "student_system_prompt",
@@ -122,7 +125,7 @@ class OptimalSamplingModel(BatchSampler):
     to be there. On a CPU, `dtype=torch.float16` is taken as float32.
 
     Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`,
-    `allow_unused_weights`;
+    `allow_unused_weights`, `granularity`;
     the fields of LocalOptions; `trust_region` and `schedule_*` of MixtureConfig; and defaults for
     `generate`: `student_system_prompt` (or `theta_system_prompt`), `teacher_system_prompt`,
     `enable_chat_template`, `thinking`.
@@ -169,7 +172,8 @@ class OptimalSamplingModel(BatchSampler):
             **taken(kwargs, _MODEL_OPTIONS),
         )
         super().__init__(models)
-        self._engine = LocalEngine.load(
+        engine_class = ByteEngine if self.vocabulary.granularity == "byte" else LocalEngine
+        self._engine = engine_class.load(
             models,
             self._mixture,
             LocalOptions(**taken(kwargs, _ENGINE_OPTIONS)),
@@ -247,7 +251,7 @@ class OptimalSamplingModel(BatchSampler):
             logits = {name: self._captured(rows, key) for name, key in _CAPTURED.items()}
         if "log_q" in capture:
             probabilities = self._captured(rows, "log_q").exp_()
-        texts = None if skip_decode else [self.vocabulary.decode(row.token_ids) for row in rows]
+        texts = None if skip_decode else [self._text(row) for row in rows]
         return SamplingOutput(
             generated_texts=texts,
             generated_ids=_padded_ids([row.token_ids for row in rows], self.vocabulary.pad_id),

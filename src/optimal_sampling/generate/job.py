@@ -122,7 +122,11 @@ def open_inputs(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRend
     dataset = open_dataset(config.data, config.run.seed)
     models = config.models
     vocabulary = Vocabulary.load(
-        models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+        models.student,
+        models.teacher,
+        models.trust_remote_code,
+        revisions=models.revisions,
+        granularity=models.granularity,
     )
     renderer = PromptRenderer(
         config.prompt,
@@ -251,20 +255,32 @@ class _Job:
     def _finish(self, completion: Completion) -> None:
         """Write the record of a completion and count it."""
         key = completion.request.key
+        text, raw_text = self._texts(completion)
         sample = Sample(
             prompt=self._in_flight.pop(key),
             completion=completion,
-            text=self.vocabulary.decode(completion.token_ids),
-            raw_text=self.vocabulary.decode_raw(completion.token_ids),
+            text=text,
+            raw_text=raw_text,
             attempts=self.folder.ledger.attempts(key) + 1,
             mode=self.config.run.mode,
         )
-        record = record_of(sample, token_lists=self.config.run.token_lists)
+        record = record_of(
+            sample,
+            token_lists=self.config.run.token_lists,
+            byte_lists=self.config.run.byte_lists,
+        )
         checksum = self.folder.add(record)
         self.tally.add(record)
         if self.grading is not None:
             self.grading.add(record, checksum)
         self.progress.update(self.tally)
+
+    def _texts(self, completion: Completion) -> tuple[str, str]:
+        """Text of a completion, without its special tokens and with them."""
+        if completion.byte_level is not None:
+            return completion.byte_level.text, completion.byte_level.text
+        ids = completion.token_ids
+        return self.vocabulary.decode(ids), self.vocabulary.decode_raw(ids)
 
     def finish_grading(self) -> Mapping[str, int]:
         """Grade what is on the disk without a verdict; how many completions have each verdict."""

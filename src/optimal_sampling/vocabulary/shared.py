@@ -255,9 +255,7 @@ def _cut_words(model: ModelTokens, size: int) -> list[int]:
     ids = model.id_map.keys()
     words = sorted(index for index in ids - model.added_ids if index >= size)
     if words and model.rows == size:
-        raise TokenizerMismatchError(
-            _too_many_ids(model)
-        )
+        raise TokenizerMismatchError(_too_many_ids(model))
     return words
 
 

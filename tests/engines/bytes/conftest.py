@@ -22,7 +22,7 @@ COMMON = "abc 123\n\u00e9".encode()
 
 def small_tokenizer(words=(), end=END):
     """Byte-level BPE: 256 bytes, and words with all their merges."""
-    vocab = {letter: byte for letter, byte in byte_of_letter().items()}
+    vocab = dict(byte_of_letter())
     merges = []
     for word in words:
         for count in range(2, len(word) + 1):

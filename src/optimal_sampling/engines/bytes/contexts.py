@@ -75,9 +75,7 @@ class ContextRows:
         self.cache.clear(row)
 
     @torch.inference_mode()
-    def evaluate(
-        self, wanted: Mapping[int, tuple[int, ...]]
-    ) -> dict[int, Float[Tensor, " vocab"]]:
+    def evaluate(self, wanted: Mapping[int, tuple[int, ...]]) -> dict[int, Float[Tensor, " vocab"]]:
         """Logits after each row's context; rows whose prompt is not read to its end give none."""
         chunks: list[Chunk] = []
         last, start = np.zeros((2, len(self._rows)), dtype=np.int64)

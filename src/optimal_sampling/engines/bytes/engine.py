@@ -106,7 +106,7 @@ class ByteEngine(LocalEngine):
                 self.vocabulary.student_tokenizer, self.vocabulary.bytes_by_role["student"]
             ),
             end_id=min(self.stop_ids),
-            tolerance=self.mixture.byte_tolerance,
+            tolerance=self.options.byte_tolerance,
             force_first_token=self.mixture.force_first_token and self.mode == "mixture",
         )
         mixer = SymbolMixer(self.mixture, self.mode)

@@ -89,7 +89,8 @@ class SymbolMixer:
         for row, place in enumerate(places):
             if place.forced is not None:
                 symbols[row] = place.forced
-                trace[row] = self._forced_trace([x[row : row + 1] for x in log_p], place.forced)
+                student, teacher = (each[row : row + 1] for each in log_p)
+                trace[row] = self._forced_trace(student, teacher, place.forced)
         return symbols, trace
 
     def _log_p(self, laws: Laws, places: Sequence[Place]) -> Float[Tensor, "rows symbols"]:
@@ -98,9 +99,11 @@ class SymbolMixer:
         with np.errstate(divide="ignore"):
             return torch.from_numpy(np.log(laws * allowed))
 
-    def _forced_trace(self, log_p: list[Float[Tensor, "1 symbols"]], symbol: int) -> tuple[float, ...]:
+    def _forced_trace(
+        self, student: Float[Tensor, "1 symbols"], teacher: Float[Tensor, "1 symbols"], symbol: int
+    ) -> tuple[float, ...]:
         """Of a given symbol, where the teacher alone draws: alpha is 1."""
-        solved = solve(make_pair(*log_p, self._forced), torch.tensor([0]), self._forced)
+        solved = solve(make_pair(student, teacher, self._forced), torch.tensor([0]), self._forced)
         return _rows(trace_of(solved, torch.tensor([symbol])))[0]
 
 

@@ -68,9 +68,8 @@ class TextRow:
     def length(self, role: str) -> int:
         """Tokens of the longest context of a model that is followed, prompt included."""
         view = self.views[role]
-        contexts = [*view.live, *view.wanted]
-        longest = max((len(each.context) for each in contexts), default=0)
-        return len(self.request.prompt_ids(role)) + longest
+        followed = [each.context for each in view.live] + [each.context for each in view.wanted]
+        return len(self.request.prompt_ids(role)) + max(map(len, followed), default=0)
 
     def place(self) -> Place:
         """Where the next symbol stands."""
@@ -153,11 +152,11 @@ class TextRow:
     def completion(self) -> Completion:
         """What was drawn, in the student's tokens."""
         assert self.finished is not None
-        settings, most = self.settings, self.request.max_new_tokens
-        ids, text, canonical = settings.student_text.tokens(bytes(self.text), self._followed(), most)
+        most, student = self.request.max_new_tokens, self.settings.student_text
+        ids, text, canonical = student.tokens(bytes(self.text), self._followed(), most)
         ended = self.finished == "stop" and len(ids) < most and len(text) == len(self.text)
         reason: FinishReason = "length" if self.finished == "stop" and not ended else self.finished
-        trace = token_trace(self.trace, ids, settings.student_text.table, ended)
+        trace = token_trace(self.trace, ids, student.table, ended)
         kept = self.trace[: len(text) + ended]
         return Completion(
             request=self.request,

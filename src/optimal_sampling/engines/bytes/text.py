@@ -10,7 +10,7 @@ from optimal_sampling.engines.bytes.utf8 import whole_characters
 from optimal_sampling.types import TRACE_FIELDS, TokenTrace
 from optimal_sampling.vocabulary import TokenBytes, continued_ids
 
-__all__ = ["StudentText", "token_trace"]
+__all__ = ["StudentText", "TraceRow", "token_trace"]
 
 TraceRow = tuple[float, ...]
 
