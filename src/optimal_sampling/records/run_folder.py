@@ -70,7 +70,7 @@ TEMPLATE_DATE = "template_date"
 """The fact that says on which date a run's chat templates print."""
 
 MEANS = tuple(name for name, field in FIELDS.items() if field.is_mean)
-"""Fields of a record that are means over its tokens."""
+"""Fields of a record of which a folder has the mean: over all tokens, or over completions."""
 
 
 @dataclass
@@ -92,9 +92,10 @@ class Totals:
         for name in MEANS:
             mean = record.get(name)
             weight = record.get(FIELDS[name].weight, 1.0)
+            count = 1 if FIELDS[name].per_completion else tokens
             if isinstance(mean, float) and isinstance(weight, float):
-                self._sums[name] += mean * weight * tokens
-                self._weights[name] += weight * tokens
+                self._sums[name] += mean * weight * count
+                self._weights[name] += weight * count
 
     def mean(self, name: str) -> float | None:
         """Mean of one of MEANS over all tokens; None where there are no tokens."""

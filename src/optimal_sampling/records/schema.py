@@ -97,6 +97,8 @@ class Field:
     take: Callable[[Sample], Any]
     is_mean: bool = False
     """A mean over the tokens of the completion; summaries average it over all tokens."""
+    per_completion: bool = False
+    """The mean is over completions, each of which has a sum."""
     weight: str = ""
     """Field that is the weight of a token in this mean, beside 1."""
 
@@ -155,7 +157,12 @@ def _lost(role: str) -> Field:
         f"two tokenizers: share of the {role}'s probability that its byte view gave up, summed "
         "over the bytes; absent with one tokenizer"
     )
-    return Field(meaning, lambda s: _of_bytes(s, lambda b: _rounded(b.lost.get(role, 0.0))))
+
+    def take(sample: Sample) -> float | None:
+        found: float | None = _of_bytes(sample, lambda b: _rounded(b.lost.get(role, 0.0)))
+        return found
+
+    return Field(meaning, take, is_mean=True, per_completion=True)
 
 
 def _byte_list(column: str, meaning: str) -> Field:
