@@ -31,6 +31,7 @@ from optimal_sampling.config import (
     engine_options,
 )
 from optimal_sampling.errors import ConfigError, OptimalSamplingError, did_you_mean
+from optimal_sampling.types import UNBOUNDED_METHODS
 from optimal_sampling.version import __version__
 
 __all__ = ["ALIASES", "EXIT_CODES", "main"]
@@ -302,6 +303,7 @@ def run_serve(arguments: Sequence[str]) -> int:
 
     args = _unalias(arguments)
     _check_engine_options(args, VllmOptions)
+    _check_bounds(args)
     serve(_parse("serve", ServeConfig(), args))
     return 0
 
@@ -426,6 +428,7 @@ def parse_generate(arguments: Sequence[str]) -> GenerateOptions:
     args = _unalias([*from_file, *arguments])
     engine = engine_options(_value_of("engine", args) or GenerateConfig().engine.name)
     _check_engine_options(args, engine)
+    _check_bounds(args)
     default = GenerateOptions(engine=engine())
     return _parse("generate", default, args, _generate_description())
 
@@ -457,6 +460,18 @@ def _check_engine_options(arguments: Sequence[str], engine: type[EngineOptions])
             raise ConfigError(
                 f"{flag} is an option of the engine {' and '.join(having)}, "
                 f"and the engine {engine.name} has no such option"
+            )
+
+
+def _check_bounds(arguments: Sequence[str]) -> None:
+    """Refuse bounds of alpha beside a method without bounds, also those that are the defaults."""
+    method = _value_of("alpha-method", arguments)
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if method in UNBOUNDED_METHODS and flag in ("--alpha-min", "--alpha-max"):
+            raise ConfigError(
+                f"{flag} does nothing with --alpha-method {method}, which has no bounds; "
+                "leave it out"
             )
 
 

@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from optimal_sampling.errors import ConfigError, did_you_mean
-from optimal_sampling.types import AlphaMethod, Hint, Mode
+from optimal_sampling.types import UNBOUNDED_METHODS, AlphaMethod, Hint, Mode
 
 __all__ = [
     "ENGINES",
@@ -130,10 +130,12 @@ whose logits of 30 differ by about the temperature, is below 5e-4. At 1e-5 it is
 
 @dataclass(frozen=True)
 class MixtureConfig(Checked):
-    """The distribution of every token: q ∝ p_student^(1-alpha) * p_teacher^alpha."""
+    """The distribution of every token: q ∝ p_student^(1-alpha) * p_teacher^alpha, or another."""
 
     alpha_method: AlphaMethod = "kl_symmetry"
-    """How alpha, the weight of the teacher, is chosen at each token."""
+    """How alpha, the weight of the teacher, is chosen at each token. `veto` is the student within
+    the teacher's plausible tokens; `interleaved` the student's token where it is plausible, else
+    one of the teacher's; `arithmetic` a weighted mean of both probabilities."""
     fixed_alpha: float = 0.5
     """alpha of the method `fixed`."""
     alpha_min: float = 0.5
@@ -148,10 +150,22 @@ class MixtureConfig(Checked):
     """Method `schedule`: alpha from token `schedule_tokens` on."""
     schedule_tokens: int = 256
     """Method `schedule`: number of tokens over which alpha goes linearly from start to end."""
+    veto_min_p: float = 0.1
+    """Method `veto`: plausible are tokens with p_teacher >= this times the teacher's largest."""
+    interleaved_top_k: int = 25
+    """Method `interleaved`: plausible are the teacher's k likeliest tokens."""
+    interleaved_min_p: float | None = None
+    """Method `interleaved`: plausible are tokens with p_teacher >= this times the teacher's
+    largest, instead of the k likeliest."""
+    arithmetic_weight: float = 0.5
+    """Method `arithmetic`: the teacher's share of q."""
     teacher_support_top_k: int = -1
     """Restrict both models to the teacher's k likeliest tokens before alpha is solved; -1: off."""
     teacher_support_top_p: float = 1.0
     """Restrict both models to the teacher's nucleus of this mass before alpha is solved; 1: off."""
+    teacher_support_min_p: float | None = None
+    """Restrict both models to tokens with p_teacher >= this times the teacher's largest before
+    alpha is solved; unset: off. With top-k and top-p: to what all of them keep."""
     force_first_token: bool = False
     """Draw the first token from the teacher alone (alpha = 1)."""
     temperature: float = 1.0
@@ -164,7 +178,10 @@ class MixtureConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_range("fixed_alpha alpha_min alpha_max schedule_start schedule_end", 0, 1)
+        self._check_range("arithmetic_weight", 0, 1)
         self._check_range("top_p teacher_support_top_p", 0, 1, above=True)
+        self._check_range("veto_min_p interleaved_min_p teacher_support_min_p", 0, 1, above=True)
+        self._check_range("interleaved_top_k", 1)
         self._check_range("trust_region", 0)
         self._check_range("schedule_tokens", 1)
         self._check_range("temperature", 0, above=True)
@@ -182,6 +199,17 @@ class MixtureConfig(Checked):
             raise ConfigError(
                 f"alpha_min ({self.alpha_min}) is larger than alpha_max ({self.alpha_max})"
             )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """ConfigError where bounds of alpha and the method contradict each other."""
+        for name in ("alpha_min", "alpha_max"):
+            value = getattr(self, name)
+            if self.alpha_method in UNBOUNDED_METHODS and value != getattr(type(self), name):
+                raise ConfigError(
+                    f"{name} ({value}) does nothing with alpha_method {self.alpha_method}, which "
+                    f"has no bounds; leave {name} out"
+                )
         is_fixed = self.alpha_method == "fixed"
         if is_fixed and not self.alpha_min <= self.fixed_alpha <= self.alpha_max:
             raise ConfigError(
@@ -189,6 +217,28 @@ class MixtureConfig(Checked):
                 f"[{self.alpha_min}, {self.alpha_max}] and would be clamped at every token; "
                 "move the bounds"
             )
+
+    @property
+    def is_geometric(self) -> bool:
+        """Whether q ∝ p_student^(1-alpha) * p_teacher^alpha for some alpha."""
+        return self.alpha_method not in ("interleaved", "arithmetic")
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether alpha_min and alpha_max apply."""
+        return self.alpha_method not in UNBOUNDED_METHODS
+
+    @property
+    def support_min_p(self) -> float:
+        """Both models are restricted to p_teacher >= this times its largest; 0: they are not."""
+        veto = self.veto_min_p if self.alpha_method == "veto" else 0.0
+        return max(veto, self.teacher_support_min_p or 0.0)
+
+    @property
+    def has_support(self) -> bool:
+        """Whether both models are restricted to a support that the teacher gives."""
+        by_rank = self.teacher_support_top_k > 0 or self.teacher_support_top_p < 1
+        return by_rank or self.support_min_p > 0
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ _METHOD_OF = {
     "schedule_start": "schedule",
     "schedule_end": "schedule",
     "schedule_tokens": "schedule",
+    "veto_min_p": "veto",
+    "interleaved_top_k": "interleaved",
+    "interleaved_min_p": "interleaved",
+    "arithmetic_weight": "arithmetic",
 }
 """The alpha method that reads each of these options of MixtureConfig."""
 
