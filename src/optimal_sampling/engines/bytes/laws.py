@@ -5,13 +5,15 @@ Temperature and teacher support act here, on tokens: on bytes they would mean so
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution import cuts, keep_largest
+from optimal_sampling.distribution import teacher_support
 from optimal_sampling.engines.bytes.byte_view import TokenLaw
 from optimal_sampling.engines.bytes.trie import ByteTrie
 from optimal_sampling.vocabulary.token_bytes import TokenBytes
@@ -32,9 +34,9 @@ class LawReader:
         self.end_ids = sorted(table.end_ids)
         self.tokens = len(trie.ids)
         self._columns = torch.from_numpy(np.concatenate([trie.ids, self.end_ids]).astype(np.int64))
-        self._support = (-1, 1.0)
-        if restrict:
-            self._support = (mixture.teacher_support_top_k, mixture.teacher_support_top_p)
+        # the support of `veto` is one of bytes
+        self._mixture = replace(mixture, alpha_method="kl_symmetry")
+        self._restrict = restrict
 
     @torch.no_grad()
     def read(self, logits: Float[Tensor, "rows vocab"]) -> list[TokenLaw | None]:
@@ -43,8 +45,8 @@ class LawReader:
         scores = logits[:, columns].to(torch.float64) / self.temperature
         largest = scores.amax(-1)
         good = largest.isfinite().cpu()
-        if cuts(*self._support):
-            keep = keep_largest(scores.to(torch.float32), *self._support)
+        keep = teacher_support(scores.to(torch.float32), self._mixture) if self._restrict else None
+        if keep is not None:
             scores = scores.masked_fill(~keep, -torch.inf)
         log_p = scores.log_softmax(-1)
         p = log_p[:, : self.tokens].exp()

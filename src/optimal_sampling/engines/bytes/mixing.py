@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import (
-    cuts,
     gumbel,
     keys_tensor,
     make_pair,
@@ -23,11 +23,14 @@ from optimal_sampling.distribution import (
 )
 from optimal_sampling.engines.bytes.byte_view import SYMBOLS
 from optimal_sampling.errors import ConfigError
-from optimal_sampling.types import Mode
+from optimal_sampling.types import TRACE_FIELDS, Mode
 
-__all__ = ["Place", "SymbolMixer", "check_mixture"]
+__all__ = ["Place", "SymbolMixer", "TraceRow", "check_mixture"]
 
 Laws = Float[np.ndarray, "rows symbols"]
+Scores = Float[Tensor, "rows symbols"]
+TraceRow = tuple[float, ...]
+"""In the order of TRACE_FIELDS."""
 
 
 def check_mixture(mixture: MixtureConfig) -> None:
@@ -61,51 +64,78 @@ class SymbolMixer:
     def __init__(self, mixture: MixtureConfig, mode: Mode) -> None:
         check_mixture(mixture)
         self.mode = mode
-        self._restricts = cuts(mixture.teacher_support_top_k, mixture.teacher_support_top_p)
+        self._restricts = replace(mixture, alpha_method="kl_symmetry").has_support
         self.mixture = replace(
             mixture,
             temperature=1.0,
             teacher_support_top_k=-1,
             teacher_support_top_p=1.0,
+            teacher_support_min_p=None,
             force_first_token=False,
         )
         self._forced = replace(self.mixture, force_first_token=True)
 
     def draw(
         self, laws: Sequence[Laws], places: Sequence[Place]
-    ) -> tuple[list[int], list[tuple[float, ...]]]:
+    ) -> tuple[list[int], list[TraceRow]]:
         """The symbol of every row and its trace. `laws`: by role, one row each."""
         log_p = [self._log_p(each, places) for each in laws]
-        if self._restricts and len(log_p) == 2:
-            log_p[0] = log_p[0].masked_fill(log_p[1] == -torch.inf, -torch.inf)
         bytes_before = torch.tensor([place.byte for place in places])
         noise = gumbel(keys_tensor(place.noise_key for place in places), bytes_before, SYMBOLS)
         if len(log_p) == 1:
             drawn = single_step(log_p[0], noise, self.mixture, self.mode)
             return drawn.token.tolist(), _rows(drawn.trace)
+        if self._restricts:
+            return self._draw_restricted(log_p[0], log_p[1], noise, places)
+        return self._draw(log_p[0], log_p[1], noise, places)
+
+    def _draw(
+        self, student: Scores, teacher: Scores, noise: Tensor, places: Sequence[Place]
+    ) -> tuple[list[int], list[TraceRow]]:
         tokens_before = torch.tensor([place.token for place in places])
-        drawn = step(log_p[0], log_p[1], noise, tokens_before, self.mixture)
+        drawn = step(student, teacher, noise, tokens_before, self.mixture)
         symbols, trace = drawn.token.tolist(), _rows(drawn.trace)
         for row, place in enumerate(places):
             if place.forced is not None:
                 symbols[row] = place.forced
-                student, teacher = (each[row : row + 1] for each in log_p)
-                trace[row] = self._forced_trace(student, teacher, place.forced)
+                only = slice(row, row + 1)
+                trace[row] = self._forced_trace(student[only], teacher[only], place.forced)
         return symbols, trace
 
-    def _log_p(self, laws: Laws, places: Sequence[Place]) -> Float[Tensor, "rows symbols"]:
+    def _draw_restricted(
+        self, student: Scores, teacher: Scores, noise: Tensor, places: Sequence[Place]
+    ) -> tuple[list[int], list[TraceRow]]:
+        """With the student restricted to the bytes that the teacher's support can write.
+
+        The plain names of the trace are of the unrestricted student, as everywhere.
+        """
+        inside = student.masked_fill(teacher == -torch.inf, -torch.inf)
+        symbols, trace = self._draw(inside, teacher, noise, places)
+        log_mass = inside.logsumexp(-1).tolist()
+        return symbols, [_unrestricted(*pair) for pair in zip(trace, log_mass, strict=True)]
+
+    def _log_p(self, laws: Laws, places: Sequence[Place]) -> Scores:
         """Of the symbols that are allowed."""
         allowed = np.stack([place.allowed for place in places])
         with np.errstate(divide="ignore"):
             return torch.from_numpy(np.log(laws * allowed))
 
-    def _forced_trace(
-        self, student: Float[Tensor, "1 symbols"], teacher: Float[Tensor, "1 symbols"], symbol: int
-    ) -> tuple[float, ...]:
+    def _forced_trace(self, student: Scores, teacher: Scores, symbol: int) -> TraceRow:
         """Of a given symbol, where the teacher alone draws: alpha is 1."""
         solved = solve(make_pair(student, teacher, self._forced), torch.tensor([0]), self._forced)
         return _rows(trace_of(solved, torch.tensor([symbol])))[0]
 
 
-def _rows(trace: Float[Tensor, "rows fields"]) -> list[tuple[float, ...]]:
+def _unrestricted(row: TraceRow, log_mass: float) -> TraceRow:
+    """A trace against the student restricted to a mass -> the same against the whole student."""
+    values = dict(zip(TRACE_FIELDS, row, strict=True))
+    mass = math.exp(log_mass)
+    values["kl_student"] -= log_mass
+    values["log_p_student"] += log_mass
+    values["ess_student"] *= mass
+    values["vetoed"] = 1 - mass + mass * values["vetoed"]
+    return tuple(values.values())
+
+
+def _rows(trace: Float[Tensor, "rows fields"]) -> list[TraceRow]:
     return [tuple(row) for row in trace.tolist()]

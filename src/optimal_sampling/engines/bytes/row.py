@@ -12,8 +12,8 @@ import torch
 from optimal_sampling.distribution import gumbel, keys_tensor
 from optimal_sampling.engines.bytes import utf8
 from optimal_sampling.engines.bytes.byte_view import END, ByteView
-from optimal_sampling.engines.bytes.mixing import Place
-from optimal_sampling.engines.bytes.text import StudentText, TraceRow, token_trace
+from optimal_sampling.engines.bytes.mixing import Place, TraceRow
+from optimal_sampling.engines.bytes.text import StudentText, token_trace
 from optimal_sampling.engines.bytes.trie import ByteTrie
 from optimal_sampling.types import ByteLevel, Completion, FinishReason, Request, TokenTrace
 

@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from optimal_sampling.engines.bytes.mixing import TraceRow
 from optimal_sampling.engines.bytes.utf8 import whole_characters
 from optimal_sampling.types import TRACE_FIELDS, TokenTrace
 from optimal_sampling.vocabulary import TokenBytes, continued_ids
 
-__all__ = ["StudentText", "TraceRow", "token_trace"]
-
-TraceRow = tuple[float, ...]
+__all__ = ["StudentText", "token_trace"]
 
 
 class StudentText:
@@ -63,7 +62,8 @@ def token_trace(
     """`rows`: of every byte, and where the text `ended` of its end. One row per id.
 
     Logarithms of probabilities, KLs, entropy and curvature are summed over the bytes of a token,
-    both ESS multiplied; alpha and the clamped share are means; a fallback at one byte is one.
+    both ESS multiplied; alpha and the clamped share are means; a fallback at one byte is one;
+    vetoed is the mass that some byte of the token vetoed.
     """
     first, found = 0, []
     for index in ids:
@@ -91,4 +91,5 @@ _COMBINE: dict[str, Callable[[Sequence[float]], float]] = {
     "ess_student": math.prod,
     "ess_teacher": math.prod,
     "fallback": max,
+    "vetoed": lambda column: 1 - math.prod(1 - value for value in column),
 }
