@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -64,6 +65,8 @@ class Hypothesis:
     """A context, its law, and the node of the bytes of the token that is not complete."""
 
     context: tuple[int, ...]
+    start: int
+    """Number of bytes that the context writes."""
     law: TokenLaw
     log_weight: float
     node: int
@@ -93,6 +96,15 @@ class ByteView:
         """log of the weights that were given up, which bounds the mass that the view lacks."""
         self.evaluations = 0
         self._given_up: list[Birth] = []
+
+    def copy(self) -> ByteView:
+        """The same state, to go on from here otherwise."""
+        copied = copy(self)
+        copied.text = bytearray(self.text)
+        copied.live = list(self.live)
+        copied.wanted = list(self.wanted)
+        copied._given_up = list(self._given_up)
+        return copied
 
     # reading
 
@@ -144,7 +156,7 @@ class ByteView:
         birth = self.wanted.pop()
         self.evaluations += 1
         births: list[Birth] = []
-        found: Hypothesis | None = self._hypothesis(birth.context, law, birth.log_weight, ROOT)
+        found: Hypothesis | None = self._hypothesis(birth, law, ROOT)
         for place in range(birth.start, len(self.text)):
             if found is not None:
                 found = self._moved(found, self.text[place], place + 1, births)
@@ -164,16 +176,16 @@ class ByteView:
             if log_weight > _NEVER:
                 context = (*h.context, int(self.trie.ids[rank]))
                 births.append(Birth(context, position, log_weight))
-        moved = self._hypothesis(h.context, h.law, h.log_weight, node)
+        moved = self._hypothesis(h, h.law, node)
         return moved if moved.log_total > _NEVER else None
 
-    def _hypothesis(
-        self, context: tuple[int, ...], law: TokenLaw, log_weight: float, node: int
-    ) -> Hypothesis:
+    def _hypothesis(self, origin: Birth | Hypothesis, law: TokenLaw, node: int) -> Hypothesis:
+        """The context of `origin`, at a node."""
         masses = self._masses(law, node)
         total = float(masses.sum()) + (law.end if node == ROOT else 0.0)
-        log_total = log_weight + math.log(total) if total > 0 else _NEVER
-        return Hypothesis(context, law, log_weight, node, masses, log_total)
+        weight = origin.log_weight
+        log_total = weight + math.log(total) if total > 0 else _NEVER
+        return Hypothesis(origin.context, origin.start, law, weight, node, masses, log_total)
 
     def _masses(self, law: TokenLaw, node: int) -> Float[np.ndarray, " children"]:
         """Probability of the tokens below each child. Tokens that end at the node are not in it."""

@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optimal_sampling.engines.bytes.laws import LawReader
 from optimal_sampling.engines.device import to_device
 from optimal_sampling.engines.local.runner import Cache, ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
 
-__all__ = ["ContextRows", "PassCounts"]
+__all__ = ["ByteModel", "ContextRows", "PassCounts"]
 
 
 @dataclass(slots=True)
@@ -93,10 +94,43 @@ class ContextRows:
                 complete.append(row)
                 last[row], start[row] = ids[-1], state.held
                 state.held += 1
-        logits = self._forward(last, start, complete, chunks)
-        self.counts.passes += 1
+        logits = self._forward(last[:, None], start, complete, chunks)
         self.counts.contexts += len(complete)
-        return {row: logits[row] for row in complete}
+        return {row: logits[row, 0] for row in complete}
+
+    @torch.inference_mode()
+    def evaluate_ends(
+        self, wanted: Mapping[int, tuple[tuple[int, ...], int]]
+    ) -> dict[int, Float[Tensor, "ends vocab"]]:
+        """Logits after the last `count` tokens of each row's (context, count), in one pass.
+
+        The prompts have been read before. Rows with fewer than others repeat their last token,
+        which is then forgotten: caches need room for as many more tokens as the largest count.
+        """
+        width = max(count for _, count in wanted.values())
+        chunks: list[Chunk] = []
+        tokens = np.zeros((len(self._rows), width), dtype=np.int64)
+        start = np.zeros(len(self._rows), dtype=np.int64)
+        for row, (context, count) in wanted.items():
+            state = self._rows[row]
+            whole = len(state.prompt) + len(context)
+            state.held = min(state.held, whole - count)
+            ids = self._missing(state, context)
+            if len(ids) > count:
+                chunks.append(Chunk(row, state.held, ids[:-count]))
+            start[row] = whole - count
+            tokens[row] = ids[-count:] + ids[-1:] * (width - count)
+            state.held = whole
+        logits = self._forward(tokens, start, list(wanted), chunks)
+        self.counts.contexts += sum(count for _, count in wanted.values())
+        return {row: logits[row, :count] for row, (_, count) in wanted.items()}
+
+    def takes_ends(self, row: int, context: tuple[int, ...], width: int) -> bool:
+        """Whether so many last tokens have the same logits in one pass as one by one."""
+        if self.runner.rope_switch is not None:
+            return False
+        end = len(self._rows[row].prompt) + len(context) + width
+        return not end - 2 * width < self.runner.kv_boundary < end
 
     def _missing(self, state: _Row, context: tuple[int, ...]) -> list[int]:
         """The tokens that the row does not hold; at least the last one. Others are forgotten."""
@@ -117,9 +151,19 @@ class ContextRows:
         return [*state.prompt[state.held :], *context]
 
     def _forward(
-        self, last: np.ndarray, start: np.ndarray, complete: list[int], chunks: list[Chunk]
-    ) -> Float[Tensor, "rows vocab"]:
+        self, tokens: np.ndarray, start: np.ndarray, complete: list[int], chunks: list[Chunk]
+    ) -> Float[Tensor, "rows width vocab"]:
+        """One pass; rows that are not `complete` take part in its shape only."""
+        self.counts.passes += 1
         idle = sorted(set(range(len(self._rows))) - set(complete))
-        tokens = to_device(last[:, None], self.runner.device)
-        done = self.runner.forward(self.cache, tokens, start, idle, chunks)
-        return done.logits[:, 0]
+        ids = to_device(tokens, self.runner.device)
+        return self.runner.forward(self.cache, ids, start, idle, chunks).logits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ByteModel:
+    """One model of a run."""
+
+    contexts: ContextRows
+    laws: LawReader
+    embeddings: int

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
 from optimal_sampling.config import EngineOptions, LocalOptions, MixtureConfig
-from optimal_sampling.engines.bytes.contexts import ContextRows, PassCounts
+from optimal_sampling.engines.bytes.contexts import ByteModel, ContextRows, PassCounts
+from optimal_sampling.engines.bytes.drafting import ByteDrafter
 from optimal_sampling.engines.bytes.laws import LawReader
 from optimal_sampling.engines.bytes.mixing import SymbolMixer, check_mixture
 from optimal_sampling.engines.bytes.row import RowSettings
-from optimal_sampling.engines.bytes.run import ByteLoop, ByteModel
-from optimal_sampling.engines.bytes.text import StudentText
+from optimal_sampling.engines.bytes.run import ByteLoop
+from optimal_sampling.engines.bytes.text import TokenizedText
 from optimal_sampling.engines.bytes.trie import ByteTrie
 from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
 from optimal_sampling.engines.local.round import RunSettings
@@ -21,6 +23,13 @@ from optimal_sampling.types import Completion, Mode, Request
 from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["ByteEngine"]
+
+AUTO_DRAFTS, AUTO_RATIO = 4, 4
+"""`draft_tokens auto`: so many, where the teacher has so many times the student's parameters."""
+
+
+def _parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class ByteEngine(LocalEngine):
@@ -43,6 +52,7 @@ class ByteEngine(LocalEngine):
         super().__init__(pair, mixture, options, vocabulary, mode)
         self.tries = {role: ByteTrie(t.of_id) for role, t in vocabulary.bytes_by_role.items()}
         self.counts: dict[str, PassCounts] = {}
+        self._loop: ByteLoop | None = None
         self._check_settings(options)
 
     def _check_settings(self, loaded: EngineOptions) -> None:
@@ -69,7 +79,7 @@ class ByteEngine(LocalEngine):
         """As in `Engine`."""
         if not self.pair.runners:
             raise EngineError("this engine was closed; open another one")
-        loop = self._byte_loop()
+        loop = self._loop = self._byte_loop()
         self.counts = {role: model.contexts.counts for role, model in loop.models.items()}
         try:
             yield from loop.completions(requests)
@@ -102,7 +112,7 @@ class ByteEngine(LocalEngine):
             roles=self.roles,
             tries=self.tries,
             contexts=dict(zip(self.roles, limits.context_lengths, strict=True)),
-            student_text=StudentText(
+            student_text=TokenizedText(
                 self.vocabulary.student_tokenizer, self.vocabulary.bytes_by_role["student"]
             ),
             end_id=min(self.stop_ids),
@@ -110,7 +120,23 @@ class ByteEngine(LocalEngine):
             force_first_token=self.mixture.force_first_token and self.mode == "mixture",
         )
         mixer = SymbolMixer(self.mixture, self.mode)
-        return ByteLoop(models, rows, mixer, limits.rows, settings.memory)
+        loop = ByteLoop(models, rows, mixer, limits.rows, settings.memory)
+        count = self._drafts_per_round()
+        if count:
+            teacher = TokenizedText(
+                self.vocabulary.teacher_tokenizer, self.vocabulary.bytes_by_role["teacher"]
+            )
+            loop.drafter = ByteDrafter(models, mixer, teacher, rows.contexts, count)
+        return loop
+
+    def _drafts_per_round(self) -> int:
+        """`auto`: where a pass of the teacher costs several of the student's."""
+        if self.mode != "mixture":
+            return 0
+        if self.options.draft_tokens != "auto":
+            return self.options.draft_tokens
+        sizes = {role: _parameters(self.pair.runners[role].model) for role in self.roles}
+        return AUTO_DRAFTS if sizes["teacher"] >= AUTO_RATIO * sizes["student"] else 0
 
     def _context_rows(self, settings: RunSettings) -> dict[str, ContextRows]:
         """The models that take part, with caches of as many tokens each."""
@@ -125,6 +151,22 @@ class ByteEngine(LocalEngine):
             for index, (role, runner) in enumerate(runners.items())
         }
 
+    @property
+    def drafted(self) -> int:
+        """Symbols that were drafted in the latest run."""
+        drafter = self._loop.drafter if self._loop is not None else None
+        return drafter.drafted if drafter is not None else 0
+
+    @property
+    def accepted(self) -> int:
+        """Of these, symbols that were drawn."""
+        return self._loop.accepted if self._loop is not None else 0
+
+    @property
+    def symbols(self) -> int:
+        """Bytes and ends that were drawn in the latest run."""
+        return self._loop.symbols if self._loop is not None else 0
+
     def notes(self) -> dict[str, str]:
         """As in `LocalEngine`, and the forward passes of the latest run."""
         notes = super().notes()
@@ -134,4 +176,6 @@ class ByteEngine(LocalEngine):
                 notes[f"{role}_passes"] = (
                     f"{counts.passes}, for {counts.contexts} contexts of tokens"
                 )
+        if self.drafted:
+            notes["drafts"] = f"{self.accepted} of {self.drafted} drafted bytes accepted"
         return notes

@@ -80,14 +80,22 @@ class SymbolMixer:
     ) -> tuple[list[int], list[TraceRow]]:
         """The symbol of every row and its trace. `laws`: by role, one row each."""
         log_p = [self._log_p(each, places) for each in laws]
-        bytes_before = torch.tensor([place.byte for place in places])
-        noise = gumbel(keys_tensor(place.noise_key for place in places), bytes_before, SYMBOLS)
+        noise = self._noise(places)
         if len(log_p) == 1:
             drawn = single_step(log_p[0], noise, self.mixture, self.mode)
             return drawn.token.tolist(), _rows(drawn.trace)
         if self._restricts:
             return self._draw_restricted(log_p[0], log_p[1], noise, places)
         return self._draw(log_p[0], log_p[1], noise, places)
+
+    def draft(self, student: Laws, places: Sequence[Place]) -> list[int]:
+        """What the student alone would draw with the noise of these places."""
+        log_p = self._log_p(student, places)
+        return (log_p + self._noise(places)).argmax(-1).tolist()
+
+    def _noise(self, places: Sequence[Place]) -> Scores:
+        bytes_before = torch.tensor([place.byte for place in places])
+        return gumbel(keys_tensor(place.noise_key for place in places), bytes_before, SYMBOLS)
 
     def _draw(
         self, student: Scores, teacher: Scores, noise: Tensor, places: Sequence[Place]

@@ -11,9 +11,9 @@ import torch
 
 from optimal_sampling.distribution import gumbel, keys_tensor
 from optimal_sampling.engines.bytes import utf8
-from optimal_sampling.engines.bytes.byte_view import END, ByteView
+from optimal_sampling.engines.bytes.byte_view import END, ByteView, TokenLaw
 from optimal_sampling.engines.bytes.mixing import Place, TraceRow
-from optimal_sampling.engines.bytes.text import StudentText, token_trace
+from optimal_sampling.engines.bytes.text import TokenizedText, token_trace
 from optimal_sampling.engines.bytes.trie import ByteTrie
 from optimal_sampling.types import ByteLevel, Completion, FinishReason, Request, TokenTrace
 
@@ -30,7 +30,7 @@ class RowSettings:
     tries: dict[str, ByteTrie]
     contexts: dict[str, int | None]
     """By role, the longest text of its model."""
-    student_text: StudentText
+    student_text: TokenizedText
     end_id: int
     """The student's id after a text, where the student has no view that says which."""
     tolerance: float
@@ -51,14 +51,32 @@ class TextRow:
         self.trace: list[TraceRow] = []
         self.finished: FinishReason | None = None
         self.error = ""
-        self._utf8: utf8.State = ()
+        self.known: dict[str, dict[tuple[int, ...], TokenLaw]] = {role: {} for role in self.views}
+        """Laws made ahead, by role and context."""
+        self.draft: list[int] = []
+        """Symbols that the student would draw next, for whose contexts laws were made ahead."""
+        self.accepted = 0
+        """Of all drafts, the symbols that were drawn."""
+        self.utf8: utf8.State = ()
         self._forced: list[int] | None = None if settings.force_first_token else []
-        self._key = request.noise_key
+        self.key = request.noise_key
 
     @property
     def blocked(self) -> bool:
         """A model has to run before the next symbol."""
         return any(view.wanted for view in self.views.values())
+
+    def receive(self, role: str, law: TokenLaw) -> None:
+        """The law of the context that a model's view wants first."""
+        self.views[role].receive(law)
+        self.settle()
+
+    def settle(self) -> None:
+        """Give the views what is known ahead."""
+        for role, view in self.views.items():
+            known = self.known[role]
+            while view.wanted and view.wanted[-1].context in known:
+                view.receive(known[view.wanted[-1].context])
 
     def wanted(self, role: str) -> tuple[int, ...] | None:
         """The context whose law the view of a model needs next."""
@@ -77,7 +95,7 @@ class TextRow:
             self._forced = self._first_token()
         forced = self._forced[0] if self._forced else None
         return Place(
-            self._key, len(self.text), self._tokens_followed(), utf8.allowed(self._utf8), forced
+            self.key, len(self.text), self._tokens_followed(), utf8.allowed(self.utf8), forced
         )
 
     def append(self, symbol: int, trace: TraceRow) -> None:
@@ -89,11 +107,23 @@ class TextRow:
             self.finished = "stop"
             return
         self.text.append(symbol)
-        self._utf8 = utf8.after(self._utf8, symbol)
+        self.utf8 = utf8.after(self.utf8, symbol)
+        self._compare_draft(symbol)
         for view in self.views.values():
             view.push(symbol)
+        self.settle()
         if self._context_is_full():
             self.finished = "length"
+
+    def _compare_draft(self, symbol: int) -> None:
+        """A draft ends with its first symbol that is not drawn, and with it what was made ahead."""
+        if self.draft and self.draft[0] == symbol:
+            self.draft.pop(0)
+            self.accepted += 1
+        else:
+            self.draft.clear()
+            for known in self.known.values():
+                known.clear()
 
     def check(self) -> None:
         """End a row that waits for no model and cannot go on."""
@@ -132,7 +162,7 @@ class TextRow:
         law = self.views["teacher"].live[0].law
         trie = self.settings.tries["teacher"]
         ids = torch.from_numpy(np.append(trie.ids, law.end_id))[None]
-        noise = gumbel(keys_tensor([self._key]), torch.tensor([0]), ids)[0].numpy()
+        noise = gumbel(keys_tensor([self.key]), torch.tensor([0]), ids)[0].numpy()
         with np.errstate(divide="ignore"):
             scores = np.append(law.log_p, np.log(law.end)) + noise
         for rank in np.argsort(-scores, kind="stable"):

@@ -8,29 +8,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from optimal_sampling.engines.base import bad_logits_message, prompt_problem
-from optimal_sampling.engines.bytes.contexts import ContextRows
-from optimal_sampling.engines.bytes.laws import LawReader
+from optimal_sampling.engines.bytes.contexts import ByteModel
+from optimal_sampling.engines.bytes.drafting import ByteDrafter
 from optimal_sampling.engines.bytes.mixing import SymbolMixer
 from optimal_sampling.engines.bytes.row import RowSettings, TextRow
 from optimal_sampling.engines.local.memory import KVMemory, Lengths
 from optimal_sampling.types import Completion, Request
 
-__all__ = ["ByteLoop", "ByteModel"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ByteModel:
-    """One model of a run."""
-
-    contexts: ContextRows
-    laws: LawReader
-    embeddings: int
+__all__ = ["ByteLoop"]
 
 
 class ByteLoop:
@@ -47,6 +37,7 @@ class ByteLoop:
         self.models = models
         self.settings = settings
         self.mixer = mixer
+        self.drafter: ByteDrafter | None = None
         self.most_rows = most_rows
         caches = [model.contexts.cache for model in models.values()]
         self._caches = caches
@@ -55,6 +46,8 @@ class ByteLoop:
         self.waiting: deque[TextRow] = deque()
         self.symbols = 0
         """Drawn so far."""
+        self.accepted = 0
+        """Of the symbols of drafts, those that were drawn, of texts that have ended."""
 
     def completions(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Serve the requests."""
@@ -64,11 +57,15 @@ class ByteLoop:
             if not self.rows:
                 return
             self._make_room()
+            if self.drafter is not None:
+                self.drafter.run(self.rows, self._has_room)
             self._run_models()
             self._draw()
             for index in reversed(range(len(self.rows))):
                 if self.rows[index].finished:
-                    yield self._remove(index).completion()
+                    row = self._remove(index)
+                    self.accepted += row.accepted
+                    yield row.completion()
 
     def close(self) -> None:
         """Free the caches."""
@@ -121,17 +118,22 @@ class ByteLoop:
             model.contexts.move(len(self.rows), index)
         return row
 
-    @torch.inference_mode()
     def _make_room(self) -> None:
         """Give every row memory; the latest rows wait where there is not enough."""
         while len(self.rows) > 1 and not self._fits(self.rows):
             self.waiting.appendleft(self._remove(len(self.rows) - 1))
-        lengths = self._lengths(self.rows)
-        if not self.memory.fits(lengths, 1):
+        if not self._has_room(1):
             self.rows[0].fail(self._memory_message(self.rows[0]))
-            return
-        for index in self.memory.reservations(lengths, 1):
-            self._caches[index].make_room(lengths, 1)
+
+    @torch.inference_mode()
+    def _has_room(self, width: int) -> bool:
+        """Make room for so many more tokens of every row, if the memory holds them."""
+        lengths = self._lengths(self.rows)
+        if not self.memory.fits(lengths, width):
+            return False
+        for index in self.memory.reservations(lengths, width):
+            self._caches[index].make_room(lengths, width)
+        return True
 
     def _fits(self, rows: list[TextRow]) -> bool:
         return self.memory.fits(self._lengths(rows), 1)
@@ -166,7 +168,7 @@ class ByteLoop:
                 if law is None:
                     self._fail(index, role)
                 else:
-                    self.rows[index].views[role].receive(law)
+                    self.rows[index].receive(role, law)
 
     def _fail(self, index: int, role: str) -> None:
         """A model's logits are bad."""

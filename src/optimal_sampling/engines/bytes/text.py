@@ -11,11 +11,11 @@ from optimal_sampling.engines.bytes.utf8 import whole_characters
 from optimal_sampling.types import TRACE_FIELDS, TokenTrace
 from optimal_sampling.vocabulary import TokenBytes, continued_ids
 
-__all__ = ["StudentText", "token_trace"]
+__all__ = ["TokenizedText", "token_trace"]
 
 
-class StudentText:
-    """The student's tokens of texts that follow a prompt."""
+class TokenizedText:
+    """The tokens that a model's tokenizer makes of texts that follow a prompt."""
 
     def __init__(self, tokenizer: Any, table: TokenBytes) -> None:
         self.tokenizer = tokenizer
@@ -45,6 +45,13 @@ class StudentText:
 
     def _ids(self, text: bytes) -> list[int] | None:
         return continued_ids(self.tokenizer, self.table, text.decode())
+
+    def of_characters(self, text: bytes) -> list[int] | None:
+        """The ids of the whole characters; None where the text begins within a character."""
+        try:
+            return self._ids(whole_characters(text))
+        except UnicodeDecodeError:
+            return None
 
     def _followed(self, ids: Sequence[int], most: int) -> tuple[list[int], bytes, bool]:
         """As many ids of the view as end with a whole character."""
