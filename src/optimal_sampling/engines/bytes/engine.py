@@ -79,7 +79,7 @@ class ByteEngine(LocalEngine):
         """As in `Engine`."""
         if not self.pair.runners:
             raise EngineError("this engine was closed; open another one")
-        loop = self._loop = self._byte_loop()
+        loop = self._loop = self.open_loop()
         self.counts = {role: model.contexts.counts for role, model in loop.models.items()}
         try:
             yield from loop.completions(requests)
@@ -91,7 +91,7 @@ class ByteEngine(LocalEngine):
         finally:
             loop.close()
 
-    def _byte_loop(self) -> ByteLoop:
+    def open_loop(self) -> ByteLoop:
         """The loop of one `generate` call, with empty caches."""
         settings = self._settings()
         limits = settings.limits

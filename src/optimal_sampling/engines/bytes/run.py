@@ -56,7 +56,7 @@ class ByteLoop:
             yield from self._admit(source)
             if not self.rows:
                 return
-            self._make_room()
+            self._yield_memory()
             if self.drafter is not None:
                 self.drafter.run(self.rows, self._has_room)
             self._run_models()
@@ -118,17 +118,20 @@ class ByteLoop:
             model.contexts.move(len(self.rows), index)
         return row
 
-    def _make_room(self) -> None:
+    def _yield_memory(self) -> None:
         """Give every row memory; the latest rows wait where there is not enough."""
         while len(self.rows) > 1 and not self._fits(self.rows):
             self.waiting.appendleft(self._remove(len(self.rows) - 1))
         if not self._has_room(1):
             self.rows[0].fail(self._memory_message(self.rows[0]))
 
-    @torch.inference_mode()
     def _has_room(self, width: int) -> bool:
         """Make room for so many more tokens of every row, if the memory holds them."""
-        lengths = self._lengths(self.rows)
+        return self.make_room(self._lengths(self.rows), width)
+
+    @torch.inference_mode()
+    def make_room(self, lengths: Lengths, width: int) -> bool:
+        """Room for rows of these lengths and `width` more tokens each, if the memory holds them."""
         if not self.memory.fits(lengths, width):
             return False
         for index in self.memory.reservations(lengths, width):
