@@ -27,6 +27,7 @@ __all__ = [
     "DataConfig",
     "DraftTokens",
     "EngineOptions",
+    "FleetConfig",
     "GenerateConfig",
     "LocalOptions",
     "MixtureConfig",
@@ -34,6 +35,7 @@ __all__ = [
     "PromptConfig",
     "Regrade",
     "RunConfig",
+    "Stage",
     "ToyOptions",
     "VerifyConfig",
     "VerifyOptions",
@@ -101,7 +103,8 @@ def _converted(name: str, hint: Any, value: Any) -> Any:
     wanted = [_TYPE_NAMES[kind] for kind in kinds if kind in _TYPE_NAMES]
     wanted += [f"one of {', '.join(texts)}"] if texts else []
     if get_origin(hint) is tuple:
-        wanted = [f"a list, each {_TYPE_NAMES[get_args(hint)[0]]}"]
+        kind = get_args(hint)[0]
+        wanted = [f"a list, each {_TYPE_NAMES.get(kind, f'of the class {kind.__name__}')}"]
     expected = " or ".join(wanted) or f"of the class {hint.__name__}"
     raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
@@ -125,7 +128,8 @@ def parse_slice(text: str) -> slice:
 
 MIN_TEMPERATURE = 1e-3
 """Down to which float32 gives the distribution: the total variation to float64, between tokens
-whose logits of 30 differ by about the temperature, is below 5e-4. At 1e-5 it is 3e-2."""
+whose logits of 30 differ by about the temperature, is below 1e-5 on a CPU and below 1e-3 on a GPU,
+where logits are divided before they are compared. Logits of float32 have no digits for less."""
 
 
 @dataclass(frozen=True)
@@ -388,7 +392,7 @@ class VllmOptions(EngineOptions):
     """Quantization of the teacher's weights, by vLLM's name; unset: what its config says."""
     check_models: Literal["auto", "on", "off"] = "auto"
     """Compare both models' log-probabilities with Transformers when vLLM starts; auto: of models
-    below 2 billion parameters on a CPU, 8 billion on a GPU."""
+    below 2 billion parameters on a CPU, 8 billion on a GPU. Not of GPTQ's and AWQ's weights."""
     vllm: tuple[str, ...] = ()
     """Other arguments of vLLM as NAME=VALUE, such as `block_size=32` or `enforce_eager=true`."""
 
@@ -547,6 +551,35 @@ class RunConfig(Checked):
         object.__setattr__(self, "output_dir", str(expand_user(self.output_dir)))
 
 
+@dataclass(frozen=True)
+class FleetConfig(Checked):
+    """Several engines that share the work of a run (docs/fleet.md)."""
+
+    workers: int | Literal["auto"] | None = None
+    """Processes with an engine each: a number, or `auto` for one per GPU. Unset: one engine, in
+    this process. On a CPU they share its threads and its memory."""
+    gpus_per_worker: float | None = None
+    """GPUs of each worker; unset: --tensor-parallel-size, or 1."""
+    worker_timeout: float | None = None
+    """Seconds without progress after which a worker is started again. Loading models does not
+    count. Unset: chosen from what rounds take, at least 60."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers != "auto":
+            self._check_range("workers", 1)
+        self._check_range("gpus_per_worker", 0, above=True)
+        self._check_range("worker_timeout", 0, _LONGEST_TIMEOUT, above=True)
+        for name in ("gpus_per_worker", "worker_timeout") if not self.is_used else ():
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} is about workers, and there are none; give workers too")
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there are workers beside this process."""
+        return self.workers is not None
+
+
 _LONGEST_TIMEOUT = 7 * 86400  # seconds; what select() and alarm() take has a limit
 _MOST_GIB = 1 << 20  # of an address space
 
@@ -601,6 +634,35 @@ class VerifyOptions(Checked):
         self._check_range("memory_gib", 0, _MOST_GIB, above=True)
 
 
+@dataclass(frozen=True)
+class Stage(Checked):
+    """A pass over the prompts that have no correct completion yet (docs/escalation.md)."""
+
+    name: str
+    """Letters, digits, `-` and `_`; in every record of the stage."""
+    mode: Mode = "mixture"
+    """What tokens are drawn from. Only the models that take part are loaded."""
+    tries: int = 1
+    """Most completions of a prompt. Each is drawn after the verdict on the one before."""
+    hint: Hint | None = None
+    """Solution that a prompt shows, as --hint; unset: that of the run."""
+    mixture: MixtureConfig = MixtureConfig()
+    """The distribution of every token; of one model alone temperature, top-k and top-p."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[\w-]+", self.name, re.ASCII):
+            raise ConfigError(
+                f"the name of a stage is made of letters, digits, - and _, got {self.name!r}"
+            )
+        self._check_range("tries", 1)
+        if self.mixture.top_k == 1 and self.tries > 1:
+            raise ConfigError(
+                f"with top_k 1 all {self.tries} tries are the same text; give tries 1, or a "
+                "temperature below 1 in place of top_k"
+            )
+
+
 def expand_user(path: str | Path) -> Path:
     """The path with the home folder in place of a `~` at its start; the `~` of `./~/x` is a folder.
 
@@ -620,7 +682,30 @@ class GenerateConfig(Checked):
     prompt: PromptConfig = PromptConfig()
     run: RunConfig = RunConfig()
     verify: VerifyConfig = VerifyConfig()
+    fleet: FleetConfig = FleetConfig()
     engine: EngineOptions = LocalOptions()
+    stages: tuple[Stage, ...] = ()
+    """Passes over the prompts that have no correct completion yet; none: one pass over all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stages:
+            self._check_stages()
+
+    def _check_stages(self) -> None:
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"two stages have the name {name!r}; records are told by it")
+        if self.verify.verify is None:
+            raise ConfigError(
+                "stages stop at the first completion that is correct, and nothing says which are; "
+                "name a grader: --verify math, --verify synthetic or --verify FILE.py:function"
+            )
+        if self.run.mode != "mixture":
+            raise ConfigError(
+                f"--mode {self.run.mode} is for a run without stages; each stage has its own mode"
+            )
 
     @property
     def shard(self) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "TokenTrace",
     "TraceField",
     "Unreadable",
+    "WorkerStatus",
     "noise_key",
     "prompt_id",
     "weighted_mean",
@@ -166,6 +167,21 @@ class Request:
     def noise_key(self) -> int:
         """64-bit key of this request's noise."""
         return noise_key(self.seed, self.id, self.sample_index)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A worker of a fleet, as it is shown."""
+
+    name: str
+    device: str
+    state: str
+    """`waiting` (for its restart), `starting`, `working`, `idle` or `given up`."""
+    in_flight: int
+    """Requests that it has."""
+    tokens_per_second: float
+    failures: int = 0
+    """Since the run began."""
 
 
 @dataclass(frozen=True, slots=True)

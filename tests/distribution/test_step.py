@@ -584,8 +584,31 @@ def test_the_lowest_temperature_gives_the_distribution(vocab):
         rows = (student[row].tolist(), teacher[row].tolist())
         alpha = mixed.trace[row, 0].item()
         want = naive_step(*rows, [0.0] * vocab, row, mixture, alpha=alpha).log_drawn
-        assert total_variation(mixed.log_q[row], want) < 5e-4
-        assert total_variation(alone[row], prepare(*rows, mixture)[0]) < 5e-4
+        assert total_variation(mixed.log_q[row], want) < 1e-5
+        assert total_variation(alone[row], prepare(*rows, mixture)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("vocab", [50, 20_001])
+@pytest.mark.parametrize("temperature", [MIN_TEMPERATURE, 0.01, 0.3])
+def test_log_p_at_a_small_temperature(vocab, temperature):
+    """Guards: logits that lose their digits when they are divided by the temperature, so that the
+    only possible token has log p of -0.001."""
+    mixture = MixtureConfig(temperature=temperature, alpha_min=0.0)
+    student, teacher, noise, position = batch(4, vocab)
+    for row, gap in enumerate((0.7, 2.0)):
+        student[row, 3:5] = torch.tensor([31.7, 31.7 + gap * temperature])
+        teacher[row, 3:5] = torch.tensor([29.3 + gap * temperature, 29.3])
+    student[2:, 7] = teacher[2:, 7] = 33.3
+    drawn = step(student, teacher, noise, position, mixture)
+    for row in range(4):
+        rows = (student[row].tolist(), teacher[row].tolist())
+        token = int(drawn.token[row])
+        log_p = [each[token] for each in prepare(*rows, mixture)]
+        got = trace_row(drawn, row)
+        assert got["log_p_student"] == pytest.approx(log_p[0], abs=2e-6)
+        assert got["log_p_teacher"] == pytest.approx(log_p[1], abs=2e-6)
+        single = log_q(solve_single(student, mixture, "student"))
+        assert float(single[row, token]) == pytest.approx(log_p[0], abs=2e-6)
 
 
 def total_variation(log_p, log_q):

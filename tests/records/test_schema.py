@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from optimal_sampling.records.schema import (
     FIELDS,
-    MAY_BE_ABSENT,
     Prompt,
     Record,
     Sample,
@@ -52,7 +51,8 @@ TYPE_NAMES = {
 
 WIDTH = len(TRACE_FIELDS)
 NEWER = {"mode", "ess_student", "ess_teacher", "curvature", "alpha_weighted"}
-NEWER |= {"chernoff", "log_p_student", "granularity"}
+NEWER |= {"chernoff", "log_p_student", "nll_student", "vetoed", "log_p_student_restricted"}
+NEWER |= {"kl_student_restricted", "kl_teacher_restricted", "granularity"}
 """Fields that version 0.1.0 did not write."""
 JSON = st.recursive(
     st.none()
@@ -175,7 +175,8 @@ def test_every_field_has_its_type(one, lists):
     """Guards: a null, an int or a number where the table promises a text, a float or a list."""
     record = decode_line(encode_line(record_of(one, token_lists=lists)))
     lists_absent = set() if lists else Record.__optional_keys__
-    assert record.keys() == FIELDS.keys() - lists_absent - {*MAY_BE_ABSENT}
+    rare = {"completion_raw", "top_tokens", "stage", "tries"}
+    assert record.keys() == FIELDS.keys() - lists_absent - rare
     wrong = {name: value for name, value in record.items() if not fits(value, TYPES[name])}
     assert not wrong
 
@@ -205,11 +206,24 @@ def test_nan_never_reaches_json():
     assert decode_line(encode_line(record)) == record
 
 
+def test_nll_is_of_the_whole_completion():
+    """Guards: a sum that leaves out the token which the student could not have drawn."""
+    column = TRACE_FIELDS.index("log_p_student")
+
+    def nll(*log_p):
+        rows = [tuple(x if i == column else 0.0 for i in range(WIDTH)) for x in log_p]
+        return record_of(sample(rows))["nll_student"]
+
+    assert nll(-0.25, -1.5, -2.0) == 3.75
+    assert nll(-0.25, -math.inf) is None
+    assert nll(-0.25, math.nan) is None
+
+
 def test_a_completion_without_tokens_has_no_means():
     """Guards: division by zero where the first token fails."""
     record = record_of(sample([]))
     means = [name for name, kind in TYPES.items() if kind == float | None]
-    assert len(means) == 13
+    assert len(means) == 18
     assert [record[name] for name in means] == [None] * len(means)
 
 
@@ -231,6 +245,16 @@ def test_row_id_is_the_content():
     """Guards: a failed row that is owed again under another id at the next call."""
     assert row_id({"problem": None, "n": 1}) == row_id({"n": 1, "problem": None})
     assert row_id({"problem": None, "n": 1}) != row_id({"problem": None, "n": 2})
+
+
+def test_a_stage_is_in_its_records_alone():
+    """Guards: records of plain runs that change, and a stage whose records do not name it."""
+    one = sample([])
+    record = record_of(replace(one, stage="own", tries=3))
+    assert (record["stage"], record["tries"]) == ("own", 3)
+    assert [*record][4:6] == ["stage", "tries"]
+    del record["stage"], record["tries"]
+    assert record == record_of(one)
 
 
 def test_raw_text_is_kept_where_it_differs():

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 from optimal_sampling.config import Attention, ModelConfig, expand_user
 from optimal_sampling.errors import ConfigError
@@ -21,6 +21,7 @@ __all__ = [
     "HostOptions",
     "IdentityOptions",
     "MemoryOptions",
+    "MethodsOptions",
     "ModelOptions",
     "PairOptions",
     "ScalingOptions",
@@ -29,15 +30,17 @@ __all__ = [
     "SolverOptions",
     "SpeedOptions",
     "TopTokensOptions",
+    "Uneven",
     "parse_bench",
     "parse_size",
 ]
 
 COUNTS = ("threads", "num_prompts", "prefixes", "repeats", "prompt_tokens", "new_tokens")
-FOR_SHAPES = ("same_weights", "acceptance", "prompt_tokens", "new_tokens")
+FOR_SHAPES = ("same_weights", "acceptance", "prompt_tokens", "new_tokens", "uneven")
 """Options that have no effect on models which are not shapes."""
 DEFAULT_MODELS = ModelConfig()
 TWO_TOKENIZERS = ModelConfig(student="toy-number-student")
+Uneven: TypeAlias = Literal["nothing", "prompts", "all"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,9 @@ class SpeedOptions(ScalingOptions):
     function = "speed:run_speed"
     repeats: int = 5
     """Counted repeats of every row."""
+    uneven: Uneven = "nothing"
+    """Shapes: whose lengths are random, from an eighth of the given one to all of it. `all`:
+    prompts and completions."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,26 @@ class DraftsOptions(SpeedOptions):
 
     name = "drafts"
     function = "speed:run_speed"
+
+
+@dataclass(frozen=True)
+class MethodsOptions(BenchOptions):
+    """q* by method and sharpness beside the teacher alone: speed, and drafts accepted."""
+
+    name = "methods"
+    function = "methods:run_methods"
+    models: ModelConfig = DEFAULT_MODELS
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Texts at once."""
+    num_prompts: int = 128
+    """Prompts at the largest batch; fewer where it is slow."""
+    repeats: int = 3
+    """Counted repeats of every row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.batches, default=0) < 1:
+            raise ConfigError(f"batches must be numbers of at least 1, got {self.batches}")
 
 
 @dataclass(frozen=True)
@@ -357,6 +383,7 @@ class BytesOptions(BenchOptions):
 _KINDS: tuple[type[BenchOptions], ...] = (
     SpeedOptions,
     DraftsOptions,
+    MethodsOptions,
     SelfDistilOptions,
     ScalingOptions,
     MemoryOptions,

@@ -379,7 +379,10 @@ class SingleModel:
         self.device = logits.device
         self.xp = namespace(self.device)
         self.vocab = logits.shape[1]
-        scaled = logits.to(torch.float32) / temperature
+        scaled = logits.to(torch.float32)
+        if temperature != 1:
+            # shifted first, which keeps the digits of what lies near the largest
+            scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature
         log_p = scaled.log_softmax(-1)
         self.is_teacher = role == "teacher"
         bad = log_p[:, 0].isnan()  # then all of the row are

@@ -89,7 +89,9 @@ def _share_support(scores: Sequence[Scores]) -> bool:
 def _scaled(logits: Float[Tensor, "rows vocab"], temperature: float, slot: int) -> Scores:
     if temperature == 1:
         return logits.float()
-    return torch.div(logits, temperature, out=_buffer(logits, slot))
+    # shifted first, which keeps the digits of what lies near the largest
+    shifted = torch.sub(logits, logits.amax(-1, keepdim=True), out=_buffer(logits, slot))
+    return shifted.div_(temperature)
 
 
 def _mixed(student: Scores, teacher: Scores, alpha: Float32[Tensor, "rows 1"]) -> Scores:

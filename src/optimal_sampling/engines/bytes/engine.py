@@ -75,7 +75,7 @@ class ByteEngine(LocalEngine):
                     "pages"
                 )
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """As in `Engine`."""
         if not self.pair.runners:
             raise EngineError("this engine was closed; open another one")
@@ -90,6 +90,11 @@ class ByteEngine(LocalEngine):
             ) from error
         finally:
             loop.close()
+
+    @property
+    def rounds(self) -> int:
+        """As in `Engine`."""
+        return self._loop.rounds if self._loop is not None else 0
 
     def open_loop(self) -> ByteLoop:
         """The loop of one `generate` call, with empty caches."""

@@ -44,18 +44,20 @@ class ByteLoop:
         self.memory = KVMemory([cache.manager for cache in caches], memory)
         self.rows: list[TextRow] = []
         self.waiting: deque[TextRow] = deque()
+        self.rounds = 0
         self.symbols = 0
         """Drawn so far."""
         self.accepted = 0
         """Of the symbols of drafts, those that were drawn, of texts that have ended."""
 
-    def completions(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def completions(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """Serve the requests."""
         source = iter(requests)
         while True:
             yield from self._admit(source)
             if not self.rows:
                 return
+            self.rounds += 1
             self._yield_memory()
             if self.drafter is not None:
                 self.drafter.run(self.rows, self._has_room)
@@ -74,8 +76,11 @@ class ByteLoop:
 
     # which rows run
 
-    def _admit(self, source: Iterator[Request]) -> Iterator[Completion]:
-        """Place rows while there is memory; yields the requests that cannot be served."""
+    def _admit(self, source: Iterator[Request | None]) -> Iterator[Completion]:
+        """Place rows while there is memory; yields the requests that cannot be served.
+
+        The source gives None where no request is waiting now.
+        """
         while len(self.rows) < self.most_rows:
             if not self.waiting:
                 request = next(source, None)

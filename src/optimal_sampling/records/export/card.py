@@ -13,7 +13,8 @@ from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.records.export.options import ExportOptions
 from optimal_sampling.records.export.reading import Run
 from optimal_sampling.records.export.tokens import StudentTokens
-from optimal_sampling.records.run_folder import flat
+from optimal_sampling.records.run_folder import flat, stage_text
+from optimal_sampling.types import UNBOUNDED_METHODS
 from optimal_sampling.version import __version__
 
 __all__ = ["Section", "card", "generate_command", "made_with", "train_command"]
@@ -22,8 +23,8 @@ Section = tuple[str, list[tuple[str, str]]]
 """A title, and names with their values."""
 
 _KINDS = {
-    "optimal_sampling": "Completions drawn token by token from the geometric mixture of a student "
-    "and a teacher, q ∝ p_student^(1−alpha) · p_teacher^alpha.",
+    "optimal_sampling": "Completions drawn token by token from a mixture q of a student and a "
+    "teacher: q ∝ p_student^(1−alpha) · p_teacher^alpha, or what the alpha method below means.",
     "baseline": "Completions drawn from the teacher alone.",
     "student": "Completions drawn from the student alone.",
     "warmstart": "The reference solutions of the source dataset.",
@@ -56,7 +57,9 @@ def generate_command(run: Run) -> str:
     defaults = flat(GenerateConfig(engine=ENGINES[engine]())) if engine in ENGINES else {}
     words = ["optimal-sampling", "generate"]
     for name, value in given.items():
-        if name in defaults and value is not None and value != defaults[name]:
+        if name == "stages":
+            words += ["--stages=stages.yaml"] if value else []
+        elif name in defaults and value is not None and value != defaults[name]:
             words += _flag(name.replace("_", "-"), value)
     if engine != "local":
         words += ["--engine", engine]
@@ -89,7 +92,7 @@ def card(
     parts = [
         _front_matter(options, folder, licence(options, source)),
         f"# {options.kind}: {source}\n",
-        f"{_KINDS[options.kind]}\nMade by optimal-sampling {__version__}.\n",
+        f"{_KINDS[options.kind]}{_in_stages(runs)}\nMade by optimal-sampling {__version__}.\n",
         f"Columns: {_FORMATS[options.format]}",
         "`id` and `sample_index` are those of the records.\n"
         if options.format != "prompts"
@@ -146,6 +149,17 @@ def _front_matter(options: ExportOptions, folder: Path, name: str) -> str:
     return f"---\n{yaml.safe_dump(dict(head), sort_keys=False)}---\n"
 
 
+def _in_stages(runs: list[Run]) -> str:
+    """A sentence on the stages of the runs, where they have any."""
+    names = dict.fromkeys(stage["name"] for run in runs for stage in run.stages)
+    if not names:
+        return ""
+    return (
+        f" In stages ({', '.join(names)}): each prompt has the first completion that was graded as "
+        "correct; some stages draw from one model alone (see below)."
+    )
+
+
 def _table(title: str, lines: Iterable[tuple[str, str]]) -> str:
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in lines)
     return f"## {title}\n\n| | |\n|---|---|\n{rows}\n"
@@ -159,6 +173,22 @@ def _first(runs: list[Run], name: str) -> str:
     return ", ".join(dict.fromkeys(str(run.compared.get(name)) for run in runs))
 
 
+def _method_options(runs: list[Run]) -> dict[str, str]:
+    """Titles and names of the options that belong to the alpha methods of the runs."""
+    methods = {run.compared.get("alpha_method") for run in runs}
+    names = [name for method in sorted(map(str, methods)) for name in _OPTIONS_OF.get(method, ())]
+    if methods - {*UNBOUNDED_METHODS}:
+        names += ["alpha_min", "alpha_max"]
+    return {name.replace("_", " "): name for name in names}
+
+
+_OPTIONS_OF = {
+    "arithmetic": ("arithmetic_weight",),
+    "interleaved": ("interleaved_top_k", "interleaved_min_p"),
+    "veto": ("veto_min_p",),
+}
+
+
 def made_with(runs: list[Run]) -> list[tuple[str, str]]:
     """Models, dataset and method of the runs."""
     names = {
@@ -167,13 +197,19 @@ def made_with(runs: list[Run]) -> list[tuple[str, str]]:
         "source dataset": "dataset",
         "drawn from": "mode",
         "alpha method": "alpha_method",
-        "alpha min": "alpha_min",
-        "alpha max": "alpha_max",
+        **_method_options(runs),
+        "teacher support by min-p": "teacher_support_min_p",
         "temperature": "temperature",
+        "top-k of q (1: greedy)": "top_k",
+        "top-p of q": "top_p",
         "teacher template": "teacher_template",
         "student template": "student_template",
         "thinking": "thinking",
         "most new tokens": "max_new_tokens",
         "engine": "engine",
     }
-    return [(title, _first(runs, name)) for title, name in names.items()]
+    stages = [
+        (f"stage {number}", f"{stage['name']}: {stage_text(stage)}")
+        for number, stage in enumerate(runs[0].stages, start=1)
+    ]
+    return [(title, _first(runs, name)) for title, name in names.items()] + stages
