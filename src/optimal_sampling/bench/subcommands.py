@@ -15,6 +15,7 @@ from optimal_sampling.errors import ConfigError
 __all__ = [
     "SUBCOMMANDS",
     "BenchOptions",
+    "BytesOptions",
     "DraftsOptions",
     "GpuOptions",
     "HostOptions",
@@ -34,10 +35,11 @@ __all__ = [
     "parse_size",
 ]
 
-COUNTS = ("threads", "num_prompts", "repeats", "prompt_tokens", "new_tokens")
+COUNTS = ("threads", "num_prompts", "prefixes", "repeats", "prompt_tokens", "new_tokens")
 FOR_SHAPES = ("same_weights", "acceptance", "prompt_tokens", "new_tokens", "uneven")
 """Options that have no effect on models which are not shapes."""
 DEFAULT_MODELS = ModelConfig()
+TWO_TOKENIZERS = ModelConfig(student="toy-number-student")
 Uneven: TypeAlias = Literal["nothing", "prompts", "all"]
 
 
@@ -356,6 +358,28 @@ class GpuOptions(BenchOptions):
         return ModelConfig(device=self.device, dtype=self.dtype)
 
 
+@dataclass(frozen=True)
+class BytesOptions(BenchOptions):
+    """Two tokenizers: forward passes, and what the tolerance changes in q*."""
+
+    name = "bytes"
+    function = "byte_level:run"
+    models: ModelConfig = TWO_TOKENIZERS
+    num_prompts: int = 64
+    """Problems that are answered."""
+    tolerances: tuple[float, ...] = (0.01, 0.05, 0.03, 0.003, 0.001)
+    """Values of --byte-tolerance; the first is also measured with drafts."""
+    prefixes: int = 1000
+    """Places in the texts at which q* is compared with that of a tolerance near 0."""
+    repeats: int = 3
+    """Counted repeats of the comparison with tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tolerances or not all(0 < value <= 0.05 for value in self.tolerances):
+            raise ConfigError(f"tolerances must lie in (0, 0.05], got {self.tolerances}")
+
+
 _KINDS: tuple[type[BenchOptions], ...] = (
     SpeedOptions,
     DraftsOptions,
@@ -367,6 +391,7 @@ _KINDS: tuple[type[BenchOptions], ...] = (
     SolverOptions,
     HostOptions,
     TopTokensOptions,
+    BytesOptions,
     GpuOptions,
 )
 SUBCOMMANDS = {kind.name: kind for kind in _KINDS}
