@@ -62,7 +62,7 @@ def plain(folder, rows, **options):
 def test_a_killed_worker_and_a_killed_driver(tmp_path):
     """Guards: a lost record, a repeated one, and processes that outlive their driver."""
     folder = tmp_path / "fleet"
-    process = start(folder, 400, workers=2)
+    process = start(folder, 200, workers=2)
     workers = wait_for(lambda: size(folder) and workers_of(process))
     workers[0].kill()
     before = size(folder)
@@ -71,13 +71,15 @@ def test_a_killed_worker_and_a_killed_driver(tmp_path):
     process.kill()
     finish(process)
     wait_for(lambda: are_gone(workers), seconds=20)
-    assert 0 < len(lines(folder)) < 400
-    assert finish(start(folder, 400, workers=3)) == 0
-    assert lines(folder) == plain(tmp_path / "plain", 400)
+    assert 0 < len(lines(folder)) < 200
+    assert finish(start(folder, 200, workers=3)) == 0
+    assert lines(folder) == plain(tmp_path / "plain", 200)
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_fleet_leaves_no_process(tmp_path, number):
     """Guards: workers that go on after Ctrl-C, while they load or while they work."""
     folder = tmp_path / "run"
