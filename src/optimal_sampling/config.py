@@ -27,6 +27,7 @@ __all__ = [
     "DataConfig",
     "DraftTokens",
     "EngineOptions",
+    "FleetConfig",
     "GenerateConfig",
     "LocalOptions",
     "MixtureConfig",
@@ -484,6 +485,32 @@ class RunConfig(Checked):
         object.__setattr__(self, "output_dir", str(expand_user(self.output_dir)))
 
 
+@dataclass(frozen=True)
+class FleetConfig(Checked):
+    """Several engines that share the work of a run (docs/fleet.md)."""
+
+    workers: int | Literal["auto"] | None = None
+    """Processes with an engine each: a number, or `auto` for one per GPU. Unset: one engine, in
+    this process. On a CPU they share its threads and its memory."""
+    gpus_per_worker: float | None = None
+    """GPUs of each worker; unset: --tensor-parallel-size, or 1."""
+    worker_timeout: float | None = None
+    """Seconds without progress after which a worker is started again. Loading models does not
+    count. Unset: chosen from what rounds take, at least 60."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers != "auto":
+            self._check_range("workers", 1)
+        self._check_range("gpus_per_worker", 0, above=True)
+        self._check_range("worker_timeout", 0, _LONGEST_TIMEOUT, above=True)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there are workers beside this process."""
+        return self.workers is not None
+
+
 _LONGEST_TIMEOUT = 7 * 86400  # seconds; what select() and alarm() take has a limit
 _MOST_GIB = 1 << 20  # of an address space
 
@@ -557,6 +584,7 @@ class GenerateConfig(Checked):
     prompt: PromptConfig = PromptConfig()
     run: RunConfig = RunConfig()
     verify: VerifyConfig = VerifyConfig()
+    fleet: FleetConfig = FleetConfig()
     engine: EngineOptions = LocalOptions()
 
     @property

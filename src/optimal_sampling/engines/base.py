@@ -28,6 +28,8 @@ class Engine(ABC):
     - Requests are pulled from the iterable only as there is room, so an endless iterable is fine.
     - A request that cannot be served (a prompt longer than the context, NaN logits) gives a
       completion with `finish_reason="error"` that says why; the others go on.
+    - A None among the requests says that none is waiting now. The engine goes on with what it has
+      and asks again, or ends where it has nothing.
     - Closing the iterator gives up what is in flight. The engine can then be used again.
     - A completion ends with the first id of `stop_ids` ("stop") or after `max_new_tokens` tokens,
       or where the context of one of the models is full ("length").
@@ -56,8 +58,16 @@ class Engine(ABC):
     """Ids that end a completion: the union over both models."""
 
     @abstractmethod
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """Serve the requests; yields completions as they finish."""
+
+    @property
+    def rounds(self) -> int | None:
+        """Rounds of the latest `generate` so far, which show that it goes on; None: not counted.
+
+        May be read from another thread.
+        """
+        return None
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -78,9 +78,11 @@ class ToyEngine(Engine):
         teacher = 1.5 * student + torch.randn(vocab_size, vocab_size, generator=generator)
         return cls(student, teacher, mixture, stop_ids, context_length)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """One request after the other."""
         for request in requests:
+            if request is None:
+                continue
             started = time.perf_counter()
             prompts = [request.prompt_ids(role) for role in self.roles]
             contexts = [self.context_length] * len(prompts)

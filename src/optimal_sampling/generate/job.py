@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -180,10 +181,8 @@ class _Job:
         if self.grading is not None:
             self.grading.check()
         self.progress.start_loading(self.config)
-        from optimal_sampling.engines import open_engine  # torch is loaded here
-
         config = self.config
-        with (open_with or open_engine)(
+        with (open_with or self._opener())(
             config.engine, config.models, config.mixture, self.vocabulary, config.run.mode
         ) as engine:
             self.progress.show_notes(engine.notes())
@@ -197,6 +196,21 @@ class _Job:
                     f"the engine {config.engine.name} ended without {lost} of its requests"
                 )
             return notes | engine.notes()
+
+    def _opener(self) -> OpenEngine:
+        """What opens the engine, or the fleet of engines."""
+        from optimal_sampling import engines  # torch is loaded here
+
+        if not self.config.fleet.is_used:
+            return engines.open_engine
+        from optimal_sampling.engines.fleet import open_fleet
+
+        return partial(
+            open_fleet,
+            fleet=self.config.fleet,
+            logs=self.folder.path / "logs",
+            report=self.progress.show,
+        )
 
     def _owed_requests(self) -> Iterator[Request]:
         """Requests for the owed samples; those of rows without prompts fail at once."""

@@ -58,6 +58,9 @@ MAY_DIFFER = frozenset(
         "reference",
         "verify_workers",
         "verify_timeout",
+        "workers",  # who does the work
+        "gpus_per_worker",
+        "worker_timeout",
     }
 )
 """Options that a later call on the same folder may change.

@@ -139,7 +139,12 @@ class LocalEngine(Engine):
             )
         self.draft_counts = DraftCounts()
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    @property
+    def rounds(self) -> int:
+        """As in `Engine`."""
+        return self.draft_counts.rounds
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """As in `Engine`."""
         if not self.pair.runners:
             raise EngineError("this engine was closed; open another one")

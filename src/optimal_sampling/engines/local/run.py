@@ -79,7 +79,7 @@ class GenerationLoop:
         self.memory = KVMemory([model.cache.manager for model in models], settings.memory)
         self.scheduler = Scheduler(settings.limits, self.memory)
 
-    def completions(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def completions(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """Serve the requests in rounds."""
         source = self._admissible(requests)
         while True:
@@ -97,11 +97,14 @@ class GenerationLoop:
         for model in self.models:
             model.cache.release()
 
-    def _admissible(self, requests: Iterable[Request]) -> Iterator[Sequence]:
+    def _admissible(self, requests: Iterable[Request | None]) -> Iterator[Sequence | None]:
         """Requests as sequences, without those that no model's context can hold."""
         settings = self.settings
         contexts, embeddings = settings.limits.context_lengths, settings.embeddings
         for request in requests:
+            if request is None:
+                yield None
+                continue
             prompts = {"student": request.student_prompt_ids, "teacher": request.teacher_prompt_ids}
             sequence = Sequence(request, tuple(prompts[role] for role in settings.roles))
             if self.policy.most:

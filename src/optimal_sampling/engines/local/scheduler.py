@@ -170,11 +170,11 @@ class Scheduler:
         Of sequences that have any pending.
         """
 
-    def next_round(self, source: Iterator[Sequence], width: int = 1) -> RoundPlan | None:
+    def next_round(self, source: Iterator[Sequence | None], width: int = 1) -> RoundPlan | None:
         """Plan a round of at most `width` tokens per row. None: nothing runs and nothing waits.
 
         Sequences that can never run are put on `rejected`, each with the reason; `source` may put
-        some there too.
+        some there too, and gives None where none is waiting now.
         """
         self._granted.clear()
         live, lengths = self._preempt_until_it_fits()
@@ -245,7 +245,7 @@ class Scheduler:
 
     # admission
 
-    def _admit(self, source: Iterator[Sequence], lengths: Lengths, left: list[int]) -> None:
+    def _admit(self, source: Iterator[Sequence | None], lengths: Lengths, left: list[int]) -> None:
         """Place sequences beside those of these `lengths` while rows, memory and `left` allow."""
         if self._gathers(len(lengths)):
             return

@@ -31,6 +31,13 @@ _GUARD = "put the code that opens an engine under `if __name__ == '__main__':`"
 _LOG_Q = TRACE_FIELDS.index("log_q")
 
 
+class _End:
+    """The type of what follows the last request."""
+
+
+_END = _End()
+
+
 @dataclass(frozen=True, slots=True)
 class _ActiveRequest:
     """A request inside vLLM."""
@@ -76,6 +83,7 @@ class VllmEngine(Engine):
         """Whether vLLM ended by an error."""
         self._end: Callable[[], Any] = core.engine_core.shutdown
         self._request_count = 0
+        self._steps = 0
         self._check_settings(options)
 
     @classmethod
@@ -126,7 +134,12 @@ class VllmEngine(Engine):
         view.trace = trace or self.trace
         return view
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    @property
+    def rounds(self) -> int:
+        """As in `Engine`: steps of vLLM."""
+        return self._steps
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """Completions as they finish, as in `Engine`."""
         if self.core is None:
             raise EngineError("this engine was closed; open another one")
@@ -137,8 +150,10 @@ class VllmEngine(Engine):
         try:
             while active or not exhausted:
                 while len(active) < limit and not exhausted:
-                    request = next(waiting, None)
+                    request = next(waiting, _END)
                     if request is None:
+                        break
+                    if isinstance(request, _End):
                         exhausted = True
                     elif problem := self._problem(request):
                         yield Completion(request, (), "error", TokenTrace.from_rows([]), problem)
@@ -200,6 +215,7 @@ class VllmEngine(Engine):
 
     def _step(self, active: dict[str, _ActiveRequest]) -> Iterator[Completion]:
         """One step of vLLM; the requests that it finishes leave `active`."""
+        self._steps += 1
         try:
             outputs = [output for output in self.core.step() if output.finished]
         except Exception as reason:  # of vLLM or a model: any kind

@@ -1,0 +1,150 @@
+"""Workers that are processes on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from optimal_sampling.engines.fleet.channel import DriverEnd
+from optimal_sampling.engines.fleet.messages import Begin, Event, Run, Setup, Submit
+from optimal_sampling.engines.fleet.placement import Place
+from optimal_sampling.engines.fleet.worker import Launcher, Worker
+from optimal_sampling.types import Request
+
+__all__ = ["ProcessLauncher"]
+
+_EXIT_SECONDS = 5.0  # for a process that has closed its socket to end
+_LAST_LINES = 15
+_TAIL_BYTES = 8192
+
+
+class ProcessWorker(Worker):
+    """A process with a log file."""
+
+    def __init__(self, index: int, place: Place, setup: Setup, log: Path) -> None:
+        self.name = f"worker {index}"
+        self.device = place.device
+        self.log = log
+        self._place = place
+        self._setup = replace(setup, memory=place.memory, sharing=place.sharing)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: DriverEnd | None = None
+
+    def start(self) -> None:
+        """As in `Worker`. The process leads a group of its own."""
+        ours, theirs = socket.socketpair()
+        with theirs, self.log.open("ab") as log:
+            log.write(f"=== {time.strftime('%F %T')} {self.name} on {self.device}\n".encode())
+            log.flush()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"{__package__}.worker_main", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                env=os.environ | {"PYTHONPATH": _python_path()} | self._place.environment,
+                start_new_session=True,
+            )
+        self._end = DriverEnd(ours)
+        self._end.send(self._setup)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None where there is none."""
+        return self._process.pid if self._process else None
+
+    @property
+    def end(self) -> DriverEnd | None:
+        """The driver's end of the socket; None where there is no process."""
+        return self._end
+
+    def begin(self, run: Run) -> None:
+        """As in `Worker`."""
+        if self._end is not None:
+            self._end.send(Begin(run))
+
+    def submit(self, run: int, requests: Mapping[int, Request]) -> None:
+        """As in `Worker`."""
+        if self._end is not None:
+            self._end.send(Submit(run, tuple(requests.items())))
+
+    def events(self) -> Sequence[Event]:
+        """As in `Worker`."""
+        if self._end is None:
+            return []
+        self._end.flush()
+        return list(self._end.receive())
+
+    def death(self) -> str:
+        """As in `Worker`."""
+        if self._end is None or self._process is None:
+            return "it was not started"
+        if not self._end.is_closed:
+            return ""
+        try:
+            code = self._process.wait(_EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "it closed its socket"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def stop(self) -> None:
+        """As in `Worker`."""
+        process, self._process = self._process, None
+        end, self._end = self._end, None
+        if end is not None:
+            end.close()
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def last_words(self) -> str:
+        """As in `Worker`."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "\n".join(f"    {line}" for line in [f"{self.log}:", *lines[-_LAST_LINES:]])
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, sys.path))
+
+
+class ProcessLauncher(Launcher):
+    """One process per place."""
+
+    def __init__(self, places: Sequence[Place], setup: Setup, logs: Path) -> None:
+        """`logs`: folder of the log files."""
+        self.size = len(places)
+        self._places = places
+        self._setup = setup
+        self._logs = logs
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def worker(self, index: int) -> ProcessWorker:
+        """As in `Launcher`."""
+        log = self._logs / f"worker-{index}.log"
+        return ProcessWorker(index, self._places[index], self._setup, log)
+
+    def wait(self, workers: Sequence[Worker], seconds: float) -> Collection[Worker]:
+        """As in `Launcher`."""
+        with selectors.DefaultSelector() as selector:
+            for worker in workers:
+                assert isinstance(worker, ProcessWorker)
+                if worker.end is not None:
+                    writing = selectors.EVENT_WRITE if worker.end.has_unsent else 0
+                    selector.register(worker.end.socket, selectors.EVENT_READ | writing, worker)
+            return [key.data for key, _ in selector.select(seconds)]

@@ -1,0 +1,104 @@
+"""A worker process: `python -m optimal_sampling.engines.fleet.worker_main FD`, FD being a socket.
+
+It ends with its driver: when the socket is closed, or its parent has changed.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, NoReturn
+
+from optimal_sampling.engines.fleet.channel import WorkerEnd
+from optimal_sampling.engines.fleet.messages import Broken, Event, Progress, Setup
+from optimal_sampling.errors import UserError
+
+if TYPE_CHECKING:
+    from optimal_sampling.engines.fleet.serving import EngineServer
+
+_BEAT = 1.0  # seconds between two looks at parent and progress
+_STUCK = 1200.0  # seconds without a look, after which this process ends itself
+
+
+def main() -> None:
+    """Serve until the driver ends this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
+    parent = os.getppid()
+    end = WorkerEnd(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        setup = end.receive()
+    except (EOFError, OSError):
+        return
+    assert isinstance(setup, Setup)
+    # torch is loaded here
+    from optimal_sampling.engines.fleet.serving import EngineServer
+
+    def send(event: Event) -> None:
+        try:
+            end.send(event)
+        except OSError:
+            _end_all()
+
+    server = EngineServer(setup, send)
+    for target in (_read, _watch):
+        threading.Thread(target=target, args=(end, server, parent), daemon=True).start()
+    try:
+        server.load()
+        server.serve()
+    except BaseException as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        send(_broken(error))
+        raise SystemExit(1) from None
+
+
+def _broken(error: BaseException) -> Broken:
+    """Why the worker ends; with the class of the error where only the user can help."""
+    name = type(error).__name__
+    if isinstance(error, UserError):
+        return Broken(str(error), name)
+    text = str(error).strip()
+    return Broken(f"it raised {name}: {text}" if text else f"it raised {name}")
+
+
+def _read(end: WorkerEnd, server: EngineServer, parent: int) -> None:
+    """Deliver orders until the driver has gone."""
+    try:
+        while True:
+            server.deliver(end.receive())
+    except (EOFError, OSError):
+        _end_all()
+
+
+def _watch(end: WorkerEnd, server: EngineServer, parent: int) -> None:
+    """Tell the driver of progress, and end when it has gone."""
+    told: int | None = None
+    while True:
+        # a thread that keeps the interpreter to itself stops this one too
+        faulthandler.dump_traceback_later(_STUCK, exit=True)
+        time.sleep(_BEAT)
+        if os.getppid() != parent:
+            _end_all()
+        if server.rounds != told:
+            told = server.rounds
+            try:
+                end.send(Progress(told))
+            except OSError:
+                _end_all()
+
+
+def _end_all() -> NoReturn:
+    """End this process and those that it has started, which are a group of their own."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
