@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import time
 from dataclasses import dataclass
+
+import numpy as np
+import psutil
 
 from optimal_sampling.config import LocalOptions, ToyOptions
 from optimal_sampling.engines.base import Engine
@@ -43,3 +49,39 @@ class SmallModels(Engine):
 @dataclass(frozen=True)
 class SmallModelsOptions(LocalOptions):
     engine_class = "tests.engines.fleet.engines:SmallModels"
+
+
+class FaultyTables(SmallTables):
+    """The toy engine, but for prompts that name what goes wrong with them."""
+
+    @classmethod
+    def load(cls, models, mixture, options, vocabulary, mode="mixture"):
+        engine = ToyEngine.load(models, mixture, ToyOptions(), vocabulary, mode)
+        used = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), used + (1 << 30)))
+        faulty = cls()
+        faulty.__dict__ |= vars(engine)
+        faulty.inner, faulty.options = engine, options
+        return faulty
+
+    def generate(self, requests):
+        for request in requests:
+            if request is not None:
+                text = self.vocabulary.decode(request.student_prompt_ids)
+                self.go_wrong(text)
+                yield from self.inner.generate([request])
+
+    def go_wrong(self, text):
+        if "raises" in text:
+            raise ValueError("a prompt that raises")
+        if "hangs" in text:
+            time.sleep(1000)
+        if "exits" in text:
+            os._exit(7)
+        if "allocates" in text:
+            np.ones(1 << 31)
+
+
+@dataclass(frozen=True)
+class FaultyTablesOptions(ToyOptions):
+    engine_class = "tests.engines.fleet.engines:FaultyTables"

@@ -249,14 +249,18 @@ class Driver:
             return
         elif isinstance(event, Started):
             member.running.add(event.number)
-            if member.rounds is None:
-                self._note_progress(member)
+            if member.rounds is None and self._knows_timeout:
+                self._note_progress(member)  # its completions are all that will be seen of it
         elif isinstance(event, Finished):
             self._note_progress(member)
             self._complete(member, event)
 
+    @property
+    def _knows_timeout(self) -> bool:
+        return self.patience.timeout is not None or self.longest_gap > 0
+
     def _note_progress(self, member: Supervised) -> None:
-        if member.warm and member.held:
+        if member.held and (member.warm or member.rounds is None):
             self.longest_gap = max(self.longest_gap, self._waited - member.heard_at)
         member.warm = True
         member.heard_at = self._waited
