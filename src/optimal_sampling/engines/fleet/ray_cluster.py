@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +15,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +39,25 @@ except BaseException as error:
     sys.exit(f"{type(cause).__name__}: {cause}")
 """
 """Connects in a process of its own: `ray.init` cannot be stopped, and may end its process."""
+
+_CLEAN_UP = """
+import psutil, shutil, sys
+found = []
+for line in sys.stdin:
+    try:
+        found.append(psutil.Process(int(line)))
+    except psutil.Error:
+        pass
+for each in found:
+    try:
+        each.kill()
+    except psutil.Error:
+        pass
+psutil.wait_procs(found, timeout=5)
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
+"""Reads numbers of processes until its input ends, with the driver or before; then ends them, and
+removes a folder. Without it, some of Ray's processes stay for minutes when a driver is killed."""
 
 
 def ray_module() -> ModuleType:
@@ -67,7 +84,7 @@ class Cluster:
         A connection that the process has already is used, and left open. Raises ConfigError,
         MissingDependencyError.
         """
-        self._folder: Path | None = None
+        self._cleaner: subprocess.Popen[str] | None = None
         if address == "local":
             _prepare_local()
         self.ray = ray_module()
@@ -75,15 +92,32 @@ class Cluster:
         if not self._is_ours:
             return
         if address == "local":
-            self._folder = _session_folder()
-            arguments = _local_arguments(self._folder, cpus)
+            self._start_local(cpus)
         else:
             _probe(address, answer_seconds)
-            arguments = {}
-        with _own_signals():
-            self.ray.init(address, log_to_driver=False, configure_logging=False, **arguments)
+            self._connect(address)
         # Pages of a node's log, printed over the progress when a node dies; the driver says it too.
         self.ray._private.worker._worker_logs_enabled = False
+
+    def _connect(self, address: str, **arguments: Any) -> None:
+        with _own_signals():
+            self.ray.init(address, log_to_driver=False, configure_logging=False, **arguments)
+
+    def _start_local(self, cpus: int | None) -> None:
+        folder = _session_folder()
+        self._cleaner = _cleaner(folder)
+        before = {each.pid for each in psutil.Process().children(recursive=True)}
+        self._connect(
+            "local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=_STORE_BYTES,
+            _temp_dir=folder,
+        )
+        after = {each.pid for each in psutil.Process().children(recursive=True)}
+        assert self._cleaner.stdin is not None
+        self._cleaner.stdin.write("".join(f"{pid}\n" for pid in after - before))
+        self._cleaner.stdin.flush()
 
     def resources(self) -> dict[str, float]:
         """What all nodes that are alive have, by Ray's names."""
@@ -99,8 +133,9 @@ class Cluster:
             self._is_ours = False
             with _own_signals():
                 self.ray.shutdown()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._cleaner is not None:
+            self._cleaner.communicate()
+            self._cleaner = None
 
 
 def _prepare_local() -> None:
@@ -112,25 +147,22 @@ def _prepare_local() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-def _local_arguments(folder: Path, cpus: int | None) -> dict[str, Any]:
-    return {
-        "num_cpus": cpus,
-        "include_dashboard": False,
-        "object_store_memory": _STORE_BYTES,
-        "_temp_dir": str(folder),
-    }
+def _session_folder() -> str:
+    """A new folder for the files of a local cluster."""
+    parent = tempfile.gettempdir()
+    if len(parent) > _MOST_LETTERS:
+        parent = "/tmp"
+    return tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent)
 
 
-def _session_folder() -> Path:
-    """A new folder for a local cluster's files. Removes those of processes that were killed."""
-    parent = Path(tempfile.gettempdir())
-    if len(str(parent)) > _MOST_LETTERS:
-        parent = Path("/tmp")
-    for old in parent.glob(f"{_PREFIX}*"):
-        owner = old.name.removeprefix(_PREFIX).partition("-")[0]
-        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+def _cleaner(folder: str) -> subprocess.Popen[str]:
+    """The process that cleans up after a local cluster."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _CLEAN_UP, folder],
+        stdin=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def _probe(address: str, seconds: float) -> None:
