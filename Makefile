@@ -6,6 +6,7 @@ VLLM_VENV ?= .venv-vllm
 OLD_VENV ?= .venv-old-torch
 DEMO_DIR ?= outputs/demo
 PIPELINE_DIR ?= outputs/pipeline
+EXPERIMENT_DIR ?= outputs/experiment
 # One thread: the shipped models are too small to share, and waiting for a busy core costs more than it brings.
 THREADS ?= 1
 JOBS ?= 2
@@ -13,13 +14,22 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo pipeline test test-slow test-vllm test-old-torch lint format bench clean
+.PHONY: demo pipeline experiment experiment-full test test-slow test-vllm test-old-torch lint format bench clean
 
 demo: $(VENV)/.base
 	$(BIN)/optimal-sampling demo --output-dir $(DEMO_DIR)
 
 pipeline: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" examples/pipeline.sh $(PIPELINE_DIR)
+
+# Which text makes the best student: docs/experiment.md. About an hour of one core; stopped, it goes on.
+experiment: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.experiment run --output $(EXPERIMENT_DIR)
+	$(BIN)/python -m benchmarks.experiment report --output $(EXPERIMENT_DIR)
+
+experiment-full: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.experiment run --full --output $(EXPERIMENT_DIR)
+	$(BIN)/python -m benchmarks.experiment report --output $(EXPERIMENT_DIR)
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadgroup

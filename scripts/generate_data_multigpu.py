@@ -1,7 +1,9 @@
-#!/usr/bin/env python
-"""`optimal-sampling generate` with one process per GPU.
+"""`optimal-sampling generate` with one worker per GPU, by the flags of older documents.
 
-Give the i-th of n processes the option `--data-slice i::n`.
+    python scripts/generate_data_multigpu.py --model_teacher ... --model_theta ... --dataset ... \
+        --batch_size 128 --max_tokens 16384 --output_dir outputs/run --resume
+
+`--workers N` gives another number of workers, `--data_slice` a part of the dataset.
 """
 
 import sys
@@ -9,4 +11,6 @@ import sys
 from optimal_sampling.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["generate", *sys.argv[1:]]))
+    given = sys.argv[1:]
+    has_workers = any(argument.partition("=")[0] == "--workers" for argument in given)
+    sys.exit(main(["generate", *([] if has_workers else ["--workers", "auto"]), *given]))

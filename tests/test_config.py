@@ -42,6 +42,14 @@ from optimal_sampling.errors import ConfigError
         ({"teacher_support_top_k": -2}, "teacher_support_top_k"),
         ({"trust_region": -1.0}, "trust_region"),
         ({"schedule_tokens": 0}, "schedule_tokens"),
+        ({"veto_min_p": 0.0}, "veto_min_p must lie in"),
+        ({"interleaved_min_p": 1.5}, "interleaved_min_p must lie in"),
+        ({"teacher_support_min_p": 0.0}, "teacher_support_min_p must lie in"),
+        ({"interleaved_top_k": 0}, "interleaved_top_k"),
+        ({"arithmetic_weight": 1.1}, "arithmetic_weight"),
+        ({"alpha_method": "veto", "alpha_min": 0.0}, "alpha_min .0.0. does nothing .* veto"),
+        ({"alpha_method": "interleaved", "alpha_max": 0.9}, "which has no bounds; leave alpha_max"),
+        ({"alpha_method": "arithmetic", "alpha_min": 0.2}, "leave alpha_min out"),
     ],
 )
 def test_mixtures_that_make_no_sense(options, message):

@@ -23,14 +23,18 @@ import tyro
 
 from optimal_sampling.config import (
     ENGINES,
+    Checked,
     EngineOptions,
     GenerateConfig,
     RunConfig,
+    Stage,
     VerifyOptions,
     VllmOptions,
     engine_options,
 )
 from optimal_sampling.errors import ConfigError, OptimalSamplingError, did_you_mean
+from optimal_sampling.generate.recipes import Recipe, read_stages, recipe_stages
+from optimal_sampling.types import UNBOUNDED_METHODS
 from optimal_sampling.version import __version__
 
 __all__ = ["ALIASES", "EXIT_CODES", "main"]
@@ -119,15 +123,36 @@ class GenerateOptions(GenerateConfig):
     `--engine NAME --help`."""
     config: str | None = None
     """YAML file with options by name (`alpha_min: 0.3`); options on the command line win."""
+    recipe: Recipe | None = None
+    """Stages, each a pass over the prompts that have no correct completion yet (needs --verify):
+    the student's own tries, then `veto`, then the teacher's likeliest text; `escalate_privileged`
+    shows the right solution to the teacher of the last stage. The options of the mixture hold in
+    all stages, but for what a stage is made of (docs/escalation.md)."""
+    own_tries: int | None = None
+    """Tries of the student alone in a recipe; unset: 4."""
+    stages_file: Annotated[str | None, tyro.conf.arg(name="stages")] = None
+    """YAML file with stages of your own (docs/escalation.md)."""
+    stages: Annotated[tuple[Stage, ...], tyro.conf.Suppress] = ()
     dry_run: bool = False
     """Report on the whole dataset and stop: the first prompts as both models would see them, rows
     that would fail, lengths, notes, and an estimate of memory and time. Loads no weights."""
 
     def generate_config(self) -> GenerateConfig:
         """The options that are not about this command line."""
-        return GenerateConfig(
-            **{item.name: getattr(self, item.name) for item in fields(GenerateConfig)}
-        )
+        given = {item.name: getattr(self, item.name) for item in fields(GenerateConfig)}
+        return GenerateConfig(**given | {"stages": self._stages()})
+
+    def _stages(self) -> tuple[Stage, ...]:
+        """Those of a recipe or a file. Raises ConfigError."""
+        if self.recipe and self.stages_file:
+            raise ConfigError("--recipe and --stages are two lists of stages; give one of them")
+        if self.own_tries is not None and not self.recipe:
+            raise ConfigError("--own-tries belongs to --recipe; a file says `tries` in each stage")
+        if self.recipe:
+            return recipe_stages(self.recipe, self.mixture, self.own_tries)
+        if self.stages_file:
+            return read_stages(self.stages_file, self.mixture)
+        return self.stages
 
 
 @dataclass(frozen=True)
@@ -302,6 +327,7 @@ def run_serve(arguments: Sequence[str]) -> int:
 
     args = _unalias(arguments)
     _check_engine_options(args, VllmOptions)
+    _check_bounds(args)
     serve(_parse("serve", ServeConfig(), args))
     return 0
 
@@ -426,6 +452,7 @@ def parse_generate(arguments: Sequence[str]) -> GenerateOptions:
     args = _unalias([*from_file, *arguments])
     engine = engine_options(_value_of("engine", args) or GenerateConfig().engine.name)
     _check_engine_options(args, engine)
+    _check_bounds(args)
     default = GenerateOptions(engine=engine())
     return _parse("generate", default, args, _generate_description())
 
@@ -457,6 +484,18 @@ def _check_engine_options(arguments: Sequence[str], engine: type[EngineOptions])
             raise ConfigError(
                 f"{flag} is an option of the engine {' and '.join(having)}, "
                 f"and the engine {engine.name} has no such option"
+            )
+
+
+def _check_bounds(arguments: Sequence[str]) -> None:
+    """Refuse bounds of alpha beside a method without bounds, also those that are the defaults."""
+    method = _value_of("alpha-method", arguments)
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if method in UNBOUNDED_METHODS and flag in ("--alpha-min", "--alpha-max"):
+            raise ConfigError(
+                f"{flag} does nothing with --alpha-method {method}, which has no bounds; "
+                "leave it out"
             )
 
 
@@ -570,8 +609,10 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 def _option_types() -> dict[str, Any]:
     """Flags of `generate` as they are typed, with the annotations of their fields."""
     config = GenerateConfig()
-    sections = [type(getattr(config, item.name)) for item in fields(config)]
-    types: dict[str, Any] = {"engine": "str", **dict.fromkeys(NO_OPS, "bool")}
+    values = (getattr(config, item.name) for item in fields(config))
+    sections = [type(value) for value in values if isinstance(value, Checked)]
+    types: dict[str, Any] = dict.fromkeys(("engine", "recipe", "own-tries", "stages"), "str")
+    types |= dict.fromkeys(NO_OPS, "bool")
     for section in (*sections, *ENGINES.values()):
         types |= {item.name.replace("_", "-"): item.type for item in fields(section)}
     return types

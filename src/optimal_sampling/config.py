@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from optimal_sampling.errors import ConfigError, did_you_mean
-from optimal_sampling.types import AlphaMethod, Hint, Mode
+from optimal_sampling.types import UNBOUNDED_METHODS, AlphaMethod, Hint, Mode
 
 __all__ = [
     "ENGINES",
@@ -35,6 +35,7 @@ __all__ = [
     "PromptConfig",
     "Regrade",
     "RunConfig",
+    "Stage",
     "ToyOptions",
     "VerifyConfig",
     "VerifyOptions",
@@ -102,7 +103,8 @@ def _converted(name: str, hint: Any, value: Any) -> Any:
     wanted = [_TYPE_NAMES[kind] for kind in kinds if kind in _TYPE_NAMES]
     wanted += [f"one of {', '.join(texts)}"] if texts else []
     if get_origin(hint) is tuple:
-        wanted = [f"a list, each {_TYPE_NAMES[get_args(hint)[0]]}"]
+        kind = get_args(hint)[0]
+        wanted = [f"a list, each {_TYPE_NAMES.get(kind, f'of the class {kind.__name__}')}"]
     expected = " or ".join(wanted) or f"of the class {hint.__name__}"
     raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
@@ -126,15 +128,18 @@ def parse_slice(text: str) -> slice:
 
 MIN_TEMPERATURE = 1e-3
 """Down to which float32 gives the distribution: the total variation to float64, between tokens
-whose logits of 30 differ by about the temperature, is below 5e-4. At 1e-5 it is 3e-2."""
+whose logits of 30 differ by about the temperature, is below 1e-5 on a CPU and below 1e-3 on a GPU,
+where logits are divided before they are compared. Logits of float32 have no digits for less."""
 
 
 @dataclass(frozen=True)
 class MixtureConfig(Checked):
-    """The distribution of every token: q ∝ p_student^(1-alpha) * p_teacher^alpha."""
+    """The distribution of every token: q ∝ p_student^(1-alpha) * p_teacher^alpha, or another."""
 
     alpha_method: AlphaMethod = "kl_symmetry"
-    """How alpha, the weight of the teacher, is chosen at each token."""
+    """How alpha, the weight of the teacher, is chosen at each token. `veto` is the student within
+    the teacher's plausible tokens; `interleaved` the student's token where it is plausible, else
+    one of the teacher's; `arithmetic` a weighted mean of both probabilities."""
     fixed_alpha: float = 0.5
     """alpha of the method `fixed`."""
     alpha_min: float = 0.5
@@ -149,10 +154,22 @@ class MixtureConfig(Checked):
     """Method `schedule`: alpha from token `schedule_tokens` on."""
     schedule_tokens: int = 256
     """Method `schedule`: number of tokens over which alpha goes linearly from start to end."""
+    veto_min_p: float = 0.1
+    """Method `veto`: plausible are tokens with p_teacher >= this times the teacher's largest."""
+    interleaved_top_k: int = 25
+    """Method `interleaved`: plausible are the teacher's k likeliest tokens."""
+    interleaved_min_p: float | None = None
+    """Method `interleaved`: plausible are tokens with p_teacher >= this times the teacher's
+    largest, instead of the k likeliest."""
+    arithmetic_weight: float = 0.5
+    """Method `arithmetic`: the teacher's share of q."""
     teacher_support_top_k: int = -1
     """Restrict both models to the teacher's k likeliest tokens before alpha is solved; -1: off."""
     teacher_support_top_p: float = 1.0
     """Restrict both models to the teacher's nucleus of this mass before alpha is solved; 1: off."""
+    teacher_support_min_p: float | None = None
+    """Restrict both models to tokens with p_teacher >= this times the teacher's largest before
+    alpha is solved; unset: off. With top-k and top-p: to what all of them keep."""
     force_first_token: bool = False
     """Draw the first token from the teacher alone (alpha = 1)."""
     temperature: float = 1.0
@@ -165,7 +182,10 @@ class MixtureConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_range("fixed_alpha alpha_min alpha_max schedule_start schedule_end", 0, 1)
+        self._check_range("arithmetic_weight", 0, 1)
         self._check_range("top_p teacher_support_top_p", 0, 1, above=True)
+        self._check_range("veto_min_p interleaved_min_p teacher_support_min_p", 0, 1, above=True)
+        self._check_range("interleaved_top_k", 1)
         self._check_range("trust_region", 0)
         self._check_range("schedule_tokens", 1)
         self._check_range("temperature", 0, above=True)
@@ -183,6 +203,17 @@ class MixtureConfig(Checked):
             raise ConfigError(
                 f"alpha_min ({self.alpha_min}) is larger than alpha_max ({self.alpha_max})"
             )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """ConfigError where bounds of alpha and the method contradict each other."""
+        for name in ("alpha_min", "alpha_max"):
+            value = getattr(self, name)
+            if self.alpha_method in UNBOUNDED_METHODS and value != getattr(type(self), name):
+                raise ConfigError(
+                    f"{name} ({value}) does nothing with alpha_method {self.alpha_method}, which "
+                    f"has no bounds; leave {name} out"
+                )
         is_fixed = self.alpha_method == "fixed"
         if is_fixed and not self.alpha_min <= self.fixed_alpha <= self.alpha_max:
             raise ConfigError(
@@ -190,6 +221,28 @@ class MixtureConfig(Checked):
                 f"[{self.alpha_min}, {self.alpha_max}] and would be clamped at every token; "
                 "move the bounds"
             )
+
+    @property
+    def is_geometric(self) -> bool:
+        """Whether q ∝ p_student^(1-alpha) * p_teacher^alpha for some alpha."""
+        return self.alpha_method not in ("interleaved", "arithmetic")
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether alpha_min and alpha_max apply."""
+        return self.alpha_method not in UNBOUNDED_METHODS
+
+    @property
+    def support_min_p(self) -> float:
+        """Both models are restricted to p_teacher >= this times its largest; 0: they are not."""
+        veto = self.veto_min_p if self.alpha_method == "veto" else 0.0
+        return max(veto, self.teacher_support_min_p or 0.0)
+
+    @property
+    def has_support(self) -> bool:
+        """Whether both models are restricted to a support that the teacher gives."""
+        by_rank = self.teacher_support_top_k > 0 or self.teacher_support_top_p < 1
+        return by_rank or self.support_min_p > 0
 
 
 @dataclass(frozen=True)
@@ -510,6 +563,9 @@ class FleetConfig(Checked):
             self._check_ray(self.ray)
         self._check_range("gpus_per_worker", 0, above=True)
         self._check_range("worker_timeout", 0, _LONGEST_TIMEOUT, above=True)
+        for name in ("gpus_per_worker", "worker_timeout") if not self.is_used else ():
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} is about workers, and there are none; give workers too")
 
     @property
     def is_used(self) -> bool:
@@ -578,6 +634,35 @@ class VerifyOptions(Checked):
         self._check_range("memory_gib", 0, _MOST_GIB, above=True)
 
 
+@dataclass(frozen=True)
+class Stage(Checked):
+    """A pass over the prompts that have no correct completion yet (docs/escalation.md)."""
+
+    name: str
+    """Letters, digits, `-` and `_`; in every record of the stage."""
+    mode: Mode = "mixture"
+    """What tokens are drawn from. Only the models that take part are loaded."""
+    tries: int = 1
+    """Most completions of a prompt. Each is drawn after the verdict on the one before."""
+    hint: Hint | None = None
+    """Solution that a prompt shows, as --hint; unset: that of the run."""
+    mixture: MixtureConfig = MixtureConfig()
+    """The distribution of every token; of one model alone temperature, top-k and top-p."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[\w-]+", self.name, re.ASCII):
+            raise ConfigError(
+                f"the name of a stage is made of letters, digits, - and _, got {self.name!r}"
+            )
+        self._check_range("tries", 1)
+        if self.mixture.top_k == 1 and self.tries > 1:
+            raise ConfigError(
+                f"with top_k 1 all {self.tries} tries are the same text; give tries 1, or a "
+                "temperature below 1 in place of top_k"
+            )
+
+
 def expand_user(path: str | Path) -> Path:
     """The path with the home folder in place of a `~` at its start; the `~` of `./~/x` is a folder.
 
@@ -599,6 +684,28 @@ class GenerateConfig(Checked):
     verify: VerifyConfig = VerifyConfig()
     fleet: FleetConfig = FleetConfig()
     engine: EngineOptions = LocalOptions()
+    stages: tuple[Stage, ...] = ()
+    """Passes over the prompts that have no correct completion yet; none: one pass over all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stages:
+            self._check_stages()
+
+    def _check_stages(self) -> None:
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"two stages have the name {name!r}; records are told by it")
+        if self.verify.verify is None:
+            raise ConfigError(
+                "stages stop at the first completion that is correct, and nothing says which are; "
+                "name a grader: --verify math, --verify synthetic or --verify FILE.py:function"
+            )
+        if self.run.mode != "mixture":
+            raise ConfigError(
+                f"--mode {self.run.mode} is for a run without stages; each stage has its own mode"
+            )
 
     @property
     def shard(self) -> str:

@@ -14,6 +14,7 @@ __all__ = [
     "ALPHA_METHODS",
     "TRACE_FIELDS",
     "TRACE_TABLE",
+    "UNBOUNDED_METHODS",
     "AlphaMethod",
     "Completion",
     "FinishReason",
@@ -23,6 +24,7 @@ __all__ = [
     "TokenTrace",
     "TraceField",
     "Unreadable",
+    "WorkerStatus",
     "noise_key",
     "prompt_id",
     "weighted_mean",
@@ -37,10 +39,18 @@ AlphaMethod = Literal[
     "trust_region",
     "schedule",
     "mirror",
+    "veto",
+    "interleaved",
+    "arithmetic",
 ]
-"""How alpha, the weight of the teacher, is chosen at each token; see `distribution/methods.py`."""
+"""How q is made of student and teacher at each token: a method that chooses alpha, the weight of
+the teacher in the geometric mixture (`distribution/methods.py`), or another mixture, which has no
+alpha (`distribution/rules.py`)."""
 
 ALPHA_METHODS: tuple[str, ...] = get_args(AlphaMethod)
+
+UNBOUNDED_METHODS = ("veto", "interleaved", "arithmetic")
+"""Methods that alpha_min and alpha_max do not apply to."""
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -65,10 +75,10 @@ class TraceField:
 
 
 TRACE_TABLE = (
-    TraceField("alpha", "weight of the teacher, 0..1"),
+    TraceField("alpha", "weight of the teacher, 0..1; NaN where q is no geometric mixture"),
     TraceField("clamped", "1.0 where alpha_min or alpha_max moved alpha, else 0.0"),
-    TraceField("kl_student", "KL(q || p_student), nats"),
-    TraceField("kl_teacher", "KL(q || p_teacher), nats"),
+    TraceField("kl_student", "KL(q || p_student), nats; p_student without the teacher's support"),
+    TraceField("kl_teacher", "KL(q || p_teacher), nats; p_teacher without its support's cut"),
     TraceField("ess_student", "1 / sum q^2 / p_student, a share in (0, 1]"),
     TraceField("ess_teacher", "1 / sum q^2 / p_teacher, a share in (0, 1]"),
     TraceField("entropy", "H(q), nats"),
@@ -77,6 +87,10 @@ TRACE_TABLE = (
     TraceField("log_q", "log-probability the token was drawn with, after top-k and top-p"),
     TraceField("fallback", "1.0 where the supports do not meet and q is the teacher, else 0.0"),
     TraceField("curvature", "Var_q[log p_teacher - log p_student], nats^2; 0 where both agree"),
+    TraceField("vetoed", "1 - p_student(S): the student's mass outside of the teacher's support"),
+    TraceField("kl_student_restricted", "KL(q || p_student restricted to the support), nats"),
+    TraceField("kl_teacher_restricted", "KL(q || p_teacher restricted to the support), nats"),
+    TraceField("log_p_student_restricted", "log p_student of the token, restricted to the support"),
 )
 """The diagnostics of one token, in the order in which engines and `distribution` keep them."""
 
@@ -148,6 +162,21 @@ class Request:
     def noise_key(self) -> int:
         """64-bit key of this request's noise."""
         return noise_key(self.seed, self.id, self.sample_index)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A worker of a fleet, as it is shown."""
+
+    name: str
+    device: str
+    state: str
+    """`waiting` (for its restart), `starting`, `working`, `idle` or `given up`."""
+    in_flight: int
+    """Requests that it has."""
+    tokens_per_second: float
+    failures: int = 0
+    """Since the run began."""
 
 
 @dataclass(frozen=True, slots=True)

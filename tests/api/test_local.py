@@ -237,6 +237,7 @@ def test_options_reach_the_engine() -> None:
     model = make(
         alpha_method="trust_region",
         trust_region=0.2,
+        teacher_support_min_p=0.3,
         constraint_to_target=True,
         target_top_k=7,
         batch_size=3,
@@ -259,6 +260,7 @@ def test_options_reach_the_engine() -> None:
     assert mixture == MixtureConfig(
         alpha_method="trust_region",
         trust_region=0.2,
+        teacher_support_min_p=0.3,
         teacher_support_top_k=7,
         temperature=0.8,
         top_p=0.9,

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optimal_sampling.bench.architectures import ARCHITECTURES, RandomPair, architecture_named
+from optimal_sampling.bench.baselines import transformers_generate
 from optimal_sampling.bench.instruments import accepts
 from optimal_sampling.bench.workload import Variant, memory_bandwidth, weight_bytes
 from optimal_sampling.config import ModelConfig
@@ -39,6 +40,23 @@ def pair():
 
 def texts(engine, requests):
     return {c.request: c for c in engine.generate(requests)}
+
+
+@pytest.mark.parametrize("uneven", ["nothing", "prompts", "all"])
+def test_uneven_lengths_are_from_an_eighth_to_all(uneven):
+    """Guards: a table of uneven lengths that has equal ones, and tokens of the Transformers loop
+    that no request asked for."""
+    models = ModelConfig(dtype="float32", device="cpu")
+    pair = RandomPair(models, "tiny", "tiny", prompt_tokens=16)
+    pair.uneven = uneven
+    workload = pair.workload(12, 8)
+    prompts = [len(request.teacher_prompt_ids) for request in workload.requests]
+    asked = [request.max_new_tokens for request in workload.requests]
+    assert (len(set(prompts)) > 3) == (uneven != "nothing")
+    assert 2 <= min(prompts) <= max(prompts) <= 16
+    assert (len(set(asked)) > 3) == (uneven == "all")
+    assert 1 <= min(asked) <= max(asked) <= 8
+    assert transformers_generate(pair, workload, 4, mix=True) == sum(asked)
 
 
 @pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"tiny", "tiny-hybrid"}))

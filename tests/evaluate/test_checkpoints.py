@@ -169,6 +169,29 @@ def test_a_lora_adapter_names_the_command_that_merges_it(tmp_path):
     assert all("q_proj" in name for name in changed)
 
 
+def test_an_adapter_that_was_trained_again_is_merged_again(tmp_path):
+    """Guards: scores of the old adapter under the name of the new one."""
+    checkpoint(tmp_path / "whole")
+    merged = checkpoint(tmp_path / "adapter-merged")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "whole"}')
+    weights = adapter / "adapter_model.safetensors"
+    shutil.copy(merged / "model.safetensors", weights)
+    written = (merged / "model.safetensors").stat().st_mtime
+    os.utime(weights, (written - 10, written - 10))
+    assert labels(find_checkpoints(str(tmp_path), ())[0]) == ["adapter-merged", "whole"]
+    os.utime(weights, (written + 10, written + 10))
+    complete, skipped = find_checkpoints(str(tmp_path), ())
+    assert labels(complete) == ["whole"]
+    reasons = {each.label: each.reason for each in skipped}
+    assert reasons["adapter-merged"].startswith("older than adapter, which it was merged from:")
+    assert "merge it first: python" in reasons["adapter"]
+    for name in (adapter, merged):
+        with pytest.raises(ModelError, match="merge it first: python"):
+            find_checkpoints(None, (str(name),))
+
+
 def test_shards_of_fsdp_name_the_command_that_merges_them(tmp_path):
     """Guards: a command of accelerate that does not exist, or reads another folder."""
     torch = pytest.importorskip("torch")

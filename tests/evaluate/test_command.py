@@ -176,11 +176,12 @@ def test_kill_and_resume_for_long(tmp_path):
     models = ["--extra-models", "toy-teacher", "toy-student"]
     whole = [*COMMAND, *arguments(tmp_path / "whole", **given), *models]
     subprocess.run(whole, check=True, capture_output=True)
-    kills = 0
-    for seed in range(4):
+    kills = seed = 0
+    while kills < 20:  # how often one evaluation is killed depends on the machine's speed
         folder = tmp_path / f"killed{seed}"
         command = [*COMMAND, *arguments(folder, **given), *models]
-        kills += kill_until_done(command, folder, random.Random(seed), most=8)
+        found = kill_until_done(command, folder, random.Random(seed), most=8)
+        assert found
         assert answers(folder) == answers(tmp_path / "whole")
         assert results(folder) == results(tmp_path / "whole")
-    assert kills >= 20
+        kills, seed = kills + found, seed + 1

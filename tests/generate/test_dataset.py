@@ -198,6 +198,8 @@ class HubTable:
         return map(pyarrow.Table.from_batches, ([each] for each in self.table.to_batches(3)))
 
 
+DATASET = sys.modules[open_dataset.__module__]
+"""The module: as a name, `optimal_sampling.generate` is a function."""
 HUB = {
     ("owner/name", None, None): {"train": ROWS, "test": ROWS[:1]},
     ("owner/only-test", None, None): {"test": ROWS[2:]},
@@ -209,7 +211,7 @@ HUB = {
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     """A stand-in: tests have no network."""
 
     def splits_of(name, subset, revision):
@@ -219,7 +221,9 @@ def hub(monkeypatch):
             raise FileNotFoundError("no such dataset")
         return HUB[name, subset, revision]
 
+    monkeypatch.setattr(DATASET, "hub_problem", lambda: "")
     module = types.SimpleNamespace(
+        config=types.SimpleNamespace(HF_DATASETS_CACHE=tmp_path),
         get_dataset_split_names=lambda name, subset, revision: [*splits_of(name, subset, revision)],
         load_dataset=lambda name, subset, split, revision: HubTable(
             splits_of(name, subset, revision)[split]
@@ -257,6 +261,16 @@ def test_what_the_hub_does_not_have(hub, name, message):
     """Guards: a message that does not say which option is missing."""
     with pytest.raises(DatasetError, match=message):
         read(name)
+
+
+def test_a_hub_out_of_reach_is_said_at_once(hub, monkeypatch, tmp_path):
+    """Guards: half a minute of retries for a mistyped path, where no network is; and a dataset that
+    was downloaded before, which needs none."""
+    monkeypatch.setattr(DATASET, "hub_problem", lambda: "no host h")
+    with pytest.raises(DatasetError, match="nothing of that name was downloaded before, and no ho"):
+        read("owner/name")
+    (tmp_path / "owner___name").mkdir()
+    assert read("owner/name") == list(enumerate(ROWS))
 
 
 SNAPSHOT = {

@@ -97,6 +97,10 @@ def test_generate_says_what_to_pass(config):
         ({"schedule_tokens": 9}, {"alpha_method": "schedule"}),
         ({"schedule_start": 0.9}, {"alpha_method": "schedule"}),
         ({"schedule_end": 0.9}, {"alpha_method": "schedule"}),
+        ({"veto_min_p": 0.2}, {"alpha_method": "veto"}),
+        ({"interleaved_min_p": 0.2}, {"alpha_method": "interleaved"}),
+        ({"interleaved_top_k": 9}, {"alpha_method": "interleaved"}),
+        ({"arithmetic_weight": 0.2}, {"alpha_method": "arithmetic"}),
     ],
 )
 def test_an_option_of_another_method_is_noted(fake_engine, job, options, others):

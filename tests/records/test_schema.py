@@ -41,7 +41,8 @@ TYPE_NAMES = {
 
 WIDTH = len(TRACE_FIELDS)
 NEWER = {"mode", "ess_student", "ess_teacher", "curvature", "alpha_weighted"}
-NEWER |= {"chernoff", "log_p_student"}
+NEWER |= {"chernoff", "log_p_student", "nll_student", "vetoed", "log_p_student_restricted"}
+NEWER |= {"kl_student_restricted", "kl_teacher_restricted"}
 """Fields that version 0.1.0 did not write."""
 JSON = st.recursive(
     st.none()
@@ -194,11 +195,24 @@ def test_nan_never_reaches_json():
     assert decode_line(encode_line(record)) == record
 
 
+def test_nll_is_of_the_whole_completion():
+    """Guards: a sum that leaves out the token which the student could not have drawn."""
+    column = TRACE_FIELDS.index("log_p_student")
+
+    def nll(*log_p):
+        rows = [tuple(x if i == column else 0.0 for i in range(WIDTH)) for x in log_p]
+        return record_of(sample(rows))["nll_student"]
+
+    assert nll(-0.25, -1.5, -2.0) == 3.75
+    assert nll(-0.25, -math.inf) is None
+    assert nll(-0.25, math.nan) is None
+
+
 def test_a_completion_without_tokens_has_no_means():
     """Guards: division by zero where the first token fails."""
     record = record_of(sample([]))
     means = [name for name, kind in TYPES.items() if kind == float | None]
-    assert len(means) == 13
+    assert len(means) == 18
     assert [record[name] for name in means] == [None] * len(means)
 
 

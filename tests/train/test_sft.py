@@ -206,6 +206,17 @@ def test_data_that_would_train_something_else_is_refused(export, sft, row, reaso
     assert reason in said
 
 
+@pytest.mark.parametrize("shape", [as_messages, as_texts, as_tokens])
+def test_empty_completions_are_counted(export, sft, shape):
+    """Guards: examples that teach the model to answer nothing, without a word."""
+    rows = [*synthetic_rows(0, 6)]
+    for row in rows[:2]:
+        row["solution"] = ""
+    code, _, said = sft(export(map(shape, rows)), "--max_steps", "1")
+    assert code == 0
+    assert "2 of 6 examples have an empty completion" in said
+
+
 def test_a_resumed_training_is_the_uninterrupted_one(export, sft, tmp_path):
     """Guards: another order of examples, optimizer state or learning rate after a kill."""
     data = export(rows(40))

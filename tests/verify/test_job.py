@@ -164,12 +164,19 @@ def test_limits_that_no_system_takes_are_refused(options):
         VerifyOptions(**options)
 
 
-@pytest.mark.parametrize("name", ["empty", "missing"])
-def test_a_folder_without_records_is_named(tmp_path, name):
-    """Guards: an empty run that was verified without a word."""
+@pytest.mark.parametrize("grader", ["exact", "own"])
+@pytest.mark.parametrize("name", ["empty", "missing", "no-lines"])
+def test_a_folder_without_records_is_named(tmp_path, name, grader):
+    """Guards: a run without a record that was verified without a word, before the first was
+    written or by a mistyped path."""
     (tmp_path / "empty" / "records").mkdir(parents=True)
+    (tmp_path / "no-lines" / "records").mkdir(parents=True)
+    (tmp_path / "no-lines" / "records" / "main.jsonl").touch()
+    (tmp_path / "grader.py").write_text("def check(completion, reference, row): return True")
+    own = f"{tmp_path / 'grader.py'}:check"
+    options = VerifyOptions(grader=own if grader == "own" else "exact")
     with pytest.raises(RunFolderError, match="holds no records"):
-        verify([tmp_path / name], SYNTHETIC)
+        verify([tmp_path / name], options)
 
 
 SLOW = """

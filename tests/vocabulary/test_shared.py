@@ -283,6 +283,7 @@ def test_hub_that_cannot_be_reached_is_a_model_error(monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> None:
         raise OSError("We couldn't connect to the hub\nand more lines")
 
+    monkeypatch.setattr("optimal_sampling.vocabulary.tokens.hub_problem", lambda: "")
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
     with pytest.raises(
         ModelError,

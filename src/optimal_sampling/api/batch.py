@@ -19,7 +19,19 @@ from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["MIXTURE_OPTIONS", "BatchSampler", "prompt_lists", "taken", "whole_number"]
 
-MIXTURE_OPTIONS = frozenset({"trust_region", "schedule_start", "schedule_end", "schedule_tokens"})
+MIXTURE_OPTIONS = frozenset(
+    {
+        "trust_region",
+        "schedule_start",
+        "schedule_end",
+        "schedule_tokens",
+        "veto_min_p",
+        "interleaved_top_k",
+        "interleaved_min_p",
+        "arithmetic_weight",
+        "teacher_support_min_p",
+    }
+)
 """Fields of MixtureConfig that the constructors take as keyword arguments."""
 
 

@@ -22,7 +22,15 @@ from optimal_sampling.api.batch import (
     taken,
     whole_number,
 )
-from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
+from optimal_sampling.config import (
+    FleetConfig,
+    LocalOptions,
+    MixtureConfig,
+    ModelConfig,
+    PromptConfig,
+)
+from optimal_sampling.engines import Engine
+from optimal_sampling.engines.fleet import open_fleet
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.errors import ConfigError, did_you_mean
 from optimal_sampling.prompts import PromptRenderer
@@ -52,7 +60,15 @@ _LOADER_OPTIONS = frozenset(
         "variant",
     }
 )
-_OPTIONS = _ENGINE_OPTIONS | MIXTURE_OPTIONS | _MODEL_OPTIONS | _PROMPT_OPTIONS | _LOADER_OPTIONS
+_FLEET_OPTIONS = frozenset(item.name for item in fields(FleetConfig))
+_OPTIONS = (
+    _ENGINE_OPTIONS
+    | MIXTURE_OPTIONS
+    | _MODEL_OPTIONS
+    | _PROMPT_OPTIONS
+    | _LOADER_OPTIONS
+    | _FLEET_OPTIONS
+)
 
 _CAPTURED = {"theta": "student_logits", "t": "teacher_logits"}
 _DIAGNOSTICS = {
@@ -65,6 +81,7 @@ _DIAGNOSTICS = {
     "log_q": "log_q",
     "fallback": "fallback",
     "curvature": "curvature",
+    "vetoed": "vetoed",
 }
 """Names in `SamplingOutput.diagnostics`, and what they are called in a TokenTrace."""
 
@@ -93,7 +110,7 @@ class SamplingOutput:
     """[batch, seq]: ess_teacher / ess_student; above 1 where q is closer to the teacher."""
     diagnostics: dict[str, Any] = field(default_factory=dict)
     """[batch, seq] each: kl_theta, kl_t, entropy, clamped, log_p_theta, log_p_t, log_q, fallback,
-    curvature (Var_q of the models' log ratio).
+    curvature (Var_q of the models' log ratio), vetoed (the student's mass outside of the support).
     Floats: alpha_mean, alpha_weighted_mean (alpha where the models differ: each token with its
     curvature as weight), ess_ratio_mean (ratio of the two mean ESS), kl_theta_mean, kl_t_mean,
     entropy_mean, clamped_share. `num_tokens`: a list. Empty without `return_diagnostics`."""
@@ -123,14 +140,14 @@ class OptimalSamplingModel(BatchSampler):
 
     Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`,
     `allow_unused_weights`;
-    the fields of LocalOptions; `trust_region` and `schedule_*` of MixtureConfig; and defaults for
-    `generate`: `student_system_prompt` (or `theta_system_prompt`), `teacher_system_prompt`,
+    the fields of LocalOptions; those of FleetConfig, such as `workers=2`, for engines in processes
+    of their own that share the prompts; `trust_region`, `schedule_*`, `veto_min_p`,
+    `interleaved_*`, `arithmetic_weight` and `teacher_support_min_p` of MixtureConfig; and defaults
+    for `generate`: `student_system_prompt` (or `theta_system_prompt`), `teacher_system_prompt`,
     `enable_chat_template`, `thinking`.
 
     Raises ConfigError (an option), ModelError, TokenizerMismatchError, MissingDependencyError.
     """
-
-    _engine: LocalEngine
 
     def __init__(
         self,
@@ -157,6 +174,7 @@ class OptimalSamplingModel(BatchSampler):
             **support,
             **taken(kwargs, MIXTURE_OPTIONS),
         )
+        fleet = _fleet(kwargs)
         self._prompt_defaults = _prompt_options(kwargs)
         _prompt_config(self._prompt_defaults)  # checked before models are loaded
         self.device = _device(device)
@@ -169,16 +187,32 @@ class OptimalSamplingModel(BatchSampler):
             **taken(kwargs, _MODEL_OPTIONS),
         )
         super().__init__(models)
-        self._engine = LocalEngine.load(
-            models,
-            self._mixture,
-            LocalOptions(**taken(kwargs, _ENGINE_OPTIONS)),
-            self.vocabulary,
-            load_kwargs=taken(kwargs, _LOADER_OPTIONS),
-        )
+        options = LocalOptions(**taken(kwargs, _ENGINE_OPTIONS))
+        self._engine = self._open(models, options, fleet, taken(kwargs, _LOADER_OPTIONS))
         self.notes = self._engine.notes()
         if "auto-enabled" in self.notes.get("attention", ""):
             print(f"✅ {self.notes['attention']}")
+
+    def _open(
+        self,
+        models: ModelConfig,
+        options: LocalOptions,
+        fleet: FleetConfig,
+        load_kwargs: dict[str, Any],
+    ) -> Engine:
+        """The engine, or several in processes of their own."""
+        if not fleet.is_used:
+            return LocalEngine.load(
+                models, self._mixture, options, self.vocabulary, load_kwargs=load_kwargs
+            )
+        return open_fleet(
+            options,
+            models,
+            self._mixture,
+            self.vocabulary,
+            fleet=fleet,
+            report=lambda line: warnings.warn(line, stacklevel=2),
+        )
 
     def generate(
         self,
@@ -227,7 +261,7 @@ class OptimalSamplingModel(BatchSampler):
         self._warn_once(renderer.notes, stacklevel=3)
         capture = _capture(return_logits or save_logits, return_q_star_probs or save_q_star_probs)
         mixture = self._mixture_of_call(temperature, top_p, top_k, force_first_token)
-        options = self._engine.options
+        options = cast(LocalOptions, self._engine.options)
         if batch_size is not None:
             options = replace(options, batch_size=batch_size)
         engine = self._engine.view(mixture, options=options, capture=capture)
@@ -267,6 +301,17 @@ class OptimalSamplingModel(BatchSampler):
             if row.token_ids:
                 result[place, : len(row.token_ids)] = row.captured[name]
         return result
+
+
+def _fleet(kwargs: Mapping[str, Any]) -> FleetConfig:
+    """The workers that are asked for. Raises ConfigError for options that cannot reach them."""
+    fleet = FleetConfig(**taken(kwargs, _FLEET_OPTIONS))
+    for name in _LOADER_OPTIONS & kwargs.keys() if fleet.is_used else ():
+        raise ConfigError(
+            f"{name} cannot be given together with workers: workers load models with the options "
+            "of ModelConfig alone, such as load_in_4bit"
+        )
+    return fleet
 
 
 def _capture(logits: bool, q_star_probs: bool) -> frozenset[str]:

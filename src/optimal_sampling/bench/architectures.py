@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from optimal_sampling.bench.subcommands import ModelOptions, PairOptions
+from optimal_sampling.bench.subcommands import ModelOptions, PairOptions, Uneven
 from optimal_sampling.bench.workload import ModelPair, Workload
 from optimal_sampling.config import LocalOptions, ModelConfig, PromptConfig
 from optimal_sampling.engines.device import resolve_device, resolve_dtype
@@ -124,9 +124,11 @@ def architecture_named(name: str) -> Architecture:
 
 
 class RandomPair(ModelPair):
-    """Two architectures instead of two models: prompts of random ids, texts of equal length."""
+    """Two architectures instead of two models: prompts of random ids, texts of given lengths."""
 
     natural = False
+    uneven: Uneven = "nothing"
+    """What is of random length, from an eighth of the given one to all of it."""
 
     def __init__(
         self,
@@ -177,10 +179,12 @@ class RandomPair(ModelPair):
         shape = count, self.prompt_tokens
         rows = torch.randint(self.vocabulary.size, shape, generator=generator).tolist()
         most = tokens or self.equal_tokens
-        requests = (
-            Request(f"shape-{index}", index, 0, tuple(ids), tuple(ids), most)
-            for index, ids in enumerate(rows)
-        )
+        prompts = _lengths(count, self.prompt_tokens, self.uneven != "nothing", generator)
+        texts = _lengths(count, most, self.uneven == "all", generator)
+        requests = []
+        for index, (row, length, text) in enumerate(zip(rows, prompts, texts, strict=True)):
+            ids = tuple(row[:length])
+            requests.append(Request(f"shape-{index}", index, 0, ids, ids, text))
         return Workload(tuple(requests), natural_end=False)
 
     def _load(self, options: LocalOptions) -> LoadedPair:
@@ -192,6 +196,13 @@ class RandomPair(ModelPair):
     def _load_stock(self, role: str) -> Any:
         seed = 0 if self.same_weights or role == "teacher" else 1
         return architecture_named(self.names_by_role[role]).model(self.models, seed)
+
+
+def _lengths(count: int, most: int, uneven: bool, generator: torch.Generator) -> list[int]:
+    if not uneven:
+        return [most] * count
+    shortest = max(1, most // 8)
+    return torch.randint(shortest, most + 1, (count,), generator=generator).tolist()
 
 
 def _shared_vocabulary(teacher: str, student: str) -> Vocabulary:
@@ -223,6 +234,7 @@ def make_pair(options: ModelOptions) -> ModelPair:
     tokens = options.prompt_tokens
     pair = RandomPair(models, teacher, student, same_weights=same, prompt_tokens=tokens)
     pair.equal_tokens = getattr(options, "new_tokens", pair.equal_tokens)
+    pair.uneven = getattr(options, "uneven", pair.uneven)
     if not same:
         pair.acceptance = getattr(options, "acceptance", None)
     return pair

@@ -80,7 +80,7 @@ def transformers_generate(
         ids, mask = (x.to(teacher.device) for x in _left_padded(batch, pair.vocabulary.pad_id))
         if mix:
             settings["logits_processor"] = LogitsProcessorList([StudentMixture(student, mask)])
-        most = batch[0].max_new_tokens
+        most = max(request.max_new_tokens for request in batch)
         torch.manual_seed(0)
         output = teacher.generate(
             ids,
@@ -95,7 +95,7 @@ def transformers_generate(
             pad_token_id=pair.vocabulary.pad_id,
             **settings,
         )
-        tokens += _count(output[:, ids.shape[1] :], stop)
+        tokens += _count(batch, output[:, ids.shape[1] :], stop)
     return tokens
 
 
@@ -109,10 +109,12 @@ def _left_padded(
     return ids, pad_sequence(ones, batch_first=True, padding_side="left")
 
 
-def _count(output: Int[Tensor, "batch length"], stop: frozenset[int]) -> int:
-    """Tokens up to and including the first stop id of every row."""
+def _count(
+    batch: tuple[Request, ...], output: Int[Tensor, "batch length"], stop: frozenset[int]
+) -> int:
+    """Tokens up to and including the first stop id of every row, and within its request."""
     total = 0
-    for row in output.tolist():
-        length = next((i for i, token in enumerate(row, 1) if token in stop), len(row))
-        total += length
+    for request, row in zip(batch, output.tolist(), strict=True):
+        asked = row[: request.max_new_tokens]
+        total += next((i for i, token in enumerate(asked, 1) if token in stop), len(asked))
     return total

@@ -133,7 +133,8 @@ def _lengths(pair: ModelPair, workload: Workload, setting: Setting) -> tuple[str
     lengths = pair.engine(workload, 32).record(workload.requests).lengths
     prompts = [len(request.teacher_prompt_ids) for request in workload.requests]
     texts = [lengths[request.id] for request in workload.requests]
-    equal = f"{workload.requests[0].max_new_tokens} tokens each"
+    asked = [request.max_new_tokens for request in workload.requests]
+    equal = f"{max(asked)} tokens each" if min(asked) == max(asked) else "random lengths"
     ends = "natural end of text" if setting.natural_end else equal
     mean, most = fmean(texts), max(texts)
     title = (

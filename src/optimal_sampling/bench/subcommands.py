@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 from optimal_sampling.config import Attention, ModelConfig, expand_user
 from optimal_sampling.errors import ConfigError
@@ -28,14 +28,16 @@ __all__ = [
     "SolverOptions",
     "SpeedOptions",
     "TopTokensOptions",
+    "Uneven",
     "parse_bench",
     "parse_size",
 ]
 
 COUNTS = ("threads", "num_prompts", "repeats", "prompt_tokens", "new_tokens")
-FOR_SHAPES = ("same_weights", "acceptance", "prompt_tokens", "new_tokens")
+FOR_SHAPES = ("same_weights", "acceptance", "prompt_tokens", "new_tokens", "uneven")
 """Options that have no effect on models which are not shapes."""
 DEFAULT_MODELS = ModelConfig()
+Uneven: TypeAlias = Literal["nothing", "prompts", "all"]
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,9 @@ class SpeedOptions(ScalingOptions):
     function = "speed:run_speed"
     repeats: int = 5
     """Counted repeats of every row."""
+    uneven: Uneven = "nothing"
+    """Shapes: whose lengths are random, from an eighth of the given one to all of it. `all`:
+    prompts and completions."""
 
 
 @dataclass(frozen=True)

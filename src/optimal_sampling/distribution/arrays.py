@@ -4,6 +4,7 @@ else in torch. And operations on rows of scores.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -31,6 +32,7 @@ __all__ = [
     "fill_rows",
     "full",
     "keep_largest",
+    "keep_likely",
     "keep_top_k",
     "namespace",
     "stack",
@@ -219,3 +221,12 @@ def keep_top_k(scores: Scores, top_k: int) -> Bool[Tensor, "rows vocab"]:
     above = scores > least
     level = scores == least
     return above | (level & (level.cumsum(-1) <= top_k - above.sum(-1, keepdim=True)))
+
+
+def keep_likely(scores: Scores, min_p: float) -> Bool[Tensor, "rows vocab"]:
+    """The tokens with p >= min_p times the row's largest p; at least one.
+
+    `scores` are log-probabilities up to a constant per row.
+    """
+    least = scores.amax(-1, keepdim=True) + math.log(min_p)
+    return scores >= least

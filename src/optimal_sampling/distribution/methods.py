@@ -158,3 +158,13 @@ def schedule(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
     start = mixture.schedule_start
     share = at_most(array_of(position) / mixture.schedule_tokens, 1.0)
     return start + (mixture.schedule_end - start) * share
+
+
+@_register
+def veto(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
+    """0: the student, which the pair has restricted to what the teacher finds plausible.
+
+    Of all distributions on these tokens S it is the nearest to p_student, by KL(q||p_student) =
+    -log p_student(S).
+    """
+    return pair.full(0.0)

@@ -42,6 +42,7 @@ from optimal_sampling.distribution.gpu.launch import fused_draft, fused_step, ru
 from optimal_sampling.distribution.methods import METHODS
 from optimal_sampling.distribution.noise import NoiseSource, noise_tensor
 from optimal_sampling.distribution.pair import Moments, Pair, SingleModel
+from optimal_sampling.distribution.rules import solve_rule
 from optimal_sampling.types import TRACE_TABLE
 
 __all__ = [
@@ -97,7 +98,7 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solved:
-    """q of every row: proportional to p_student^(1-alpha) * p_teacher^alpha, or one model alone.
+    """q of every row: a mixture of two models, or one of them alone.
 
     `trace_of` reads the logits that `make_pair` was given: they must stay as they are until its
     last call.
@@ -138,7 +139,7 @@ def step(
     *,
     keep_log_q: bool = False,
 ) -> Drawn:
-    """Draw one token per row from q, proportional to p_student^(1-alpha) * p_teacher^alpha.
+    """Draw one token per row from q, the mixture of both models that `mixture` describes.
 
     `position` is the index of the token in its completion, 0 for the first. A row's result has the
     same bits whatever rows are beside it. On a GPU the programs of `gpu` do what they cover, where
@@ -231,6 +232,8 @@ def _solve(pair: Pair, position: Positions, mixture: MixtureConfig, *, ess: bool
     """
     if mixture is not pair.mixture:
         _check_mixture(pair.mixture, mixture)
+    if not mixture.is_geometric:
+        return _solve_rule(pair, position, mixture)
     alpha, clamped = _choose_alpha(pair, position, mixture)
     pair.restore_support(alpha)
     moments = pair.moments(alpha)
@@ -244,9 +247,21 @@ def _solve(pair: Pair, position: Positions, mixture: MixtureConfig, *, ess: bool
     )
 
 
+def _solve_rule(pair: Pair, position: Positions, mixture: MixtureConfig) -> Solved:
+    """`_solve` for a mixture that has no alpha: the teacher where the student has no support."""
+    forced = pair.no_student & ~pair.bad
+    if mixture.force_first_token:
+        forced = forced | (array_of(position) == 0)
+    pair.restore_support(pair.full(_NAN))
+    moments = solve_rule(pair, mixture, forced)
+    clamped = pair.bad & False
+    return Solved(pair, mixture, moments, clamped, pair.no_student, moments.both_ess)
+
+
 def _check_mixture(made: MixtureConfig, mixture: MixtureConfig) -> None:
     """ValueError where a pair made with one mixture is not that of the other."""
-    for name in ("temperature", "teacher_support_top_k", "teacher_support_top_p"):
+    support = "teacher_support_top_k", "teacher_support_top_p", "support_min_p"
+    for name in ("temperature", "is_geometric", *support):
         has = getattr(made, name)
         wanted = getattr(mixture, name)
         if has != wanted:
@@ -276,8 +291,11 @@ def _choose_alpha(pair: Pair, position: Positions, mixture: MixtureConfig) -> tu
     free = METHODS[mixture.alpha_method](pair, position, mixture)
     if mixture.alpha_method not in ("fixed", "schedule") and pair.maybe_masked:
         free = xp.where(pair.disjoint, 1.0, free)
-    alpha = at_most(at_least(free, mixture.alpha_min), mixture.alpha_max)
-    clamped = xp.abs(alpha - free) > 1e-7  # one float32 step
+    if mixture.has_bounds:
+        alpha = at_most(at_least(free, mixture.alpha_min), mixture.alpha_max)
+        clamped = xp.abs(alpha - free) > 1e-7  # one float32 step
+    else:
+        alpha, clamped = free, pair.bad & False
     forced = pair.disjoint & ((alpha > 0) | pair.no_student)
     if mixture.force_first_token:
         forced = forced | (array_of(position) == 0)
@@ -340,9 +358,15 @@ def _trace_of(
     xp = models.xp
     student, teacher = models.token_log_p(token)
     if drawn_log_q is None:
+        drawn_log_q = solved.moments.token_log_q(token)
+    if drawn_log_q is None:
         drawn_log_q = _mixed_log_p(solved, student, teacher)
     values = _quantities(solved)
-    values |= {"log_p_student": student, "log_p_teacher": teacher, "log_q": drawn_log_q}
+    values |= {"log_p_student_restricted": student, "log_q": drawn_log_q}
+    if models.log_mass is not None:
+        mass_student, mass_teacher = models.log_mass
+        student, teacher = student + mass_student, teacher + mass_teacher
+    values |= {"log_p_student": student, "log_p_teacher": teacher}
     trace = stack([field.value(values) for field in TRACE_TABLE])
     if models.maybe_bad:
         trace = xp.where(models.bad, _NAN, trace)
@@ -352,31 +376,49 @@ def _trace_of(
 
 def _quantities(solved: Solved) -> dict[str, Array | Flags]:
     """What does not depend on the token, by name. KLs, ESS and entropy are of the untruncated q."""
+    moments = solved.moments
+    kl_student, kl_teacher, curvature = _divergences(solved)
+    values = {
+        "alpha": moments.alpha,
+        "clamped": solved.clamped,
+        "entropy": at_least(moments.entropy, 0.0),
+        "curvature": curvature,
+        "fallback": solved.fallback,
+        "kl_student_restricted": kl_student,
+        "kl_teacher_restricted": kl_teacher,
+    }
+    ess_student, ess_teacher = solved.ess or (solved.models.full(_NAN),) * 2
+    vetoed = solved.models.full(0.0) + moments.left_out
+    log_mass = solved.models.log_mass
+    if log_mass is not None:
+        # all of q lies in the support S, where log p = log p restricted + log p(S)
+        student, teacher = (solved.models.xp.exp(each) for each in log_mass)
+        kl_student, kl_teacher = kl_student - log_mass[0], kl_teacher - log_mass[1]
+        ess_student, ess_teacher = ess_student * student, ess_teacher * teacher
+        vetoed = 1 - student + student * vetoed
+    return values | {
+        "kl_student": kl_student,
+        "kl_teacher": kl_teacher,
+        "ess_student": ess_student,
+        "ess_teacher": ess_teacher,
+        "vetoed": vetoed,
+    }
+
+
+def _divergences(solved: Solved) -> tuple[Array, Array, Array]:
+    """KL to student and teacher within the support, and the curvature."""
     models = solved.models
     moments = solved.moments
     kl_student = at_least(moments.kl_student, 0.0)
     kl_teacher = at_least(moments.kl_teacher, 0.0)
     curvature = at_least(moments.curvature, 0.0)
     if models.maybe_masked:
+        where = models.xp.where
         one_support = models.use_teacher | models.use_student
-        kl_student = models.xp.where(models.use_teacher, _INF, kl_student)
-        kl_teacher = models.xp.where(models.use_student, _INF, kl_teacher)
-        curvature = models.xp.where(one_support, _INF, curvature)
-    if solved.ess is None:
-        ess_student = ess_teacher = models.full(_NAN)
-    else:
-        ess_student, ess_teacher = solved.ess
-    return {
-        "alpha": moments.alpha,
-        "clamped": solved.clamped,
-        "kl_student": kl_student,
-        "kl_teacher": kl_teacher,
-        "ess_student": ess_student,
-        "ess_teacher": ess_teacher,
-        "entropy": at_least(moments.entropy, 0.0),
-        "curvature": curvature,
-        "fallback": solved.fallback,
-    }
+        kl_student = where(models.use_teacher, _INF, kl_student)
+        kl_teacher = where(models.use_student, _INF, kl_teacher)
+        curvature = where(one_support, _INF, curvature)
+    return kl_student, kl_teacher, curvature
 
 
 def _mixed_log_p(solved: Solved, student: Array, teacher: Array) -> Array:

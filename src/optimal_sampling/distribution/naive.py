@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import exp, fsum, inf, log
+from math import exp, fsum, inf, log, nan
 from typing import TypeAlias
 
 from optimal_sampling.config import MixtureConfig
 
-__all__ = ["NAIVE_METHODS", "Naive", "kl", "log_q", "log_softmax", "naive_step", "prepare", "slope"]
+__all__ = [
+    "NAIVE_METHODS",
+    "NAIVE_RULES",
+    "Naive",
+    "kl",
+    "log_q",
+    "log_softmax",
+    "naive_step",
+    "prepare",
+    "slope",
+]
 
 Row: TypeAlias = Sequence[float]
 """One number per token id."""
@@ -65,6 +75,14 @@ def largest(scores: Row, top_k: int, top_p: float) -> set[int]:
         kept.add(i)
         mass += exp(value)
     return kept
+
+
+def likely(scores: Row, min_p: float | None) -> set[int]:
+    """Ids with p >= min_p times the largest p; all of them for None."""
+    if min_p is None:
+        return set(range(len(scores)))
+    least = max(scores) + log(min_p)
+    return {i for i, score in enumerate(scores) if score >= least}
 
 
 def restrict(scores: Row, keep: set[int]) -> list[float]:
@@ -237,6 +255,11 @@ def schedule(at: Position) -> float:
     return (1 - share) * mixture.schedule_start + share * mixture.schedule_end
 
 
+def veto(at: Position) -> float:
+    """The student; `prepare` has cut it to what the teacher finds plausible."""
+    return 0.0
+
+
 NAIVE_METHODS = {
     method.__name__: method
     for method in (
@@ -248,8 +271,38 @@ NAIVE_METHODS = {
         fixed,
         trust_region,
         schedule,
+        veto,
     )
 }
+
+
+def interleaved(at: Position) -> tuple[list[float], float]:
+    """p_student on S, and what it has outside of S drawn from the teacher."""
+    keep = largest(at.t, at.mixture.interleaved_top_k, 1.0)
+    if at.mixture.interleaved_min_p is not None:
+        keep = likely(at.t, at.mixture.interleaved_min_p)
+    keep &= {i for i in range(len(at.t)) if at.t[i] > -inf}
+    outside = log_sum_exp([a for i, a in enumerate(at.s) if i not in keep])
+    q = []
+    for i in range(len(at.s)):
+        own = at.s[i] if i in keep else -inf
+        q.append(log_sum_exp([own, outside + at.t[i]]))
+    return q, exp(outside)
+
+
+def arithmetic(at: Position) -> tuple[list[float], float]:
+    """A weighted mean of the probabilities."""
+    weight = at.mixture.arithmetic_weight
+    q = []
+    for a, b in zip(at.s, at.t, strict=True):
+        own = a + log(1 - weight) if weight < 1 else -inf
+        other = b + log(weight) if weight > 0 else -inf
+        q.append(log_sum_exp([own, other]))
+    return q, 0.0
+
+
+NAIVE_RULES = {rule.__name__: rule for rule in (interleaved, arithmetic)}
+"""log q, and the student's mass in whose place a token of the teacher is drawn."""
 
 
 def solve(at: Position) -> tuple[float, bool, bool]:
@@ -261,7 +314,9 @@ def solve(at: Position) -> tuple[float, bool, bool]:
     free = 1.0
     if not disjoint or mixture.alpha_method in ("fixed", "schedule"):
         free = NAIVE_METHODS[mixture.alpha_method](at)
-    alpha = min(max(free, mixture.alpha_min), mixture.alpha_max)
+    alpha = free
+    if mixture.alpha_method != "veto":
+        alpha = min(max(free, mixture.alpha_min), mixture.alpha_max)
     if not disjoint:
         return alpha, abs(alpha - free) > 1e-7, False
     if alpha == 0 and max(at.s) > -inf:
@@ -278,12 +333,43 @@ class Naive:
     log_drawn: list[float]
 
 
+def scaled(logits: Row, mixture: MixtureConfig) -> list[float]:
+    """Log-probabilities at the temperature."""
+    return log_softmax([logit / mixture.temperature for logit in logits])
+
+
+def support(t: Row, mixture: MixtureConfig) -> set[int]:
+    """Ids that both models are restricted to, from the teacher's log-probabilities."""
+    keep = largest(t, mixture.teacher_support_top_k, mixture.teacher_support_top_p)
+    keep &= likely(t, mixture.teacher_support_min_p)
+    if mixture.alpha_method == "veto":
+        keep &= likely(t, mixture.veto_min_p)
+    return keep
+
+
 def prepare(student: Row, teacher: Row, mixture: MixtureConfig) -> tuple[list[float], list[float]]:
     """Log-probabilities at the temperature, on the teacher's support."""
-    s = [logit / mixture.temperature for logit in student]
-    t = [logit / mixture.temperature for logit in teacher]
-    keep = largest(t, mixture.teacher_support_top_k, mixture.teacher_support_top_p)
+    s, t = scaled(student, mixture), scaled(teacher, mixture)
+    keep = support(t, mixture)
     return restrict(s, keep), restrict(t, keep)
+
+
+def mix(at: Position, alpha: float | None) -> tuple[list[float], dict[str, float]]:
+    """log q, and what the trace says of how it was chosen; with `alpha` given, at that one."""
+    mixture = at.mixture
+    if mixture.alpha_method in NAIVE_RULES:
+        nothing = max(at.s) == -inf
+        if nothing or (mixture.force_first_token and at.index == 0):
+            q, outside = list(at.t), nan
+            if not nothing:
+                outside = NAIVE_RULES[mixture.alpha_method](at)[1]
+            return q, {"alpha": 1.0, "clamped": 0.0, "fallback": float(nothing), "left": outside}
+        q, outside = NAIVE_RULES[mixture.alpha_method](at)
+        return q, {"alpha": nan, "clamped": 0.0, "fallback": 0.0, "left": outside}
+    solved, clamped, fallback = solve(at)
+    alpha = solved if alpha is None else alpha
+    how = {"alpha": alpha, "clamped": float(clamped), "fallback": float(fallback), "left": 0.0}
+    return log_q(at.s, at.t, alpha), how
 
 
 def naive_step(
@@ -295,25 +381,28 @@ def naive_step(
     alpha: float | None = None,
 ) -> Naive:
     """`distribution.step` for one good row; with `alpha` given, for that one."""
-    s, t = prepare(student, teacher, mixture)
-    solved, clamped, fallback = solve(Position(s, t, position, mixture))
-    alpha = solved if alpha is None else alpha
-    q = log_q(s, t, alpha)
+    whole_s, whole_t = scaled(student, mixture), scaled(teacher, mixture)
+    keep = support(whole_t, mixture)
+    s, t = restrict(whole_s, keep), restrict(whole_t, keep)
+    q, how = mix(Position(s, t, position, mixture), alpha)
+    left = how.pop("left")
     drawn = restrict(q, largest(q, mixture.top_k, mixture.top_p))
     noisy = [a + b for a, b in zip(drawn, noise, strict=True)]
     token = noisy.index(max(noisy))
-    trace = {
-        "alpha": alpha,
-        "clamped": float(clamped),
-        "kl_student": kl(q, s),
-        "kl_teacher": kl(q, t),
-        "ess_student": ess(q, s),
-        "ess_teacher": ess(q, t),
+    mass = exp(log_sum_exp([whole_s[i] for i in keep]))
+    trace = how | {
+        "kl_student": kl(q, whole_s),
+        "kl_teacher": kl(q, whole_t),
+        "ess_student": ess(q, whole_s),
+        "ess_teacher": ess(q, whole_t),
         "entropy": shannon(q),
-        "log_p_student": s[token],
-        "log_p_teacher": t[token],
+        "log_p_student": whole_s[token],
+        "log_p_teacher": whole_t[token],
         "log_q": drawn[token],
-        "fallback": float(fallback),
         "curvature": variance(q, s, t),
+        "vetoed": 1 - mass + (mass * left if mass > 0 else 0.0),
+        "kl_student_restricted": kl(q, s),
+        "kl_teacher_restricted": kl(q, t),
+        "log_p_student_restricted": s[token],
     }
     return Naive(token, trace, drawn)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
@@ -30,11 +30,13 @@ from optimal_sampling.distribution.arrays import (
     argmax,
     array_of,
     at_least,
+    at_most,
     check_shapes,
     cuts,
     fill_rows,
     full,
     keep_largest,
+    keep_likely,
     namespace,
     stack,
     tensor_of,
@@ -43,13 +45,30 @@ from optimal_sampling.distribution.arrays import (
     values_of,
 )
 
-__all__ = ["MASKED", "MASKED_LOGIT", "Moments", "Pair", "SingleModel"]
+__all__ = ["MASKED", "MASKED_LOGIT", "Moments", "Pair", "SingleModel", "teacher_support"]
 
 MASKED_LOGIT = -1e18
 """Stands for -inf: differences and their squares are finite, and its exponential is 0."""
 
 MASKED = MASKED_LOGIT / 2
 """A logit below this one counts as -inf."""
+
+
+def teacher_support(teacher: Scores, mixture: MixtureConfig) -> Bool[Tensor, "rows vocab"] | None:
+    """The tokens that both models are restricted to; None: all.
+
+    `teacher` holds log-probabilities at the run's temperature, up to a constant per row.
+    """
+    if not mixture.has_support:
+        return None
+    top_k = mixture.teacher_support_top_k
+    top_p = mixture.teacher_support_top_p
+    min_p = mixture.support_min_p
+    keep = keep_likely(teacher, min_p) if min_p > 0 else None
+    if cuts(top_k, top_p):
+        ranked = keep_largest(teacher, top_k, top_p)
+        keep = ranked if keep is None else keep & ranked
+    return keep
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +96,15 @@ class Moments(ABC):
     def kl_teacher(self) -> Array:
         """KL(q||p_teacher)."""
         return (self.alpha - 1) * self.slope - self.F
+
+    @property
+    def left_out(self) -> Array | float:
+        """Mass of p_student on tokens in whose place q draws one of the teacher's."""
+        return 0.0
+
+    def token_log_q(self, token: Tokens) -> Array | None:
+        """log q of tokens; None: it follows from alpha."""
+        return None
 
     @property
     @abstractmethod
@@ -109,6 +137,8 @@ class Pair(ABC):
     """[2, rows], of `models`."""
     no_student: Flags
     """Whether the student has none of the teacher's support."""
+    log_mass: tuple[Array, Array] | None = None
+    """log p_student(S) and log p_teacher(S), with S the teacher's support; None: there is none."""
     log_z: tuple[Array, Array]
     offset: tuple[Array, Array]
     """log p of a token is its logit, divided by the temperature, less this."""
@@ -134,14 +164,10 @@ class Pair(ABC):
         self._last: Moments | None = None
         self._load(student_logits, teacher_logits)
         self._neutralise_bad()
-        top_k = mixture.teacher_support_top_k
-        top_p = mixture.teacher_support_top_p
-        if cuts(top_k, top_p):
-            teacher = self.models[1].to(torch.float32)
-            keep = keep_largest(teacher, top_k, top_p)
-            self.models.masked_fill_(~keep, MASKED_LOGIT)
-            self._measure()
+        keep = teacher_support(self.models[1].to(torch.float32), mixture)
         self._normalise()
+        if keep is not None:
+            self._restrict(keep)
         self._intersect_supports()
         self._prepare()
 
@@ -163,8 +189,19 @@ class Pair(ABC):
             fill_rows(self.models, self.bad, 0.0)
             self._measure()
 
+    def _restrict(self, keep: Bool[Tensor, "rows vocab"]) -> None:
+        """Cut both models to the teacher's support; notes their mass there."""
+        before = self.offset
+        self.models.masked_fill_(~keep, MASKED_LOGIT)
+        self._measure()
+        self._normalise()
+        student, teacher = (
+            at_most(part - whole, 0.0) for part, whole in zip(self.offset, before, strict=True)
+        )
+        self.log_mass = (self.xp.where(self.no_student, -float("inf"), student), teacher)
+
     def _intersect_supports(self) -> None:
-        """Cut both models to their common support."""
+        """Find where supports differ, and cut both models of a geometric mixture to the common."""
         nowhere = self.bad & False
         self.student_misses = self.teacher_misses = self.disjoint = nowhere
         self.use_student = self.use_teacher = nowhere
@@ -178,6 +215,8 @@ class Pair(ABC):
         self.student_misses = array_of(only_teacher.any(-1))
         self.teacher_misses = array_of(only_student.any(-1))
         self.disjoint = array_of(~common.any(-1))
+        if not self.mixture.is_geometric:
+            return
         self._uncut = self.models.clone()
         self.models.masked_fill_(~common, MASKED_LOGIT)
         # equal models until `restore_support`
@@ -244,7 +283,10 @@ class Pair(ABC):
         return 1 / at_least(squares, 1.0)
 
     def token_log_p(self, token: Tokens) -> tuple[Array, Array]:
-        """log p of tokens under student and teacher, as restricted to the teacher's support."""
+        """log p of tokens under student and teacher, as restricted to the teacher's support.
+
+        -inf where the student has none of it.
+        """
         student, teacher = self._logits_of(token)
         student_offset, teacher_offset = self.offset
         return (
@@ -303,6 +345,11 @@ class SingleMoments(Moments):
     log_p: Scores
 
     @property
+    def left_out(self) -> Array:
+        """Not known: it takes two models."""
+        return self.F
+
+    @property
     def entropy(self) -> Array:
         """Not taken: it would cost a pass."""
         return self.F
@@ -324,13 +371,18 @@ class SingleMoments(Moments):
 class SingleModel:
     """A model's log-probabilities, [rows, vocab], and which rows are bad."""
 
+    log_mass: tuple[Array, Array] | None = None
+
     def __init__(self, logits: Logits, temperature: float, role: str) -> None:
         if role not in ("student", "teacher"):
             raise ValueError(f"role must be 'student' or 'teacher', not {role!r}")
         self.device = logits.device
         self.xp = namespace(self.device)
         self.vocab = logits.shape[1]
-        scaled = logits.to(torch.float32) / temperature
+        scaled = logits.to(torch.float32)
+        if temperature != 1:
+            # shifted first, which keeps the digits of what lies near the largest
+            scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature
         log_p = scaled.log_softmax(-1)
         self.is_teacher = role == "teacher"
         bad = log_p[:, 0].isnan()  # then all of the row are

@@ -36,10 +36,13 @@ def top_tokens(
     The distributions are the models' own at the run's temperature, whatever the teacher's support,
     and of two models also q: `drawn.log_q` where it was kept, else q before top-k and top-p. There
     are k columns, or as many as there are ids. A log-probability of -inf stands for no token.
-    ValueError for a q within the teacher's support without `drawn.log_q`.
+    ValueError for a q within the teacher's support or without alpha, without `drawn.log_q`.
     """
-    if drawn.log_q is None and cuts(mixture.teacher_support_top_k, mixture.teacher_support_top_p):
-        raise ValueError("top tokens within a teacher's support need `step(keep_log_q=True)`")
+    if drawn.log_q is None and (mixture.has_support or not mixture.is_geometric):
+        raise ValueError(
+            "top tokens within a teacher's support, or of a mixture without alpha, need "
+            "`step(keep_log_q=True)`"
+        )
     rows, vocab = logits[0].shape
     height = 1 if logits[0].device.type == "cpu" and vocab > _BLOCK * k else max(1, rows)
     parts = []
@@ -86,7 +89,9 @@ def _share_support(scores: Sequence[Scores]) -> bool:
 def _scaled(logits: Float[Tensor, "rows vocab"], temperature: float, slot: int) -> Scores:
     if temperature == 1:
         return logits.float()
-    return torch.div(logits, temperature, out=_buffer(logits, slot))
+    # shifted first, which keeps the digits of what lies near the largest
+    shifted = torch.sub(logits, logits.amax(-1, keepdim=True), out=_buffer(logits, slot))
+    return shifted.div_(temperature)
 
 
 def _mixed(student: Scores, teacher: Scores, alpha: Float32[Tensor, "rows 1"]) -> Scores:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self, get_args
 
 from optimal_sampling.config import EngineOptions, MixtureConfig
 from optimal_sampling.errors import ConfigError
-from optimal_sampling.types import Completion, Mode, Request
+from optimal_sampling.types import Completion, Mode, Request, WorkerStatus
 
 if TYPE_CHECKING:
     from optimal_sampling.vocabulary import Vocabulary
@@ -116,6 +116,13 @@ class Engine(ABC):
                     f"{name} was {before!r} when the models were loaded and cannot become {now!r}; "
                     "open another engine"
                 )
+
+    def workers(self) -> Sequence[WorkerStatus]:
+        """The workers that share the work of this engine; none where it does its own."""
+        return ()
+
+    def watch(self, tick: Callable[[], None]) -> None:  # noqa: B027 - having no workers is valid
+        """Have a function called about once a second while workers are waited for."""
 
     def notes(self) -> dict[str, str]:
         """How this engine runs on this machine (device, attention, fallbacks), by name."""

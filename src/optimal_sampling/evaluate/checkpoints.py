@@ -20,6 +20,9 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.distcp", "*/*.distcp")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "*.tiktoken")
 _INNER = re.compile(r"global_step\d+|optimizer_\d+|pytorch_model_fsdp_\d+|\..*")
 """Folders that hold parts of a checkpoint, or nothing to see."""
+_MERGED = "-merged"
+_PARTS = ("adapter_model.*", "pytorch_model_fsdp*/*", "global_step*/*")
+"""Files of an adapter, and of shards of FSDP and DeepSpeed."""
 _MERGE_ADAPTER = (
     "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
     "M.from_pretrained({folder!r}).merge_and_unload().save_pretrained({merged!r}); "
@@ -58,7 +61,7 @@ def find_checkpoints(
     if not checkpoint_dir and not extra_models:
         raise ConfigError("name what to evaluate: --checkpoint-dir FOLDER or --extra-models NAME")
     named = _named(extra_models)
-    parts = {each.label: _merge_command(Path(each.model)) for each in named}
+    parts = {each.label: _unmerged(Path(each.model)) for each in named}
     found = [each for each in named if not parts[each.label]]
     skipped = [Skipped(label, reason, False) for label, reason in parts.items() if reason]
     if checkpoint_dir:
@@ -142,8 +145,8 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _problem(label: str, folder: Path) -> Skipped | None:
     """Why a folder is no complete checkpoint; None where it is one."""
-    if command := _merge_command(folder):
-        return Skipped(label, command, is_half_written=False)
+    if reason := _unmerged(folder):
+        return Skipped(label, reason, is_half_written=False)
     files = list(folder.glob("*.safetensors"))
     if not files and any(folder.glob("pytorch_model*.bin")):
         reason = "its weights are pickled, which runs code; save it with save_pretrained"
@@ -168,7 +171,29 @@ def _half_written(folder: Path, files: Sequence[Path]) -> str:
 
 def _merged(folder: Path) -> Path:
     """Where a merge command puts the result."""
-    return folder.with_name(f"{folder.name}-merged")
+    return folder.with_name(f"{folder.name}{_MERGED}")
+
+
+def _unmerged(folder: Path) -> str:
+    """Why a folder has to be merged, or merged again; "" where it has not."""
+    if parts := _newer_parts(folder):
+        return f"older than {parts.name}, which it was merged from: {_merge_command(parts)}"
+    return _merge_command(folder)
+
+
+def _newer_parts(merged: Path) -> Path | None:
+    """The folder of parts that a model was merged from, if it was trained again afterwards."""
+    parts = merged.with_name(merged.name.removesuffix(_MERGED))
+    if parts == merged or not _merge_command(parts):
+        return None
+    written, read = _latest(merged, ("*.safetensors",)), _latest(parts, _PARTS)
+    return parts if written is not None and read is not None and read > written else None
+
+
+def _latest(folder: Path, patterns: Sequence[str]) -> float | None:
+    """When the last of the matching files was written; None where there are none."""
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
+    return max((path.stat().st_mtime for path in files), default=None)
 
 
 def _usable(folder: Path) -> Path:

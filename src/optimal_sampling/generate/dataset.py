@@ -17,6 +17,7 @@ from optimal_sampling.config import DataConfig, expand_user, parse_slice
 from optimal_sampling.errors import DatasetError, MissingDependencyError
 from optimal_sampling.generate.json_rows import is_json, read_json
 from optimal_sampling.prompts import PROMPT_COLUMNS
+from optimal_sampling.vocabulary import hub_problem
 
 __all__ = ["Dataset", "open_dataset"]
 
@@ -303,6 +304,12 @@ def _hub(config: DataConfig) -> Source:
             "pip install 'datasets>=4'"
         ) from error
     where = {"revision": config.revision}
+    was_read = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+    if not was_read.exists() and (problem := hub_problem()):
+        raise DatasetError(
+            f"cannot load {name!r}: no such file or folder, nothing of that name was downloaded "
+            f"before, and {problem}"
+        )
     try:
         split = config.split or _only_split(
             name, datasets.get_dataset_split_names(name, config.subset, **where)

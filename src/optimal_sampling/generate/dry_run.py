@@ -10,7 +10,7 @@ from typing import Any
 
 from optimal_sampling.config import GenerateConfig, LocalOptions, ModelConfig
 from optimal_sampling.engines.base import prompt_problem
-from optimal_sampling.generate.job import input_notes, open_inputs, prompt_of, render_rows
+from optimal_sampling.generate.inputs import input_notes, open_inputs, prompt_of, render_rows
 from optimal_sampling.prompts import RenderedPrompt
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 

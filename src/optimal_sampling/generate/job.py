@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeAlias
 
-from optimal_sampling.config import GenerateConfig, MixtureConfig
-from optimal_sampling.errors import ConfigError, EngineError, OptimalSamplingError, PromptError
-from optimal_sampling.generate.dataset import Dataset, open_dataset
+from optimal_sampling.config import GenerateConfig
+from optimal_sampling.errors import ConfigError
+from optimal_sampling.generate.dataset import Dataset
 from optimal_sampling.generate.fingerprint import check_rows, model_facts
+from optimal_sampling.generate.inputs import input_notes, open_inputs, prompt_of, render_rows
 from optimal_sampling.generate.progress import Progress, Summary, Tally
-from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
-from optimal_sampling.records.run_folder import TEMPLATE_DATE, RunFolder, template_date
-from optimal_sampling.records.schema import Key, Prompt, Sample, record_of, row_id
-from optimal_sampling.types import Completion, Request, prompt_id
+from optimal_sampling.generate.recorder import OpenEngine, Recorder, Work
+from optimal_sampling.generate.stage_counts import StageCounts
+from optimal_sampling.generate.stages import StagedJob
+from optimal_sampling.records.run_folder import GRADED_BY, TEMPLATE_DATE, RunFolder
+from optimal_sampling.types import Request
 from optimal_sampling.verify import resolve_grader
 from optimal_sampling.verify.job import Grading, Source, check_columns
 from optimal_sampling.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from optimal_sampling.engines import Engine
-
-__all__ = ["Interrupted", "generate", "input_notes", "open_inputs", "prompt_of", "render_rows"]
-
-
-OpenEngine: TypeAlias = Callable[..., "AbstractContextManager[Engine]"]
-"""A function with the arguments of `engines.open_engine`."""
-
-_METHOD_OF = {
-    "fixed_alpha": "fixed",
-    "trust_region": "trust_region",
-    "schedule_start": "schedule",
-    "schedule_end": "schedule",
-    "schedule_tokens": "schedule",
-}
-"""The alpha method that reads each of these options of MixtureConfig."""
+__all__ = ["Interrupted", "generate"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -54,7 +38,7 @@ def generate(
     progress: Progress | None = None,
     open_with: OpenEngine | None = None,
 ) -> Summary:
-    """Generate every sample that the run folder still owes.
+    """Generate every sample that the run folder still owes; with stages, see `stages.py`.
 
     `open_with` is called in place of `engines.open_engine`, for runs that share an engine.
 
@@ -73,28 +57,54 @@ def generate(
     if renderer.prints_date:
         facts[TEMPLATE_DATE] = renderer.day.isoformat()
     source = _grading_source(config, dataset, vocabulary)
+    if source is not None and config.stages:
+        facts[GRADED_BY] = f"{source.grader.name}, {source.reference or 'by its usual name'}"
     with RunFolder(config, facts) as folder, _grading(config, source) as grading:
         check_rows(dataset, folder)
-        job = _Job(config, dataset, renderer, vocabulary, folder, progress)
-        job.grading = grading
-        try:
-            with progress:
-                notes = job.run(open_with)
-                folder.close()
-                summary = Summary.of(
-                    job.tally, folder, notes, mode=config.run.mode, interrupted=False
-                )
-                summary = replace(summary, verdicts=job.finish_grading())
-                if job.grading is not None:
-                    summary = replace(summary, not_graded=job.grading.failed)
-        except KeyboardInterrupt:
+        work = Work(config, dataset, renderer, vocabulary, folder, progress, grading, open_with)
+        return _finish(work, StagedJob(work) if config.stages else _Job(work))
+
+
+def _finish(work: Work, job: _Job | StagedJob) -> Summary:
+    """Run a job, and sum it up in `summary.json`. Raises Interrupted."""
+    config, folder = work.config, work.folder
+    try:
+        with work.progress:
+            notes = job.run()
             folder.close()
-            folder.recount()
-            summary = Summary.of(job.tally, folder, {}, mode=config.run.mode, interrupted=True)
-            summary.save(config.shard)
-            raise Interrupted(summary) from None
+            summary = Summary.of(job.tally, folder, notes, mode=config.run.mode, interrupted=False)
+            summary = _graded(work, summary)
+    except KeyboardInterrupt:
+        folder.close()
+        folder.recount()
+        summary = Summary.of(job.tally, folder, {}, mode=config.run.mode, interrupted=True)
         summary.save(config.shard)
+        raise Interrupted(summary) from None
+    if isinstance(job, StagedJob):
+        summary = _with_stages(summary, job)
+    summary.save(config.shard)
+    return summary
+
+
+def _with_stages(summary: Summary, job: StagedJob) -> Summary:
+    """The summary with what the folder holds of each stage."""
+    counts = StageCounts.of(summary.run_folder)
+    seconds = job.seconds
+    stages = {
+        name: {**numbers, "seconds": seconds[name]}
+        for name, numbers in counts.numbers([*seconds]).items()
+    }
+    return replace(summary, stages=stages, prompts=len(counts.prompts), solved=len(counts.solved))
+
+
+def _graded(work: Work, summary: Summary) -> Summary:
+    """The summary with the verdicts, once all that is on the disk is graded."""
+    if work.grading is None:
         return summary
+    if not work.config.stages:  # whose passes have ended with the verdicts
+        work.progress.show("grading the completions that have no verdict yet")
+    verdicts = work.grading.finish()
+    return replace(summary, verdicts=verdicts, not_graded=work.grading.failed)
 
 
 def _grading_source(
@@ -118,242 +128,72 @@ def _grading(
     return Grading(config.run.output_dir, config.shard, source, config.verify)
 
 
-def open_inputs(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRenderer]:
-    """What rows are read from and rendered with."""
-    dataset = open_dataset(config.data, config.run.seed)
-    models = config.models
-    vocabulary = Vocabulary.load(
-        models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
-    )
-    renderer = PromptRenderer(
-        config.prompt,
-        vocabulary,
-        prompt_column=dataset.prompt_column,
-        answer_column=dataset.answer_column,
-        columns=dataset.columns,
-        day=template_date(config.run.output_dir),
-    )
-    return dataset, vocabulary, renderer
-
-
 class _Job:
-    """One call. The engine pulls requests as it has room; only prompts in flight are in memory."""
+    """One call without stages. The engine pulls requests as it has room."""
 
-    def __init__(
-        self,
-        config: GenerateConfig,
-        dataset: Dataset,
-        renderer: PromptRenderer,
-        vocabulary: Vocabulary,
-        folder: RunFolder,
-        progress: Progress,
-    ) -> None:
-        self.config = config
-        self.dataset = dataset
-        self.renderer = renderer
-        self.vocabulary = vocabulary
-        self.folder = folder
-        self.progress = progress
-        self.grading: Grading | None = None
-        self.tally = Tally(len(dataset), config.data.samples_per_prompt)
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.tally = Tally(len(work.dataset), work.config.data.samples_per_prompt)
         self.tally.already_good = self._recorded()
-        self._in_flight: dict[Key, Prompt] = {}
+        self._recorder = Recorder(work, self.tally)
 
     def _recorded(self) -> int:
         """Good samples of the selected rows by the ledger, before any row is rendered."""
-        samples, rows = self.config.data.samples_per_prompt, self.dataset.selection
-        good = self.folder.ledger.good.items()
+        samples, rows = self.work.config.data.samples_per_prompt, self.work.dataset.selection
+        good = self.work.folder.ledger.good.items()
         return sum(sample < samples and row in rows for (_, sample), row in good)
 
-    def run(self, open_with: OpenEngine | None = None) -> dict[str, str]:
+    def run(self) -> dict[str, str]:
         """Generate the owed samples; notes of the vocabulary, the renderer and the engine, by name.
 
         Models are loaded only if a sample is owed.
         """
-        on_rows = self.renderer.row_notes(row for _, row in self.dataset)
-        notes = input_notes(self.config, self.vocabulary, self.renderer, on_rows)
-        self.progress.show_notes(notes)
+        work = self.work
+        on_rows = work.renderer.row_notes(row for _, row in work.dataset)
+        notes = input_notes(work.config, work.vocabulary, work.renderer, on_rows)
+        work.progress.show_notes(notes)
         requests = self._owed_requests()
         first = next(requests, None)
         if first is None:
-            self.progress.update(self.tally)
+            self._recorder.show()
             return notes
-        if self.grading is not None:
-            self.grading.check()
-        self.progress.start_loading(self.config)
-        config = self.config
-        with (open_with or self._opener())(
-            config.engine, config.models, config.mixture, self.vocabulary, config.run.mode
-        ) as engine:
-            self.progress.show_notes(engine.notes())
+        if work.grading is not None:
+            work.grading.check()
+        with work.engine(work.config) as engine:
             self.tally.restart_clock()
-            self.progress.update(self.tally)
-            for completion in engine.generate(chain([first], requests)):
-                self._finish(completion)
-            if self._in_flight:
-                lost = len(self._in_flight)
-                raise EngineError(
-                    f"the engine {config.engine.name} ended without {lost} of its requests"
-                )
+            self._recorder.serve(engine, chain([first], requests))
             return notes | engine.notes()
-
-    def _opener(self) -> OpenEngine:
-        """What opens the engine, or the fleet of engines."""
-        from optimal_sampling import engines  # torch is loaded here
-
-        if not self.config.fleet.is_used:
-            return engines.open_engine
-        from optimal_sampling.engines.fleet import open_fleet
-
-        return partial(
-            open_fleet,
-            fleet=self.config.fleet,
-            logs=self.folder.path / "logs",
-            report=self.progress.show,
-        )
 
     def _owed_requests(self) -> Iterator[Request]:
         """Requests for the owed samples; those of rows without prompts fail at once."""
         seen: set[str] = set()
         good = 0
-        for row_index, row, rendered in render_rows(self.renderer, self.dataset):
+        for row_index, row, rendered in render_rows(self.work.renderer, self.work.dataset):
             prompt = prompt_of(row_index, row, rendered)
             if prompt.id in seen:
                 self.tally.duplicates += 1
                 continue
             seen.add(prompt.id)
             missing = self._missing_samples(prompt.id)
-            good += self.config.data.samples_per_prompt - len(missing)
+            good += self.work.config.data.samples_per_prompt - len(missing)
             # a row of another data slice may have made this prompt's samples
             self.tally.already_good = max(self.tally.already_good, good)
             for sample_index in self._owed_samples(prompt.id, missing):
-                request = self._request(prompt.id, sample_index, rendered)
-                self._in_flight[prompt.id, sample_index] = prompt
-                if isinstance(rendered, str):
-                    self._finish(Completion.failed(request, rendered))
-                else:
+                request = self._recorder.request(prompt, sample_index, rendered)
+                if request is not None:
                     yield request
         self.tally.already_good = good
 
     def _missing_samples(self, prompt: str) -> list[int]:
         """Indices of a prompt's samples that are not good."""
-        good = self.folder.ledger.good
-        samples = range(self.config.data.samples_per_prompt)
+        good = self.work.folder.ledger.good
+        samples = range(self.work.config.data.samples_per_prompt)
         return [sample for sample in samples if (prompt, sample) not in good]
 
     def _owed_samples(self, prompt: str, missing: list[int]) -> Iterator[int]:
         """Those of a prompt's missing samples to try again. Counts the others."""
         for sample in missing:
-            if self.folder.ledger.owes((prompt, sample), self.config.run.max_attempts):
+            if self.work.folder.ledger.owes((prompt, sample), self.work.config.run.max_attempts):
                 yield sample
             else:
                 self.tally.given_up += 1
-
-    def _request(self, prompt: str, sample_index: int, rendered: RenderedPrompt | str) -> Request:
-        """The request for a sample; without prompt ids where the row could not be rendered."""
-        student_ids = () if isinstance(rendered, str) else rendered.student_ids
-        teacher_ids = () if isinstance(rendered, str) else rendered.teacher_ids
-        return Request(
-            id=prompt,
-            sample_index=sample_index,
-            seed=self.config.run.seed,
-            student_prompt_ids=student_ids,
-            teacher_prompt_ids=teacher_ids,
-            max_new_tokens=self.config.run.max_new_tokens,
-        )
-
-    def _finish(self, completion: Completion) -> None:
-        """Write the record of a completion and count it."""
-        key = completion.request.key
-        sample = Sample(
-            prompt=self._in_flight.pop(key),
-            completion=completion,
-            text=self.vocabulary.decode(completion.token_ids),
-            raw_text=self.vocabulary.decode_raw(completion.token_ids),
-            attempts=self.folder.ledger.attempts(key) + 1,
-            mode=self.config.run.mode,
-        )
-        record = record_of(sample, token_lists=self.config.run.token_lists)
-        checksum = self.folder.add(record)
-        self.tally.add(record)
-        if self.grading is not None:
-            self.grading.add(record, checksum)
-        self.progress.update(self.tally)
-
-    def finish_grading(self) -> Mapping[str, int]:
-        """Grade what is on the disk without a verdict; how many completions have each verdict."""
-        if self.grading is None:
-            return {}
-        self.progress.show("grading the completions that have no verdict yet")
-        return self.grading.finish()
-
-
-def input_notes(
-    config: GenerateConfig,
-    vocabulary: Vocabulary,
-    renderer: PromptRenderer,
-    row_notes: Iterable[str] = (),
-) -> dict[str, str]:
-    """What is not as the options say, or easily overlooked, by name. Known without any weights."""
-    texts = [*vocabulary.notes, *renderer.notes, *row_notes]
-    hint, shown_to = config.prompt.hint, config.prompt.hint_to
-    if hint != "none" and config.run.mode not in ("mixture", shown_to):
-        texts.insert(0, f"hint {hint} does nothing: it is shown to the {shown_to} alone")
-    if config.run.mode != "mixture":
-        texts.insert(0, f"drawn from the {config.run.mode} alone; the options of alpha do nothing")
-    else:
-        texts = [*_idle_options(config.mixture), *texts]
-    return {f"note {number}": text for number, text in enumerate(texts, start=1)}
-
-
-def _idle_options(mixture: MixtureConfig) -> Iterator[str]:
-    """Notes on options of alpha that were given and belong to another method."""
-    default = MixtureConfig()
-    for name, method in _METHOD_OF.items():
-        value = getattr(mixture, name)
-        if value != getattr(default, name) and mixture.alpha_method != method:
-            yield (
-                f"{name} ({value}) does nothing with alpha_method {mixture.alpha_method}; "
-                f"it belongs to alpha_method {method}"
-            )
-
-
-def render_rows(
-    renderer: PromptRenderer, dataset: Dataset
-) -> Iterator[tuple[int, Mapping[str, Any], RenderedPrompt | str]]:
-    """Each row with its index, and its prompts or the reason why it has none."""
-    if renderer.needs_following:
-        for index, row, following in dataset.with_following():
-            yield index, row, _render_row(renderer, row, following)
-    else:
-        for index, row in dataset:
-            yield index, row, _render_row(renderer, row, None)
-
-
-def _render_row(
-    renderer: PromptRenderer, row: Mapping[str, Any], following: Mapping[str, Any] | None
-) -> RenderedPrompt | str:
-    """The row's prompts, or the reason why it has none."""
-    try:
-        return renderer.render(row, following)
-    except PromptError as error:
-        return str(error)
-    except OptimalSamplingError:
-        raise
-    except Exception as error:  # a tokenizer may raise anything on one odd row; the others go on
-        return f"the row could not be rendered: {type(error).__name__}: {error}"
-
-
-def prompt_of(row_index: int, row: Mapping[str, Any], rendered: RenderedPrompt | str) -> Prompt:
-    """The row with its prompts, or without where they could not be rendered."""
-    if isinstance(rendered, str):
-        return Prompt(row_id(row), row_index, row)
-    return Prompt(
-        id=prompt_id(rendered.student_text, rendered.teacher_text),
-        row_index=row_index,
-        row=row,
-        student_text=rendered.student_text,
-        teacher_text=rendered.teacher_text,
-        n_student_tokens=len(rendered.student_ids),
-        n_teacher_tokens=len(rendered.teacher_ids),
-    )

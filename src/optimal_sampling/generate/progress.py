@@ -9,24 +9,27 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
 from optimal_sampling.config import GenerateConfig, expand_user
+from optimal_sampling.generate.stage_counts import StageCounts, stage_lines
+from optimal_sampling.generate.workers import NO_WORKERS, status_lines, worker_table, worker_text
 from optimal_sampling.records.run_folder import RunFolder, Totals
 from optimal_sampling.records.schema import Record
 from optimal_sampling.records.store import read_json, write_atomically
 from optimal_sampling.records.verdicts import Graded, graded_records
+from optimal_sampling.types import WorkerStatus
 from optimal_sampling.verify.progress import verdict_text
 
 __all__ = [
@@ -60,6 +63,8 @@ class Tally:
 
     rows: int
     samples_per_prompt: int
+    title: str = ""
+    """Of the stage and the try, where there are stages."""
     duplicates: int = 0
     """Rows whose two prompts are those of an earlier row."""
     already_good: int = 0
@@ -149,6 +154,13 @@ class Summary:
     """How many completions of the shard have each verdict."""
     not_graded: int = 0
     """Completions of the shard on which the grader failed."""
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What the folder holds of each stage, by `StageCounts.stages`, and the `seconds` that it took
+    in this call."""
+    prompts: int = 0
+    """Prompts that the stages have tried."""
+    solved: int = 0
+    """Those with a correct completion."""
 
     @classmethod
     def of(
@@ -212,6 +224,7 @@ class Summary:
         }
         if self.mode != "mixture":
             yield "drawn from", f"the {self.mode} alone"
+        yield from stage_lines(self.stages, self.prompts, self.solved)
         yield "samples", f"{self.good} good of {self.asked} asked ({self.generated} new)"
         yield from ((name, str(count)) for name, count in optional.items() if count)
         if self.tokens:
@@ -253,6 +266,9 @@ def _mean_lines(
         mean = means[name]
         if mean is not None:
             yield title, f"{mean:.4f}"
+    vetoed = means["vetoed"]
+    if vetoed:
+        yield "vetoed share of the student's mass", f"{vetoed:.4f}"
     reasons = (f"{name} {count}" for name, count in sorted(finish_reasons.items()))
     yield "finish reasons", ", ".join(reasons)
 
@@ -264,16 +280,26 @@ def folder_status(run: str | Path) -> Table:
     """
     folder = expand_user(run)
     totals, failed, verdicts = Totals(), Counter[str](), _Verdicts()
+    stages = StageCounts()
     for record, graded in graded_records(folder, failed=True):
         if record["error"]:
             failed[record["error"]] += 1
             continue
         totals.add(record)
         verdicts.add(graded)
+        stages.add(record, graded)
     compared: Any = read_json(folder / "config.json").get("compared", {})
     calls = [read_json(path) for path in sorted(folder.glob("summary*.json"))]
-    title = f"{folder}: drawn from the {compared.get('mode', 'mixture')}"
-    return _table(title, chain(_status_lines(totals, failed, calls), verdicts.lines()))
+    names = [stage["name"] for stage in compared.get("stages", [])]
+    source = f"stages {', '.join(names)}" if names else f"the {compared.get('mode', 'mixture')}"
+    title = f"{folder}: drawn from {source}"
+    lines = chain(
+        _status_lines(totals, failed, calls),
+        stage_lines(stages.numbers(names), len(stages.prompts), len(stages.solved)),
+        status_lines(folder),
+        verdicts.lines(),
+    )
+    return _table(title, lines)
 
 
 @dataclass
@@ -324,6 +350,9 @@ def _status_lines(
 class Progress:
     """Base class, which shows nothing. A context manager: `update` is called within."""
 
+    workers: Callable[[], Sequence[WorkerStatus]] = NO_WORKERS
+    """Rows of the workers, where there are any."""
+
     def update(self, tally: Tally) -> None:
         """Show the counts, which have changed."""
 
@@ -364,14 +393,29 @@ class LinesProgress(Progress):
         """Print a line if one is due."""
         if time.monotonic() >= self._due or not tally.owed:
             self._due = time.monotonic() + self._seconds
-            self.show(f"{tally.done}/{tally.asked} done, {status(tally)}")
+            prefix = f"{tally.title}: " if tally.title else ""
+            self.show(f"{prefix}{tally.done}/{tally.asked} done, {status(tally)}")
+            for row in self.workers():
+                self.show(f"  {row.name}: {worker_text(row)}")
+
+
+class _BarAndWorkers(Bar):
+    """A bar, and below it the rows of the workers."""
+
+    workers: Sequence[WorkerStatus] = ()
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """What is redrawn."""
+        yield self.make_tasks_table(self.tasks)
+        if self.workers:
+            yield worker_table(self.workers)
 
 
 class TerminalProgress(Progress):
-    """A bar that is redrawn in place."""
+    """A bar that is redrawn in place, with a row per worker."""
 
     def __init__(self, console: Console) -> None:
-        self._bar = Bar(
+        self._bar = _BarAndWorkers(
             BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total} done"),
             TextColumn("{task.fields[status]}"),
@@ -391,7 +435,9 @@ class TerminalProgress(Progress):
 
     def update(self, tally: Tally) -> None:
         """Move the bar."""
-        self._bar.update(self._task, completed=tally.done, total=tally.asked, status=status(tally))
+        self._bar.workers = self.workers()
+        text = f"{tally.title}, {status(tally)}" if tally.title else status(tally)
+        self._bar.update(self._task, completed=tally.done, total=tally.asked, status=text)
 
     def __enter__(self) -> Self:
         self._bar.start()

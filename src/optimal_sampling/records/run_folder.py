@@ -13,15 +13,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from optimal_sampling.config import ENGINES, GenerateConfig, expand_user
+from optimal_sampling.config import ENGINES, Checked, GenerateConfig, Stage, expand_user
 from optimal_sampling.errors import RunFolderError
 from optimal_sampling.records.schema import FIELDS, SCHEMA_VERSION, Key, Record, key_of, row_id
 from optimal_sampling.records.store import Line, RecordFile, Scan, read_json, write_atomically
 from optimal_sampling.version import __version__
 
 __all__ = [
+    "GRADED_BY",
     "MAY_DIFFER",
     "MEANS",
     "TEMPLATE_DATE",
@@ -32,6 +33,8 @@ __all__ = [
     "flat",
     "load",
     "record_lines",
+    "stage_options",
+    "stage_text",
     "template_date",
 ]
 
@@ -73,8 +76,16 @@ All others change tokens or records; they are compared.
 TEMPLATE_DATE = "template_date"
 """The fact that says on which date a run's chat templates print."""
 
+GRADED_BY = "graded_by"
+"""The fact that says how the completions of a run of stages are graded."""
+
 MEANS = tuple(name for name, field in FIELDS.items() if field.is_mean)
 """Fields of a record that are means over its tokens."""
+
+
+_ConfigState = Literal["none", "same", "extended"]
+"""Of the `config.json` of a folder: there is none, it has the options of this call, or the options
+of this call have more stages."""
 
 
 @dataclass
@@ -93,7 +104,10 @@ class Totals:
         self.records += 1
         self.tokens += tokens
         self.finish_reasons[record["finish_reason"]] += 1
+        is_one_model_of_several = "stage" in record and record["mode"] != "mixture"
         for name in MEANS:
+            if name == "alpha_mean" and is_one_model_of_several:
+                continue  # 0 or 1 by definition
             mean = record.get(name)
             weight = record.get(FIELDS[name].weight, 1.0)
             if isinstance(mean, float) and isinstance(weight, float):
@@ -171,7 +185,7 @@ class RunFolder:
         """Damaged lines of all files."""
         self.file = RecordFile(self.path / "records" / f"{config.shard}.jsonl")
         try:
-            self._has_config = _check_config(self.path, self._options)
+            self._config = _check_config(self.path, self._options)
             self._read()
         except BaseException:
             self.file.close()
@@ -193,9 +207,9 @@ class RunFolder:
 
         It is on the disk after the next commit.
         """
-        if not self._has_config:
-            _write_config(self.path, self._options)
-            self._has_config = True
+        if self._config != "same":
+            _write_config(self.path, self._options, replace=self._config == "extended")
+            self._config = "same"
         checksum = self.file.append(record)
         self.ledger.add(record)
         return checksum
@@ -282,9 +296,29 @@ def flat(config: GenerateConfig) -> dict[str, Any]:
     """All options by name, without the sections: names are unique, as flags have to be."""
     options: dict[str, Any] = {"engine": config.engine.name}
     for section in vars(config).values():
-        options |= vars(section)
+        options |= vars(section) if isinstance(section, Checked) else {}
+    options["stages"] = [stage_options(stage) for stage in config.stages]
     lists = {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
     return options | lists  # as JSON has them
+
+
+def stage_options(stage: Stage) -> dict[str, Any]:
+    """The options of a stage by name."""
+    own = {name: value for name, value in vars(stage).items() if name != "mixture"}
+    return own | vars(stage.mixture)
+
+
+def stage_text(options: Mapping[str, Any]) -> str:
+    """A stage in words, from its `stage_options`."""
+    default = stage_options(Stage(options["name"]))
+    mode, tries = options["mode"], options["tries"]
+    others = [
+        f"{name} {value}"
+        for name, value in options.items()
+        if name not in ("mode", "tries") and value != default.get(name)
+    ]
+    drawn = "the mixture" if mode == "mixture" else f"the {mode} alone"
+    return ", ".join([drawn, f"{tries} {'try' if tries == 1 else 'tries'}", *others])
 
 
 def compared(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,6 +333,7 @@ def config_hash(options: Mapping[str, Any]) -> str:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], form: str) -> list[str]:
     """Each name of both whose values differ, as `form` writes `name`, `before` and `now`."""
+    before, now = _without_lists(before), _without_lists(now)
     return [
         form.format(name=_flag(name), before=before[name], now=value)
         for name, value in now.items()
@@ -306,23 +341,54 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], form: str) ->
     ]
 
 
+def _without_lists(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, and those of each stage under names of their own."""
+    stages = options.get("stages", [])
+    spread = {name: value for name, value in options.items() if name != "stages"}
+    for number, stage in enumerate(_whole(stages), start=1):
+        spread |= {f"stage {number}, {name}": value for name, value in stage.items()}
+    return spread | {"number of stages": len(stages)}
+
+
+def _whole(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stages, with the options that are newer than their folder."""
+    return [stage_options(Stage(stage["name"])) | stage for stage in stages]
+
+
+def _extends(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
+    """Whether stages only go on where others ended: more tries of the last one, or more stages.
+
+    Every record that was made is then one that a run of the new stages makes too.
+    """
+    if not before or now == before or len(now) < len(before):
+        return False
+    *same, last = before
+    grown = now[len(same)]
+    has_more = grown["tries"] >= last["tries"]
+    return now[: len(same)] == same and has_more and {**grown, "tries": last["tries"]} == last
+
+
 def _flag(name: str) -> str:
     if name == TEMPLATE_DATE:
         return "date that chat templates print"
+    if name == GRADED_BY:
+        return "grader and reference answer"
+    if name.startswith(("stage ", "number ")):
+        return name
     if name.endswith("_files"):
         return f"content hash of the {name.removesuffix('_files')}'s folder"
     return "--" + name.replace("_", "-")
 
 
-def _check_config(run: Path, options: Mapping[str, Any]) -> bool:
-    """Compare with the folder's `config.json`; False if there is none yet."""
+def _check_config(run: Path, options: Mapping[str, Any]) -> _ConfigState:
+    """Compare with the folder's `config.json`."""
     path = run / "config.json"
     if not path.exists():
         if any(file.stat().st_size for file in _record_files(run)):
             raise RunFolderError(
                 f"{run} has records but no config.json; restore it, or choose another --output-dir"
             )
-        return False
+        return "none"
     stored = read_json(path)
     before = stored.get("compared")
     if not isinstance(before, dict) or stored.get("hash") != config_hash(before):
@@ -331,6 +397,8 @@ def _check_config(run: Path, options: Mapping[str, Any]) -> bool:
         )
     # Options newer than the folder had their defaults then.
     before = flat(GenerateConfig(engine=ENGINES[options["engine"]]())) | before
+    extended = _extends(_whole(before["stages"]), options["stages"])
+    before |= {"stages": options["stages"]} if extended else {}
     changed = differences(before, compared(options), "  {name}: {before!r} there, {now!r} now")
     if changed:
         raise RunFolderError(
@@ -338,11 +406,11 @@ def _check_config(run: Path, options: Mapping[str, Any]) -> bool:
             + "\n".join(changed)
             + "\nChoose another --output-dir, or give the options of the folder again"
         )
-    return True
+    return "extended" if extended else "same"
 
 
-def _write_config(run: Path, options: Mapping[str, Any]) -> None:
-    """Write `config.json`. Where another process was first, compare with what it wrote."""
+def _write_config(run: Path, options: Mapping[str, Any], *, replace: bool) -> None:
+    """Write `config.json`. Without `replace`, compare with what another process has written."""
     same = compared(options)
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -352,5 +420,5 @@ def _write_config(run: Path, options: Mapping[str, Any]) -> None:
         "may_differ": {name: options[name] for name in options if name in MAY_DIFFER},
     }
     text = json.dumps(document, indent=2) + "\n"
-    if not write_atomically(run / "config.json", text, replace=False):
+    if not write_atomically(run / "config.json", text, replace=replace):
         _check_config(run, options)

@@ -35,12 +35,14 @@ __all__ = [
     "key_of",
     "record_of",
     "row_id",
+    "stage_id",
 ]
 
 SCHEMA_VERSION = 1
 
 Key = tuple[str, int]
-"""Identity of a record: `id` (content hash of both rendered prompts) and `sample_index`."""
+"""Identity of a record: `id` (content hash of both rendered prompts, and of the stage in a run of
+stages) and `sample_index`."""
 
 _MAX_DEPTH = 50  # levels of nesting of a row that a record keeps
 _DIGITS = 6  # significant digits of every float in a record: float32 holds seven
@@ -74,6 +76,10 @@ class Sample:
     raw_text: str | None = None
     """The completion, decoded with its special tokens; None where there is none."""
     mode: Mode = "mixture"
+    stage: str = ""
+    """Name of the stage; "" in a run without stages."""
+    tries: int = 0
+    """Tries of the prompt up to and including this one, those of earlier stages counted."""
 
     @property
     def request(self) -> Request:
@@ -131,6 +137,12 @@ def _chernoff(sample: Sample) -> float | None:
     return _mean((1 - alpha) * student + alpha * teacher for alpha, student, teacher in columns)
 
 
+def _nll_student(sample: Sample) -> float | None:
+    """−log p_student of the whole completion; None where a token has no finite one."""
+    log_p = sample.trace["log_p_student"]
+    return _rounded(-math.fsum(log_p)) if log_p else None
+
+
 def _top_tokens(sample: Sample) -> dict[str, Any] | None:
     """Ids and log-probabilities as the bytes of two arrays, [tokens, distributions, k]."""
     captured = sample.completion.captured
@@ -158,15 +170,16 @@ class Record(TypedDict):
     id: Annotated[
         str,
         Field(
-            "content hash of the two rendered prompts (32 hex digits); "
-            "of the row, where it could not be rendered",
+            "content hash of the two rendered prompts (32 hex digits), and of the stage in a run "
+            "of stages; of the row, where it could not be rendered",
             attrgetter("prompt.id"),
         ),
     ]
     sample_index: Annotated[
         int,
         Field(
-            "which of `--samples-per-prompt`; with `id` the identity of a record",
+            "which of `--samples-per-prompt`, in a run of stages which try of its stage; "
+            "with `id` the identity of a record",
             attrgetter("completion.request.sample_index"),
         ),
     ]
@@ -174,6 +187,18 @@ class Record(TypedDict):
     mode: Annotated[
         Mode,
         Field("what tokens were drawn from: `mixture`, `student` or `teacher`", attrgetter("mode")),
+    ]
+    stage: Annotated[
+        NotRequired[str],
+        Field("name of the stage; absent in a run without stages", lambda s: s.stage or None),
+    ]
+    tries: Annotated[
+        NotRequired[int],
+        Field(
+            "tries that the stages have for a prompt up to and including this one; absent in a run "
+            "without stages",
+            lambda s: s.tries or None,
+        ),
     ]
     row_index: Annotated[
         int,
@@ -287,6 +312,33 @@ class Record(TypedDict):
             "log p_student of the tokens drawn, at the run's temperature, mean over tokens",
         ),
     ]
+    nll_student: Annotated[
+        float | None,
+        Field(
+            "−log p_student of the whole completion, at the run's temperature, in nats",
+            _nll_student,
+        ),
+    ]
+    vetoed: Annotated[
+        float | None,
+        _mean_of(
+            "vetoed",
+            "1 − p_student(S), mean over tokens, with S the tokens that the teacher finds plausible"
+            " (its support; of `interleaved` its own set); 0 without such a set",
+        ),
+    ]
+    kl_student_restricted: Annotated[
+        float | None,
+        _mean_of("kl_student_restricted", "`kl_student` to p_student restricted to the support"),
+    ]
+    kl_teacher_restricted: Annotated[
+        float | None,
+        _mean_of("kl_teacher_restricted", "`kl_teacher` to p_teacher restricted to the support"),
+    ]
+    log_p_student_restricted: Annotated[
+        float | None,
+        _mean_of("log_p_student_restricted", "`log_p_student` of p_student restricted likewise"),
+    ]
     error: Annotated[
         str,
         Field(
@@ -339,7 +391,7 @@ def record_of(sample: Sample, *, token_lists: bool = True) -> Record:
     lists = "token_alpha", "token_kl_student", "token_kl_teacher"
     names = [name for name in FIELDS if token_lists or name not in lists]
     record = {name: FIELDS[name].take(sample) for name in names}
-    for name in ("completion_raw", "top_tokens"):
+    for name in ("completion_raw", "top_tokens", "stage", "tries"):
         if record[name] is None:
             del record[name]
     return cast(Record, record)
@@ -353,6 +405,11 @@ def key_of(record: Record) -> Key:
 def row_id(row: Mapping[str, Any]) -> str:
     """Content hash of a row, as it is and as a record has it."""
     return prompt_id("\x00row", json.dumps(jsonable(row), sort_keys=True))
+
+
+def stage_id(stage: str, prompt: str) -> str:
+    """`id` of the records of a stage on a prompt. Their noise is that of no other stage."""
+    return prompt_id(f"\x00stage {stage}", prompt)
 
 
 def jsonable(value: Any, depth: int = 0) -> Any:

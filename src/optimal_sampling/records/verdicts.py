@@ -22,6 +22,7 @@ __all__ = [
     "Subject",
     "Verdict",
     "VerdictFile",
+    "all_verdicts",
     "graded_records",
     "load_verdicts",
 ]
@@ -103,6 +104,10 @@ class VerdictFile:
         latest, _, has_failed = self._latest.get(key, (None, None, False))
         return latest == subject and (failed or not has_failed)
 
+    def verdict(self, key: Key) -> Verdict | None:
+        """The last verdict on a sample; None where there is none."""
+        return self._latest[key][1] if key in self._latest else None
+
     def counts(self) -> Counter[str]:
         """How many samples have each verdict, by the last verdict on each."""
         return Counter(verdict for _, verdict, _ in self._latest.values())
@@ -134,6 +139,16 @@ class VerdictFile:
 
 def _verdicts(scan: Scan) -> Iterator[Graded]:
     return (cast(Graded, line) for line in scan)
+
+
+def all_verdicts(run: str | Path) -> dict[tuple[Key, Subject], Verdict]:
+    """The last verdict of all shards on each sample and subject."""
+    found: dict[tuple[Key, Subject], Verdict] = {}
+    for path in sorted((expand_user(run) / "verdicts").glob("*.jsonl")):
+        for graded in _verdicts(Scan(path)):
+            subject = Subject(graded["record"], graded["reference"], graded["grader"])
+            found[(graded["id"], graded["sample_index"]), subject] = graded["verdict"]
+    return found
 
 
 def graded_records(

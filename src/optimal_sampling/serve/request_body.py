@@ -47,7 +47,10 @@ OWN_FIELDS = _MIXTURE_FIELDS | _STUDENT_FIELDS | {ALPHA_STATS, "use_optimal_samp
 """Fields of this package in a request's body."""
 
 _PROMPT_FIELDS = frozenset({"prompt", "messages", *_STUDENT_FIELDS})
-_OWN_PREFIXES = ("alpha", "fixed_", "student", "theta", "schedule_", "teacher_")
+_OWN_PREFIXES = (
+    *("alpha", "arithmetic_", "fixed_", "interleaved_", "schedule_"),
+    *("student", "teacher_", "theta", "veto_"),
+)
 _MAX_FIELDS = 256
 _MAX_STOPS = 256
 _TEMPLATE_FIELDS = frozenset({"chat_template", "conversation", "tokenize"})

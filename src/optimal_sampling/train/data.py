@@ -156,6 +156,8 @@ class Scan:
     """Examples with a token that is not in the vocabulary."""
     strange: int
     """Examples whose labels are other tokens than their input, or of another number."""
+    blank: int
+    """Examples of whose completion nothing comes before its end."""
     digest: str
     """Hash of all tokens and labels."""
 
@@ -164,7 +166,7 @@ def scan(dataset: Any, end_ids: frozenset[int], vocabulary: int) -> Scan:
     """Reads `input_ids` and `labels` of a prepared dataset; ids lie below `vocabulary`."""
     digest = hashlib.blake2b(digest_size=8)
     table: list[tuple[int, int, int]] = []
-    strange = outside = 0
+    strange = outside = blank = 0
     for row in dataset.with_format("numpy", columns=[*_TOKENS]):
         ids, labels = (np.asarray(row[name], dtype=np.int64) for name in _TOKENS)
         for values in (ids, labels):
@@ -173,10 +175,11 @@ def scan(dataset: Any, end_ids: frozenset[int], vocabulary: int) -> Scan:
         is_same = len(ids) == len(labels) and np.array_equal(kept, ids[labels != _IGNORED])
         strange += not is_same
         outside += bool(((ids < 0) | (ids >= vocabulary)).any())
+        blank += bool(len(kept)) and int(kept[0]) in end_ids
         found = [int(token) for token in kept[-_LAST:] if int(token) in end_ids]
         table.append((len(ids), len(kept), found[-1] if found else -1))
     lengths, trained, ends = np.array(table, dtype=np.int64).T
-    return Scan(lengths, trained, ends, outside, strange, digest.hexdigest())
+    return Scan(lengths, trained, ends, outside, strange, blank, digest.hexdigest())
 
 
 def check_cuts(found: Scan, options: SftOptions, context: int | None) -> list[str]:
@@ -222,7 +225,13 @@ def check_loss(found: Scan, completion_only: bool) -> list[str]:
     if empty:
         raise DatasetError(f"{empty} of {count} examples have no token with loss")
     trained = int(found.trained.sum())
-    return [f"loss on {trained} of {total} tokens ({trained / total:.0%})"]
+    notes = [f"loss on {trained} of {total} tokens ({trained / total:.0%})"]
+    if found.blank:
+        notes.append(
+            f"{found.blank} of {count} examples have an empty completion, which teaches the model "
+            "to answer nothing"
+        )
+    return notes
 
 
 def check_ends(found: Scan, tokens: ModelTokens, eos_ids: Set[int]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +11,22 @@ from pathlib import Path
 from typing import Any, Self
 
 from optimal_sampling.config import Regrade, VerifyConfig, VerifyOptions, expand_user
-from optimal_sampling.errors import ConfigError, OptimalSamplingError, did_you_mean
+from optimal_sampling.errors import (
+    ConfigError,
+    OptimalSamplingError,
+    RunFolderError,
+    did_you_mean,
+)
 from optimal_sampling.records.run_folder import record_lines
 from optimal_sampling.records.schema import Key, Record, key_of
 from optimal_sampling.records.store import Line, read_json
-from optimal_sampling.records.verdicts import Graded, Subject, VerdictFile
+from optimal_sampling.records.verdicts import (
+    Graded,
+    Subject,
+    Verdict,
+    VerdictFile,
+    all_verdicts,
+)
 from optimal_sampling.verify.answers import REFERENCE_FIELDS, Block, ends_in_thinking, reference_of
 from optimal_sampling.verify.graders import Grade, GraderSpec, Task
 from optimal_sampling.verify.pool import GraderPool
@@ -52,6 +63,10 @@ class Source:
         """Markers of reasoning of the run's models."""
         return self.find_blocks()
 
+    def can_grade(self, row: Mapping[str, Any]) -> bool:
+        """Whether a completion can be `correct`. A function of the user needs no answer."""
+        return self.grader.path is not None or reference_of(row, self.reference) is not None
+
     def subject(self, record: Record, checksum: str) -> Subject:
         """What a verdict on a record would be about."""
         return Subject(checksum, reference_of(record["row"], self.reference), self.grader.name)
@@ -80,7 +95,10 @@ def verify(
     """
     progress = progress or GradeProgress()
     folders = [expand_user(run) for run in runs]
-    tally = GradeTally(sum(map(_count_lines, folders)))
+    counts = {folder: _count_lines(folder) for folder in folders}
+    if empty := [str(folder) for folder, count in counts.items() if not count]:
+        raise RunFolderError(f"{', '.join(empty)} holds no records in records/*.jsonl")
+    tally = GradeTally(sum(counts.values()))
     pool: GraderPool[Tag] = GraderPool(
         options.grader,
         workers=options.workers,
@@ -216,11 +234,12 @@ class Grading:
     """
 
     def __init__(self, run: str | Path, shard: str, source: Source, config: VerifyConfig) -> None:
-        self._run, self._shard, self._source = Path(run), shard, source
+        self._run, self._shard, self.source = Path(run), shard, source
         self._pool: GraderPool[Tag] = GraderPool(
             source.grader, workers=config.verify_workers, timeout=config.verify_timeout
         )
         self._file = VerdictFile(run, shard)
+        self._all_submitted = False
 
     def check(self) -> None:
         """Load the grader, or raise what is wrong with it."""
@@ -232,18 +251,52 @@ class Grading:
         Where too many wait already, the record waits on the disk for `finish`.
         """
         self._store(self._pool.ready())
-        if not record["error"] and self._pool.pending < _MOST_PENDING:
-            subject = self._source.subject(record, checksum)
-            task = self._source.task(record, subject.reference)
-            self._pool.submit((key_of(record), subject), task)
+        if record["error"]:
+            return
+        if self._pool.pending >= _MOST_PENDING:
+            self._all_submitted = False
+            return
+        subject = self.source.subject(record, checksum)
+        task = self.source.task(record, subject.reference)
+        self._pool.submit((key_of(record), subject), task)
 
     def finish(self) -> dict[str, int]:
-        """Grade all records of the shard that have no verdict; how many have each verdict."""
+        """Grade all records of the shard that have no verdict; how many have each verdict.
+
+        The records are on the disk. They are read only if some were not graded as they were made.
+        """
         self._store(self._pool.drain())
-        lines = (line for shard, line in record_lines(self._run) if shard == self._shard)
-        for _ in _grade_lines(lines, (self._file, self._pool, self._source)):
-            pass
+        if not self._all_submitted:
+            lines = (line for shard, line in record_lines(self._run) if shard == self._shard)
+            for _ in _grade_lines(lines, (self._file, self._pool, self.source)):
+                pass
+            self._all_submitted = True
+        self._file.commit()
         return dict(self._file.counts())
+
+    def settle(self, ids: Container[str]) -> dict[Key, Verdict]:
+        """The verdicts on all records with these ids, whatever their shard; missing ones are made.
+
+        Called before any record is added.
+        """
+        known = all_verdicts(self._run)
+        found: dict[Key, Verdict] = {}
+
+        def owed() -> Iterator[Line]:
+            for _, line in record_lines(self._run):
+                tag = key_of(line.record), self.source.subject(line.record, line.checksum)
+                if tag in known:
+                    found[tag[0]] = known[tag]
+                elif line.record["id"] in ids:
+                    yield line
+
+        for graded in _grade_lines(owed(), (self._file, self._pool, self.source)):
+            found[graded["id"], graded["sample_index"]] = graded["verdict"]
+        return {key: verdict for key, verdict in found.items() if key[0] in ids}
+
+    def verdict(self, key: Key) -> Verdict | None:
+        """The verdict on a record of this shard; None where it is not graded yet."""
+        return self._file.verdict(key)
 
     @property
     def failed(self) -> int:

@@ -4,12 +4,14 @@
     model_folder  what the folder of a model has to hold
     turn_end      the token with which a chat template ends turns
     thinking      the markers around a model's reasoning, from its chat template
+    hub_access    whether the hub can be reached at all
     shared        `Vocabulary`: the ids that both models share
 
 Transformers is imported when a tokenizer is loaded.
 """
 
+from optimal_sampling.vocabulary.hub_access import hub_problem
 from optimal_sampling.vocabulary.shared import Vocabulary
 from optimal_sampling.vocabulary.tokens import ModelTokens, load_tokens, resolve_model
 
-__all__ = ["ModelTokens", "Vocabulary", "load_tokens", "resolve_model"]
+__all__ = ["ModelTokens", "Vocabulary", "hub_problem", "load_tokens", "resolve_model"]

@@ -13,6 +13,7 @@ from typing import Any
 from optimal_sampling import toy_pair
 from optimal_sampling.config import expand_user
 from optimal_sampling.errors import MissingDependencyError, ModelError, did_you_mean
+from optimal_sampling.vocabulary.hub_access import hub_problem
 from optimal_sampling.vocabulary.model_folder import check_model_folder
 from optimal_sampling.vocabulary.turn_end import turn_end
 
@@ -130,6 +131,7 @@ def load_tokens(
     Raises ModelError where one of them cannot be read, MissingDependencyError where the tokenizer
     needs a package that is not installed.
     """
+    _check_hub(name, revision)
     folder = resolve_model(name, revision)
     with _quiet_transformers():
         config = _load_config(name, folder, trust_remote_code)
@@ -151,6 +153,20 @@ def load_tokens(
         context=_first_int(text_config, _CONTEXT_NAMES),
         rows=_first_int(text_config, ("vocab_size",)),
     )
+
+
+def _check_hub(name: str, revision: str | None) -> None:
+    """Raises ModelError for a hub id of which no file is here, where the hub is out of reach."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = _resolve_name(name)
+    if Path(found).is_dir() or try_to_load_from_cache(found, "config.json", revision=revision):
+        return
+    if problem := hub_problem():
+        raise ModelError(
+            f"cannot load model {name!r}: there is no folder {str(Path(name).absolute())!r}, "
+            f"nothing of that name was downloaded before, and {problem}"
+        )
 
 
 def _end_ids(name: str, source: str, value: Any) -> set[int]:

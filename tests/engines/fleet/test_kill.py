@@ -1,4 +1,4 @@
-"""Workers and drivers of the command, killed at any moment: nothing is lost, made twice, or left."""
+"""Workers and drivers, killed at any moment: nothing is lost, made twice, or left running."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -33,6 +34,11 @@ def wait_for(condition, seconds=120):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return found
+
+
+def wait_for_a_record(process, folder):
+    before = size(folder)
+    wait_for(lambda: process.poll() is not None or size(folder) > before)
 
 
 def are_gone(processes):
@@ -94,7 +100,7 @@ def test_workers_killed_at_random(tmp_path, engine):
     for seed in range(15):
         rng, folder = random.Random(seed), tmp_path / f"killed{seed}"
         process = start(folder, 150, engine=engine, workers=2)
-        seen = wait_for(lambda process=process: workers_of(process))
+        seen = wait_for(partial(workers_of, process))
         while process.poll() is None:
             time.sleep(rng.uniform(0, 6))
             workers = workers_of(process)
@@ -117,16 +123,13 @@ def test_drivers_killed_at_random(tmp_path):
     folder, rng, seen = tmp_path / "killed", random.Random(0), []
     for kill in range(10):
         process = start(folder, 300, engine="local", workers=1 + kill % 3)
-        before = size(folder)
         if kill % 2:
-            wait_for(
-                lambda process=process, b=before: process.poll() is not None or size(folder) > b
-            )
+            wait_for_a_record(process, folder)
         time.sleep(rng.uniform(0, 3))
         seen += workers_of(process)
         process.kill()
         finish(process)
-        wait_for(lambda: are_gone(seen), seconds=20)
+        wait_for(partial(are_gone, seen), seconds=20)
     assert finish(start(folder, 300, engine="local", workers=2)) == 0
     assert lines(folder) == whole
 

@@ -167,6 +167,15 @@ class Outcome:
         return f"| {self.family} | {self.model_class} | {self.kind} | {reason} |"
 
 
+ROWS = {
+    "padded": "rows padded into one batch",
+    "merged": "rows of one length start together, then one batch",
+    "by_length": "rows of one length together",
+    "single": "one row at a time",
+}
+"""What docs/models.md says of `Batching`."""
+
+
 def outcome(name: str) -> Outcome:
     """What the checks at load say of a family or a variant, on a small random copy of it."""
     class_name = CLASSES[VARIANTS.get(name, (name, {}))[0]]
@@ -181,11 +190,10 @@ def outcome(name: str) -> Outcome:
     except ModelError as error:
         why = _short(error)
     try:
-        batched = small.check_own_cache()
+        batching = small.check_own_cache()
     except ModelError as error:
         return Outcome(name, class_name, "refused", f"{why}; {_short(error)}")
-    rows = "" if batched else "; one row at a time"
-    return Outcome(name, class_name, "own cache", why + rows)
+    return Outcome(name, class_name, "own cache", f"{why}; {ROWS[batching]}")
 
 
 def _short(error: ModelError) -> str:
@@ -205,7 +213,7 @@ tokens. What a default configuration leaves off is listed as a variant, in brack
   long row and a row that grows past every length, in one batch and with prompts in chunks, are
   those of the model's own forward pass in float64.
 - **own cache**: with the model's own forward pass and cache, one token at a time. The reason says
-  why not natively. Rows of one length run together unless it ends with "one row at a time".
+  why not natively, and then which rows share a batch with the logits that each has alone.
 - **refused**: neither gives the logits of the model's own uncached forward pass.
 - **not testable**: no small copy can be made or run; the error is given. Such a model is refused.
 

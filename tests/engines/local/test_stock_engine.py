@@ -52,8 +52,40 @@ def test_rows_of_one_length_share_forward_passes(invariant):
     rows = [Request(f"r{i}", 0, i, (3, 4, 5 + i), (3,), 6) for i in range(4)]
     assert all(len(done.token_ids) == 6 for done in engine.generate(rows))
     assert len(calls) == (24 if invariant else 6)
-    how = "the same bits in any batch" if invariant else "rows of one length together"
+    how = "the same bits in any batch" if invariant else "all rows in one batch"
     assert how in engine.notes()["attention"]
+
+
+def test_prompts_of_all_lengths_share_forward_passes():
+    """Guards: rows that run one by one because their prompts differ in length."""
+    vocab = vocabulary(stop_ids=frozenset())
+    engine = engine_of(recurrent(1), tiny_model(2), vocab=vocab, batch_invariant=False)
+    student = engine.pair.runners["student"]
+    calls = []
+    student.model.register_forward_hook(lambda *args: calls.append(1))
+    rows = [Request(f"r{i}", 0, i, (3,) * (i + 1), (4,) * (9 - i), 3 + i) for i in range(4)]
+    together = {done.request.id: done.token_ids for done in engine.generate(rows)}
+    assert {name: len(ids) for name, ids in together.items()} == {
+        row.id: row.max_new_tokens for row in rows
+    }
+    assert len(calls) == 6
+    for row in rows:
+        [alone] = engine.generate([row])
+        assert alone.token_ids == together[row.id]
+
+
+def test_weights_that_filler_reaches_run_by_length():
+    """Guards: a check on a small copy alone, where it is the weights or the kernels of the model
+    itself that let filler through."""
+    model = recurrent(1)
+
+    def unmasked(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": None}
+
+    model.register_forward_pre_hook(unmasked, with_kwargs=True)
+    engine = engine_of(model, tiny_model(2), batch_invariant=False)
+    assert engine.pair.runners["student"].batching == "by_length"
+    assert "rows of one length together" in engine.notes()["attention"]
 
 
 @pytest.mark.parametrize("long_role", ["student", "teacher"])
@@ -92,7 +124,7 @@ def test_a_cache_that_cannot_drop_rows_runs_one_at_a_time():
     model = small_model(*families.config_of("rwkv"), torch.float32)
     vocab = vocabulary(VOCAB, context=POSITIONS)
     engine = engine_of(model, model, vocab=vocab, batch_invariant=False)
-    assert not engine.pair.runners["teacher"].batched
+    assert engine.pair.runners["teacher"].batching == "single"
     assert "rows in a batch have other logits" in engine.notes()["attention"]
 
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import io
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
+from optimal_sampling.engines.local.model_check import SmallCopy
 from optimal_sampling.engines.local.scheduler import Chunk
 from optimal_sampling.engines.local.shrinking import small_model
 from optimal_sampling.engines.local.stock_runner import StockRunner
@@ -26,9 +28,9 @@ def _quiet():
         yield
 
 
-def greedy(model, prompts, new, batched=False, chunk=7, stop=None):
+def greedy(model, prompts, new, batching="single", chunk=7, stop=None):
     """Argmax texts of all prompts at once, and the logits of every token."""
-    runner = StockRunner(model, VOCAB, batched)
+    runner = StockRunner(model, VOCAB, batching)
     cache = runner.open_cache((0,), 0, 0)
     texts, logits = [list(p) for p in prompts], [[] for _ in prompts]
     chunks = [
@@ -83,11 +85,138 @@ def test_rows_of_one_length_go_together_and_may_end_apart(name):
     model = small_model(*families.config_of(name))
     prompts = [[a, a + 1, a + 2] for a in (5, 20, 40)]
     stop = (9, 3, 6)
-    texts, logits = greedy(model, prompts, 9, batched=True, stop=stop)
+    texts, logits = greedy(model, prompts, 9, "by_length", stop=stop)
     for i, prompt in enumerate(prompts):
         [text], [alone] = greedy(model, [prompt], stop[i])
         assert text == texts[i]
         torch.testing.assert_close(alone, logits[i], rtol=1e-4, atol=1e-4)
+
+
+BATCHING = {
+    "bloom": "merged",  # its ALiBi leaves NaN where filler comes first
+    "falcon (ALiBi)": "padded",
+    "gptj": "padded",
+    "jamba": "padded",
+    "lfm3": "padded",
+    "mamba2": "padded",
+    "qwen2_moe (windows)": "padded",
+    "qwen3_next": "padded",
+}
+UNEVEN = ([5, 6, 7], list(range(10, 40)), [8, 9, 10, 11, 12, 13], [30], list(range(50, 62)))
+STOPS = (14, 9, 3, 12, 6)
+"""The longest row ends before shorter ones, which takes filler away."""
+
+
+def growing(model, batching, late=2):
+    """Logits of every token of UNEVEN and of a row that starts late, and the forward passes."""
+    runner = StockRunner(model, VOCAB, batching)
+    cache = runner.open_cache((0,), 0, 0)
+    texts, logits = [list(p) for p in (*UNEVEN, [70, 71])], [[] for _ in range(6)]
+    stops, passes = (*STOPS, 5), []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    for step in range(max(stops) + late):
+        ready = [i for i in range(6) if len(logits[i]) < stops[i] and (i < 5 or step >= late)]
+        new = [i for i in ready if not logits[i]]
+        chunks = [Chunk(i, 0, texts[i][:-1]) for i in new if len(texts[i]) > 1]
+        fed = torch.tensor([[text[-1]] for text in texts])
+        at = np.array([len(text) - 1 for text in texts])
+        idle = [i for i in range(6) if i not in ready]
+        found = runner.forward(cache, fed, at, idle, chunks).logits
+        for i in ready:
+            logits[i].append(found[i, 0])
+            texts[i].append(int(found[i, 0].argmax()))
+    handle.remove()
+    return texts, [torch.stack(x) for x in logits], len(passes)
+
+
+@pytest.mark.parametrize("name", list(BATCHING))
+def test_rows_of_all_lengths_go_together(name):
+    """Guards: rows whose state, positions or mask know of the filler before them, a window that
+    counts it, and a batch that is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = SmallCopy(*families.config_of(name), "")
+    assert small.check_own_cache() == BATCHING[name]
+    model = small.model
+    model.generation_config.eos_token_id = None
+    texts, logits, passes = growing(model, BATCHING[name])
+    alone_texts, alone, passes_alone = growing(model, "single")
+    assert texts == alone_texts
+    for one, other in zip(logits, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    starts = 1 if BATCHING[name] == "padded" else 5
+    # each step is one pass, and every start one; a row that is late starts alone
+    assert passes == (max(STOPS) - 1) + starts + 1
+    assert passes_alone == sum(STOPS) + 5
+    for prompt, text, stop in zip(UNEVEN, texts, STOPS, strict=False):
+        stock = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=stop,
+            do_sample=False,
+            pad_token_id=0,
+            suppress_tokens=list(range(VOCAB, 96)),
+        )
+        assert text == stock[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["mamba2", "jamba"])
+def test_a_state_that_has_read_filler_is_found(name, monkeypatch):
+    """Guards: a check that a model passes whose recurrent layers see the filler."""
+    small = SmallCopy(*families.config_of(name), "")
+    module = __import__(type(small.model).__module__, fromlist=["x"])
+    if name == "mamba2":
+        monkeypatch.setattr(module, "apply_mask_to_padding_states", lambda states, mask: states)
+        assert small.check_own_cache() == "merged"
+    else:
+        [layer] = {type(m) for m in small.model.modules() if "MambaMixer" in type(m).__name__}
+        forward = layer.forward
+        monkeypatch.setattr(
+            layer, "forward", lambda self, *a, attention_mask=None, **k: forward(self, *a, **k)
+        )
+        assert small.check_own_cache() == "merged"
+
+
+@pytest.mark.parametrize("name", ["bart", "roformer", "phimoe (LongRoPE and windows)"])
+def test_positions_that_count_filler_are_found(name):
+    """Guards: positions taken from the length of the cache, and rotary factors that the longest
+    row of a batch chooses."""
+    small = SmallCopy(*families.config_of(name), "")
+    assert small.check_own_cache() == "by_length"
+
+
+def test_filler_goes_with_the_row_that_needed_it():
+    """Guards: a cache that stays as wide as a text that has ended, beyond its memory budget."""
+    model = small_model(*families.config_of("qwen2_moe (windows)"))
+    runner = StockRunner(model, VOCAB, "padded")
+    cache = runner.open_cache((0,), 0, 0)
+    long, short = list(range(5, 45)), [50, 51, 52]
+    fed = torch.tensor([[long[-1]], [short[-1]]])
+    chunks = [Chunk(0, 0, long[:-1]), Chunk(1, 0, short[:-1])]
+    cache.make_room(np.array([[40], [3]]), 1)
+    assert cache.manager.held == 2 * 41 * runner.bytes_per_token + 2 * runner.bytes_per_row
+    runner.forward(cache, fed, np.array([39, 2]), (), chunks)
+    group = cache.rows[1].group
+    assert group.ids.shape == (2, 40)
+    runner.forward(cache, torch.tensor([[9], [9]]), np.array([40, 3]), [0])
+    assert group.ids.shape == (1, 4)
+    layers = group.kwargs["past_key_values"].layers
+    assert {layer.keys.shape[2] for layer in layers} == {4}
+    assert {layer.get_seq_length() for layer in layers} == {4}
+
+
+def test_memory_of_rows_that_are_aligned_is_that_of_the_longest():
+    """Guards: an admission that counts short rows by their own length beside a long one."""
+    model = small_model(*families.config_of("gptj"))
+    lengths = np.array([[40], [3]])
+    sizes = {}
+    for batching in ("by_length", "padded"):
+        runner = StockRunner(model, VOCAB, batching)
+        manager = runner.open_cache((0,), 0, 0).manager
+        sizes[batching] = manager.bytes_needed(lengths, 1) - 2 * runner.bytes_per_row
+    assert sizes == {
+        "by_length": 45 * runner.bytes_per_token,
+        "padded": 82 * runner.bytes_per_token,
+    }
 
 
 def test_a_row_that_moves_or_starts_again_keeps_its_text():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.types import ALPHA_METHODS, Request
+from optimal_sampling.types import ALPHA_METHODS, UNBOUNDED_METHODS, Request
 from tests.engines.vllm.rows import LIMIT, assert_rows, expected_rows, full_rows
 from tests.engines.vllm.tiny import CONTEXT, SECOND_RUNNER, Pair, log_softmax
 
@@ -69,7 +69,9 @@ MIXTURES = [
     *(
         MixtureConfig(alpha_method=method, alpha_min=0.0, schedule_tokens=3)
         for method in ALPHA_METHODS
+        if method not in UNBOUNDED_METHODS
     ),
+    *(MixtureConfig(alpha_method=method) for method in UNBOUNDED_METHODS),
     MixtureConfig(),
     MixtureConfig(alpha_min=0.1, alpha_max=0.3),
     MixtureConfig(temperature=0.6, alpha_min=0.0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,20 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from optimal_sampling.config import DataConfig, GenerateConfig, ModelConfig, PromptConfig, RunConfig
+from optimal_sampling.config import (
+    DataConfig,
+    GenerateConfig,
+    ModelConfig,
+    PromptConfig,
+    RunConfig,
+    Stage,
+    VerifyConfig,
+)
 from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.records import RunFolder
 from optimal_sampling.records.export import ExportOptions, Tools
 from optimal_sampling.records.run_folder import record_lines
-from optimal_sampling.records.schema import Prompt, Sample, record_of
+from optimal_sampling.records.schema import Prompt, Sample, record_of, stage_id
 from optimal_sampling.records.verdicts import Verdict, VerdictFile
 from optimal_sampling.types import TRACE_FIELDS, Completion, Request, TokenTrace, prompt_id
 from optimal_sampling.vocabulary import ModelTokens, Vocabulary
@@ -113,6 +121,8 @@ class Draw:
     pieces: Sequence[str] = ()
     """Texts that are encoded on their own; empty: the whole text."""
     end: str = END
+    stage: str = ""
+    tries: int = 0
     log_p_student: float = -0.5
 
 
@@ -142,6 +152,7 @@ class Runs:
         seed: int = 7,
         failed: int = 0,
         top: int = 0,
+        stages: tuple[Stage, ...] = (),
         **prompt: Any,
     ) -> str:
         """A run folder with the records of the draws, and their verdicts."""
@@ -151,6 +162,8 @@ class Runs:
             data=DataConfig(dataset="rows.jsonl"),
             prompt=PromptConfig(**prompt),
             run=RunConfig(output_dir=str(folder), mode=mode, seed=seed),
+            verify=VerifyConfig(verify="synthetic"),
+            stages=stages,
         )
         renderer = PromptRenderer(config.prompt, self.vocabulary)
         with RunFolder(config) as run:
@@ -185,13 +198,15 @@ class Runs:
             ids.append(self.tokenizer.convert_tokens_to_ids(draw.end))
         values = dict.fromkeys(TRACE_FIELDS, 0.5) | {"log_p_student": draw.log_p_student}
         trace = TokenTrace.from_rows([tuple(values.values())] * len(ids))
+        if draw.stage:
+            prompt = replace(prompt, id=stage_id(draw.stage, prompt.id))
         request = Request(
             prompt.id, draw.sample, 7, rendered.student_ids, rendered.teacher_ids, 512
         )
         captured = top_of(ids, top) if top else {}
         completion = Completion(request, tuple(ids), draw.reason, trace, captured=captured)
-        text = self.vocabulary.decode(ids)
-        return Sample(prompt, completion, text, 1, self.vocabulary.decode_raw(ids), mode)
+        text, raw = self.vocabulary.decode(ids), self.vocabulary.decode_raw(ids)
+        return Sample(prompt, completion, text, 1, raw, mode, draw.stage, draw.tries)
 
     def _grade(self, folder: Path, draws: Sequence[Draw]) -> None:
         verdicts = [draw.verdict for draw in draws]

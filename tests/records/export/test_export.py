@@ -19,6 +19,7 @@ from pyarrow import parquet
 from tests.records.export.conftest import Draw, Runs, build_tokenizer
 
 from optimal_sampling.cli import parse_generate
+from optimal_sampling.config import Stage
 from optimal_sampling.errors import (
     ConfigError,
     DatasetError,
@@ -27,6 +28,7 @@ from optimal_sampling.errors import (
     TokenizerMismatchError,
 )
 from optimal_sampling.records.export import ExportOptions, export, push
+from optimal_sampling.records.export.decontaminate import Questions
 from optimal_sampling.records.export.folder import ParquetShards, new_folder
 from optimal_sampling.records.export.job import Tools
 from optimal_sampling.records.export.selection import is_validation
@@ -92,6 +94,42 @@ def test_only_correct(runs, rows):
     assert found["share right"] == "40.0% (2 of 5)"
     assert (found["truncated"], found["not graded"], found["not correct"]) == ("1", "1", "2")
     assert found["without usable reference"] == "1"
+
+
+STAGES = (Stage("own", mode="student", tries=2), Stage("veto", hint="right"))
+
+
+def test_of_stages_the_first_correct_completion(runs, rows):
+    """Guards: wrong tries in a training set, and a late stage in place of an early one."""
+    draws = [
+        Draw(0, "late", 0, "correct", stage="veto", tries=3),
+        Draw(0, "early", 1, "correct", stage="own", tries=2),
+        Draw(0, "wrong", 0, "wrong", stage="own", tries=1),
+        Draw(1, "never", 0, "wrong", stage="own", tries=1),
+        Draw(2, "b", 0, "correct", stage="veto", tries=3),
+    ]
+    folder = runs.make(draws, rows, stages=STAGES)
+    report = export(runs.options(folder), runs.tools)
+    assert completions(report) == ["early", "late", "b"]
+    assert lines(report)["not correct"] == "2"
+    one = export(runs.options(folder, max_per_prompt=1, overwrite=True), runs.tools)
+    assert completions(one) == ["early", "b"]
+    whole = export(runs.options(folder, only="all", overwrite=True), runs.tools)
+    assert len(completions(whole)) == 5
+    assert lines(report)["stage 1"] == "own: the student alone, 2 tries"
+    assert lines(report)["stage 2"] == "veto: the mixture, 1 try, hint right"
+    text = (report.folder / "README.md").read_text()
+    assert "In stages (own, veto): each prompt has the first completion" in text
+    assert "--stages=stages.yaml" in text
+    with pytest.raises(RunFolderError, match="take --kind optimal_sampling"):
+        export(runs.options(folder, kind="baseline", overwrite=True), runs.tools)
+
+
+def test_stages_without_verdicts(runs, rows):
+    """Guards: an export of tries of which nobody knows which one ended them."""
+    folder = runs.make([Draw(0, "a", stage="own", tries=1)], rows, stages=STAGES)
+    with pytest.raises(RunFolderError, match="the runs hold no verdicts"):
+        export(runs.options(folder), runs.tools)
 
 
 def test_a_verdict_of_a_record_that_was_replaced_does_not_count(runs, rows):
@@ -162,6 +200,33 @@ def test_decontamination(runs):
     assert completions(report) == ["1", "2"]
     assert lines(report)["overlapping with mine"] == "1"
     assert lines(report)["questions of mine, checked for overlap"] == "1"
+
+
+CHINESE = "已知函数的图像经过原点并且在区间上单调递增求实数的取值范围"
+JAPANESE = "次の文章を読んで、最も適切な答えを一つ選びなさい。ただし根拠も述べること。"
+THAI = "จงหาผลบวกของจำนวนเต็มบวกทั้งหมดที่น้อยกว่าหนึ่งร้อย"
+
+
+@pytest.mark.parametrize("question", [CHINESE, JAPANESE, THAI])
+def test_scripts_without_spaces_overlap_too(question):
+    """Guards: a whole sentence that counts as one word, so that only an equal text overlaps."""
+    questions = Questions()
+    questions.add("mine", [question])
+    assert questions.match(f"第一问：{question[2:]} (2024)") == "mine"
+    assert questions.match(f"请看。{question[4:21]}") == "mine"
+    assert questions.match(question[4:16]) is None
+    assert questions.match("完全不同的一道题目，求三角形的面积和周长各是多少？") is None
+
+
+def test_words_beside_letters_without_spaces():
+    """Guards: numbers and Latin words that are cut apart, or count for half."""
+    questions = Questions()
+    questions.add("mine", ["one two three four five six seven 求值"])
+    assert questions.match("so: One two three four five six seven 求值!") == "mine"
+    assert questions.match("one two three four five six seven 求") is None
+    questions.add("short", ["求值"])
+    assert questions.match("求值") == "short"
+    assert questions.match("求值吗") is None
 
 
 def test_an_empty_benchmark_is_refused(runs, rows):

@@ -100,7 +100,7 @@ class TiledPair(Pair):
         self.space.shift.zero_()
         self._relative = False
         self._shifted: Array | float = 0.0
-        self._shift(self._copied)
+        self._shift(self._given, 1 / self.temperature)
 
     @property
     def space(self) -> Workspace:
@@ -115,10 +115,11 @@ class TiledPair(Pair):
     def _measure(self) -> None:
         self._shift(lambda block, model: block.inside[model])
 
-    def _shift(self, source: Callable[[Block, int], Tensor]) -> None:
+    def _shift(self, source: Callable[[Block, int], Tensor], scale: float = 1.0) -> None:
         """Shift the rows of `source` by their largest, into `models`, and sum their exponentials.
 
-        Band by band, while the numbers are near the cache.
+        Band by band, while the numbers are near the cache. `scale`: multiplied with after the
+        shift, which keeps the digits of what lies near the largest.
         """
         space = self.space
         xp = self.xp
@@ -133,22 +134,20 @@ class TiledPair(Pair):
             top = xp.where(usual, top, 0.0)
             space.maximum_array[:, rows, 0] = top
             # true for NaN
-            underflows = not self.on_cpu or not (least - top >= MIN_EXPONENT).all()
+            underflows = not self.on_cpu or not (scale * (least - top) >= MIN_EXPONENT).all()
             self._underflows += [underflows] * len(band)
             for block, models in zip(band, sources, strict=True):
-                self._exponentiate(block, models, underflows)
+                self._exponentiate(block, models, underflows, scale)
         self.largest = xp.amax(space.most, -1)
         masked = xp.amin(space.least, -1) < MASKED
         self.maybe_masked = not self.none(masked)
-        self._shifted = self._shifted + space.maximum_array[..., 0]
+        tops = xp.asarray(space.maximum_array[..., 0], dtype=xp.float64)
+        self._shifted = self._shifted + tops * scale
 
-    def _copied(self, block: Block, model: int) -> Tensor:
-        """A model's logits in one block, divided by the temperature; a view where that is 1."""
+    def _given(self, block: Block, model: int) -> Tensor:
+        """A model's logits in one block, as they were given; a view where they are float32."""
         logits = self._logits[model][block.rows, block.columns]
-        if logits.dtype == torch.float32 and self.temperature == 1:
-            return logits
-        copy = block.inside[model].copy_(logits)
-        return copy.mul_(1 / self.temperature)
+        return logits if logits.dtype == torch.float32 else block.inside[model].copy_(logits)
 
     def _ranged(self, block: Block, source: Callable[[Block, int], Tensor]) -> list[Tensor]:
         """Both models in one block; notes their largest and least."""
@@ -159,10 +158,16 @@ class TiledPair(Pair):
             self.xp.amin(array, -1, out=least)
         return models
 
-    def _exponentiate(self, block: Block, models: list[Tensor], underflows: bool) -> None:
+    def _exponentiate(
+        self, block: Block, models: list[Tensor], underflows: bool, scale: float
+    ) -> None:
         for x, maximum, kept in zip(models, block.maximum, block.inside, strict=True):
             finite = torch.clamp(x, min=MASKED_LOGIT, out=kept) if underflows else x
             torch.sub(finite, maximum, out=kept)
+            if scale != 1:
+                kept.mul_(scale)
+                if underflows:
+                    kept.clamp_(min=MASKED_LOGIT)
         terms = block.both
         if underflows:
             terms = torch.clamp(terms, min=MIN_EXPONENT, out=block.scratch)

@@ -72,6 +72,7 @@ class WholePair(Pair):
         if self.temperature != 1:
             self._both *= 1 / self.temperature
         self._models = torch.from_numpy(self._both)
+        self._origin = np.zeros((2, self.rows))
         self._measure()
 
     @property
@@ -93,6 +94,7 @@ class WholePair(Pair):
             np.maximum(self._both, MASKED_LOGIT, out=self._both)
             top = np.where(top < MASKED, 0.0, top)
         self._both -= top[:, :, None]
+        self._origin += top
         student, teacher = self._least - top < _MIN_EXPONENT
         self._shifted = student | teacher
         self._underflows = bool(self._shifted.any())
@@ -103,7 +105,7 @@ class WholePair(Pair):
         self._z = np.add.reduce(self._weights, -1)
         log_z = np.log(self._z)
         self.log_z = tuple(log_z)
-        self.offset = tuple(top + log_z)
+        self.offset = tuple(self._origin + log_z)
 
     def _exp(self, x: Array) -> Array:
         if self._underflows:

@@ -74,6 +74,10 @@ TRACED = (
     "log_q",
     "fallback",
     "curvature",
+    "vetoed",
+    "kl_student_restricted",
+    "kl_teacher_restricted",
+    "log_p_student_restricted",
 )
 """The fields of the trace that `finish` writes, in the order of its names for their columns."""
 
@@ -111,7 +115,7 @@ def covers(mixture: MixtureConfig, keep_log_q: bool = False) -> bool:
     top-k and top-p, log q itself, nor fields of the trace beyond TRACED. Logits 5e11 below their
     row's largest count as -inf.
     """
-    restricted = cuts(mixture.teacher_support_top_k, mixture.teacher_support_top_p)
+    restricted = mixture.has_support
     truncated = cuts(mixture.top_k, mixture.top_p)
     known = mixture.alpha_method in _COVERED and set(TRACE_FIELDS) <= set(TRACED)
     return known and not (restricted or truncated or keep_log_q)

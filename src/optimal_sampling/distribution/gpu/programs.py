@@ -224,6 +224,10 @@ _Q_X, _HIGHEST, _BEST_ID = map(constexpr, range(8, 11))
     _TRACE_LOG_Q,
     _TRACE_FALLBACK,
     _TRACE_CURVATURE,
+    _TRACE_VETOED,
+    _TRACE_KL_STUDENT_RESTRICTED,
+    _TRACE_KL_TEACHER_RESTRICTED,
+    _TRACE_LOG_P_STUDENT_RESTRICTED,
 ) = (constexpr(TRACE_FIELDS.index(name)) for name in TRACED)
 _TRACE_WIDTH = constexpr(len(TRACE_FIELDS))
 
@@ -961,6 +965,9 @@ def _trace_mixture(trace, pieces, known):
     _put_field(trace, _TRACE_ENTROPY, tl.maximum(entropy, 0.0))
     _put_field(trace, _TRACE_FALLBACK, _get(known, _FALLBACK))
     _put_field(trace, _TRACE_CURVATURE, curvature)
+    _put_field(trace, _TRACE_VETOED, 0.0)
+    _put_field(trace, _TRACE_KL_STUDENT_RESTRICTED, tl.where(no_student, _INF, kl_s))
+    _put_field(trace, _TRACE_KL_TEACHER_RESTRICTED, tl.where(no_teacher, _INF, kl_t))
     return F
 
 
@@ -986,6 +993,7 @@ def _trace_token(trace, batch, token, known, F):
     log_q += tl.where(alpha > 0, alpha * log_p_t, 0.0)
     _put_field(trace, _TRACE_LOG_P_STUDENT, log_p_s)
     _put_field(trace, _TRACE_LOG_P_TEACHER, log_p_t)
+    _put_field(trace, _TRACE_LOG_P_STUDENT_RESTRICTED, log_p_s)
     _put_field(trace, _TRACE_LOG_Q, log_q - F)
 
 

@@ -25,7 +25,7 @@ from optimal_sampling.engines.fleet.supervision import Patience, Supervised
 from optimal_sampling.engines.fleet.suspects import Suspects
 from optimal_sampling.engines.fleet.worker import Launcher, Worker
 from optimal_sampling.errors import EngineError, OptimalSamplingError
-from optimal_sampling.types import Completion, Request
+from optimal_sampling.types import Completion, Request, WorkerStatus
 
 __all__ = ["Driver"]
 
@@ -106,6 +106,11 @@ class Driver:
         finally:
             self._give_up()
 
+    def status(self) -> list[WorkerStatus]:
+        """All workers, as they are shown."""
+        now = self.launcher.clock()
+        return [member.status(now) for member in self.members]
+
     def close(self) -> None:
         """Stop all workers."""
         for member in self.members:
@@ -124,7 +129,8 @@ class Driver:
     def _begin_on(self, member: Supervised) -> None:
         if self._run is None or member.facts is None:
             return
-        member.warm = False
+        member.warm, member.tokens = False, 0
+        member.began_at = self.launcher.clock()
         member.capacity = getattr(self._run.options, "batch_size", member.facts.capacity)
         member.worker.begin(self._run)
         self._hungry[member] = None
@@ -305,6 +311,7 @@ class Driver:
         else:
             self._returned.extendleft(reversed(others))
         member.failures += 1
+        member.all_failures += 1
         member.last_failure = cause
         if blamed is not None:
             self._blame(blamed, cause)

@@ -21,7 +21,7 @@ from optimal_sampling.engines.fleet.process_worker import ProcessLauncher
 from optimal_sampling.engines.fleet.supervision import Patience
 from optimal_sampling.engines.fleet.worker import Launcher
 from optimal_sampling.errors import EngineError
-from optimal_sampling.types import Completion, Mode, Request
+from optimal_sampling.types import Completion, Mode, Request, WorkerStatus
 from optimal_sampling.version import __version__
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
@@ -56,6 +56,14 @@ class FleetEngine(Engine):
         capture = tuple(sorted(self.capture))
         run = Run(next(self._numbers), self.mixture, self.mode, self.options, capture)
         yield from self.driver.generate(run, requests)
+
+    def workers(self) -> list[WorkerStatus]:
+        """As in `Engine`."""
+        return self.driver.status()
+
+    def watch(self, tick: Callable[[], None]) -> None:
+        """As in `Engine`."""
+        self.driver.on_tick = tick
 
     def notes(self) -> dict[str, str]:
         """The workers, and the notes of the first one's engine."""

@@ -75,11 +75,9 @@ class EngineServer:
         vocabulary = Vocabulary.load(
             models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
         )
-        if "kv_memory_gib" in options.fixed:
-            self._kv_gib = self._kv_budget()
         fitted = self._fitted(options)
         self._engine = open_engine(fitted, models, setup.mixture, vocabulary, setup.mode)
-        self._kv_gib = self._kv_gib or self._kv_budget()
+        self._kv_gib = self._kv_budget()
         self._send(_facts(self._engine.view(options=self._fitted(options))))
 
     def serve(self) -> None:
@@ -164,6 +162,8 @@ class EngineServer:
         given: float | None = options.kv_memory_gib
         if given is not None:
             return _with(options, kv_memory_gib=given / self._setup.sharing)
+        if "kv_memory_gib" in options.fixed:
+            return options  # the engine has a budget of its own
         return _with(options, kv_memory_gib=self._kv_gib)
 
 

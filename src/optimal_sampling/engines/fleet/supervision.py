@@ -8,11 +8,14 @@ from typing import Literal
 
 from optimal_sampling.engines.fleet.messages import Ready
 from optimal_sampling.engines.fleet.worker import Worker
-from optimal_sampling.types import Request
+from optimal_sampling.types import Request, WorkerStatus
 
 __all__ = ["Patience", "Supervised"]
 
 State = Literal["waiting", "starting", "ready", "retired"]
+
+
+_SHOWN = {"retired": "given up"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,11 @@ class Supervised:
     """Time of the last progress, counted in seconds that the driver has waited."""
     rounds: int | None = None
     tokens: int = 0
-    """Tokens of its completions."""
+    """Tokens of its completions in this run."""
+    began_at: float = 0.0
+    """When it began this run, by the launcher's clock."""
+    all_failures: int = 0
+    """Since the fleet was opened."""
     last_failure: str = ""
     user_error: str = ""
     """Class of the error that only the user can help."""
@@ -102,6 +109,21 @@ class Supervised:
         if not self.held:
             self.apart = False
         return request
+
+    def status(self, now: float) -> WorkerStatus:
+        """As it is shown; `now` by the launcher's clock."""
+        state: str = _SHOWN.get(self.state, self.state)
+        if self.state == "ready":
+            state = "working" if self.held else "idle"
+        seconds = now - self.began_at
+        return WorkerStatus(
+            self.worker.name,
+            self.worker.device,
+            state,
+            len(self.held),
+            round(self.tokens / seconds, 1) if self.tokens and seconds > 0 else 0.0,
+            self.all_failures,
+        )
 
     def take_all(self) -> tuple[list[Request], list[Request]]:
         """All requests: those that were running, and the others."""

@@ -14,7 +14,7 @@ paged/        KV memory in pages, with Flash Attention and CUDA graphs: a GPU in
 layers.py     layers that replace a model's own, and padding: equal bits in every batch on a CPU
 loading.py    a folder or hub id -> a model that can be run, or an error that says why not
 model_check.py, shrinking.py  a small copy of a model, compared with its own forward pass
-stock_runner.py               a model with its own forward pass and cache
+row_group.py, stock_runner.py a model with its own forward pass and cache
 rotary.py     rotary factors that depend on a row's length
 weights.py    whether weights were all there and all used; LoRA adapters
 """

@@ -37,7 +37,7 @@ from optimal_sampling.engines.local.runner import ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
 from optimal_sampling.engines.local.shrinking import text_model
 from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
-from optimal_sampling.engines.local.stock_runner import MEASURED_ROWS, StockRunner
+from optimal_sampling.engines.local.stock_runner import MEASURED_ROWS, Batching, StockRunner
 from optimal_sampling.engines.local.weights import check_weights, merge_adapter, takes_adapter
 from optimal_sampling.errors import MissingDependencyError, ModelError
 from optimal_sampling.vocabulary.model_folder import check_weight_files
@@ -46,6 +46,13 @@ __all__ = ["check_architecture", "load_model", "prepare_pair"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest accepted difference to the stock forward pass, relative to the largest logit."""
+OWN_CACHE_ROWS: dict[Batching, str] = {
+    "padded": "all rows in one batch",
+    "merged": "rows start with those of their length and go on in one batch",
+    "by_length": "rows of one length together, others one at a time",
+    "single": "as rows in a batch have other logits, one at a time",
+}
+"""What the line on attention says of a model with its own cache."""
 
 
 def load_model(
@@ -186,21 +193,22 @@ def _stock_runner(
     """
     try:
         small = SmallCopy(*text_model(type(model), model.config), role)
-        batched = small.check_own_cache()
+        batching = small.check_own_cache()
     except ModelError as error:
         message = f"{why}; and it cannot run with its own cache: {error}; refused"
         raise ModelError(message) from error
     model.set_attn_implementation(small.attention)
-    rows = "rows of one length together, others"
-    if not batched:
-        rows = "as rows in a batch have other logits,"
-    elif options.batch_invariant and _measures_shapes(model):
-        batched, rows = False, "for the same bits in any batch"
-    runner = StockRunner(model, vocab_size, batched)
-    note = (
-        f"the {role} model runs with the model's own cache: lockstep, {rows} one at a time, about "
-        f"{runner.slowdown():.1f} times slower than {MEASURED_ROWS} rows in one batch, as {why}"
-    )
+    rows = OWN_CACHE_ROWS[batching]
+    if batching != "single" and options.batch_invariant and _measures_shapes(model):
+        batching, rows = "single", "for the same bits in any batch one row at a time"
+    runner = StockRunner(model, vocab_size, batching)
+    if runner.merges and not runner.sharing_error() <= TOLERANCE.get(model.dtype, 0.1):
+        runner.batching = "by_length"
+        rows = OWN_CACHE_ROWS["by_length"]
+    if not runner.merges:
+        slower = f"{runner.slowdown():.1f} times slower than {MEASURED_ROWS} rows in one batch"
+        rows += f", about {slower}"
+    note = f"the {role} model runs with the model's own cache: lockstep, {rows}, as {why}"
     return runner, note
 
 

@@ -25,7 +25,7 @@ from optimal_sampling.engines.local.rotary import split_by_row
 from optimal_sampling.engines.local.scheduler import Chunk
 from optimal_sampling.engines.local.shrinking import POSITIONS, VOCAB, small_model, text_model
 from optimal_sampling.engines.local.slots.slot_runner import SlotRunner
-from optimal_sampling.engines.local.stock_runner import StockRunner
+from optimal_sampling.engines.local.stock_runner import Batching, StockRunner
 from optimal_sampling.errors import ModelError
 
 __all__ = [
@@ -44,6 +44,10 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 """Largest accepted difference to the stock logits, relative to the largest logit."""
 OWN_CACHE = 2e-3
 """The same for a model with its own cache: recurrent states are float32 in most."""
+BATCHED = 1e-4
+"""The same between a row of a batch and a row alone, both with the model's own cache."""
+LATE = 3
+"""Forward passes after which every other row starts, where rows share them."""
 SHORT, LONG, GROWING = range(3)
 """Rows of the mixed batch: one stays short, one is past every length, one grows past them."""
 PROMPTS = {SHORT: 4, LONG: 44, GROWING: 6}
@@ -183,29 +187,38 @@ class SmallCopy:
         assert plan is not None
         return call_problem(plan.layers_called, config)
 
-    def check_own_cache(self) -> bool:
-        """Whether rows of one length give their own logits in a batch, with the model's own cache.
+    def check_own_cache(self) -> Batching:
+        """Which rows may share forward passes, with the model's own cache, and keep their logits.
 
-        Raises ModelError unless each row alone does.
+        Raises ModelError unless each row alone has those of the uncached forward pass.
         """
         with _quiet():
             self.model.set_attn_implementation(self.attention)
             try:
-                alone = self._difference(self._own_logits(batched=False))
+                alone = self._own_logits("single")
             except Exception as error:
                 message = f"{self.start}, which cannot be run with its own cache"
                 raise ModelError(f"{message}: {reason_of(error)}") from error
+            difference = self._difference(dict(enumerate(alone[::2])))
             allowed = OWN_CACHE * self.scale
-            if alone > allowed:
+            if difference > allowed:
                 raise ModelError(
                     f"{self.start}, whose logits with its own cache differ from those without (by"
-                    f" {alone:.3g} in a small copy of it; allowed: {allowed:.3g}), so that it is"
-                    " not known which are right"
+                    f" {difference:.3g} in a small copy of it; allowed: {allowed:.3g}), so that it"
+                    " is not known which are right"
                 )
-            try:
-                return self._difference(self._own_logits(batched=True)) <= allowed
-            except (RuntimeError, ValueError, IndexError):  # its cache cannot drop rows
-                return False
+            kinds: tuple[Batching, ...] = ("padded", "merged", "by_length")
+            return next((kind for kind in kinds if self._same_rows(alone, kind)), "single")
+
+    def _same_rows(self, alone: list[Float[Tensor, "n vocab"]], batching: Batching) -> bool:
+        """Whether rows that share forward passes have the logits that they have alone."""
+        try:
+            found = self._own_logits(batching)
+        except (RuntimeError, ValueError, IndexError):  # its cache cannot drop or pad rows
+            return False
+        pairs = zip(found, alone, strict=True)
+        worst = [float((one - other).abs().max()) for one, other in pairs]
+        return bool(np.nanmax(worst) <= BATCHED * self.scale and np.isfinite(worst).all())
 
     def _difference(self, found: dict[int, Tensor]) -> float:
         parts = [(x - self.expected[row]).abs().max().item() for row, x in found.items()]
@@ -238,32 +251,41 @@ class SmallCopy:
             f" {allowed:.3g})"
         )
 
-    def _own_logits(self, batched: bool) -> dict[int, Float[Tensor, "n vocab"]]:
-        """Logits after each prefix of every row's text, each row twice, by `StockRunner`."""
-        runner = StockRunner(self.model, VOCAB, batched)
-        cache = runner.open_cache((0,), 0, 0)
+    def _own_logits(self, batching: Batching) -> list[Float[Tensor, "n vocab"]]:
+        """Logits after each prefix of every row's text, each row twice, by `StockRunner`.
+
+        Where rows share forward passes, the second of each two starts `LATE`, or one of a batch
+        ends before the other.
+        """
+        runner = StockRunner(self.model, VOCAB, batching)
+        runner.few = POSITIONS  # texts of all lengths start together, where any may
+        if runner.merges and not runner.can_merge:
+            raise ValueError("a cache of a kind that cannot be merged")
         rows = [row for row in PROMPTS for _ in range(2)]
         texts = [_text(row) for row in rows]
-        chunks = [Chunk(i, 0, ids[: prompt - 1]) for i, (ids, prompt) in enumerate(texts)]
+        cache = runner.open_cache((0,), 0, 0)
         at = np.array([prompt - 1 for _, prompt in texts])
         ends = np.array([len(ids) for ids, _ in texts])
         ends[1] -= 1  # one row of a batch ends before the other
+        begins = np.array([0, LATE if runner.merges else 0] * len(PROMPTS))
         found: list[list[Tensor]] = [[] for _ in rows]
-        while (at < ends).any():
-            idle = [int(i) for i in np.flatnonzero(at >= ends)]
-            tokens = [[ids[min(p, len(ids) - 1)]] for (ids, _), p in zip(texts, at, strict=True)]
-            # past a rotary switch, rows are recomputed
-            chunks += [
-                Chunk(i, 0, ids[:p])
-                for i, ((ids, prompt), p) in enumerate(zip(texts, at, strict=True))
-                if p == runner.rope_switch and p >= prompt
+        for step in range(4 * POSITIONS):
+            if (at >= ends).all():
+                break
+            idle = np.flatnonzero((at >= ends) | (step < begins))
+            working = [int(i) for i in set(range(len(rows))) - set(idle)]
+            # at the start, and past a rotary switch, all is read
+            chunks = [
+                Chunk(i, 0, texts[i][0][: at[i]])
+                for i in working
+                if not found[i] or at[i] == runner.rope_switch
             ]
-            logits = runner.forward(cache, torch.tensor(tokens), at, idle, chunks).logits
-            chunks = []
-            for i in set(range(len(rows))) - set(idle):
+            tokens = [[ids[min(p, len(ids) - 1)]] for (ids, _), p in zip(texts, at, strict=True)]
+            logits = runner.forward(cache, torch.tensor(tokens), at, idle.tolist(), chunks).logits
+            for i in working:
                 found[i].append(logits[i, 0])
                 at[i] += 1
-        return {row: torch.stack(found[2 * i]) for i, row in enumerate(PROMPTS)}
+        return [torch.stack(part) for part in found]
 
 
 def check_small_copy(model: Any, role: str) -> None:

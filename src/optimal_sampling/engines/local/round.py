@@ -27,7 +27,6 @@ from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import (
     Drawn,
     NoiseKeys,
-    cuts,
     draft,
     gumbel,
     runs_fused,
@@ -64,8 +63,8 @@ class RunSettings:
     def keeps_log_q(self) -> bool:
         """Whether q is needed of the whole vocabulary."""
         mixture = self.mixture
-        restricted = cuts(mixture.teacher_support_top_k, mixture.teacher_support_top_p)
-        return "log_q" in self.capture or (self.top_tokens > 0 and restricted)
+        follows_from_alpha = mixture.is_geometric and not mixture.has_support
+        return "log_q" in self.capture or (self.top_tokens > 0 and not follows_from_alpha)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -48,6 +48,7 @@ RULES: tuple[Rule, ...] = (
     (r"layer_group_size|_pattern$|layer_step$", 2),
     (r"_offset$|num_dense_layers|first_k_dense|max_window_layers|num_kv_shared_layers", 1),
     (r"num_mem_blocks|n_group$|topk_group|num_expert_group|n_groups$|ngroups$|o_groups$", 1),
+    (r"^index_n_heads$", 16),  # with few heads many keys score 0, and which are taken is chance
     (r"index_topk_blocks", 2),
     (r"index_topk|indexer_budget", 12),
     (r"top_?k$|experts_per_tok|moe_k$", 2),
@@ -104,6 +105,8 @@ def small_model(model_class: Any, config: Any, dtype: torch.dtype = torch.float6
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.15)
+            else:  # biases are zero at first, which would hide what they do to filler
+                parameter.add_(torch.empty_like(parameter).normal_(0, 0.1))
     return model.requires_grad_(False)
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,57 +17,44 @@ from torch import Tensor
 
 from optimal_sampling.engines.local.memory import BlockManager, Lengths
 from optimal_sampling.engines.local.rotary import join_rows
+from optimal_sampling.engines.local.row_group import Group, StockRow, filler_mask, merge
 from optimal_sampling.engines.local.runner import Cache, ForwardPass, ModelRunner
 from optimal_sampling.engines.local.scheduler import Chunk
 
-__all__ = ["MEASURED_ROWS", "StockCache", "StockRunner"]
+__all__ = ["MEASURED_ROWS", "Batching", "StockCache", "StockRunner"]
+
+Batching: TypeAlias = Literal["single", "by_length", "merged", "padded"]
+"""Which rows share forward passes.
+
+`single`: none. `by_length`: those that start in one round with texts of one length. `merged`: these
+start together, and later all rows go together, with filler before the shorter texts. `padded`:
+texts of different lengths also start together.
+"""
 
 PROBE = (8, 24)
 """Lengths of the texts whose caches are measured."""
+PROBE_TEXTS = (3, 7, 24)
+"""Lengths of the texts that are read together and alone."""
 MEASURED_ROWS = 8
 """Rows of the batch whose speed is measured."""
-
-
-@dataclass(slots=True, eq=False)
-class StockRow:
-    """One row: the tokens that no forward pass has seen, and the group in which the others were."""
-
-    pending: list[int] = field(default_factory=list)
-    length: int = 0
-    """Tokens that the model's cache holds."""
-    group: Group | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Group:
-    """Rows that go through the model together; all of one length, so that nothing is padded."""
-
-    rows: list[StockRow]
-    ids: Int[Tensor, "rows tokens"]
-    kwargs: dict[str, Any]
-    """What `generate` hands from one forward pass to the next, the cache among it."""
-
-    def keep(self, rows: list[StockRow]) -> None:
-        """Drop every row but these, which are in the group's order."""
-        if len(rows) == len(self.rows):
-            return
-        index = torch.tensor([self.rows.index(row) for row in rows], device=self.ids.device)
-        count = len(self.rows)
-        self.ids = self.ids[index]
-        for name, value in self.kwargs.items():
-            if hasattr(value, "reorder_cache"):
-                value.reorder_cache(index)
-            elif isinstance(value, Tensor) and value.shape[:1] == (count,) and count > 1:
-                self.kwargs[name] = value[index]
-        self.rows = rows
+STRETCH = 2.0
+"""Texts start together that are at most so many times as long as the shortest of them."""
+FEW = 64
+"""Texts of at most so many tokens start together in any case."""
 
 
 class StockManager(BlockManager):
-    """Memory of rows that each have a cache of their own: `bytes_per_row`, and more per token."""
+    """Memory of the rows of a model's own cache: `bytes_per_row`, and more per token.
 
-    def __init__(self, contexts: tuple[int, ...], bytes_per_token: int, bytes_per_row: int) -> None:
+    `aligned`: every row takes as much as the longest.
+    """
+
+    def __init__(
+        self, contexts: tuple[int, ...], bytes_per_token: int, bytes_per_row: int, aligned: bool
+    ) -> None:
         super().__init__(contexts, bytes_per_token)
         self.bytes_per_row = bytes_per_row
+        self.aligned = aligned
         self._rows = np.zeros(0, dtype=np.int64)
 
     @property
@@ -93,7 +79,8 @@ class StockManager(BlockManager):
         self._rows = self._rows[:0]
 
     def _bytes(self, rows: Int[np.ndarray, " rows"]) -> int:
-        return len(rows) * self.bytes_per_row + int(rows.sum()) * self.bytes_per_token
+        tokens = len(rows) * rows.max(initial=0) if self.aligned else rows.sum()
+        return len(rows) * self.bytes_per_row + int(tokens) * self.bytes_per_token
 
 
 class StockCache(Cache):
@@ -142,17 +129,17 @@ class StockCache(Cache):
 class StockRunner(ModelRunner[StockCache]):
     """Forward passes over the rows of a `StockCache`.
 
-    `batched`: rows that start in one round with texts of one length go through the model
-    together. Their logits are those of a batch, equal to a single row up to rounding; otherwise
-    to the bit.
+    Where rows share forward passes, their logits are those of a batch, equal to a single row up to
+    rounding; with `single` to the bit.
     """
 
     drafts = False
+    few = FEW
 
-    def __init__(self, model: Any, vocab_size: int, batched: bool = False) -> None:
+    def __init__(self, model: Any, vocab_size: int, batching: Batching = "single") -> None:
         super().__init__(model, vocab_size)
-        join_rows(model)  # no forward pass here has rows of several lengths
-        self.batched = batched
+        join_rows(model)  # rows of which some are past a switch are never merged
+        self.batching = batching
         few, many = (self._cache_bytes(count) for count in PROBE)
         self.bytes_per_token = -(-(many - few) // (PROBE[1] - PROBE[0]))
         self.bytes_per_row = max(0, few - PROBE[0] * self.bytes_per_token)
@@ -160,13 +147,47 @@ class StockRunner(ModelRunner[StockCache]):
 
     def open_cache(self, contexts: tuple[int, ...], tokens: int, sequences: int) -> StockCache:
         """Rows bring their own memory, so neither number matters."""
-        return StockCache(StockManager(contexts, self.bytes_per_token, self.bytes_per_row))
+        sizes = self.bytes_per_token, self.bytes_per_row
+        return StockCache(StockManager(contexts, *sizes, aligned=self.merges))
+
+    @property
+    def merges(self) -> bool:
+        """Whether rows that started apart go together later."""
+        return self.batching in ("merged", "padded")
 
     @torch.inference_mode()
     def _cache_bytes(self, count: int) -> int:
         """Bytes of one row's cache after `count` tokens."""
         group, _ = self._start([StockRow([0] * count)])
         return sum(map(_tensor_bytes, group.kwargs.values()))
+
+    @property
+    @torch.inference_mode()
+    def can_merge(self) -> bool:
+        """Whether the model's cache is of a kind that `row_group` can join and pad."""
+        group, _ = self._start([StockRow([0, 0])])
+        return group.joins(group)
+
+    @torch.inference_mode()
+    def sharing_error(self) -> float:
+        """Largest difference of logits between texts of several lengths together and each alone.
+
+        Relative to the largest logit, or to 1 where that is smaller.
+        """
+        vocab = self.embeddings
+        texts = [[(5 + i) % vocab for i in range(length)] for length in PROBE_TEXTS]
+        together = self._logits_after(texts)
+        alone = torch.cat([self._logits_after([text]) for text in texts])
+        return float((together - alone).abs().max() / alone.abs().max().clamp(min=1))
+
+    def _logits_after(self, texts: list[list[int]]) -> Float[Tensor, "texts vocab"]:
+        """After the last token of each, which is read in a forward pass of its own."""
+        rows = [StockRow(text[:-1]) for text in texts]
+        self._run(rows)
+        for row, text in zip(rows, texts, strict=True):
+            row.pending.append(text[-1])
+        found = self._run(rows)
+        return torch.stack([found[row] for row in rows]).float()
 
     @torch.inference_mode()
     def slowdown(self) -> float:
@@ -179,7 +200,7 @@ class StockRunner(ModelRunner[StockCache]):
         seconds = []
         for _ in range(5):
             started = time.perf_counter()
-            self._step(group, group.rows)[1].sum().item()  # waits for a GPU
+            self._step(group)[1].sum().item()  # waits for a GPU
             seconds.append(time.perf_counter() - started)
         return min(seconds)
 
@@ -214,9 +235,7 @@ class StockRunner(ModelRunner[StockCache]):
 
     def _run(self, rows: list[StockRow]) -> dict[StockRow, Float[Tensor, " vocab"]]:
         new = [row for row in rows if row.group is None]
-        groups = {id(row.group): row.group for row in rows if row.group is not None}
-        members = {key: [r for r in group.rows if r in rows] for key, group in groups.items()}
-        steps = [self._step(group, members[key]) for key, group in groups.items()]
+        steps = [self._step(group) for group in self._continued(rows)]
         steps += [self._start(part) for part in self._parts(new)]
         found: dict[StockRow, Tensor] = {}
         for group, logits in steps:
@@ -226,17 +245,50 @@ class StockRunner(ModelRunner[StockCache]):
                 row.pending.clear()
         return found
 
+    def _continued(self, rows: list[StockRow]) -> list[Group]:
+        """The groups of those rows that have one, without the rows that have ended."""
+        working = set(rows)
+        groups = list(dict.fromkeys(row.group for row in rows if row.group is not None))
+        before = [len(group.rows) for group in groups]
+        for group in groups:
+            group.keep([row for row in group.rows if row in working])
+        if not self.merges:
+            return groups
+        joined: list[list[Group]] = []
+        for group in groups:
+            same = next((others for others in joined if others[0].joins(group)), None)
+            joined.append([group]) if same is None else same.append(group)
+        merged = [merge(parts) if len(parts) > 1 else parts[0] for parts in joined]
+        if before != [len(group.rows) for group in merged]:
+            for group in merged:
+                group.align()
+        return merged
+
     def _parts(self, rows: list[StockRow]) -> list[list[StockRow]]:
         """Which new rows start together."""
-        if not self.batched:
+        if self.batching == "single":
             return [[row] for row in rows]
-        lengths = sorted({len(row.pending) for row in rows})
-        return [[row for row in rows if len(row.pending) == length] for length in lengths]
+        parts: list[list[StockRow]] = []
+        for row in sorted(rows, key=lambda row: len(row.pending)):
+            if parts and len(row.pending) <= self._most(len(parts[-1][0].pending)):
+                parts[-1].append(row)
+            else:
+                parts.append([row])
+        return parts
+
+    def _most(self, shortest: int) -> float:
+        """Tokens of the longest text that may start with a text of `shortest`."""
+        return max(self.few, STRETCH * shortest) if self.batching == "padded" else shortest
 
     def _start(self, rows: list[StockRow]) -> tuple[Group, Float[Tensor, "rows vocab"]]:
         """Read the texts of new rows."""
-        ids = torch.tensor([row.pending for row in rows], device=self.device)
-        group = Group(rows, ids, self._prepared(ids))
+        lengths = [len(row.pending) for row in rows]
+        width = max(lengths)
+        # filled with the row's own first token, which can spoil no other row's numbers
+        filled = [[row.pending[0]] * (width - len(row.pending)) + row.pending for row in rows]
+        ids = torch.tensor(filled, device=self.device)
+        mask = filler_mask(torch.tensor(lengths, device=self.device), width)
+        group = Group(rows, ids, self._prepared(ids, mask))
         for row in rows:
             row.group = group
         inputs = self.model.prepare_inputs_for_generation(
@@ -244,7 +296,9 @@ class StockRunner(ModelRunner[StockCache]):
         )
         return group, self._forward(group, inputs)
 
-    def _prepared(self, ids: Int[Tensor, "rows tokens"]) -> dict[str, Any]:
+    def _prepared(
+        self, ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows tokens"]
+    ) -> dict[str, Any]:
         """What `generate` would hand to the first forward pass: a new cache, positions, masks."""
         from transformers import GenerationConfig
 
@@ -268,18 +322,15 @@ class StockRunner(ModelRunner[StockCache]):
         )
         self.model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=mask,
             generation_config=config,
             custom_generate=keep,
         )
         return kept
 
-    def _step(
-        self, group: Group, rows: list[StockRow]
-    ) -> tuple[Group, Float[Tensor, "rows vocab"]]:
+    def _step(self, group: Group) -> tuple[Group, Float[Tensor, "rows vocab"]]:
         """Read one more token of each row."""
-        group.keep(rows)
-        last = torch.tensor([row.pending for row in rows], device=self.device)
+        last = torch.tensor([row.pending for row in group.rows], device=self.device)
         group.ids = torch.cat([group.ids, last], 1)
         cached = group.kwargs.get("use_cache", True)
         inputs = self.model.prepare_inputs_for_generation(

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.errors import ConfigError
-from optimal_sampling.types import Mode
+from optimal_sampling.types import UNBOUNDED_METHODS, Mode
 
 __all__ = [
     "MODES",
@@ -49,17 +51,40 @@ _SAMPLED_BY_VLLM = frozenset({"temperature", "top_k", "top_p"})
 
 
 def mixture_from(values: Mapping[str, Any], base: MixtureConfig) -> MixtureConfig:
-    """`base` with some fields replaced. Raises ConfigError for an unknown name or a wrong type."""
-    types = {item.name: type(getattr(base, item.name)) for item in fields(MixtureConfig)}
+    """`base` with some fields replaced. Raises ConfigError for an unknown name or a wrong type.
+
+    Where a method without bounds is asked for, those of `base` are left out.
+    """
+    types = _types()
     converted: dict[str, Any] = {}
     for name, value in values.items():
         if name not in types:
             raise ConfigError(f"unknown option {name!r}; there are: {', '.join(sorted(types))}")
-        expected = types[name]
+        expected, *others = types[name]
+        if value is None and others:
+            converted[name] = None
+            continue
         if not _has_type(value, expected):
             raise ConfigError(f"{name} must be of type {expected.__name__}, got {value!r}")
         converted[name] = expected(value)
+    if converted.get("alpha_method") in UNBOUNDED_METHODS:
+        default = MixtureConfig()
+        base = replace(base, alpha_min=default.alpha_min, alpha_max=default.alpha_max)
     return replace(base, **converted)
+
+
+@cache
+def _types() -> dict[str, tuple[type, ...]]:
+    """The type of every option's values; with NoneType where it can be unset."""
+    hints = get_type_hints(MixtureConfig)
+    types: dict[str, tuple[type, ...]] = {}
+    for item in fields(MixtureConfig):
+        hint = hints[item.name]
+        if isinstance(hint, UnionType):
+            types[item.name] = get_args(hint)
+        else:
+            types[item.name] = (str if get_origin(hint) is Literal else hint,)
+    return types
 
 
 def _has_type(value: object, expected: type) -> bool:

@@ -81,16 +81,19 @@ class TraceStore:
 def alpha_summary(
     alpha: Sequence[float], clamped: Sequence[float], curvature: Sequence[float]
 ) -> dict[str, float]:
-    """Statistics over tokens; NaN without tokens. `std` is the population's.
+    """Statistics over tokens that have an alpha; NaN without any. `std` is the population's.
 
-    `weighted_mean`, with `curvature` as weights, is alpha where the models differ.
+    `weighted_mean`, with `curvature` as weights, is alpha where the models differ. `count` is of
+    all tokens.
     """
+    count, weighted = len(alpha), weighted_mean(alpha, curvature)
+    alpha = [value for value in alpha if not math.isnan(value)]
     return {
         "mean": statistics.fmean(alpha) if alpha else math.nan,
-        "weighted_mean": weighted_mean(alpha, curvature),
+        "weighted_mean": weighted,
         "std": statistics.pstdev(alpha) if alpha else math.nan,
         "min": min(alpha, default=math.nan),
         "max": max(alpha, default=math.nan),
-        "count": len(alpha),
+        "count": count,
         "clamped": statistics.fmean(clamped) if clamped else math.nan,
     }

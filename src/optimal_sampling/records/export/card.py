@@ -13,7 +13,7 @@ from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.records.export.options import ExportOptions
 from optimal_sampling.records.export.reading import Run
 from optimal_sampling.records.export.tokens import StudentTokens
-from optimal_sampling.records.run_folder import flat
+from optimal_sampling.records.run_folder import flat, stage_text
 from optimal_sampling.version import __version__
 
 __all__ = ["Section", "card", "generate_command", "made_with", "train_command"]
@@ -56,7 +56,9 @@ def generate_command(run: Run) -> str:
     defaults = flat(GenerateConfig(engine=ENGINES[engine]())) if engine in ENGINES else {}
     words = ["optimal-sampling", "generate"]
     for name, value in given.items():
-        if name in defaults and value is not None and value != defaults[name]:
+        if name == "stages":
+            words += ["--stages=stages.yaml"] if value else []
+        elif name in defaults and value is not None and value != defaults[name]:
             words += _flag(name.replace("_", "-"), value)
     if engine != "local":
         words += ["--engine", engine]
@@ -89,7 +91,7 @@ def card(
     parts = [
         _front_matter(options, folder, licence(options, source)),
         f"# {options.kind}: {source}\n",
-        f"{_KINDS[options.kind]}\nMade by optimal-sampling {__version__}.\n",
+        f"{_KINDS[options.kind]}{_in_stages(runs)}\nMade by optimal-sampling {__version__}.\n",
         f"Columns: {_FORMATS[options.format]}",
         "`id` and `sample_index` are those of the records.\n"
         if options.format != "prompts"
@@ -146,6 +148,17 @@ def _front_matter(options: ExportOptions, folder: Path, name: str) -> str:
     return f"---\n{yaml.safe_dump(dict(head), sort_keys=False)}---\n"
 
 
+def _in_stages(runs: list[Run]) -> str:
+    """A sentence on the stages of the runs, where they have any."""
+    names = dict.fromkeys(stage["name"] for run in runs for stage in run.stages)
+    if not names:
+        return ""
+    return (
+        f" In stages ({', '.join(names)}): each prompt has the first completion that was graded as "
+        "correct; some stages draw from one model alone (see below)."
+    )
+
+
 def _table(title: str, lines: Iterable[tuple[str, str]]) -> str:
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in lines)
     return f"## {title}\n\n| | |\n|---|---|\n{rows}\n"
@@ -176,4 +189,8 @@ def made_with(runs: list[Run]) -> list[tuple[str, str]]:
         "most new tokens": "max_new_tokens",
         "engine": "engine",
     }
-    return [(title, _first(runs, name)) for title, name in names.items()]
+    stages = [
+        (f"stage {number}", f"{stage['name']}: {stage_text(stage)}")
+        for number, stage in enumerate(runs[0].stages, start=1)
+    ]
+    return [(title, _first(runs, name)) for title, name in names.items()] + stages

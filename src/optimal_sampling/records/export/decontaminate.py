@@ -15,7 +15,13 @@ __all__ = ["NGRAM", "Questions", "RowsOf", "load_questions", "problem_text"]
 NGRAM = 8
 """Words in a row; of a shorter question, all of its words."""
 
-_WORD = re.compile(r"\w+")
+# Thai, Lao, Burmese, Khmer, kana, Chinese characters: scripts without spaces between words
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_LETTER = re.compile(rf"[{_UNSPACED}]")
 
 
 def _words(text: str) -> list[str]:
@@ -23,8 +29,20 @@ def _words(text: str) -> list[str]:
 
 
 def _ngrams(words: list[str]) -> Iterator[str]:
-    for start in range(len(words) - NGRAM + 1):
-        yield " ".join(words[start : start + NGRAM])
+    """From each word on, as many as count for `NGRAM` words.
+
+    Of scripts without spaces a letter counts for half a word.
+    """
+    counts = [1 if _LETTER.match(word) else 2 for word in words]
+    end = total = 0
+    for start, count in enumerate(counts):
+        while total < 2 * NGRAM and end < len(words):
+            total += counts[end]
+            end += 1
+        if total < 2 * NGRAM:
+            return
+        yield " ".join(words[start:end])
+        total -= count
 
 
 @dataclass
@@ -42,9 +60,10 @@ class Questions:
         for text in texts:
             count += 1
             words = _words(text)
-            if len(words) < NGRAM:
+            ngrams = list(_ngrams(words))
+            if not ngrams:
                 self._short.setdefault(" ".join(words), benchmark)
-            for ngram in _ngrams(words):
+            for ngram in ngrams:
                 self._by_ngram.setdefault(ngram, benchmark)
         if not count:
             raise DatasetError(f"the benchmark {benchmark} holds no questions")
@@ -53,7 +72,7 @@ class Questions:
     def match(self, text: str) -> str | None:
         """The benchmark whose question overlaps with a text; None where none does."""
         words = _words(text)
-        if len(words) < NGRAM:
+        if next(_ngrams(words), None) is None:
             return self._short.get(" ".join(words))
         return next((self._by_ngram[ngram] for ngram in _ngrams(words) if ngram in self), None)
 

@@ -134,7 +134,9 @@ class _Writing:
         self.options = options
         self.form = form
         self.tools = tools
-        self.exported = Exported(options, drawn_at=_drawn_at(form.runs))
+        self.exported = Exported(
+            options, drawn_at=_drawn_at(form.runs), old_support=_within_support(form.runs)
+        )
 
     def run(self, folder: Path, entries: list[Entry]) -> Exported:
         """Write all splits."""
@@ -212,14 +214,18 @@ class _Pace:
 
 def _drawn_at(runs: list[Run]) -> str:
     """How the student of the records differs from the student at temperature 1."""
-    notes = []
-    temperatures = {run.compared.get("temperature", 1.0) for run in runs}
-    if temperatures != {1.0}:
-        notes.append(f"temperature {', '.join(map(str, sorted(temperatures)))}")
+    options = [each for run in runs for each in run.stages or [run.compared]]
+    temperatures = {each.get("temperature", 1.0) for each in options}
+    if temperatures == {1.0}:
+        return ""
+    return f" (temperature {', '.join(map(str, sorted(temperatures)))})"
+
+
+def _within_support(runs: list[Run]) -> bool:
+    """Whether a run restricted both models to the teacher's likeliest tokens."""
     restricted = ("teacher_support_top_k", -1), ("teacher_support_top_p", 1.0)
-    if any(run.compared.get(name, off) != off for run in runs for name, off in restricted):
-        notes.append("within the teacher's support")
-    return f" ({', '.join(notes)})" if notes else ""
+    options = [each for run in runs for each in run.stages or [run.compared]]
+    return any(each.get(name, off) != off for each in options for name, off in restricted)
 
 
 def _coverage(options: ExportOptions, runs: list[Run], entries: list[Entry]) -> Coverage:

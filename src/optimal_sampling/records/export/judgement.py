@@ -140,6 +140,8 @@ class Exported:
     options: ExportOptions
     drawn_at: str = ""
     """How the student that log_p_student is about differs from the student at temperature 1."""
+    old_support: bool = False
+    """Whether a run within a teacher's support may hold log_p_student of the restricted student."""
     rows: Counter[str] = field(default_factory=Counter)
     """By split."""
     prompts: set[bytes] = field(default_factory=set)
@@ -233,7 +235,10 @@ class Exported:
             yield name, f"{measured:.4f} (measured on {len(self.scores)} rows)"
         recorded = self.totals.mean("log_p_student")
         if recorded is not None:
-            yield "student NLL while drawing, nats/token", f"{-recorded:.4f}{self.drawn_at}"
+            note = self.drawn_at
+            if self.old_support and self.totals.mean("vetoed") is None:
+                note += " (within the teacher's support)"
+            yield "student NLL while drawing, nats/token", f"{-recorded:.4f}{note}"
         if measured is None and recorded is None:
             yield name, "not known: --score-rows 200 measures it"
 
@@ -264,4 +269,5 @@ _MEANS = {
     "chernoff": "Chernoff information, nats/token",
     "kl_student": "KL(q, student), nats/token",
     "kl_teacher": "KL(q, teacher), nats/token",
+    "vetoed": "vetoed share of the student's mass",
 }

@@ -57,8 +57,9 @@ class ExportOptions:
     """Model to be trained, whose tokenizer is used; unset: the student of the runs."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model to be trained."""
-    only: Literal["all", "correct"] = "all"
-    """`correct`: only completions that were graded as correct (`optimal-sampling verify`)."""
+    only: Literal["all", "correct"] | None = None
+    """`correct`: only completions that were graded as correct (`optimal-sampling verify`); unset:
+    of a run of stages those, of others all."""
     drop_truncated: bool = True
     """Leave out completions that ended by length: they would teach to stop in mid-thought."""
     dedup: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -31,8 +31,13 @@ class Run:
 
     @property
     def mode(self) -> str:
-        """What its tokens were drawn from."""
+        """What its tokens were drawn from; of stages `mixture`."""
         return str(self.compared.get("mode", "mixture"))
+
+    @property
+    def stages(self) -> Sequence[Mapping[str, Any]]:
+        """The options of its stages; empty for a run without."""
+        return self.compared.get("stages") or ()
 
 
 @dataclass(slots=True)
@@ -56,6 +61,8 @@ class Entry:
     """Id of the end token that was drawn; None where there is none."""
     log_p_student: float | None
     verdict: Verdict | None
+    tries: int = 0
+    """Tries of the prompt up to this one, in a run of stages; else 0."""
 
 
 def content_hash(content: str | bytes) -> bytes:
@@ -160,7 +167,9 @@ def index(runs: list[Run]) -> tuple[list[Entry], int]:
             elif place not in found:
                 file = run.path / "records" / f"{shard}.jsonl"
                 found[place] = _entry(number, file, line, verdicts)
-    entries = sorted(found.values(), key=lambda each: (each.run, each.row_index, *each.key))
+    entries = sorted(
+        found.values(), key=lambda each: (each.run, each.row_index, each.tries, *each.key)
+    )
     return entries, len(failed - found.keys())
 
 
@@ -199,6 +208,7 @@ def _entry(run: int, file: Path, line: Line, verdicts: _Verdicts) -> Entry:
         end=ids[-1] if record["finish_reason"] == "stop" else None,
         log_p_student=record.get("log_p_student"),
         verdict=verdicts.get((key_of(record), line.checksum)),
+        tries=record.get("tries", 0),
     )
 
 

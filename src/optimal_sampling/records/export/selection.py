@@ -57,16 +57,23 @@ def select(
 def _filter_completions(selection: Selection, options: ExportOptions) -> None:
     if options.drop_truncated:
         selection.keep("truncated", lambda each: not each.truncated)
-    if options.only != "correct":
+
+    def is_free(entry: Entry) -> bool:
+        """Whether it is kept whatever its verdict: of stages only what ended them is."""
+        return options.only == "all" or (options.only is None and not entry.tries)
+
+    judged = [each.verdict for each in selection.entries if not is_free(each)]
+    if not judged:
         return
-    if all(each.verdict is None for each in selection.entries):
+    if all(verdict is None for verdict in judged):
         raise RunFolderError(
             "--only correct: the runs hold no verdicts on their records; grade them first with "
             f"`optimal-sampling verify {' '.join(options.runs)}`"
         )
-    selection.keep("not graded", lambda each: each.verdict is not None)
-    selection.keep("without usable reference", lambda each: each.verdict != "skipped")
-    selection.keep("not correct", lambda each: each.verdict == "correct")
+    selection.keep("not graded", lambda each: is_free(each) or each.verdict is not None)
+    usable = "without usable reference"
+    selection.keep(usable, lambda each: is_free(each) or each.verdict != "skipped")
+    selection.keep("not correct", lambda each: is_free(each) or each.verdict == "correct")
 
 
 def _drop_overlaps(selection: Selection, benchmark: str, contaminated: dict[bytes, str]) -> None:
@@ -104,7 +111,7 @@ def _likeliest(entry: Entry) -> float:
 
 
 _RANKS: dict[str, Callable[[Entry], float]] = {
-    "first": lambda entry: entry.key[1],
+    "first": lambda entry: entry.tries or entry.key[1],
     "shortest": lambda entry: entry.tokens,
     "on-policy": _likeliest,
 }

@@ -1,0 +1,254 @@
+"""The plan: a YAML file as typed values, and the folder of results that it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from optimal_sampling.config import MixtureConfig, PromptConfig
+from optimal_sampling.errors import ConfigError, RunFolderError, did_you_mean
+from optimal_sampling.records.store import read_json, write_atomically
+
+__all__ = ["DEFAULT_PLAN", "SHARPNESS", "Arm", "Pair", "Plan", "Unit", "claim_folder", "load_plan"]
+
+DEFAULT_PLAN = Path(__file__).with_name("plan.yaml")
+
+SHARPNESS: dict[str, dict[str, float]] = {
+    "T = 1": {},
+    "T = 0.5": {"temperature": 0.5},
+    "greedy": {"top_k": 1},
+}
+"""How the text is drawn: options of the mixture, which hold in every mode."""
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A kind of text."""
+
+    name: str
+    title: str
+    mode: Literal["mixture", "student", "teacher", "reference", "none"] = "mixture"
+    """`reference`: the solutions of the dataset; `none`: the student is not trained."""
+    sharpness: str = ""
+    """A name of SHARPNESS; "" where nothing is drawn."""
+    mixture: Mapping[str, Any] = field(default_factory=dict)
+    """Options of MixtureConfig."""
+    prompt: Mapping[str, Any] = field(default_factory=dict)
+    """Options of PromptConfig."""
+    tries: int = 1
+    """Completions per problem, of which the first right one is kept."""
+    group: Literal["main", "extra"] = "extra"
+    diversity: bool = False
+    """pass@k and distinct right texts are measured in the main profile too."""
+    rounds: int = 1
+    """Rounds of drawing and training, each from the student of the one before."""
+    token_share: float = 1.0
+    """Share of the plan's tokens to train on in each round."""
+    self_teacher: bool = False
+    """The student's weights are also the teacher."""
+    solution: str = "solution"
+    """Column of the reference solutions."""
+
+    @property
+    def mixture_options(self) -> dict[str, Any]:
+        """Options of MixtureConfig, those of the sharpness included."""
+        return {**self.mixture, **SHARPNESS.get(self.sharpness, {})}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether what is drawn depends on the pair's teacher."""
+        return self.mode in ("mixture", "teacher") and not self.self_teacher
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student. A teacher given as a mapping is trained (`pairs.py`)."""
+
+    name: str
+    title: str
+    teacher: str | Mapping[str, Any]
+    student: str
+
+    def teacher_model(self, output: Path) -> str:
+        """Its name, or its folder below a folder of results."""
+        if isinstance(self.teacher, str):
+            return self.teacher
+        return str(output / "models" / f"{self.name}-teacher")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One arm of one pair with one seed: what is run, and kept in a folder of its own."""
+
+    pair: str
+    arm: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Below the folder of results."""
+        return Path("units") / self.pair / self.arm / f"seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan.yaml` says, section by section."""
+
+    problems: Mapping[str, Any]
+    text: Mapping[str, Any]
+    sft: Mapping[str, Any]
+    tuning: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    seeds: Mapping[str, Sequence[int]]
+    pairs: Mapping[str, Pair]
+    arms: Mapping[str, Arm]
+    criteria: Mapping[str, Any]
+    content: Mapping[str, Any]
+    """All of it as plain values: what must not change between calls."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of the content."""
+        text = json.dumps(self.content, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def owner(self, pair: str, arm: str) -> str:
+        """The pair that an arm is run for: pairs of one student share what needs no teacher."""
+        if self.arms[arm].needs_teacher:
+            return pair
+        student = self.pairs[pair].student
+        return next(name for name, each in self.pairs.items() if each.student == student)
+
+    def unit(self, pair: str, arm: str, seed: int) -> Unit:
+        """The unit of an arm. The base student is the same for all seeds."""
+        is_base = self.arms[arm].mode == "none"
+        return Unit(self.owner(pair, arm), arm, 0 if is_base else seed)
+
+    def units(
+        self, profile: str, arms: Sequence[str] = (), seeds: Sequence[int] = ()
+    ) -> list[Unit]:
+        """Units of a profile, or of some arms and seeds, the seeds of the main profile first."""
+        chosen = [self.arm(name) for name in arms] or [
+            each for each in self.arms.values() if profile == "full" or each.group == "main"
+        ]
+        found: dict[Unit, int] = {}
+        for arm in chosen:
+            for seed in seeds or self._seeds(profile, arm):
+                late = 2 * (arm.group != "main") + (seed not in self.seeds["main"])
+                for pair in self.pairs if arm.group == "main" or arms else [*self.pairs][:1]:
+                    found.setdefault(self.unit(pair, arm.name, seed), late)
+        return sorted(found, key=lambda unit: (found[unit], unit.seed))
+
+    def _seeds(self, profile: str, arm: Arm) -> Sequence[int]:
+        return self.seeds[profile if arm.group == "main" else "extra"]
+
+    def arm(self, name: str) -> Arm:
+        """An arm by name. Raises ConfigError."""
+        if name not in self.arms:
+            raise ConfigError(
+                f"there is no arm {name!r}{did_you_mean(name, self.arms)}; the arms are: "
+                f"{', '.join(self.arms)}"
+            )
+        return self.arms[name]
+
+
+def load_plan(path: Path = DEFAULT_PLAN, changes: Mapping[str, Any] | None = None) -> Plan:
+    """The plan of a YAML file, some sections replaced by `changes`. Raises ConfigError."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the plan {path}: {error}") from error
+    content = {**content, **(changes or {})}
+    arms = {
+        name: _built(Arm, {"name": name, **values}, f"arm {name}")
+        for name, values in content.get("arms", {}).items()
+    }
+    pairs = {
+        name: _built(Pair, {"name": name, **values}, f"pair {name}")
+        for name, values in content.get("pairs", {}).items()
+    }
+    # the same content as read again from a folder of results, whose keys are texts
+    plain = json.loads(json.dumps(content))
+    parts = {**content, "arms": arms, "pairs": pairs, "content": plain}
+    plan = _built(Plan, parts, f"plan {path}")
+    _check(plan)
+    return plan
+
+
+def _check(plan: Plan) -> None:
+    for arm in plan.arms.values():
+        if arm.sharpness and arm.sharpness not in SHARPNESS:
+            raise ConfigError(
+                f"arm {arm.name}: sharpness must be one of {', '.join(SHARPNESS)}, "
+                f"got {arm.sharpness!r}"
+            )
+        _built(MixtureConfig, arm.mixture_options, f"arm {arm.name}, mixture")
+        _built(PromptConfig, arm.prompt, f"arm {arm.name}, prompt")
+    if plan.text["grader"] not in ("math", "synthetic"):
+        raise ConfigError(f"text.grader must be math or synthetic, got {plan.text['grader']!r}")
+    criteria = plan.criteria
+    named = [criteria["default"], *criteria["teacher"].values(), *criteria["candidates"]]
+    for name in [*named, *plan.tuning["arms"]]:
+        plan.arm(name)
+
+
+def _built(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
+    """An instance from a mapping. Raises ConfigError for a name too many or too few."""
+    known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown name {name!r}{did_you_mean(name, known)}")
+    needed = [
+        name
+        for name, each in known.items()
+        if each.default is MISSING and each.default_factory is MISSING
+    ]
+    if missing := [name for name in needed if name not in values]:
+        raise ConfigError(f"{where}: {', '.join(missing)} is missing")
+    return kind(**values)
+
+
+def given_pair(plan: Plan, teacher: str, student: str) -> Plan:
+    """The plan with one pair, given by hub ids or folders, in place of its own."""
+    pair = Pair("given", f"teacher {teacher}, student {student}", teacher, student)
+    plain = {"given": {"title": pair.title, "teacher": teacher, "student": student}}
+    return replace(plan, pairs={"given": pair}, content={**plan.content, "pairs": plain})
+
+
+def claim_folder(output: Path, plan: Plan, dataset: str | None) -> None:
+    """Write `plan.json` into a new folder of results.
+
+    Raises RunFolderError where the folder was begun with another plan or dataset.
+    """
+    path = output / "plan.json"
+    now = {"plan": dict(plan.content), "dataset": dataset}
+    if not path.exists():
+        write_atomically(path, json.dumps(now, indent=2) + "\n")
+        return
+    before = read_json(path)
+    differing = [*_differences("dataset", before.get("dataset"), dataset)]
+    differing += _differences("", before.get("plan", {}), now["plan"])
+    if differing:
+        raise RunFolderError(
+            f"{output} was begun with another plan: {'; '.join(differing)}. Give the changed plan "
+            "another --output, or restore the plan"
+        )
+
+
+def _differences(name: str, before: Any, now: Any) -> list[str]:
+    """Where two plans differ, as `a.b was x, is y`."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        inside = [
+            _differences(f"{name}.{key}".lstrip("."), before.get(key), now.get(key))
+            for key in dict.fromkeys([*before, *now])
+        ]
+        return [line for lines in inside for line in lines]
+    return [] if before == now else [f"{name} was {before!r}, is {now!r}"]
