@@ -53,6 +53,8 @@ class Driver:
         self._add_members()
         self.longest_gap = 0.0
         """Longest time between two signs of progress of a worker, in seconds."""
+        self.longest_first: float | None = None
+        """Longest time to the first progress of a run."""
         self._run: Run | None = None
         self._returned: deque[Request] = deque()
         self._suspects = Suspects()
@@ -129,7 +131,7 @@ class Driver:
     def _begin_on(self, member: Supervised) -> None:
         if self._run is None or member.facts is None:
             return
-        member.warm, member.tokens = False, 0
+        member.warm, member.tokens, member.rounds = False, 0, 0
         member.began_at = self.launcher.clock()
         member.capacity = getattr(self._run.options, "batch_size", member.facts.capacity)
         member.worker.begin(self._run)
@@ -248,14 +250,14 @@ class Driver:
             member.heard_at = self._waited
             self._begin_on(member)
         elif isinstance(event, Progress):
-            if event.rounds != member.rounds:
-                member.rounds = event.rounds
+            if event.rounds > member.rounds:
                 self._note_progress(member)
+            member.rounds = event.rounds
         elif self._run is None or event.run != self._run.number:  # type: ignore[union-attr]
             return
         elif isinstance(event, Started):
             member.running.add(event.number)
-            if member.rounds is None and self._knows_timeout:
+            if not member.counts_rounds and self._knows_timeout:
                 self._note_progress(member)  # its completions are all that will be seen of it
         elif isinstance(event, Finished):
             self._note_progress(member)
@@ -266,8 +268,11 @@ class Driver:
         return self.patience.timeout is not None or self.longest_gap > 0
 
     def _note_progress(self, member: Supervised) -> None:
-        if member.held and (member.warm or member.rounds is None):
-            self.longest_gap = max(self.longest_gap, self._waited - member.heard_at)
+        gap = self._waited - member.heard_at
+        if member.held and (member.warm or not member.counts_rounds):
+            self.longest_gap = max(self.longest_gap, gap)
+        elif member.held:
+            self.longest_first = max(self.longest_first or 0.0, gap)
         member.warm = True
         member.heard_at = self._waited
 
@@ -287,6 +292,7 @@ class Driver:
     def _check_progress(self) -> None:
         """Take workers that hang for dead."""
         limit = self.patience.limit(self.longest_gap)
+        first_limit = self.patience.first_limit(limit, self.longest_first)
         for member in self.members:
             if member.worker.is_waiting:
                 member.heard_at = self._waited
@@ -294,7 +300,7 @@ class Driver:
             if member.state == "starting" and silent > self.patience.loading:
                 self._lose(member, f"it was not ready after {silent:.0f} s")
             elif member.state == "ready" and member.held:
-                allowed = limit if member.warm else max(limit, self.patience.first_round)
+                allowed = limit if member.warm else first_limit
                 if silent > allowed:
                     self._lose(member, f"no progress for {allowed:.0f} s")
 
@@ -316,7 +322,6 @@ class Driver:
         if blamed is not None:
             self._blame(blamed, cause)
             member.failures = 0
-        member.rounds = None
         self._restart_or_retire(member)
 
     def _blame(self, request: Request, cause: str) -> None:
