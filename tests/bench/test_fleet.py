@@ -15,7 +15,7 @@ def test_the_driver_alone_writes_the_records_that_it_counts(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     cost = fleet.driver_cost(40, 16)
     assert (cost.rows, cost.tokens) == (40, 16)
-    assert 0 < cost.cpu
+    assert cost.cpu > 0
     assert 0 < cost.before <= cost.after
     assert cost.tokens_per_second == pytest.approx(16_000 / cost.cpu)
     assert not [*tmp_path.iterdir()]

@@ -85,7 +85,7 @@ class InstantWorker(Worker):
 
     def start(self) -> None:
         """As in `Worker`."""
-        self._events = [encode(Ready(32, 128, (), get_args(Mode), (), {}))]
+        self._events = [encode(Ready(32, 128, (), get_args(Mode), (), False, {}))]
 
     def begin(self, run: Run) -> None:
         """As in `Worker`."""

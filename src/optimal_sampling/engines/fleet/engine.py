@@ -102,12 +102,13 @@ def open_fleet(
     """
     setup = Setup(models, mixture, options, mode, __version__)
     launcher = _launcher(setup, fleet, logs or Path(tempfile.mkdtemp(prefix="fleet-")), report)
-    if options.loads_models:
-        for role in ("student", "teacher") if mode == "mixture" else (mode,):
-            revision = getattr(models, f"{role}_revision")
-            resolve_model(getattr(models, role), revision, weights=True)  # fetched once, here
-    driver = Driver(launcher, Patience(timeout=fleet.worker_timeout), report)
+    patience = Patience(timeout=fleet.worker_timeout, loads_at_once=launcher.loads_at_once)
+    driver = Driver(launcher, patience, report)
     try:
+        if options.loads_models:
+            for role in ("student", "teacher") if mode == "mixture" else (mode,):
+                revision = getattr(models, f"{role}_revision")
+                resolve_model(getattr(models, role), revision, weights=True)  # fetched once, here
         driver.open()
         return FleetEngine(driver, setup, vocabulary)
     except BaseException:

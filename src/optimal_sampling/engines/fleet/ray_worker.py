@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -213,6 +214,8 @@ def _sentences(text: str) -> str:
 
 class RayLauncher(Launcher):
     """Workers that Ray finds places for."""
+
+    loads_at_once = sys.maxsize  # each machine has a limit of its own
 
     def __init__(
         self,

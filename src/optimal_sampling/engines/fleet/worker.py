@@ -56,6 +56,8 @@ class Launcher(ABC):
 
     size: int
     """Number of workers. It may grow while they work."""
+    loads_at_once: int = 2
+    """Most workers that load at once: each may need a copy of the weights in the host's memory."""
 
     @abstractmethod
     def worker(self, index: int) -> Worker:
