@@ -78,6 +78,13 @@ def test_its_environment_is_there_before_torch(open_driver, monkeypatch):
     assert driver.members[0].facts.notes == {"visible": "GPU-8f,3"}
 
 
+def test_a_process_that_cannot_be_started(open_driver, tmp_path):
+    """Guards: a traceback, and a worker that is waited for though there is none."""
+    (tmp_path / "worker-0.log").mkdir()
+    with pytest.raises(EngineError, match=r"it could not be started: .*worker-0\.log"):
+        open_driver(failures=1).open()
+
+
 def test_a_stopped_process_holds_up_nobody(open_driver):
     """Guards: a driver that waits for a process which no longer runs; a process that outlives
     `close`; a driver's Ctrl-C that reaches its workers.

@@ -229,6 +229,9 @@ class Driver:
                 loading += not member.worker.is_waiting
 
     def _seconds_until_due(self, now: float) -> float:
+        """Until a worker may be started, or the next tick."""
+        if sum(each.state == "starting" for each in self.members) >= self.patience.loads_at_once:
+            return _TICK
         due = [each.restart_at - now for each in self.members if each.state == "waiting"]
         return max(0.01, min([_TICK, *due]))
 
