@@ -47,7 +47,11 @@ def open_inputs(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRend
     dataset = open_dataset(config.data, config.run.seed)
     models = config.models
     vocabulary = Vocabulary.load(
-        models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+        models.student,
+        models.teacher,
+        models.trust_remote_code,
+        revisions=models.revisions,
+        granularity=models.granularity,
     )
     return dataset, vocabulary, renderer_of(config, dataset, vocabulary)
 
