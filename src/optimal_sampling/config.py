@@ -558,8 +558,12 @@ class FleetConfig(Checked):
     workers: int | Literal["auto"] | None = None
     """Processes with an engine each: a number, or `auto` for one per GPU. Unset: one engine, in
     this process. On a CPU they share its threads and its memory."""
+    ray: str | None = None
+    """Workers on the machines of a Ray cluster (needs the extra `ray`): HOST:PORT of its head,
+    `auto` for the one on this machine, or `local` for one that ends with the run
+    (docs/scale.md)."""
     gpus_per_worker: float | None = None
-    """GPUs of each worker; unset: --tensor-parallel-size, or 1."""
+    """GPUs of each worker; unset: --tensor-parallel-size, or 1. With --ray also a part of one."""
     worker_timeout: float | None = None
     """Seconds without progress after which a worker is started again. Loading models does not
     count. Unset: chosen from what rounds take, at least 60."""
@@ -568,6 +572,8 @@ class FleetConfig(Checked):
         super().__post_init__()
         if self.workers != "auto":
             self._check_range("workers", 1)
+        if self.ray is not None:
+            self._check_ray(self.ray)
         self._check_range("gpus_per_worker", 0, above=True)
         self._check_range("worker_timeout", 0, _LONGEST_TIMEOUT, above=True)
         for name in ("gpus_per_worker", "worker_timeout") if not self.is_used else ():
@@ -577,7 +583,14 @@ class FleetConfig(Checked):
     @property
     def is_used(self) -> bool:
         """Whether there are workers beside this process."""
-        return self.workers is not None
+        return self.workers is not None or self.ray is not None
+
+    def _check_ray(self, address: str) -> None:
+        if address not in ("local", "auto") and not re.fullmatch(r"[^\s/]+:\d+", address):
+            raise ConfigError(
+                f"ray must be local, auto, or HOST:PORT of the cluster's head, got {address!r}: "
+                "this command runs on one of the cluster's machines, so ray:// has no place here"
+            )
 
 
 _LONGEST_TIMEOUT = 7 * 86400  # seconds; what select() and alarm() take has a limit

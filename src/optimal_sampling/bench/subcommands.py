@@ -17,6 +17,7 @@ __all__ = [
     "BenchOptions",
     "BytesOptions",
     "DraftsOptions",
+    "FleetOptions",
     "GpuOptions",
     "HostOptions",
     "IdentityOptions",
@@ -308,6 +309,34 @@ class TopTokensOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
+class FleetOptions(BenchOptions):
+    """Worker processes beside an ideal fleet, and what their driver costs per record."""
+
+    name = "fleet"
+    function = "fleet:run"
+    workers: tuple[int, ...] = (1, 2)
+    """Workers of the fleets that are compared; on a CPU they share its threads."""
+    num_prompts: int = 512
+    """Prompts that each fleet serves."""
+    batch_size: int = 32
+    """Most requests in flight in a worker."""
+    repeats: int = 5
+    """Counted repeats of every fleet."""
+    record_tokens: int = 512
+    """Length of the completions whose records the driver writes."""
+    rows: tuple[int, ...] = (1000, 30_000)
+    """Rows of the runs whose memory is measured."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("workers", "rows"):
+            if min(getattr(self, name), default=0) < 1:
+                raise ConfigError(f"{name} must be numbers of at least 1")
+        if min(self.batch_size, self.record_tokens) < 1:
+            raise ConfigError("batch_size and record_tokens must be at least 1")
+
+
+@dataclass(frozen=True)
 class GpuOptions(BenchOptions):
     """A table of large shapes, within a budget of time."""
 
@@ -390,6 +419,7 @@ _KINDS: tuple[type[BenchOptions], ...] = (
     IdentityOptions,
     SolverOptions,
     HostOptions,
+    FleetOptions,
     TopTokensOptions,
     BytesOptions,
     GpuOptions,

@@ -87,7 +87,7 @@ def input_notes(
     config: GenerateConfig,
     vocabulary: Vocabulary,
     renderer: PromptRenderer,
-    row_notes: Iterable[str] = (),
+    dataset: Dataset,
 ) -> dict[str, str]:
     """What is not as the options say, or easily overlooked, by name. Known without any weights."""
     mode = config.run.mode
@@ -98,7 +98,7 @@ def input_notes(
             *idle_options(config),
             *vocabulary.notes,
             *renderer.notes,
-            *row_notes,
+            *renderer.row_notes(row for _, row in dataset),
         ]
     )
 

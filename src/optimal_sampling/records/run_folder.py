@@ -62,6 +62,7 @@ MAY_DIFFER = frozenset(
         "verify_workers",
         "verify_timeout",
         "workers",  # who does the work
+        "ray",
         "gpus_per_worker",
         "worker_timeout",
     }

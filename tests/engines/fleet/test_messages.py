@@ -32,9 +32,8 @@ MESSAGES = [
     Begin(Run(7, MixtureConfig(), "mixture", VllmOptions(vllm=("a=1", "b=2")), ("log_q",))),
     Submit(7, ((0, REQUEST), (1, SAME_PROMPTS))),
     Submit(7, ()),
-    Ready(32, 6, (0, 3), ("mixture",), (), {"device": "cpu"}),
+    Ready(32, 6, (0, 3), ("mixture",), (), True, {"device": "cpu"}),
     Started(7, 1),
-    Progress(None),
     Progress(12),
     Broken("it raised E: \ud800", "ModelError"),
 ]

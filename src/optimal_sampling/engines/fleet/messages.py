@@ -85,6 +85,8 @@ class Ready:
     stop_ids: tuple[int, ...]
     modes: tuple[Mode, ...]
     captures: tuple[str, ...]
+    counts_rounds: bool
+    """Rounds show that the engine goes on; where it counts none, only its completions do."""
     notes: Mapping[str, str]
 
 
@@ -100,8 +102,8 @@ class Started:
 class Progress:
     """A sign of life."""
 
-    rounds: int | None
-    """Rounds of the engine so far; None where it does not count them."""
+    rounds: int
+    """Rounds of the engine in this run so far."""
 
 
 @dataclass(frozen=True)

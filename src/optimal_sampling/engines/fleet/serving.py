@@ -182,5 +182,6 @@ def _facts(engine: Engine) -> Ready:
         stop_ids=tuple(sorted(engine.stop_ids)),
         modes=tuple(sorted(engine.modes)),
         captures=tuple(sorted(engine.captures)),
+        counts_rounds=engine.rounds is not None,
         notes=engine.notes(),
     )

@@ -85,10 +85,10 @@ def _watch(end: WorkerEnd, server: EngineServer, parent: int) -> None:
         time.sleep(_BEAT)
         if os.getppid() != parent:
             _end_all()
-        if server.rounds != told:
-            told = server.rounds
+        if (rounds := server.rounds) is not None and rounds != told:
+            told = rounds
             try:
-                end.send(Progress(told))
+                end.send(Progress(rounds))
             except OSError:
                 _end_all()
 
