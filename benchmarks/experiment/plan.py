@@ -13,6 +13,7 @@ import yaml
 
 from optimal_sampling.config import MixtureConfig, PromptConfig
 from optimal_sampling.errors import ConfigError, RunFolderError, did_you_mean
+from optimal_sampling.generate.recipes import RECIPES, Recipe
 from optimal_sampling.records.store import read_json, write_atomically
 
 __all__ = ["DEFAULT_PLAN", "SHARPNESS", "Arm", "Pair", "Plan", "Unit", "claim_folder", "load_plan"]
@@ -54,6 +55,8 @@ class Arm:
     """Share of the plan's tokens to train on in each round."""
     self_teacher: bool = False
     """The student's weights are also the teacher."""
+    recipe: Recipe | None = None
+    """Stages of `generate`; `tries` are then those of the student's stage."""
     solution: str = "solution"
     """Column of the reference solutions."""
 
@@ -190,6 +193,8 @@ def _check(plan: Plan) -> None:
                 f"arm {arm.name}: sharpness must be one of {', '.join(SHARPNESS)}, "
                 f"got {arm.sharpness!r}"
             )
+        if arm.recipe not in (None, *RECIPES):
+            raise ConfigError(f"arm {arm.name}: no recipe {arm.recipe!r}; {', '.join(RECIPES)}")
         _built(MixtureConfig, arm.mixture_options, f"arm {arm.name}, mixture")
         _built(PromptConfig, arm.prompt, f"arm {arm.name}, prompt")
     if plan.text["grader"] not in ("math", "synthetic"):

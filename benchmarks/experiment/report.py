@@ -20,6 +20,7 @@ from optimal_sampling.records.store import read_json, write_atomically
 
 __all__ = ["collect", "compare", "markdown", "write"]
 
+MODELS = ("student", "teacher")
 _METRICS = {"sampled": "T = 1", "greedy": "greedy"}
 
 
@@ -196,7 +197,7 @@ def _share_right(results: Results, pair: str, arm: Arm) -> str:
         return ""
     rounds = [unit["rounds"][0] for unit in results.of(pair, arm.name).values()]
     right = sum(sum(decoded(each["right"])) for each in rounds)
-    return f"{100 * right / sum(len(each['right']) * arm.tries for each in rounds):.1f}"
+    return f"{100 * right / sum(each['completions'] for each in rounds):.1f}"
 
 
 def _nll(results: Results, pair: str, arm: Arm) -> float | None:
@@ -274,11 +275,6 @@ def _costs(results: Results, pair: str) -> str:
         if arm.mode in ("none", "reference"):
             continue
         mean = lambda *path, name=arm.name: results.mean(pair, name, *path)  # noqa: E731
-        drawn, needed = mean("tokens_drawn"), mean("tokens_needed")
-        tokens = (
-            _thousands(drawn) if drawn == needed else f"{_thousands(drawn)} ({_thousands(needed)})"
-        )
-        models = {"mixture": (tokens, tokens), "student": (tokens, ""), "teacher": ("", tokens)}
         own = results.coverage_by_own(pair, arm.name)
         rows.append(
             [
@@ -286,7 +282,7 @@ def _costs(results: Results, pair: str) -> str:
                 _number(mean("problems"), "{:.0f}"),
                 _number(results.coverage(pair, arm.name), "{:.0%}"),
                 " / ".join(f"{100 * each:.0f}" for each in own.values()),
-                *models[arm.mode],
+                *(_tokens(mean("drawn", each), mean("needed", each)) for each in MODELS),
                 _number(mean("cpu_seconds"), "{:.1f}"),
                 _number(mean("training", "cpu_seconds"), "{:.1f}"),
             ]
@@ -316,8 +312,12 @@ def _name(arm: Arm) -> str:
     return f"{arm.title}, {arm.sharpness}" if arm.sharpness else arm.title
 
 
-def _thousands(tokens: float | None) -> str:
-    return _number(None if tokens is None else tokens / 1000, "{:.0f}k")
+def _tokens(drawn: float | None, needed: float | None) -> str:
+    """Thousands; in brackets those up to the first right try, where they are fewer."""
+    if not drawn or needed is None:
+        return ""
+    more = "" if needed == drawn else f" ({needed / 1000:.0f}k)"
+    return f"{drawn / 1000:.0f}k{more}"
 
 
 def _number(value: float | None, form: str) -> str:

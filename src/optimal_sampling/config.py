@@ -381,7 +381,7 @@ class VllmOptions(EngineOptions):
     """Quantization of the teacher's weights, by vLLM's name; unset: what its config says."""
     check_models: Literal["auto", "on", "off"] = "auto"
     """Compare both models' log-probabilities with Transformers when vLLM starts; auto: of models
-    below 2 billion parameters on a CPU, 8 billion on a GPU."""
+    below 2 billion parameters on a CPU, 8 billion on a GPU. Not of GPTQ's and AWQ's weights."""
     vllm: tuple[str, ...] = ()
     """Other arguments of vLLM as NAME=VALUE, such as `block_size=32` or `enforce_eager=true`."""
 

@@ -165,7 +165,8 @@ def test_every_field_has_its_type(one, lists):
     """Guards: a null, an int or a number where the table promises a text, a float or a list."""
     record = decode_line(encode_line(record_of(one, token_lists=lists)))
     lists_absent = set() if lists else Record.__optional_keys__
-    assert record.keys() == FIELDS.keys() - lists_absent - {"completion_raw", "top_tokens"}
+    rare = {"completion_raw", "top_tokens", "stage", "tries"}
+    assert record.keys() == FIELDS.keys() - lists_absent - rare
     wrong = {name: value for name, value in record.items() if not fits(value, TYPES[name])}
     assert not wrong
 
@@ -234,6 +235,16 @@ def test_row_id_is_the_content():
     """Guards: a failed row that is owed again under another id at the next call."""
     assert row_id({"problem": None, "n": 1}) == row_id({"n": 1, "problem": None})
     assert row_id({"problem": None, "n": 1}) != row_id({"problem": None, "n": 2})
+
+
+def test_a_stage_is_in_its_records_alone():
+    """Guards: records of plain runs that change, and a stage whose records do not name it."""
+    one = sample([])
+    record = record_of(replace(one, stage="own", tries=3))
+    assert (record["stage"], record["tries"]) == ("own", 3)
+    assert [*record][4:6] == ["stage", "tries"]
+    del record["stage"], record["tries"]
+    assert record == record_of(one)
 
 
 def test_raw_text_is_kept_where_it_differs():

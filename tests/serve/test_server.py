@@ -77,6 +77,20 @@ def test_streams_say_what_whole_answers_say(client):
     assert parts[-1].choices[0].finish_reason == whole.finish_reason == "stop"
 
 
+def test_drafts_for_a_client_that_is_alone(client, server):
+    """Guards: `auto` that drafts in steps of many requests, where that is slower, or never."""
+    asked = {"model": "toy-teacher", "prompt": "7*8-50=?", "max_tokens": 60}
+    extra = {"ignore_eos": True}
+    drafted = []
+    for n in (1, 12):
+        before = gauge(server[0], "vllm:spec_decode_num_draft_tokens_total")
+        client.completions.create(**asked, n=n, extra_body=extra)
+        drafted.append(gauge(server[0], "vllm:spec_decode_num_draft_tokens_total") - before)
+    alone, together = drafted
+    assert alone >= 30
+    assert together < 12 * 60 / 10
+
+
 def test_chat_with_messages_of_its_own_for_the_student(client):
     """Guards: the chat route without our fields."""
     done = client.chat.completions.create(

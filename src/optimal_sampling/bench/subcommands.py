@@ -20,6 +20,7 @@ __all__ = [
     "HostOptions",
     "IdentityOptions",
     "MemoryOptions",
+    "MethodsOptions",
     "ModelOptions",
     "PairOptions",
     "ScalingOptions",
@@ -181,6 +182,26 @@ class DraftsOptions(SpeedOptions):
 
 
 @dataclass(frozen=True)
+class MethodsOptions(BenchOptions):
+    """q* by method and sharpness beside the teacher alone: speed, and drafts accepted."""
+
+    name = "methods"
+    function = "methods:run_methods"
+    models: ModelConfig = DEFAULT_MODELS
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Texts at once."""
+    num_prompts: int = 128
+    """Prompts at the largest batch; fewer where it is slow."""
+    repeats: int = 3
+    """Counted repeats of every row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.batches, default=0) < 1:
+            raise ConfigError(f"batches must be numbers of at least 1, got {self.batches}")
+
+
+@dataclass(frozen=True)
 class SelfDistilOptions(ModelOptions):
     """The teacher as its own student: equal prompts, and a solution to look drafts up in."""
 
@@ -338,6 +359,7 @@ class GpuOptions(BenchOptions):
 _KINDS: tuple[type[BenchOptions], ...] = (
     SpeedOptions,
     DraftsOptions,
+    MethodsOptions,
     SelfDistilOptions,
     ScalingOptions,
     MemoryOptions,

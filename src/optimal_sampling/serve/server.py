@@ -12,8 +12,8 @@ from typing import Any
 
 from optimal_sampling.config import Checked, MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.vllm.cpu_threads import choose_threads
-from optimal_sampling.engines.vllm.engine import start_error
 from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
+from optimal_sampling.engines.vllm.start_failure import reason_passed_on
 from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.serve.request_body import LOOPBACK_NAMES, ServerSettings
 from optimal_sampling.vocabulary import Vocabulary
@@ -114,10 +114,8 @@ async def _run(namespace: Any) -> None:
     stopped = False
     with contextlib.closing(listener):
         async with contextlib.AsyncExitStack() as stack:
-            try:
+            with reason_passed_on():
                 client = await stack.enter_async_context(build_async_engine_client(namespace))
-            except Exception as error:  # of vLLM or a model: any kind
-                raise start_error(error) from error
             shutdown = client.shutdown
 
             def stop(*args: Any, **kwargs: Any) -> None:
@@ -149,7 +147,9 @@ def _vllm_arguments(config: ServeConfig, vocabulary: Vocabulary) -> dict[str, An
         "generation_config": "vllm",  # a model's own defaults would truncate q* unasked
         **config.engine.settings,
     }
-    return engine_arguments(config.models, config.mixture, config.engine, vocabulary, given)
+    return engine_arguments(
+        config.models, config.mixture, config.engine, vocabulary, given, full_batches=False
+    )
 
 
 def _namespace(config: ServeConfig, arguments: Mapping[str, Any]) -> Any:

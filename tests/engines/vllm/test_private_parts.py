@@ -88,6 +88,7 @@ def test_fields_of_the_attention_metadata():
         "slot_mapping",
         "causal",
         "positions",
+        "is_prefilling",
     }
     left_out = {
         "logits_indices_padded",
@@ -97,7 +98,6 @@ def test_fields_of_the_attention_metadata():
         "encoder_seq_lens_cpu",
         "dcp_local_seq_lens",
         "dcp_local_seq_lens_cpu_upper_bound",
-        "is_prefilling",
         "req_idx",
         "mm_req_doc_ranges",
         "rswa_prefix_lens",
