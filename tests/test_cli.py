@@ -469,9 +469,13 @@ def test_tokenizers_that_differ(command, tmp_path):
     words = tokenizer["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    code, _, said = command("--student", other)
+    code, _, said = command("--student", other, "--granularity", "token")
     assert code == 2
     assert "id 97: student 'b', teacher 'a'" in said
+    code, _, said = command("--student", other, "--engine", "toy")
+    assert code == 2
+    assert "the engine toy mixes tokens" in said
+    assert "use the engine local" in said
 
 
 def test_an_engine_that_cannot_start(command, monkeypatch):

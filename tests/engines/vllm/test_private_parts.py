@@ -201,6 +201,11 @@ SIGNATURES = {
     ),
     "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": "",
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": "",
+    "vllm.v1.worker.gpu_worker:Worker.load_model": "",
+    "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": "",
+    "vllm.v1.core.kv_cache_utils:check_enough_kv_cache_memory": (
+        "vllm_config kv_cache_spec available_memory"
+    ),
 }
 """First parameters of functions that are called or overridden."""
 

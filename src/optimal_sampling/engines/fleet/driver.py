@@ -23,7 +23,7 @@ from optimal_sampling.engines.fleet.messages import (
 )
 from optimal_sampling.engines.fleet.supervision import Patience, Supervised
 from optimal_sampling.engines.fleet.suspects import Suspects
-from optimal_sampling.engines.fleet.worker import Launcher
+from optimal_sampling.engines.fleet.worker import Launcher, Worker
 from optimal_sampling.errors import EngineError, OptimalSamplingError
 from optimal_sampling.types import Completion, Request, WorkerStatus
 
@@ -48,8 +48,9 @@ class Driver:
         """Called with a line about each worker that fails."""
         self.on_tick: Callable[[], None] = lambda: None
         """Called about once a second."""
-        self.members = [Supervised(launcher.worker(index)) for index in range(launcher.size)]
-        self._of = {each.worker: each for each in self.members}
+        self.members: list[Supervised] = []
+        self._of: dict[Worker, Supervised] = {}
+        self._add_members()
         self.longest_gap = 0.0
         """Longest time between two signs of progress of a worker, in seconds."""
         self.longest_first: float | None = None
@@ -66,6 +67,13 @@ class Driver:
         self._ticked = 0.0
         self._blamed = 0
         self._last_blame = ""
+
+    def _add_members(self) -> None:
+        """One for each worker of the launcher that has none yet."""
+        for index in range(len(self.members), self.launcher.size):
+            member = Supervised(self.launcher.worker(index))
+            self.members.append(member)
+            self._of[member.worker] = member
 
     # a run
 
@@ -203,12 +211,14 @@ class Driver:
         if self._waited - self._ticked >= _TICK:
             self._ticked = self._waited
             self._check_progress()
+            self._add_members()
             self.on_tick()
         self._check_sense()
 
     def _start_due(self) -> None:
         now = self.launcher.clock()
-        loading = sum(each.state == "starting" for each in self.members)
+        starting = [each for each in self.members if each.state == "starting"]
+        loading = sum(not each.worker.is_waiting for each in starting)
         for member in self.members:
             if loading >= self.patience.loads_at_once:
                 return
@@ -216,7 +226,7 @@ class Driver:
                 member.state = "starting"
                 member.heard_at = self._waited
                 member.worker.start()
-                loading += 1
+                loading += not member.worker.is_waiting
 
     def _seconds_until_due(self, now: float) -> float:
         """Until a worker may be started, or the next tick."""
@@ -287,6 +297,8 @@ class Driver:
         limit = self.patience.limit(self.longest_gap)
         first_limit = self.patience.first_limit(limit, self.longest_first)
         for member in self.members:
+            if member.worker.is_waiting:
+                member.heard_at = self._waited
             silent = self._waited - member.heard_at
             if member.state == "starting" and silent > self.patience.loading:
                 self._lose(member, f"it was not ready after {silent:.0f} s")

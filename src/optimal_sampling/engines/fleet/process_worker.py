@@ -21,7 +21,7 @@ from optimal_sampling.engines.fleet.placement import Place
 from optimal_sampling.engines.fleet.worker import Launcher, Worker
 from optimal_sampling.types import Request
 
-__all__ = ["ProcessLauncher"]
+__all__ = ["ProcessLauncher", "ProcessWorker", "last_lines"]
 
 _EXIT_SECONDS = 5.0  # for a process that has closed its socket to end
 _LAST_LINES = 15
@@ -120,13 +120,18 @@ class ProcessWorker(Worker):
 
     def last_words(self) -> str:
         """As in `Worker`."""
-        try:
-            with self.log.open("rb") as file:
-                file.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
-                lines = file.read().decode(errors="replace").splitlines()
-        except OSError:
-            return ""
-        return "\n".join(f"    {line}" for line in [f"{self.log}:", *lines[-_LAST_LINES:]])
+        return last_lines(self.log)
+
+
+def last_lines(log: Path) -> str:
+    """The last lines of a log, below its name; "" where there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(f"    {line}" for line in [f"{log}:", *lines[-_LAST_LINES:]])
 
 
 def _python_path() -> str:
