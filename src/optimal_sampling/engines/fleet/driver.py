@@ -206,7 +206,7 @@ class Driver:
         before = self.launcher.clock()
         asked = self._seconds_until_due(before)
         news = self.launcher.wait(alive, asked)
-        # A paused driver (Ctrl-Z) returns late: what workers did meanwhile is no slowness of theirs.
+        # A paused driver (Ctrl-Z) returns late, and its workers were not slow meanwhile.
         self._waited += min(self.launcher.clock() - before, asked + _TICK)
         for worker in news:
             self._hear(self._of[worker])
