@@ -97,7 +97,10 @@ def test_every_option_of_the_config_is_a_flag():
         check=True,
     ).stdout
     assert "--engine " in text
+    assert "--stages " in text
     for section in fields(GenerateConfig):
+        if section.name == "stages":  # made of --stages or --recipe
+            continue
         for option in fields(getattr(GenerateConfig(), section.name)):
             assert f"--{option.name.replace('_', '-')} " in text.replace(",", " ")
     for line in EXIT_CODES.splitlines():
@@ -466,9 +469,13 @@ def test_tokenizers_that_differ(command, tmp_path):
     words = tokenizer["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    code, _, said = command("--student", other)
+    code, _, said = command("--student", other, "--granularity", "token")
     assert code == 2
     assert "id 97: student 'b', teacher 'a'" in said
+    code, _, said = command("--student", other, "--engine", "toy")
+    assert code == 2
+    assert "the engine toy mixes tokens" in said
+    assert "use the engine local" in said
 
 
 def test_an_engine_that_cannot_start(command, monkeypatch):

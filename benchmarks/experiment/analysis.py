@@ -148,11 +148,14 @@ class Results:
         return {tries: fmean(each) for tries, each in sorted(found.items())}
 
     def mean(self, pair: str, arm: str, *path: str) -> float | None:
-        """Mean over seeds of a number in each unit, summed over its rounds."""
-        values = [
-            sum(_inside(each, path) for each in unit["rounds"])
-            for unit in self.of(pair, arm).values()
-        ]
+        """Mean over seeds of a number in each unit, summed over its rounds.
+
+        Seconds are those of units that were drawn in one call.
+        """
+        units = self.of(pair, arm).values()
+        if path == ("cpu_seconds",):
+            units = [unit for unit in units if not any(r["resumed"] for r in unit["rounds"])]
+        values = [sum(_inside(each, path) for each in unit["rounds"]) for unit in units]
         return fmean(values) if values else None
 
     def judgements(self) -> list[Judgement]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,10 +25,12 @@ from optimal_sampling.config import (
 )
 from optimal_sampling.export_tools import tools
 from optimal_sampling.generate import generate
+from optimal_sampling.generate.recipes import recipe_stages
 from optimal_sampling.records.export import ExportOptions, export
 from optimal_sampling.records.run_folder import load
 from optimal_sampling.records.store import read_json
 from optimal_sampling.records.verdicts import graded_records
+from optimal_sampling.types import Mode
 
 __all__ = ["Clock", "Drawing", "training_set"]
 
@@ -104,12 +106,16 @@ class Drawing:
     def _config(self, count: int) -> GenerateConfig:
         arm, text = self.arm, self.plan.text
         is_reference = arm.mode == "reference"
+        mixture = MixtureConfig(**arm.mixture_options)
         prompt = {"student_template": text["prompt"], "teacher_template": text["prompt"]}
         return GenerateConfig(
             models=self.models,
-            mixture=MixtureConfig(**arm.mixture_options),
+            mixture=mixture,
+            stages=recipe_stages(arm.recipe, mixture, arm.tries) if arm.recipe else (),
             data=DataConfig(
-                dataset=str(self.problems), num_examples=count, samples_per_prompt=arm.tries
+                dataset=str(self.problems),
+                num_examples=count,
+                samples_per_prompt=1 if arm.recipe else arm.tries,
             ),
             prompt=PromptConfig(**{**prompt, **arm.prompt}),
             run=RunConfig(
@@ -127,40 +133,57 @@ class Drawing:
     def _kept_tokens(self, count: int) -> Iterator[int]:
         """Tokens of what is kept of each problem that has something."""
         for tries in self._tries(count).values():
-            kept = next((tokens for is_right, tokens in tries if is_right), None)
+            kept = next((each.tokens for each in tries if each.is_right), None)
             if kept is not None:
                 yield kept
 
-    def _tries(self, count: int) -> Mapping[int, list[tuple[bool, int]]]:
-        """By row, right or not and number of tokens of its completions, in order."""
-        found: dict[int, dict[int, tuple[bool, int]]] = {}
+    def _tries(self, count: int) -> dict[int, list[_Try]]:
+        """The completions of each row, in the order in which they were drawn."""
+        found: dict[int, dict[int, _Try]] = {}
         for record, graded in graded_records(self.run):
-            row, sample = record["row_index"], record["sample_index"]
-            if row < count and sample < self.arm.tries:
+            place = record.get("tries", record["sample_index"] + 1)
+            if record["row_index"] < count and (self.arm.recipe or place <= self.arm.tries):
                 is_right = graded is not None and graded["verdict"] == "correct"
-                found.setdefault(row, {})[sample] = is_right, record["n_completion_tokens"]
-        return {row: [tries[key] for key in sorted(tries)] for row, tries in sorted(found.items())}
+                each = _Try(is_right, record["n_completion_tokens"], record["mode"])
+                found.setdefault(record["row_index"], {})[place] = each
+        return {row: [tries[place] for place in sorted(tries)] for row, tries in found.items()}
 
     def _facts(self, count: int) -> dict[str, Any]:
-        """Counts: of problems, tries, tokens. `right`: right tries of each problem, in order."""
+        """Counts: of problems, completions and tokens, and of each problem's right completions.
+
+        `drawn`: tokens drawn from each model, of the mixture from both; `needed`: those up to the
+        end of each problem's first right completion.
+        """
         tries = {} if self.arm.mode == "reference" else self._tries(count)
-        rights = [sum(right for right, _ in tries.get(row, [])) for row in range(count)]
+        rights = [sum(each.is_right for each in tries.get(row, [])) for row in range(count)]
+        everything = [each for row in tries.values() for each in row]
+        needed = [each for row in tries.values() for each in _until_right(row)]
         return {
             "problems": count,
+            "completions": len(everything),
             "right": rights if tries else [],
-            "tokens_drawn": sum(tokens for each in tries.values() for _, tokens in each),
-            "tokens_needed": sum(_until_right(each) for each in tries.values()),
+            "drawn": {name: _tokens(everything, name) for name in ("student", "teacher")},
+            "needed": {name: _tokens(needed, name) for name in ("student", "teacher")},
         }
 
 
-def _until_right(tries: list[tuple[bool, int]]) -> int:
-    """Tokens up to the end of the first right try."""
-    total = 0
-    for is_right, tokens in tries:
-        total += tokens
-        if is_right:
-            break
-    return total
+class _Try(NamedTuple):
+    """A completion."""
+
+    is_right: bool
+    tokens: int
+    mode: Mode
+
+
+def _until_right(tries: Sequence[_Try]) -> Sequence[_Try]:
+    """Up to the first right one."""
+    end = next((place for place, each in enumerate(tries, 1) if each.is_right), len(tries))
+    return tries[:end]
+
+
+def _tokens(tries: Iterable[_Try], model: str) -> int:
+    """Tokens that a model took part in."""
+    return sum(each.tokens for each in tries if each.mode in ("mixture", model))
 
 
 def training_set(drawing: Drawing) -> tuple[Path, dict[str, Any]]:

@@ -20,8 +20,8 @@ The criteria of the plan cannot be applied yet: their arms have no results on ev
 """
 
 DIFFERENCES = """\
-Points, paired by problem and by seed, with 95% intervals: to "{default}" (the default of
-`generate`), and to the teacher's text that was drawn as sharply.
+Points, paired by problem and by seed, with 95% intervals: to the default of `generate`
+({default}), and to the teacher's text that was drawn as sharply.
 """
 
 DIFFICULTY = """\
@@ -107,6 +107,14 @@ def measured(results: Results, trials: str) -> str:
     make experiment         # the main arms; goes on where it was stopped
     make experiment-full    # all arms, and more seeds of the main ones
 
+Two arms with other seeds, and whether they lie within the intervals above; a pair and a dataset of
+your own (`--plan` takes a copy of the plan with other budgets and prompts):
+
+    python -m benchmarks.experiment run --arms teacher_greedy,veto_greedy --seeds 7,8 --output OUT
+    python -m benchmarks.experiment compare --output OUT
+    python -m benchmarks.experiment run --teacher TEACHER --student STUDENT --dataset FILE \\
+        --plan MY_PLAN.yaml --output OUT
+
 Machine:
 
 {lines}
@@ -120,7 +128,9 @@ Intervals are for new problems and new seeds: the variance is the sum of that be
 the problems and that between the means of the seeds, each with its degrees of freedom
 (`benchmarks/experiment/analysis.py`). With one seed they are for new problems alone.
 
-Teachers that were trained for this (the same command trains them again):
+The shipped pair is described in `src/optimal_sampling/toy_pair/README.md`: 2.9M and 0.27M
+parameters, 6.4 MB. Teachers that were trained for this (`run` trains them on one thread where they
+are missing, and the same weights on the same kind of machine):
 
 {teachers or "- none" + chr(10)}
 The learning rate was chosen on {plan.problems["validation"]["count"]} other problems, with texts of

@@ -32,7 +32,7 @@ SPILLED = 64
 REGISTERS, WARPS, BLOCKS, SHARED = 65_536, 64, 32, 228 * 1024
 """Of one multiprocessor of an H100: CUDA C++ Programming Guide, compute capability 9.0."""
 TYPES = {
-    "batch": programs.Batch("*bf16", "*bf16", "i32", "i32", "i32", "i32", "fp32"),
+    "batch": programs.Batch("*bf16", "*bf16", "i32", "i32", "i32", "i32", "fp32", "constexpr"),
     "noise": programs.Noise("*i32", "i32", "*i64", "*i64"),
     "settings": programs.Settings._make(["fp32"] * len(programs.Settings._fields)),
     "outputs": programs.Outputs("*i64", "*fp32", "*i1", "*i1"),
@@ -44,11 +44,16 @@ TYPES = {
     "drafted": "*fp64",
     "tokens": "*i64",
     "pieces": "i32",
+    "surveyed": "*fp64",
+    "count": "i32",
+    "support": "*fp64",
+    "log_min_p": "fp32",
 }
 ALIGNED = {"student_stride", "teacher_stride", "vocab", "stride"}
 CONSTANTS = {
     "METHOD": "kl_symmetry",
     "HASHED": True,
+    "GREEDY": False,
     "PASS": 2,
     "PASSES": launch.SIZES.passes,
     "WIDTH": 32,
@@ -64,7 +69,10 @@ MIXTURE = {
     "finish": launch._SMALL,
     "draft": launch._LAUNCH,
     "choose": launch._SMALL,
+    "survey": launch._LAUNCH,
+    "restrict": launch._SMALL,
 }
+WITHIN_A_SUPPORT = {**TYPES, "batch": TYPES["batch"]._replace(support="*fp64")}
 LAYER_TYPES = {
     **dict.fromkeys(("residual", "x", "weight", "out", "qkv", "cos", "sin", "gate_up"), "*bf16"),
     **dict.fromkeys(("q_weight", "k_weight", "keys", "values", "query"), "*bf16"),
@@ -117,14 +125,23 @@ def compiled(
 ) -> Usage:
     """Compile a program for a generation of GPUs."""
     names = function.arg_names
+    fixed = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
     source = ASTSource(
         fn=function,
         signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(i,): constants[name] for i, name in enumerate(names) if name in constants},
+        constexprs=fixed | dict.fromkeys(_unset(names, types)),
         attrs={path: [["tt.divisibility", 16]] for path in _aligned(names, types)},
     )
     made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
     return Usage(**_resources(made.asm["cubin"], made.metadata.shared), warps=options["num_warps"])
+
+
+def _unset(names: list[str], types: dict[str, object]) -> Iterator[tuple[int, ...]]:
+    """Paths of fields of arguments that are None."""
+    for i, name in enumerate(names):
+        for j, kind in enumerate(types.get(name, "") if name == "batch" else ()):
+            if kind == "constexpr":
+                yield i, j
 
 
 def _aligned(names: list[str], types: dict[str, object]) -> Iterator[tuple[int, ...]]:
@@ -161,6 +178,14 @@ def mixture_usage(generation: int, **constants: object) -> Iterator[tuple[str, U
         yield name, compiled(getattr(programs, name), TYPES, known, options, generation)
 
 
+def support_usage() -> Iterator[tuple[str, Usage]]:
+    """Of the programs that read both models, within a support; greedy where they draw."""
+    for name in ("measure", "refine", "solve", "mix", "finish"):
+        known = CONSTANTS | {"GREEDY": True}
+        function = getattr(programs, name)
+        yield name, compiled(function, WITHIN_A_SUPPORT, known, MIXTURE[name])
+
+
 def every_usage(check: bool) -> Iterator[tuple[str, Usage]]:
     """Title and usage of all programs."""
     yield from mixture_usage(90)
@@ -170,6 +195,8 @@ def every_usage(check: bool) -> Iterator[tuple[str, Usage]]:
     if check:
         for name, usage in mixture_usage(80):
             yield f"{name}, sm_80", usage
+        for name, usage in support_usage():
+            yield f"{name}, within a support", usage
         for method in METHODS:
             for name, usage in mixture_usage(90, METHOD=method):
                 yield f"{name}, {method}", usage

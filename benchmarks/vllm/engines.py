@@ -18,7 +18,16 @@ from typing import Any
 
 __all__ = ["ENGINES", "Setup"]
 
-ENGINES = ("teacher", "student", "lockstep", "drafts", "teacher + drafts", "local", "nested")
+ENGINES = (
+    "teacher",
+    "student",
+    "lockstep",
+    "drafts",
+    "auto drafts",
+    "teacher + drafts",
+    "local",
+    "nested",
+)
 
 Run = Callable[[int, int, int, str], int]
 """(batch, new tokens of each sequence, repeat, trace level) -> number of tokens drawn.
@@ -86,7 +95,7 @@ def composite_core(setup: Setup) -> Any:
     from optimal_sampling.engines.vllm.engine import VllmEngine
 
     settings = vllm_settings(setup)
-    drafts = setup.drafts if setup.engine == "drafts" else 0
+    drafts = {"drafts": setup.drafts, "auto drafts": "auto"}.get(setup.engine, 0)
     options = VllmOptions(batch_size=settings.pop("max_num_seqs"), draft_tokens=drafts)
     models = ModelConfig(teacher=setup.teacher, student=setup.student)
     return VllmEngine.load(

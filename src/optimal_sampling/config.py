@@ -268,6 +268,9 @@ class ModelConfig(Checked):
     """Load a model whose files hold weights that its architecture does not use."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model. Off unless you have read that code."""
+    granularity: Literal["auto", "token", "byte"] = "auto"
+    """What is drawn one by one: `token`, which needs one tokenizer, or `byte`, for models with
+    different tokenizers; auto: bytes where the tokenizers differ (docs/tokenizers.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -286,13 +289,16 @@ Attention = Literal["auto", "varlen", "flash_attn", "sdpa"]
 
 @dataclass(frozen=True)
 class EngineOptions(Checked):
-    """Options of one engine: they change speed and memory, not the distribution of tokens."""
+    """Options of one engine: they change speed and memory, and none but `byte_tolerance` changes
+    the distribution of tokens."""
 
     name: ClassVar[str]
     """Value of `--engine`."""
     engine_class: ClassVar[str]
     """`module:Class`, imported on use: an `engines.base.Engine` with a classmethod
     `load(models, mixture, options, vocabulary, mode) -> Engine`."""
+    byte_engine_class: ClassVar[str] = ""
+    """As `engine_class`, the engine for two different tokenizers; empty: none."""
     fixed: ClassVar[frozenset[str]] = frozenset()
     """Options that a loaded engine cannot change."""
     loads_models: ClassVar[bool] = True
@@ -314,6 +320,7 @@ class LocalOptions(EngineOptions):
 
     name = "local"
     engine_class = "optimal_sampling.engines.local.engine:LocalEngine"
+    byte_engine_class = "optimal_sampling.engines.bytes.engine:ByteEngine"
     fixed = frozenset({"attention", "batch_invariant", "fused_layers"})
 
     batch_size: int = 32
@@ -336,10 +343,14 @@ class LocalOptions(EngineOptions):
     top_tokens: int = 0
     """Keep, for every token, ids and log-probabilities of the k likeliest tokens of student,
     teacher and q: soft targets (docs/records.md). 0: none."""
+    byte_tolerance: float = 0.01
+    """Two tokenizers: a model is not run after a token whose share of its probability of the text
+    is below this. What is given up is in the records; 0: exact, and slow (docs/tokenizers.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_range("top_tokens", 0)
+        self._check_range("byte_tolerance", 0, 0.05)
 
 
 @dataclass(frozen=True)
@@ -381,7 +392,7 @@ class VllmOptions(EngineOptions):
     """Quantization of the teacher's weights, by vLLM's name; unset: what its config says."""
     check_models: Literal["auto", "on", "off"] = "auto"
     """Compare both models' log-probabilities with Transformers when vLLM starts; auto: of models
-    below 2 billion parameters on a CPU, 8 billion on a GPU."""
+    below 2 billion parameters on a CPU, 8 billion on a GPU. Not of GPTQ's and AWQ's weights."""
     vllm: tuple[str, ...] = ()
     """Other arguments of vLLM as NAME=VALUE, such as `block_size=32` or `enforce_eager=true`."""
 
@@ -528,6 +539,8 @@ class RunConfig(Checked):
     """Most tokens per completion."""
     token_lists: bool = True
     """Keep alpha and both KLs of every token in the records."""
+    byte_lists: bool = False
+    """Two tokenizers: keep alpha and both KLs of every byte in the records."""
     max_attempts: int = 3
     """Later calls try a failed prompt again until it has failed this often."""
 

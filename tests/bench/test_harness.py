@@ -210,6 +210,11 @@ def run_line(capsys, *arguments):
         ("memory", [*TINY, "--sizes", "2x4", "8x4"]),
         ("identity", [*TINY, "--num-prompts", "8", "--new-tokens", "4"]),
         ("solver", ["--repeats", "1"]),
+        pytest.param(
+            "methods",
+            ["--batches", "4", "--num-prompts", "4", "--repeats", "1"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param("top-tokens", ["--repeats", "1"], marks=pytest.mark.slow),
         ("host", ["--batches", "2", "--new-tokens", "16", "--repeats", "1"]),
     ],
@@ -222,7 +227,7 @@ def test_every_subcommand_ends_with_one_line_of_json(name, options, tmp_path, ca
     assert line["benchmark"] == name
     assert line["hardware"]["torch"]
     assert line["results"]
-    if name not in ("solver", "host", "top-tokens"):
+    if name not in ("solver", "host", "methods", "top-tokens"):
         assert "random weights" in line["models"]["teacher"]
     if name in ("speed", "drafts", "memory"):
         assert line["models"]["emulated_acceptance"] == 0.9

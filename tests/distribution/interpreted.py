@@ -102,6 +102,32 @@ def test_equals_pytorch(vocab, method):
     check(fused_step(student, teacher, keys, keys.position, mixture), want)
 
 
+SUPPORTS = {
+    "veto": MixtureConfig(alpha_method="veto"),
+    "veto, likeliest": MixtureConfig(alpha_method="veto", top_k=1, temperature=0.7),
+    "likeliest": MixtureConfig(top_k=1),
+    "root": MixtureConfig(teacher_support_min_p=0.05, alpha_min=0.0),
+    "closed form": MixtureConfig(
+        teacher_support_min_p=0.01, alpha_method="reverse_kl_symmetry", force_first_token=True
+    ),
+    "one token": MixtureConfig(teacher_support_min_p=1.0, alpha_method="ess_balance"),
+}
+
+
+@pytest.mark.parametrize("vocab", [63, 1000])
+@pytest.mark.parametrize("mixture", SUPPORTS.values(), ids=SUPPORTS)
+def test_supports_and_likeliest_tokens_equal_pytorch(vocab, mixture):
+    """Guards: a support cut at another logit or in one of the programs only, its mass, and a greedy
+    run that draws.
+    """
+    assert launch.covers(mixture)
+    student, teacher, keys = batch(9, vocab, seed=vocab)
+    spoil(student, teacher)
+    student[8, teacher[8] > teacher[8].max() - 5] = -INF  # nothing of the support is left
+    want = step(student, teacher, keys, keys.position, mixture)
+    check(fused_step(student, teacher, keys, keys.position, mixture), want)
+
+
 def test_alpha_keeps_the_contract():
     """Guards: a root that is not one, on rows that differ by 1e-3 up to 1e4. |F'| <= 1e-6 max(1,
     F''), or to 1e-6.
@@ -248,6 +274,8 @@ def test_drafts(dtype):
     for some in (keys, noise.noise_tensor(keys, 1100)):
         token = launch.fused_draft(student, some, 0.7, SMALL)
         assert torch.equal(token, draft(student, keys, mixture))
+    token = launch.fused_draft(student, keys, 0.7, SMALL, greedy=True)
+    assert torch.equal(token, student.float().argmax(-1))
 
 
 def test_draws_follow_q_and_would_not_follow_the_teacher():

@@ -65,10 +65,13 @@ def test_kernel_compiles_for_gpus(tmp_path):
 def test_covers():
     """Guards: a mixture that the kernel would get wrong."""
     assert launch.covers(MixtureConfig(temperature=0.7, force_first_token=True))
+    assert launch.covers(MixtureConfig(alpha_method="veto", teacher_support_min_p=0.2, top_k=1))
     assert not launch.covers(MixtureConfig(), keep_log_q=True)
     for options in (
         {"alpha_method": "entropy"},
         {"alpha_method": "trust_region"},
+        {"alpha_method": "interleaved"},
+        {"alpha_method": "arithmetic"},
         {"top_k": 3},
         {"top_p": 0.9},
         {"teacher_support_top_k": 3},

@@ -139,8 +139,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
 
 def kill_until_done(command, folder, rng, most):
     """Kill -9 at random moments, at most so often; the number of kills."""
+    said = folder.with_name(f"{folder.name}.stderr")
     for kills in range(most + 1):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with said.open("w") as errors:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         before = len(answers(folder))
         if kills < most:
             if kills % 2 == 0:
@@ -150,7 +152,7 @@ def kill_until_done(command, folder, rng, most):
         code = process.wait()
         assert len(answers(folder)) >= before
         if code != -signal.SIGKILL:
-            assert code == 0
+            assert code == 0, said.read_text()
             return kills
     raise AssertionError("the last call was killed by another")
 

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from optimal_sampling.config import LocalOptions, ModelConfig, PromptConfig, ToyOptions
+from optimal_sampling.config import (
+    LocalOptions,
+    ModelConfig,
+    PromptConfig,
+    Stage,
+    ToyOptions,
+    VerifyConfig,
+)
 from optimal_sampling.engines import open_engine
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.generate import dry_run, generate
@@ -78,6 +85,25 @@ def test_long_prompts_are_shortened_on_the_screen(job):
     assert "characters not shown" in text
 
 
+def test_stages_are_reported_with_their_prompts(job):
+    """Guards: a hint that fails in the last stage, known after the other stages have run."""
+    rows = [{"problem": "1+1=?", "answer": "2"}, {"problem": "2+1=?", "answer": None}]
+    config = replace(job(rows), verify=VerifyConfig(verify="synthetic"))
+    stages = (
+        Stage("own", mode="student", tries=4),
+        Stage("teacher", mode="teacher", hint="right"),
+    )
+    text = report(replace(config, stages=stages))
+    own, teacher = text.split("=== stage ")[1:]
+    assert own.startswith("own, where every prompt takes all its tries: the student alone, 4 tries")
+    assert "=== 2 rows, 0 duplicates (generated once), 0 fail" in own
+    assert "for 8 samples" in own
+    assert "Reference solution" not in own
+    assert "=== 2 rows, 0 duplicates (generated once), 1 fail" in teacher
+    assert "Reference solution:\n2" in teacher
+    assert "for 1 samples" in teacher
+
+
 def test_what_runs_is_said_before_any_weights_are_loaded(job):
     """Guards: attention, memory, time and mode that are known only when the run has started."""
     config = job(ROWS)
@@ -91,6 +117,14 @@ def test_what_runs_is_said_before_any_weights_are_loaded(job):
     assert "memory: " not in report(replace(config, engine=ToyOptions()))
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):
         report(replace(config, engine=LocalOptions(attention="varlen")))
+
+
+def test_notes_on_the_rows_are_those_of_the_run(fake_engine, job):
+    """Guards: a note on control tokens in rows that only the run itself has."""
+    config = job([*ROWS, {"problem": "a <|end|> b"}])
+    notes = dry_run(config).notes
+    assert "1 rows hold texts that are control tokens, such as '<|end|>'" in notes["note 1"]
+    assert notes == {k: v for k, v in generate(config).notes.items() if k.startswith("note")}
 
 
 def test_the_estimate_of_memory_is_that_of_the_models(job):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from optimal_sampling.records import load, load_verdicts
+
 COMMAND = [sys.executable, "-m", "optimal_sampling"]
 
 
@@ -94,6 +96,61 @@ def test_kill_and_resume(tmp_path):
     kills = kill_until_done(command, tmp_path / "killed", random.Random(3), longest=1.5, most=4)
     assert kills >= 1
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+STAGES = """
+- {name: own, mode: student, tries: 3}
+- {name: kl}
+- {name: teacher, mode: teacher, top_k: 1}
+"""
+
+
+def staged(tmp_path, **options):
+    """Options of a run of stages; a completion is right with a chance of about a third."""
+    stages, grader = tmp_path / "stages.yaml", tmp_path / "own.py"
+    stages.write_text(STAGES)
+    grader.write_text(
+        "def check(completion, reference, row):\n    return sum(map(ord, completion)) % 3 == 0\n"
+    )
+    return {"stages": stages, "verify": f"{grader}:check", "verify-workers": 1, **options}
+
+
+def verdicts(folder):
+    """Verdicts by identity."""
+    return {key: graded["verdict"] for key, graded in load_verdicts(folder).items()}
+
+
+@pytest.mark.timeout(180)
+def test_kill_and_resume_in_stages(tmp_path):
+    """Guards: a killed run that tries a prompt again after its correct completion, or not at all
+    before it.
+    """
+    options = staged(tmp_path)
+    whole = [*COMMAND, *arguments(tmp_path / "whole", 30, **options)]
+    subprocess.run(whole, check=True, capture_output=True)
+    command = [*COMMAND, *arguments(tmp_path / "killed", 30, **options)]
+    kills = kill_until_done(command, tmp_path / "killed", random.Random(5), longest=1.5, most=3)
+    assert kills >= 1
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert verdicts(tmp_path / "killed") == verdicts(tmp_path / "whole")
+    stages = {record["stage"] for record in load(tmp_path / "whole")}
+    assert stages == {"own", "kl", "teacher"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("engine", ["toy", "local"])
+def test_kill_and_resume_in_stages_for_long(tmp_path, engine):
+    """The same with many kills, and with real models."""
+    options = staged(tmp_path, engine=engine)
+    whole = [*COMMAND, *arguments(tmp_path / "whole", 40, **options)]
+    subprocess.run(whole, check=True, capture_output=True)
+    for seed in range(3):
+        folder = tmp_path / f"killed{seed}"
+        command = [*COMMAND, *arguments(folder, 40, **options)]
+        kill_until_done(command, folder, random.Random(seed), longest=1.0, most=15)
+        assert lines(folder) == lines(tmp_path / "whole")
+        assert verdicts(folder) == verdicts(tmp_path / "whole")
 
 
 @pytest.mark.slow

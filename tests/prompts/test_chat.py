@@ -14,6 +14,7 @@ from tokenizers.normalizers import Replace
 from optimal_sampling.config import PromptConfig
 from optimal_sampling.errors import ConfigError, PromptError
 from optimal_sampling.prompts import PromptRenderer
+from optimal_sampling.prompts.chat import SEAM
 from tests.vocabulary.conftest import CHATML, END, KINDS, make_tokenizer, trained, vocabulary_of
 
 TOOLS_TEMPLATE = (
@@ -206,6 +207,62 @@ def test_part_of_the_config_that_a_template_leaves_out_fails_at_start(
         renderer_of(template, **options)
 
 
+CUTS = {
+    "system": "{% set c = m.content[:40] if m.role == 'system' else m.content %}",
+    "user": "{% set c = m.content[:40] if not loop.last else m.content %}",
+    "assistant": "{% set c = m.content[:40] if m.role == 'assistant' else m.content %}",
+}
+LONG = "one two three four five six seven\neight nine ten eleven twelve"
+
+
+@pytest.mark.parametrize("role", CUTS)
+def test_long_turns_that_a_template_cuts_are_failed_rows(role: str) -> None:
+    """Guards: markers that are shorter than what a template shows of a system prompt, of an
+    earlier turn or of an answer."""
+    template = (
+        "{% for m in messages %}" + CUTS[role] + "<|im_start|>{{ m.role }}\n{{ c }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    renderer = renderer_of(template)
+
+    def row(text: str) -> dict[str, Any]:
+        turns = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "last")]
+        return {
+            "messages": [
+                {"role": name, "content": text if name == role and content != "last" else content}
+                for name, content in turns
+            ]
+        }
+
+    renderer.render(row("short"))
+    with pytest.raises(PromptError, match=rf"chat template changes .*{role}"):
+        renderer.render(row(LONG))
+
+
+def test_what_templates_take_out_on_purpose_is_no_failure() -> None:
+    """Guards: rows refused for a switch in their system prompt, for reasoning in an earlier
+    answer, or for the form in which a template writes the result of a tool."""
+    template = (
+        "{% for m in messages %}{% set c = m.content %}"
+        "{% if m.role == 'system' %}{% set c = c.replace('/no_think', '').rstrip() %}{% endif %}"
+        "{% if m.role == 'assistant' %}{% set c = c.split('</think>')[-1].lstrip() %}{% endif %}"
+        "{% if m.role == 'tool' %}{% set c = c | tojson %}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ c }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    contents = {
+        "system": f"{LONG} /no_think",
+        "user": LONG,
+        "assistant": f"<think>\n{LONG}</think>\n\n{LONG}",
+        "tool": f'{{"a": "{LONG}"}}',
+    }
+    messages = [{"role": name, "content": content} for name, content in contents.items()]
+    only_reasoning = {"role": "assistant", "content": f"<think>{LONG}</think>"}
+    messages += [{"role": "user", "content": "why?"}, only_reasoning]
+    messages.append({"role": "user", "content": "last"})
+    renderer_of(template).render({"messages": messages})
+
+
 def test_long_user_turn_that_a_template_cuts_is_a_failed_row() -> None:
     """Guards: a template that shows the first characters of a turn."""
     renderer = renderer_of(CUT)
@@ -321,6 +378,14 @@ def test_literal_control_tokens_are_ordinary_text(text: str) -> None:
         control = [index for index in ids if index >= 256]
         assert tokenizer.convert_ids_to_tokens(control) == ["<|im_start|>", END, "<|im_start|>"]
         assert tokenizer.decode(ids) in (rendered.student_text, rendered.teacher_text)
+
+
+def test_a_row_with_the_mark_of_literal_control_tokens() -> None:
+    """Guards: a text that is taken out of a prompt because it is used as a mark."""
+    row = {"problem": f"a{SEAM}b"}
+    assert SEAM in renderer_of().render(row).student_text
+    with pytest.raises(PromptError, match="which marks control tokens"):
+        renderer_of(literal_control_tokens=True).render(row)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"word pieces"}))

@@ -7,12 +7,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from optimal_sampling.config import PromptConfig
 from optimal_sampling.errors import ConfigError, PromptError
 from optimal_sampling.prompts import PromptRenderer
+from optimal_sampling.prompts.chat import SEAM
+from optimal_sampling.prompts.probe import PROBE
 from optimal_sampling.prompts.rows import conversation_of, fill, names_in
 from optimal_sampling.vocabulary import Vocabulary
 from tests.vocabulary.conftest import (
@@ -39,6 +41,7 @@ def plain(
     return PromptRenderer(config, vocabulary, **options)
 
 
+@example(problem=SEAM, answer=PROBE)  # Hypothesis finds constants of the modules that are loaded
 @given(problem=TEXTS.filter(str.strip), answer=TEXTS)
 def test_any_value_survives_rendering(problem: str, answer: str) -> None:
     """Guards: `str.format` on problems, which fails or changes them at \\frac{a}{b}."""

@@ -7,6 +7,7 @@ architectures.py  two models with random weights of known architectures
 instruments.py    what is recorded of an engine's rounds; emulated acceptance of drafts
 baselines.py      the same work as a user of Transformers would write it
 speed.py          `speed`, `drafts`, `selfdistil`: tokens per second
+methods.py        `methods`: tokens per second and accepted drafts by method and sharpness
 costs.py          `memory`, `scaling`, `solver`: caches, growth with the prompts, the mixture alone
 host.py           `host`: CPU time of the paged engine's rounds, without a GPU
 fleet.py          `fleet`: worker processes, and what their driver costs

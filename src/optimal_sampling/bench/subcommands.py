@@ -15,12 +15,14 @@ from optimal_sampling.errors import ConfigError
 __all__ = [
     "SUBCOMMANDS",
     "BenchOptions",
+    "BytesOptions",
     "DraftsOptions",
     "FleetOptions",
     "GpuOptions",
     "HostOptions",
     "IdentityOptions",
     "MemoryOptions",
+    "MethodsOptions",
     "ModelOptions",
     "PairOptions",
     "ScalingOptions",
@@ -34,10 +36,11 @@ __all__ = [
     "parse_size",
 ]
 
-COUNTS = ("threads", "num_prompts", "repeats", "prompt_tokens", "new_tokens")
+COUNTS = ("threads", "num_prompts", "prefixes", "repeats", "prompt_tokens", "new_tokens")
 FOR_SHAPES = ("same_weights", "acceptance", "prompt_tokens", "new_tokens", "uneven")
 """Options that have no effect on models which are not shapes."""
 DEFAULT_MODELS = ModelConfig()
+TWO_TOKENIZERS = ModelConfig(student="toy-number-student")
 Uneven: TypeAlias = Literal["nothing", "prompts", "all"]
 
 
@@ -179,6 +182,26 @@ class DraftsOptions(SpeedOptions):
 
     name = "drafts"
     function = "speed:run_speed"
+
+
+@dataclass(frozen=True)
+class MethodsOptions(BenchOptions):
+    """q* by method and sharpness beside the teacher alone: speed, and drafts accepted."""
+
+    name = "methods"
+    function = "methods:run_methods"
+    models: ModelConfig = DEFAULT_MODELS
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Texts at once."""
+    num_prompts: int = 128
+    """Prompts at the largest batch; fewer where it is slow."""
+    repeats: int = 3
+    """Counted repeats of every row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.batches, default=0) < 1:
+            raise ConfigError(f"batches must be numbers of at least 1, got {self.batches}")
 
 
 @dataclass(frozen=True)
@@ -364,9 +387,32 @@ class GpuOptions(BenchOptions):
         return ModelConfig(device=self.device, dtype=self.dtype)
 
 
+@dataclass(frozen=True)
+class BytesOptions(BenchOptions):
+    """Two tokenizers: forward passes, and what the tolerance changes in q*."""
+
+    name = "bytes"
+    function = "byte_level:run"
+    models: ModelConfig = TWO_TOKENIZERS
+    num_prompts: int = 64
+    """Problems that are answered."""
+    tolerances: tuple[float, ...] = (0.01, 0.05, 0.03, 0.003, 0.001)
+    """Values of --byte-tolerance; the first is also measured with drafts."""
+    prefixes: int = 1000
+    """Places in the texts at which q* is compared with that of a tolerance near 0."""
+    repeats: int = 3
+    """Counted repeats of the comparison with tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tolerances or not all(0 < value <= 0.05 for value in self.tolerances):
+            raise ConfigError(f"tolerances must lie in (0, 0.05], got {self.tolerances}")
+
+
 _KINDS: tuple[type[BenchOptions], ...] = (
     SpeedOptions,
     DraftsOptions,
+    MethodsOptions,
     SelfDistilOptions,
     ScalingOptions,
     MemoryOptions,
@@ -375,6 +421,7 @@ _KINDS: tuple[type[BenchOptions], ...] = (
     HostOptions,
     FleetOptions,
     TopTokensOptions,
+    BytesOptions,
     GpuOptions,
 )
 SUBCOMMANDS = {kind.name: kind for kind in _KINDS}

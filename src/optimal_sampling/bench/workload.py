@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -57,6 +57,7 @@ class Variant:
     acceptance: float | None = None
     """Emulated acceptance of drafts; None: the pair's own."""
     capture: frozenset[str] = frozenset()
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
 
 
 class ModelPair:
@@ -125,7 +126,9 @@ class ModelPair:
             draft_tokens=variant.draft_tokens,
             kv_memory_gib=self.kv_memory_gib,
         )
-        engine = loaded.view(mode=variant.mode, options=options, capture=variant.capture)
+        engine = loaded.view(
+            variant.mixture, mode=variant.mode, options=options, capture=variant.capture
+        )
         given = variant.acceptance
         engine.acceptance = self.acceptance if given is None else given
         if not workload.natural_end:

@@ -40,7 +40,7 @@ from optimal_sampling.distribution.cpu.tiled import TiledPair
 from optimal_sampling.distribution.cpu.whole import MAX_VOCAB, WholePair
 from optimal_sampling.distribution.gpu.launch import fused_draft, fused_step, runs_fused
 from optimal_sampling.distribution.methods import METHODS
-from optimal_sampling.distribution.noise import NoiseSource, noise_tensor
+from optimal_sampling.distribution.noise import NoiseSource, noise_of, noise_tensor
 from optimal_sampling.distribution.pair import Moments, Pair, SingleModel
 from optimal_sampling.distribution.rules import solve_rule
 from optimal_sampling.types import TRACE_TABLE
@@ -59,6 +59,9 @@ __all__ = [
     "step",
     "trace_of",
 ]
+
+MOST_LISTED = 256
+"""Likeliest tokens that a draft within a nucleus is made from."""
 
 _WHOLE_CHUNK = 1 << 15  # logits per model that are worked on together: near the cache
 _TILED_CHUNK = 1 << 23
@@ -186,12 +189,39 @@ def _draw_and_trace(solved: Solved, noise: NoiseSource, keep_log_q: bool = False
 
 @torch.no_grad()
 def draft(student_logits: Logits, noise: NoiseSource, mixture: MixtureConfig) -> Tokens:
-    """argmax(log p_student + noise): what the student alone would draw with this noise."""
-    if runs_fused(student_logits.device):
-        return fused_draft(student_logits, noise, mixture.temperature)
+    """argmax(log p_student + noise): what the student alone would draw with this noise.
+
+    Of the student's tokens within the top-k and top-p of the mixture: its likeliest for top_k=1. A
+    nucleus is looked for among its MOST_LISTED likeliest tokens.
+    """
+    top_k, top_p = mixture.top_k, mixture.top_p
+    truncates = cuts(top_k, top_p)
+    if runs_fused(student_logits.device) and (top_k == 1 or not truncates):
+        return fused_draft(student_logits, noise, mixture.temperature, greedy=top_k == 1)
+    if top_k == 1:
+        return argmax(student_logits.to(torch.float32))
+    if truncates:
+        return _draft_of_list(student_logits, noise, mixture)
     made = noise_tensor(noise, student_logits.shape[1])
     noisy = torch.add(made, student_logits, alpha=1 / mixture.temperature)
     return argmax(noisy)
+
+
+def _draft_of_list(student_logits: Logits, noise: NoiseSource, mixture: MixtureConfig) -> Tokens:
+    """A draft from the student's likeliest tokens, without a sort of the row."""
+    scaled = student_logits.to(torch.float32) / mixture.temperature
+    is_limited = mixture.top_k > 0
+    count = min(mixture.top_k if is_limited else MOST_LISTED, scaled.shape[1])
+    scores, ids = scaled.topk(count)
+    if mixture.top_p < 1:
+        whole = scores if is_limited else scaled
+        share = (scores - whole.logsumexp(-1, keepdim=True)).exp()
+        before = share.cumsum(-1) - share
+        outside = before >= mixture.top_p
+        outside[:, 0] = False
+        scores.masked_fill_(outside, -torch.inf)
+    place = argmax(scores + noise_of(noise, ids))
+    return ids.gather(-1, place[:, None])[:, 0]
 
 
 def row_slices(rows: int, vocab: int, device: torch.device) -> Iterator[slice]:

@@ -24,7 +24,15 @@ from torch import Tensor
 from optimal_sampling.distribution.arrays import Positions, Scores, array_of, namespace, tensor_of
 from optimal_sampling.distribution.cpu.workspace import TILE
 
-__all__ = ["NoiseKeys", "NoiseSource", "gumbel", "keys_tensor", "noise_tensor", "scrambled_ids"]
+__all__ = [
+    "NoiseKeys",
+    "NoiseSource",
+    "gumbel",
+    "keys_tensor",
+    "noise_of",
+    "noise_tensor",
+    "scrambled_ids",
+]
 
 
 def _signed(value: int, bits: int) -> int:
@@ -180,3 +188,10 @@ def noise_tensor(noise: NoiseSource, vocab_size: int) -> Scores:
     if isinstance(noise, NoiseKeys):
         return gumbel(noise.keys, noise.position, vocab_size)
     return noise
+
+
+def noise_of(noise: NoiseSource, ids: Int64[Tensor, "rows tokens"]) -> Scores:
+    """The noise of some token ids of every row."""
+    if isinstance(noise, NoiseKeys):
+        return gumbel(noise.keys, noise.position, ids)
+    return noise.gather(-1, ids)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
 from optimal_sampling.config import GenerateConfig, LocalOptions, ModelConfig
 from optimal_sampling.engines.base import prompt_problem
-from optimal_sampling.generate.inputs import input_notes, open_inputs, prompt_of, render_rows
-from optimal_sampling.prompts import RenderedPrompt
+from optimal_sampling.generate.dataset import Dataset
+from optimal_sampling.generate.inputs import (
+    grading_source,
+    input_notes,
+    open_inputs,
+    prompt_of,
+    render_rows,
+    renderer_of,
+)
+from optimal_sampling.generate.stages import stage_config
+from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
+from optimal_sampling.records.run_folder import stage_options, stage_text
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
 __all__ = ["DryRun", "dry_run"]
@@ -27,6 +37,8 @@ class DryRun:
     config: GenerateConfig
     vocabulary: Vocabulary
     notes: dict[str, str]
+    title: str = ""
+    """Of a stage."""
     rows: int = 0
     duplicates: int = 0
     """Rows whose two prompts are those of an earlier row."""
@@ -38,6 +50,8 @@ class DryRun:
     """Tokens of the prompts that would be answered."""
     first: list[tuple[int, RenderedPrompt | str]] = field(default_factory=list)
     """The first rows: index and prompts, or why there are none."""
+    stages: list[DryRun] = field(default_factory=list)
+    """The stages after the first one, as runs of their own with all their tries."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -70,6 +84,8 @@ class DryRun:
 
     def lines(self) -> Iterator[str]:
         """The report."""
+        if self.title:
+            yield f"=== {self.title}"
         for index, rendered in self.first:
             yield from _prompt_lines(index, rendered)
         failed = sum(map(len, self.failures.values()))
@@ -86,6 +102,8 @@ class DryRun:
             yield f"{name}: {text}"
         if self.config.engine.loads_models and self.lengths["student"]:
             yield from self._requirements()
+        for stage in self.stages:
+            yield from stage.lines()
 
     def _histogram(self) -> Iterator[str]:
         """Prompts of both models by length, in bins of powers of two."""
@@ -151,9 +169,32 @@ class DryRun:
 
 
 def dry_run(config: GenerateConfig, shown: int = 3) -> DryRun:
-    """Render every row. Raises as `generate` does for a dataset, a template or a tokenizer."""
+    """Render every row. Raises as `generate` does for a dataset, a template or a tokenizer.
+
+    Of stages each is reported as a run over all rows, of which every prompt takes all tries.
+    """
     dataset, vocabulary, renderer = open_inputs(config)
-    result = DryRun(config, vocabulary, input_notes(config, vocabulary, renderer))
+    if not config.stages:
+        notes = input_notes(config, vocabulary, renderer, dataset)
+        return _counted(DryRun(config, vocabulary, notes), renderer, dataset, shown)
+    grading_source(config, dataset, vocabulary)
+    reports = []
+    for number, stage in enumerate(config.stages):
+        alone = stage_config(config, stage)
+        tries = replace(alone.data, samples_per_prompt=stage.tries)
+        own = renderer_of(alone, dataset, vocabulary)
+        notes = input_notes(alone, vocabulary, own, dataset)
+        text = stage_text(stage_options(stage))
+        title = f"stage {stage.name}, where every prompt takes all its tries: {text}"
+        report = DryRun(replace(alone, data=tries), vocabulary, notes, title)
+        is_new = number == 0 or alone.prompt != config.prompt
+        reports.append(_counted(report, own, dataset, shown if is_new else 0))
+    first, *first.stages = reports
+    return first
+
+
+def _counted(result: DryRun, renderer: PromptRenderer, dataset: Dataset, shown: int) -> DryRun:
+    """The report with the rows of the dataset; `shown` of them with their prompts."""
     seen: set[str] = set()
     for index, row, rendered in render_rows(renderer, dataset):
         identity = prompt_of(index, row, rendered).id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
+from datetime import date
 from typing import Any
 
 from optimal_sampling.config import GenerateConfig, MixtureConfig
@@ -12,9 +13,12 @@ from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.records.run_folder import template_date
 from optimal_sampling.records.schema import Prompt, row_id
 from optimal_sampling.types import prompt_id
+from optimal_sampling.verify import resolve_grader
+from optimal_sampling.verify.job import Source, check_columns
 from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = [
+    "grading_source",
     "idle_options",
     "input_notes",
     "numbered",
@@ -43,28 +47,47 @@ def open_inputs(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRend
     dataset = open_dataset(config.data, config.run.seed)
     models = config.models
     vocabulary = Vocabulary.load(
-        models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+        models.student,
+        models.teacher,
+        models.trust_remote_code,
+        revisions=models.revisions,
+        granularity=models.granularity,
     )
     return dataset, vocabulary, renderer_of(config, dataset, vocabulary)
 
 
-def renderer_of(config: GenerateConfig, dataset: Dataset, vocabulary: Vocabulary) -> PromptRenderer:
-    """What rows are rendered with."""
+def renderer_of(
+    config: GenerateConfig, dataset: Dataset, vocabulary: Vocabulary, day: date | None = None
+) -> PromptRenderer:
+    """What rows are rendered with. `day`: that of chat templates; None: the run's."""
     return PromptRenderer(
         config.prompt,
         vocabulary,
         prompt_column=dataset.prompt_column,
         answer_column=dataset.answer_column,
         columns=dataset.columns,
-        day=template_date(config.run.output_dir),
+        day=day or template_date(config.run.output_dir),
     )
+
+
+def grading_source(
+    config: GenerateConfig, dataset: Dataset, vocabulary: Vocabulary
+) -> Source | None:
+    """How completions are graded; None where they are not. Raises ConfigError."""
+    if config.verify.verify is None:
+        return None
+    column = config.verify.reference or dataset.answer_column
+    grader = resolve_grader(config.verify.verify)
+    if grader.path is None or column is not None:
+        check_columns(dataset.columns, column)
+    return Source(grader, column, lambda: vocabulary.thinking_blocks)
 
 
 def input_notes(
     config: GenerateConfig,
     vocabulary: Vocabulary,
     renderer: PromptRenderer,
-    row_notes: Iterable[str] = (),
+    dataset: Dataset,
 ) -> dict[str, str]:
     """What is not as the options say, or easily overlooked, by name. Known without any weights."""
     mode = config.run.mode
@@ -75,7 +98,7 @@ def input_notes(
             *idle_options(config),
             *vocabulary.notes,
             *renderer.notes,
-            *row_notes,
+            *renderer.row_notes(row for _, row in dataset),
         ]
     )
 

@@ -9,18 +9,21 @@ from itertools import chain
 
 from optimal_sampling.config import GenerateConfig
 from optimal_sampling.errors import ConfigError
-from optimal_sampling.generate.dataset import Dataset
 from optimal_sampling.generate.fingerprint import check_rows, model_facts
-from optimal_sampling.generate.inputs import input_notes, open_inputs, prompt_of, render_rows
+from optimal_sampling.generate.inputs import (
+    grading_source,
+    input_notes,
+    open_inputs,
+    prompt_of,
+    render_rows,
+)
 from optimal_sampling.generate.progress import Progress, Summary, Tally
 from optimal_sampling.generate.recorder import OpenEngine, Recorder, Work
 from optimal_sampling.generate.stage_counts import StageCounts
 from optimal_sampling.generate.stages import StagedJob
 from optimal_sampling.records.run_folder import GRADED_BY, TEMPLATE_DATE, RunFolder
 from optimal_sampling.types import Request
-from optimal_sampling.verify import resolve_grader
-from optimal_sampling.verify.job import Grading, Source, check_columns
-from optimal_sampling.vocabulary import Vocabulary
+from optimal_sampling.verify.job import Grading, Source
 
 __all__ = ["Interrupted", "generate"]
 
@@ -56,7 +59,7 @@ def generate(
     facts = model_facts(config.models) if config.engine.loads_models else {}
     if renderer.prints_date:
         facts[TEMPLATE_DATE] = renderer.day.isoformat()
-    source = _grading_source(config, dataset, vocabulary)
+    source = grading_source(config, dataset, vocabulary)
     if source is not None and config.stages:
         facts[GRADED_BY] = f"{source.grader.name}, {source.reference or 'by its usual name'}"
     with RunFolder(config, facts) as folder, _grading(config, source) as grading:
@@ -107,19 +110,6 @@ def _graded(work: Work, summary: Summary) -> Summary:
     return replace(summary, verdicts=verdicts, not_graded=work.grading.failed)
 
 
-def _grading_source(
-    config: GenerateConfig, dataset: Dataset, vocabulary: Vocabulary
-) -> Source | None:
-    """How completions are graded; None where they are not. Raises ConfigError."""
-    if config.verify.verify is None:
-        return None
-    column = config.verify.reference or dataset.answer_column
-    grader = resolve_grader(config.verify.verify)
-    if grader.path is None or column is not None:
-        check_columns(dataset.columns, column)
-    return Source(grader, column, lambda: vocabulary.thinking_blocks)
-
-
 def _grading(
     config: GenerateConfig, source: Source | None
 ) -> AbstractContextManager[Grading | None]:
@@ -149,8 +139,7 @@ class _Job:
         Models are loaded only if a sample is owed.
         """
         work = self.work
-        on_rows = work.renderer.row_notes(row for _, row in work.dataset)
-        notes = input_notes(work.config, work.vocabulary, work.renderer, on_rows)
+        notes = input_notes(work.config, work.vocabulary, work.renderer, work.dataset)
         work.progress.show_notes(notes)
         requests = self._owed_requests()
         first = next(requests, None)

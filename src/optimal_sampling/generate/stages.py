@@ -67,7 +67,8 @@ class _Pass:
         """Those that the stages before have for a prompt."""
         self.renderer: PromptRenderer = work.renderer
         if self.config.prompt != work.config.prompt:
-            self.renderer = renderer_of(self.config, work.dataset, work.vocabulary)
+            day = work.renderer.day
+            self.renderer = renderer_of(self.config, work.dataset, work.vocabulary, day)
         self.engine: Engine | None = None
         self.seconds = 0.0
         """In the engine and its graders, in this call."""

@@ -7,6 +7,7 @@ tokenised with the tokenizer's defaults. No prompt is ever cut.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
@@ -15,9 +16,16 @@ from typing import Any, Literal, get_args
 
 from optimal_sampling.config import PromptConfig
 from optimal_sampling.errors import ConfigError, PromptError
-from optimal_sampling.prompts.probe import PROBE, REASONING_FIELDS, Message, Probe, Tools
+from optimal_sampling.prompts.probe import (
+    PROBE,
+    REASONING_FIELDS,
+    Message,
+    Probe,
+    Tools,
+    part_name,
+)
 from optimal_sampling.prompts.rows import Conversation, user_turn
-from optimal_sampling.vocabulary.thinking import Block
+from optimal_sampling.vocabulary.thinking import KNOWN_BLOCKS, Block
 
 __all__ = ["SEAM", "ChatFormat", "Role", "ThinkingState"]
 
@@ -28,6 +36,8 @@ ThinkingState = Literal["none", "open", "closed"]
 Form = Literal["as is", "blank", "parts"]
 FORMS: tuple[Form, ...] = get_args(Form)
 """Contents as text, with an empty text where a message has none, as a list of parts."""
+
+_SWITCH = re.compile(r"/\w+")
 
 SEAM = "5be01d93c7a2f648"
 """A text within a control token of a row, where it is cut to be encoded as ordinary text."""
@@ -90,22 +100,24 @@ class ChatFormat:
         if lost:
             raise PromptError(f"the {self.role}'s {lost}")
         text = self._render(messages, conversation.tools, form)
-        if turn.strip() not in text:
-            raise PromptError(f"the {self.role}'s chat template changes the user turn")
+        for index, message in enumerate(messages):
+            if not _is_shown(message, text, exactly=index == place):
+                part = part_name(index, message["role"], place)
+                raise PromptError(f"the {self.role}'s chat template changes {part}")
         return text
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Ids of a whole prompt. A BOS in the text is not added again; an EOS is never added.
 
-        The pieces between SEAMs are encoded on their own. Raises PromptError for a lone surrogate,
-        an empty prompt, an id that the model lacks.
+        The pieces between SEAMs of literal control tokens are encoded on their own. Raises
+        PromptError for a lone surrogate, an empty prompt, an id that the model lacks.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             reason = f"the {self.role}'s prompt holds half a character (a lone surrogate): {error}"
             raise PromptError(reason) from error
-        first, *others = text.split(SEAM)
+        first, *others = text.split(SEAM) if self.config.literal_control_tokens else [text]
         ids = self._encoded(first, defaults=not self.uses_template)
         if not self.uses_template:
             ids = self._without_extra_ends(ids, first)
@@ -285,6 +297,24 @@ def _thinking_state(text: str, blocks: Sequence[Block]) -> ThinkingState:
         if closing in text:
             state = "closed"
     return state
+
+
+def _is_shown(message: Message, text: str, *, exactly: bool) -> bool:
+    """Whether the content of a message is in a prompt, but for space around it.
+
+    Unless `exactly`, a template may take out a switch such as `/no_think`. Of an answer the last
+    line counts: its reasoning may be left out. Results of tools are often written in another form.
+    """
+    content = (message.get("content") or "").strip()
+    if exactly or content in text:
+        return content in text
+    if message["role"] == "tool":
+        return True
+    if message["role"] == "assistant":
+        for _, closing in KNOWN_BLOCKS:
+            content = content.rpartition(closing)[2]
+        content = content.rstrip().rpartition("\n")[2]
+    return all(piece.strip() in text for piece in _SWITCH.split(content))
 
 
 def _shape(message: Message) -> tuple[object, ...]:

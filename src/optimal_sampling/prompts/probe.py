@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["PROBE", "REASONING_FIELDS", "Message", "Probe", "Tools"]
+__all__ = ["PROBE", "REASONING_FIELDS", "Message", "Probe", "Tools", "part_name"]
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -48,7 +48,7 @@ class Probe:
     def _message(self, index: int, message: Message) -> Message:
         copy = dict(message)
         if message.get("content"):
-            copy["content"] = self._marker(self._name(index, message["role"]))
+            copy["content"] = self._marker(part_name(index, message["role"], self._place))
         reasoning = [name for name in REASONING_FIELDS if message.get(name)]
         if reasoning and index > self._place:
             copy |= dict.fromkeys(reasoning, self._marker(f"the reasoning of turn {index}"))
@@ -56,13 +56,6 @@ class Probe:
             part = f"the tool calls of turn {index}"
             copy["tool_calls"] = [self._call(call, part) for call in message["tool_calls"]]
         return copy
-
-    def _name(self, index: int, role: str) -> str:
-        if index == self._place:
-            return "the user turn"
-        if role in ("system", "developer"):
-            return f"the {role} prompt"
-        return f"turn {index} ({role})"
 
     def _call(self, call: Any, part: str) -> Any:
         """A tool call with a marker in its arguments: some templates show an id, not the name."""
@@ -83,6 +76,15 @@ class Probe:
         if not isinstance(function, Mapping) or not function.get("name"):
             return holder
         return _replaced(holder, name=self._marker(part))
+
+
+def part_name(index: int, role: str, place: int) -> str:
+    """What errors call the message at an index, where the last user turn is at `place`."""
+    if index == place:
+        return "the user turn"
+    if role in ("system", "developer"):
+        return f"the {role} prompt"
+    return f"turn {index} ({role})"
 
 
 def _function(holder: Any) -> Any:

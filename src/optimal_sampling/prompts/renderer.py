@@ -168,9 +168,10 @@ class PromptRenderer:
     ) -> RenderedPrompt:
         student_text = self._student.text(conversation, student_turn)
         teacher_text = self._teacher.text(conversation, teacher_turn)
+        seam = SEAM if self._config.literal_control_tokens else ""
         return RenderedPrompt(
-            student_text=student_text.replace(SEAM, ""),
-            teacher_text=teacher_text.replace(SEAM, ""),
+            student_text=student_text.replace(seam, ""),
+            teacher_text=teacher_text.replace(seam, ""),
             student_ids=self._student.ids(student_text),
             teacher_ids=self._teacher.ids(teacher_text),
         )
@@ -200,6 +201,8 @@ class PromptRenderer:
     def _with_seams(self, value: Any) -> Any:
         """The value with a SEAM after the first character of each control token in its texts."""
         if isinstance(value, str):
+            if SEAM in value:
+                raise PromptError(f"the row holds the text {SEAM}, which marks control tokens")
             return self._control_tokens.sub(lambda m: f"{m[0][0]}{SEAM}{m[0][1:]}", value)
         if isinstance(value, Mapping):
             return {name: self._with_seams(inner) for name, inner in value.items()}

@@ -122,7 +122,7 @@ def _amounts(document: dict[str, Any]) -> dict[str, Any]:
 
 def _check_count(folder: Path, good: int) -> None:
     summaries = [read_json(path) for path in folder.glob("summary*.json")]
-    if any(summary["status"] == "interrupted" for summary in summaries):
+    if any(summary.get("status") == "interrupted" for summary in summaries):
         raise RunFolderError(f"the last call on {folder} was interrupted; finish it first")
     asked = sum(summary["asked"] for summary in summaries) if summaries else "an unknown number"
     if good != asked:

@@ -8,12 +8,12 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from optimal_sampling.config import Checked, MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.vllm.cpu_threads import choose_threads
-from optimal_sampling.engines.vllm.engine import start_error
 from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
+from optimal_sampling.engines.vllm.start_failure import reason_passed_on
 from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.serve.request_body import LOOPBACK_NAMES, ServerSettings
 from optimal_sampling.vocabulary import Vocabulary
@@ -115,9 +115,10 @@ async def _run(namespace: Any) -> None:
     with contextlib.closing(listener):
         async with contextlib.AsyncExitStack() as stack:
             try:
-                client = await stack.enter_async_context(build_async_engine_client(namespace))
-            except Exception as error:  # of vLLM or a model: any kind
-                raise start_error(error) from error
+                with reason_passed_on():
+                    client = await stack.enter_async_context(build_async_engine_client(namespace))
+            except KeyboardInterrupt:
+                _end_at_once()
             shutdown = client.shutdown
 
             def stop(*args: Any, **kwargs: Any) -> None:
@@ -135,6 +136,20 @@ async def _run(namespace: Any) -> None:
         raise EngineError("vLLM's engine ended; the reason is in the lines above")
 
 
+def _end_at_once() -> NoReturn:
+    """End this process and those that it started.
+
+    An engine that is interrupted while it starts leaves sockets on which Python waits at its end.
+    """
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    print("interrupted while vLLM was starting", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -149,7 +164,9 @@ def _vllm_arguments(config: ServeConfig, vocabulary: Vocabulary) -> dict[str, An
         "generation_config": "vllm",  # a model's own defaults would truncate q* unasked
         **config.engine.settings,
     }
-    return engine_arguments(config.models, config.mixture, config.engine, vocabulary, given)
+    return engine_arguments(
+        config.models, config.mixture, config.engine, vocabulary, given, full_batches=False
+    )
 
 
 def _namespace(config: ServeConfig, arguments: Mapping[str, Any]) -> Any:

@@ -176,6 +176,10 @@ MIXTURES = {
     "truncated": MixtureConfig(top_k=5, top_p=0.9, alpha_method="entropy", alpha_min=0.0),
     "support": MixtureConfig(teacher_support_top_k=4, alpha_method="ess_balance"),
     "schedule": MixtureConfig(alpha_method="schedule", schedule_tokens=6, alpha_min=0.0),
+    "veto": MixtureConfig(alpha_method="veto", temperature=0.7),
+    "likeliest of veto": MixtureConfig(alpha_method="veto", top_k=1),
+    "interleaved": MixtureConfig(alpha_method="interleaved", interleaved_min_p=0.3),
+    "arithmetic": MixtureConfig(alpha_method="arithmetic", top_k=8, teacher_support_min_p=0.01),
 }
 
 

@@ -14,6 +14,8 @@ CAPTURE = frozenset({"student_logits", "teacher_logits", "log_q"})
 MIXTURES = {
     "plain": MixtureConfig(temperature=0.5),
     "teacher support": MixtureConfig(teacher_support_top_k=4),
+    "veto": MixtureConfig(alpha_method="veto"),
+    "no alpha": MixtureConfig(alpha_method="interleaved", interleaved_top_k=3),
 }
 
 

@@ -3,6 +3,8 @@
 import os
 
 import pytest
+from vllm import envs
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from optimal_sampling.config import MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.vllm.cpu_threads import choose_threads, idle_threads
@@ -12,10 +14,10 @@ from optimal_sampling.vocabulary import Vocabulary
 VOCABULARY = Vocabulary(size=264, stop_ids=frozenset({0}))
 
 
-def arguments(options, **models):
-    return engine_arguments(
-        ModelConfig(**models), MixtureConfig(), options, VOCABULARY, options.settings
-    )
+def arguments(options, full_batches=True, **models):
+    models = ModelConfig(**models)
+    given = (MixtureConfig(), options, VOCABULARY, options.settings)
+    return engine_arguments(models, *given, full_batches=full_batches)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,22 @@ def test_auto_drafts_only_where_they_pay(options, models, drafts):
     found = arguments(options, **models)
     assert found.get("speculative_config", {}).get("num_speculative_tokens", 0) == drafts
     assert found["max_num_batched_tokens"] >= options.batch_size * (drafts + 1)
+
+
+@pytest.mark.parametrize(("batch_size", "switches"), [(4, False), (6, True)])
+def test_auto_drafts_of_a_server_depend_on_the_batch(batch_size, switches):
+    """Guards: drafts in steps of many requests; none for a client that is alone."""
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
+        pytest.skip("the second runner drafts in every step")
+    found = arguments(VllmOptions(batch_size=batch_size), full_batches=False)
+    speculation = found["speculative_config"]
+    assert speculation["num_speculative_tokens"] == 5
+    schedule = speculation.get("num_speculative_tokens_per_batch_size")
+    assert (schedule is not None) == switches
+    if switches:
+        assert build_dynamic_sd_schedule_lookup(schedule, batch_size, 5) == [0, 5, 5, 5, 5, 0, 0]
+    fixed = arguments(VllmOptions(batch_size=6, draft_tokens=5), full_batches=False)
+    assert "num_speculative_tokens_per_batch_size" not in fixed["speculative_config"]
 
 
 def test_options_of_the_command_line_reach_vllm():

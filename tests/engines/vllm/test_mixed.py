@@ -24,6 +24,8 @@ MIXTURES = [
     replace(FREE, alpha_method="schedule", schedule_tokens=8, schedule_end=0.1),
     replace(FREE, force_first_token=True, temperature=0.7),
     replace(FREE, teacher_support_top_k=5),
+    MixtureConfig(alpha_method="veto", temperature=0.8),
+    MixtureConfig(alpha_method="interleaved", interleaved_min_p=0.2),
     replace(FREE, top_k=6, top_p=0.9),
 ]
 COMPARED = (
@@ -132,12 +134,9 @@ def assert_like_local(completion, mixture, local, limit=2e-5):
         other = local[completion.request.id, place]
         wanted = {name: other.trace[name][0] for name in COMPARED}
         wanted["log_q"] = float(other.captured["log_q"][0][token])
-        rows = {
-            role: other.captured[f"{role}_logits"][0].double().numpy()
-            for role in ("student", "teacher")
-        }
-        for role, row in rows.items():
-            wanted[f"log_p_{role}"] = log_p(row, rows["teacher"], mixture)[token]
+        for role in ("student", "teacher"):
+            row = other.captured[f"{role}_logits"][0].double().numpy()
+            wanted[f"log_p_{role}"] = log_softmax(row / mixture.temperature)[token]
         given = {name: completion.trace[name][place] for name in wanted}
         assert given == pytest.approx(wanted, abs=limit, rel=limit, nan_ok=True), (
             completion.request.id,
@@ -152,17 +151,10 @@ def assert_like_transformers(pair, completion, mixture, limit=2e-5):
     teacher = all_rows(pair.teacher, request.teacher_prompt_ids, tokens)
     for role, rows in (("student", student), ("teacher", teacher)):
         wanted = [
-            log_p(*row, mixture)[token] for token, *row in zip(tokens, rows, teacher, strict=True)
+            log_softmax(row / mixture.temperature)[token]
+            for token, row in zip(tokens, rows, strict=True)
         ]
         assert np.array(completion.trace[f"log_p_{role}"]) == pytest.approx(wanted, abs=limit)
-
-
-def log_p(logits, teacher_logits, mixture):
-    """A model's log-probabilities at the mixture's temperature, within the teacher's support."""
-    keep = mixture.teacher_support_top_k
-    if keep > 0:
-        logits = np.where(teacher_logits >= np.sort(teacher_logits)[-keep], logits, -np.inf)
-    return log_softmax(logits / mixture.temperature)
 
 
 def count_preemptions(engine):

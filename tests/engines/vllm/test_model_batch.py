@@ -45,4 +45,12 @@ def test_every_token_is_where_the_reference_has_it(seed):
     assert list(zip(*columns, strict=True)) == tokens
     assert batch.requests == requests
     assert batch.query_lengths == [sum(token[0] == each for token in tokens) for each in requests]
+    first = [min(t[3] for t in tokens if t[0] == each) for each in requests]
+    own_prompts = [
+        spans[each].prompt_length if spans[each].own_ids is None else len(spans[each].own_ids)
+        for each in requests
+    ]
+    assert batch.is_prefilling == [
+        place < length for place, length in zip(first, own_prompts, strict=True)
+    ]
     assert batch.lengths == [max(t[3] for t in tokens if t[0] == each) + 1 for each in requests]

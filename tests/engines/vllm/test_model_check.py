@@ -1,5 +1,6 @@
 """The comparison with Transformers, on a runner whose models are Transformers' own."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import transformers
 
 from optimal_sampling.engines.vllm.model_check import check_models
 from optimal_sampling.errors import ModelError
+from tests.engines.vllm.quantised import quantise
 from tests.engines.vllm.tiny import CONTEXT, VOCAB, tiny_model
 
 
@@ -78,10 +80,37 @@ def test_a_lost_window_is_refused(folders, dtype):
         check_models(Runner(folders, run, dtype), "auto")
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantised_weights_are_compared(folders, tmp_path, scheme):
+    """Guards: a layer that a checkpoint keeps whole, taken for a quantised one or left empty."""
+    name = "model.layers.1.self_attn.o_proj"
+    path = str(tmp_path / "quantised")
+    logits = quantise(folders["teacher"], path, scheme, [name])
+    both = {"teacher": path, "student": path}
+
+    class Quantised(torch.nn.Module):
+        def forward(self, ids):
+            texts = [ids[0, : place + 1].tolist() for place in range(ids.shape[1])]
+            return SimpleNamespace(logits=torch.tensor([[logits(text) for text in texts]]))
+
+    run = {"teacher": Quantised(), "student": Quantised()}
+    found = check_models(Runner(both, run, quantization="compressed-tensors"), "on")
+    assert all(f"on {CONTEXT} tokens" in note for note in found.values())
+    worst = [float(each) for each in re.findall(r"(\S+) nats on", " ".join(found.values()))]
+    assert len(worst) == 4
+    assert max(worst) < 1e-4
+    whole = models({"student": folders["teacher"]})["student"]
+    whole.get_submodule(name).weight.data.zero_()
+    with pytest.raises(ModelError, match="another student"):
+        check_models(
+            Runner(both, {**run, "student": whole}, quantization="compressed-tensors"), "on"
+        )
+
+
 def test_what_is_not_compared_is_said(folders):
     """Guards: a note that claims a comparison."""
     found = check_models(Runner(folders, models(folders), quantization="awq"), "on")
-    assert set(found.values()) == {"not compared: its weights are quantised"}
+    assert set(found.values()) == {"not compared: its weights are quantised (awq)"}
     run = models(folders)
     run["teacher"].parameters = lambda: [SimpleNamespace(numel=lambda: 3 * 10**9)]
     assert "2e9 parameters" in check_models(Runner(folders, run), "auto")["teacher"]

@@ -88,6 +88,7 @@ def test_fields_of_the_attention_metadata():
         "slot_mapping",
         "causal",
         "positions",
+        "is_prefilling",
     }
     left_out = {
         "logits_indices_padded",
@@ -97,7 +98,6 @@ def test_fields_of_the_attention_metadata():
         "encoder_seq_lens_cpu",
         "dcp_local_seq_lens",
         "dcp_local_seq_lens_cpu_upper_bound",
-        "is_prefilling",
         "req_idx",
         "mm_req_doc_ranges",
         "rswa_prefix_lens",
@@ -201,6 +201,11 @@ SIGNATURES = {
     ),
     "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": "",
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": "",
+    "vllm.v1.worker.gpu_worker:Worker.load_model": "",
+    "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": "",
+    "vllm.v1.core.kv_cache_utils:check_enough_kv_cache_memory": (
+        "vllm_config kv_cache_spec available_memory"
+    ),
 }
 """First parameters of functions that are called or overridden."""
 

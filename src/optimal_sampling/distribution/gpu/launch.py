@@ -6,6 +6,7 @@ asked for; without it `step` takes the PyTorch path, and `kernel_note` says so.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -82,7 +83,8 @@ TRACED = (
 """The fields of the trace that `finish` writes, in the order of its names for their columns."""
 
 _LAUNCH, _SMALL = ({"num_warps": warps, "enable_fp_fusion": True} for warps in (8, 1))
-_COVERED = {"kl_symmetry", "mirror", "reverse_kl_symmetry", "ess_balance", "fixed", "schedule"}
+_COVERED = {"kl_symmetry", "mirror", "reverse_kl_symmetry", "ess_balance"}
+_COVERED |= {"fixed", "schedule", "veto"}
 
 
 @cache
@@ -111,14 +113,14 @@ def kernel_note(device: torch.device, mixture: MixtureConfig | None = None) -> s
 def covers(mixture: MixtureConfig, keep_log_q: bool = False) -> bool:
     """Whether the programs can do it; what they cannot goes through PyTorch.
 
-    They have not the methods entropy and trust_region, a restriction to the teacher's support,
-    top-k and top-p, log q itself, nor fields of the trace beyond TRACED. Logits 5e11 below their
-    row's largest count as -inf.
+    They have not the methods entropy, trust_region, interleaved and arithmetic, a teacher's support
+    by top-k and top-p, a truncation but top_k=1, log q itself, nor fields of the trace beyond
+    TRACED. Logits 5e11 below their row's largest count as -inf.
     """
-    restricted = mixture.has_support
-    truncated = cuts(mixture.top_k, mixture.top_p)
+    ranked = cuts(mixture.teacher_support_top_k, mixture.teacher_support_top_p)
+    truncated = mixture.top_k != 1 and cuts(mixture.top_k, mixture.top_p)
     known = mixture.alpha_method in _COVERED and set(TRACE_FIELDS) <= set(TRACED)
-    return known and not (restricted or truncated or keep_log_q)
+    return known and not (ranked or truncated or keep_log_q)
 
 
 def runs_fused(
@@ -135,8 +137,10 @@ def fused_draft(
     noise: NoiseSource,
     temperature: float,
     sizes: Sizes = SIZES,
+    *,
+    greedy: bool = False,
 ) -> Tokens:
-    """argmax(log p_student + noise)."""
+    """argmax(log p_student + noise); without the noise where `greedy`."""
     programs = _programs()
     batch = _batch(student_logits, student_logits, temperature, sizes)
     rows = student_logits.shape[0]
@@ -149,6 +153,7 @@ def fused_draft(
             _noise(noise, batch.vocab),
             drafted,
             HASHED=isinstance(noise, NoiseKeys),
+            GREEDY=greedy,
             **sizes.of_pieces,
         )
         width = _power_of_two(batch.pieces)
@@ -176,6 +181,8 @@ def fused_step(
         bad_teacher=torch.empty(rows, dtype=torch.bool, device=device),
     )
     if rows:
+        if mixture.support_min_p > 0:
+            batch = _restricted(batch, rows, device, mixture.support_min_p, sizes)
         solved = _solved(batch, position, mixture, sizes)
         mixed = _buffer(rows, batch.pieces, device)
         programs.mix[rows, batch.pieces](
@@ -184,11 +191,26 @@ def fused_step(
             solved,
             mixed,
             HASHED=isinstance(noise, NoiseKeys),
+            GREEDY=mixture.top_k == 1,
             **sizes.of_pieces,
         )
         width = _power_of_two(batch.pieces)
-        programs.finish[rows,](batch, solved, mixed, outputs, WIDTH=width, **_SMALL)
+        greedy = mixture.top_k == 1
+        programs.finish[rows,](batch, solved, mixed, outputs, GREEDY=greedy, WIDTH=width, **_SMALL)
     return outputs.token, outputs.trace, outputs.bad_student, outputs.bad_teacher
+
+
+def _restricted(batch: Any, rows: int, device: torch.device, min_p: float, sizes: Sizes) -> Any:
+    """The batch within the teacher's support by min-p."""
+    programs = _programs()
+    surveyed = _buffer(rows, batch.pieces, device)
+    programs.survey[rows, batch.pieces](batch, surveyed, **sizes.of_pieces)
+    support = _buffer(rows, 1, device)
+    width = _power_of_two(batch.pieces)
+    programs.restrict[rows,](
+        surveyed, batch.pieces, support, math.log(min_p), WIDTH=width, **_SMALL
+    )
+    return batch._replace(support=support)
 
 
 def _solved(batch: Any, position: Positions, mixture: MixtureConfig, sizes: Sizes) -> Tensor:
@@ -227,12 +249,12 @@ def _solved(batch: Any, position: Positions, mixture: MixtureConfig, sizes: Size
 def _settings(mixture: MixtureConfig) -> tuple[str, Any]:
     """The branch of `solve`, and its `Settings`."""
     method = mixture.alpha_method
-    low = mixture.alpha_min
-    high = mixture.alpha_max
+    low, high = (mixture.alpha_min, mixture.alpha_max) if mixture.has_bounds else (0.0, 1.0)
     bounds = (1 - high, 1 - low) if method == "mirror" else (low, high)
     looks = [bound for bound in bounds if 0 < bound < 1] or [sum(bounds) / 2]
-    start = mixture.fixed_alpha if method == "fixed" else mixture.schedule_start
-    end = mixture.fixed_alpha if method == "fixed" else mixture.schedule_end
+    constant = {"fixed": mixture.fixed_alpha, "veto": 0.0}.get(method)
+    start = mixture.schedule_start if constant is None else constant
+    end = mixture.schedule_end if constant is None else constant
     settings = _programs().Settings(
         first=looks[0],
         second=looks[1] if len(looks) > 1 else -1.0,
@@ -242,11 +264,12 @@ def _settings(mixture: MixtureConfig) -> tuple[str, Any]:
         alpha_max=high,
         start=start,
         end=end,
-        tokens=1.0 if method == "fixed" else mixture.schedule_tokens,
+        tokens=mixture.schedule_tokens if constant is None else 1.0,
         mirror=method == "mirror",
         force_first=mixture.force_first_token,
     )
-    branch = {"mirror": "kl_symmetry", "fixed": "schedule"}.get(method, method)
+    branches = {"mirror": "kl_symmetry", "fixed": "schedule", "veto": "schedule"}
+    branch = branches.get(method, method)
     return branch, settings._make(float(np.float32(number)) for number in settings)
 
 
@@ -265,6 +288,7 @@ def _batch(student: Tensor, teacher: Tensor, temperature: float, sizes: Sizes) -
         vocab=student.shape[1],
         pieces=-(-student.shape[1] // sizes.piece),
         scale=1 / temperature,
+        support=None,
     )
 
 

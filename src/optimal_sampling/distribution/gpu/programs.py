@@ -2,13 +2,16 @@
 
 A step is these launches, where a program takes one row or one piece of it:
 
+    survey    [rows, pieces]  with a support by min-p: log Z of both models, the teacher's largest
+    restrict  [rows]          and the least logit of the teacher that belongs to it
     measure   [rows, pieces]  log Z of both models, their common support, F' at the first alpha
     refine    [rows, pieces]  F' at the next alpha, of rows whose alpha is not found yet; repeated
     solve     [rows]          alpha; by further passes over the row where these are not enough
     mix       [rows, pieces]  the sums of q at alpha, and the largest log q + noise
     finish    [rows]          the token and its diagnostics
 
-So a row is read twice, and once more for every alpha that its solver evaluates beyond the first.
+So a row is read twice, once more with a support, and once more for every alpha that its solver
+evaluates beyond the first. What is not in the support is loaded as -inf.
 Sums are taken in float32, lane by lane and relative to the largest term so far; a few neighbouring
 lanes are added up in float32, then threads and pieces in float64. The pieces depend on the
 vocabulary alone: a row's result has the same bits whatever rows are beside it.
@@ -41,7 +44,9 @@ __all__ = [
     "measure",
     "mix",
     "refine",
+    "restrict",
     "solve",
+    "survey",
 ]
 
 
@@ -56,6 +61,8 @@ class Batch(NamedTuple):
     pieces: object
     scale: object
     """1 / temperature."""
+    support: object
+    """What `restrict` leaves of the first row, or of one; None: nothing is left out."""
 
 
 class Noise(NamedTuple):
@@ -185,6 +192,12 @@ _TEACHER = constexpr(3)
 _MIXTURE = constexpr(6)  # to the third
 _HEAD_STUDENT, _HEAD_TEACHER, _SHARED, _MOST_D, _LEAST_D = map(constexpr, range(11, 16))
 
+# of `survey`: _STUDENT, _TEACHER and the heads as of `measure`, without a power
+_TOP_TEACHER = constexpr(13)
+
+# of `restrict`, where a row has one piece: the least logit, and log Z without the support
+_FLOOR, _WHOLE_STUDENT, _WHOLE_TEACHER, _SPOILT_STUDENT, _SPOILT_TEACHER = map(constexpr, range(5))
+
 # of `refine`: the search of a row, in order of its fields; of its pieces, sums to the third power
 _SEARCH = constexpr(len(Search._fields))
 _REFINED = constexpr(0)
@@ -202,7 +215,9 @@ _REFINED = constexpr(0)
     _NO_STUDENT,
     _NO_TEACHER,
     _FALLBACK,
-) = map(constexpr, range(11))
+    _MASS_STUDENT,  # log p(S) of the support; 0 without one
+    _MASS_TEACHER,
+) = map(constexpr, range(13))
 
 # of `mix`; the last two of `draft` too
 _Q = constexpr(0)  # to the second power
@@ -318,15 +333,18 @@ def _noise_of(noise, row, HASHED: constexpr):
 @triton.jit
 def _row(batch, row):
     """The batch, with pointers to one of its rows."""
-    return Batch(
-        batch.student + row * batch.student_stride,
-        batch.teacher + row * batch.teacher_stride,
-        batch.student_stride,
-        batch.teacher_stride,
-        batch.vocab,
-        batch.pieces,
-        batch.scale,
-    )
+    student = batch.student + row * batch.student_stride
+    teacher = batch.teacher + row * batch.teacher_stride
+    if batch.support is None:
+        return Batch(
+            student, teacher, batch.student_stride, batch.teacher_stride,
+            batch.vocab, batch.pieces, batch.scale, None,
+        )  # fmt: skip
+    else:
+        return Batch(
+            student, teacher, batch.student_stride, batch.teacher_stride,
+            batch.vocab, batch.pieces, batch.scale, batch.support + row * _COLUMNS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -353,11 +371,15 @@ def _at_least_masked(x):
 
 @triton.jit
 def _pair(batch, ids, origins):
-    """Both models of one tile relative to their origins, and d."""
-    s = _load(batch.student, ids, batch) - origins.at_student
-    t = _load(batch.teacher, ids, batch) - origins.at_teacher
-    s = _at_least_masked(s)
-    t = _at_least_masked(t)
+    """Both models of one tile relative to their origins, and d; -inf outside of the support."""
+    s = _load(batch.student, ids, batch)
+    t = _load(batch.teacher, ids, batch)
+    if batch.support is not None:
+        outside = t < tl.load(batch.support + _FLOOR).to(tl.float32)
+        s = tl.where(outside, -_INF, s)
+        t = tl.where(outside, -_INF, t)
+    s = _at_least_masked(s - origins.at_student)
+    t = _at_least_masked(t - origins.at_teacher)
     return s, t, t - s
 
 
@@ -466,6 +488,12 @@ def _put_sums(out, first, sums, POWER: constexpr):
 
 
 @triton.jit
+def _is_good(sums):
+    """Whether a row is a distribution; with NaN and +inf, the sum is NaN."""
+    return (sums.top > -_SUPPORT_GAP) & (sums.w > 0)
+
+
+@triton.jit
 def _put_best(out, best, best_id):
     highest = tl.max(best, 0)
     winners = tl.where(best == highest, best_id, 2**31 - 1)
@@ -525,6 +553,51 @@ def _best(pieces):
     winners = (highest == tl.max(highest, 0)) & pieces.inside
     first = tl.min(tl.where(winners, ids, 2.0**31 - 1), 0)
     return first.to(tl.int64)
+
+
+# The support
+
+
+@triton.jit
+def survey(batch, surveyed, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    batch = _row(batch, row)
+    head_s = _head(batch.student, batch, BLOCK)
+    head_t = _head(batch.teacher, batch, BLOCK)
+    student = _no_sums(BLOCK)
+    teacher = _no_sums(BLOCK)
+    top = tl.full([BLOCK], -_INF, tl.float32)
+    first = piece * PIECE
+    for start in tl.range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK, num_stages=STAGES):
+        ids = start + tl.arange(0, BLOCK)
+        s, t, d = _pair(batch, ids, Origins(head_s, head_t))
+        student = _add(student, s, d, 0)
+        teacher = _add(teacher, t, d, 0)
+        top = tl.maximum(top, _load(batch.teacher, ids, batch))
+    out = surveyed + (row * batch.pieces + piece) * _COLUMNS
+    _put_sums(out, _STUDENT, student, 0)
+    _put_sums(out, _TEACHER, teacher, 0)
+    _put(out, _HEAD_STUDENT, head_s)
+    _put(out, _HEAD_TEACHER, head_t)
+    _put(out, _TOP_TEACHER, tl.max(top, 0))
+
+
+@triton.jit
+def restrict(surveyed, count, support, log_min_p, WIDTH: constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    pieces = _pieces(surveyed, row, count, WIDTH)
+    student = _row_sums(pieces, _STUDENT, 0)
+    teacher = _row_sums(pieces, _TEACHER, 0)
+    head_s = tl.max(_column(pieces, _HEAD_STUDENT, -_INF), 0)
+    head_t = tl.max(_column(pieces, _HEAD_TEACHER, -_INF), 0)
+    top = tl.max(_column(pieces, _TOP_TEACHER, -_INF), 0).to(tl.float32)
+    out = support + row * _COLUMNS
+    _put(out, _FLOOR, top + log_min_p)
+    _put(out, _WHOLE_STUDENT, head_s + _log_sum(student))
+    _put(out, _WHOLE_TEACHER, head_t + _log_sum(teacher))
+    _put(out, _SPOILT_STUDENT, _is_good(student) == 0)
+    _put(out, _SPOILT_TEACHER, _is_good(teacher) == 0)
 
 
 # First pass
@@ -681,11 +754,12 @@ def _get_search(columns):
 
 
 @triton.jit
-def _search_after(work, settings, row, count, PASSES: constexpr, WIDTH: constexpr):
+def _search_after(work, settings, row, batch, PASSES: constexpr, WIDTH: constexpr):
     """The search after `measure` and so many passes of `refine`."""
+    count = batch.pieces
     if PASSES == 0:
         pieces = _pieces(work.measured, row, count, WIDTH)
-        return _start(pieces, _known(pieces), settings)
+        return _start(pieces, _known(pieces, batch), settings)
     else:
         place = (PASSES - 1) * tl.num_programs(0).to(tl.int64) + row
         search = _get_search(work.searched + place * _COLUMNS)
@@ -704,7 +778,7 @@ def refine(
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     batch = _row(batch, row)
-    search = _search_after(work, settings, row, batch.pieces, PASS - 1, WIDTH)
+    search = _search_after(work, settings, row, batch, PASS - 1, WIDTH)
     search = _at_next(search, settings, PASS)
     place = (PASS - 1) * tl.num_programs(0).to(tl.int64) + row
     if piece == 0:
@@ -788,7 +862,7 @@ def _reverse_kl_symmetry(pieces, known):
 
 
 @triton.jit
-def _known(pieces):
+def _known(pieces, batch):
     """What follows from the sums of all pieces."""
     student = _row_sums(pieces, _STUDENT, 0)
     teacher = _row_sums(pieces, _TEACHER, 0)
@@ -798,9 +872,12 @@ def _known(pieces):
     at_t = top_t.to(tl.float32)
     log_z_s = top_s - at_s + tl.log(student.w)
     log_z_t = top_t - at_t + tl.log(teacher.w)
-    # with NaN and +inf, the sum is NaN
-    good_s = (student.top > -_SUPPORT_GAP) & (student.w > 0)
-    good_t = (teacher.top > -_SUPPORT_GAP) & (teacher.w > 0)
+    if batch.support is None:
+        good_s = _is_good(student)
+        good_t = _is_good(teacher)
+    else:
+        good_s = _get(batch.support, _SPOILT_STUDENT) == 0
+        good_t = _get(batch.support, _SPOILT_TEACHER) == 0
     shared = tl.max(_column(pieces, _SHARED, _NO_MAXIMUM), 0) > -_SUPPORT_GAP
     return Known(
         at_student=at_s,
@@ -831,6 +908,18 @@ def _free_alpha(batch, place, pieces, known, settings, METHOD: constexpr, BLOCK:
 
 
 @triton.jit
+def _put_masses(out, batch, known):
+    if batch.support is None:
+        _put(out, _MASS_STUDENT, 0.0)
+        _put(out, _MASS_TEACHER, 0.0)
+    else:
+        student = known.at_student + known.log_z_student - _get(batch.support, _WHOLE_STUDENT)
+        teacher = known.at_teacher + known.log_z_teacher - _get(batch.support, _WHOLE_TEACHER)
+        _put(out, _MASS_STUDENT, tl.where(known.disjoint, -_INF, tl.minimum(student, 0.0)))
+        _put(out, _MASS_TEACHER, tl.minimum(teacher, 0.0))
+
+
+@triton.jit
 def solve(
     batch, position, work, solved, settings,
     METHOD: constexpr, PASSES: constexpr, WIDTH: constexpr, BLOCK: constexpr, STAGES: constexpr,
@@ -838,10 +927,10 @@ def solve(
     row = tl.program_id(0).to(tl.int64)
     batch = _row(batch, row)
     pieces = _pieces(work.measured, row, batch.pieces, WIDTH)
-    known = _known(pieces)
+    known = _known(pieces, batch)
     place = tl.load(position + row)
     if METHOD == "kl_symmetry":
-        search = _search_after(work, settings, row, batch.pieces, PASSES, WIDTH)
+        search = _search_after(work, settings, row, batch, PASSES, WIDTH)
         free = _root(batch, search, settings, PASSES, BLOCK, STAGES)
         free = tl.where(settings.mirror > 0, 1 - free, free)
     else:
@@ -852,7 +941,10 @@ def solve(
     alpha = tl.minimum(alpha, settings.alpha_max)
     clamped = tl.abs(alpha - free) > 1e-7
     forced = (place == 0) & (settings.force_first > 0)
-    forced = forced | (known.disjoint & (alpha > 0))
+    if batch.support is None:
+        forced = forced | (known.disjoint & (alpha > 0))
+    else:  # the student has nothing of the support
+        forced = forced | known.disjoint
     alpha = tl.where(forced, 1.0, alpha).to(tl.float32)
     out = solved + row * _COLUMNS
     _put(out, _ALPHA, alpha)
@@ -866,6 +958,7 @@ def solve(
     _put(out, _NO_STUDENT, (alpha == 1) & known.only_teacher)
     _put(out, _NO_TEACHER, (alpha == 0) & known.only_student)
     _put(out, _FALLBACK, known.disjoint & (alpha > 0))
+    _put_masses(out, batch, known)
 
 
 # The draw
@@ -874,7 +967,7 @@ def solve(
 @triton.jit
 def mix(
     batch, noise, solved, mixed,
-    HASHED: constexpr, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr,
+    HASHED: constexpr, GREEDY: constexpr, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
@@ -903,7 +996,9 @@ def mix(
         # q^2 / p_student = exp(2 x - s)
         squares_s = _add(squares_s, _if_shared(d, x + alpha * d), d, 0)
         squares_t = _add(squares_t, _if_shared(d, x - (1 - alpha) * d), d, 0)
-        score = x + _gumbel(noise, ids, ids < batch.vocab, a, b, HASHED)
+        score = x
+        if not GREEDY:
+            score += _gumbel(noise, ids, ids < batch.vocab, a, b, HASHED)
         best, best_id = _better(best, best_id, score, ids)
     out = mixed + (row * batch.pieces + piece) * _COLUMNS
     _put_sums(out, _Q, q, 2)
@@ -951,23 +1046,25 @@ def _trace_mixture(trace, pieces, known):
     variance = tl.maximum(q.w_dd / q.w - mean_d * mean_d, 0.0)
     curvature = tl.where(no_student | no_teacher, _INF, variance)
     F = log_sum - log_z_s - alpha * gap
-    kl_s = tl.maximum(alpha * slope - F, 0.0)
-    kl_t = tl.maximum((alpha - 1) * slope - F, 0.0)
+    mass_s = _get(known, _MASS_STUDENT)
+    mass_t = _get(known, _MASS_TEACHER)
+    kl_s = tl.where(no_student, _INF, tl.maximum(alpha * slope - F, 0.0))
+    kl_t = tl.where(no_teacher, _INF, tl.maximum((alpha - 1) * slope - F, 0.0))
     ess_s = _ess(pieces, _SQUARES_STUDENT, log_sum, log_z_s)
     ess_t = _ess(pieces, _SQUARES_TEACHER, log_sum, log_z_t)
     entropy = tl.log(q.w) - q_x / q.w
     _put_field(trace, _TRACE_ALPHA, alpha)
     _put_field(trace, _TRACE_CLAMPED, _get(known, _CLAMPED))
-    _put_field(trace, _TRACE_KL_STUDENT, tl.where(no_student, _INF, kl_s))
-    _put_field(trace, _TRACE_KL_TEACHER, tl.where(no_teacher, _INF, kl_t))
-    _put_field(trace, _TRACE_ESS_STUDENT, tl.where(no_student, 0.0, ess_s))
-    _put_field(trace, _TRACE_ESS_TEACHER, tl.where(no_teacher, 0.0, ess_t))
+    _put_field(trace, _TRACE_KL_STUDENT, kl_s - mass_s)
+    _put_field(trace, _TRACE_KL_TEACHER, kl_t - mass_t)
+    _put_field(trace, _TRACE_ESS_STUDENT, tl.where(no_student, 0.0, ess_s * tl.exp(mass_s)))
+    _put_field(trace, _TRACE_ESS_TEACHER, tl.where(no_teacher, 0.0, ess_t * tl.exp(mass_t)))
     _put_field(trace, _TRACE_ENTROPY, tl.maximum(entropy, 0.0))
     _put_field(trace, _TRACE_FALLBACK, _get(known, _FALLBACK))
     _put_field(trace, _TRACE_CURVATURE, curvature)
-    _put_field(trace, _TRACE_VETOED, 0.0)
-    _put_field(trace, _TRACE_KL_STUDENT_RESTRICTED, tl.where(no_student, _INF, kl_s))
-    _put_field(trace, _TRACE_KL_TEACHER_RESTRICTED, tl.where(no_teacher, _INF, kl_t))
+    _put_field(trace, _TRACE_VETOED, 1 - tl.exp(mass_s))
+    _put_field(trace, _TRACE_KL_STUDENT_RESTRICTED, kl_s)
+    _put_field(trace, _TRACE_KL_TEACHER_RESTRICTED, kl_t)
     return F
 
 
@@ -979,7 +1076,7 @@ def _logit(logits, token, scale):
 
 
 @triton.jit
-def _trace_token(trace, batch, token, known, F):
+def _trace_token(trace, batch, token, known, F, GREEDY: constexpr):
     """Write the log-probabilities of the drawn token."""
     alpha = _get(known, _ALPHA)
     at_s = _get(known, _AT_STUDENT)
@@ -991,14 +1088,17 @@ def _trace_token(trace, batch, token, known, F):
     # 0 times -inf is no part of a mixture
     log_q = tl.where(alpha < 1, (1 - alpha) * log_p_s, 0.0)
     log_q += tl.where(alpha > 0, alpha * log_p_t, 0.0)
-    _put_field(trace, _TRACE_LOG_P_STUDENT, log_p_s)
-    _put_field(trace, _TRACE_LOG_P_TEACHER, log_p_t)
+    log_q -= F
+    if GREEDY:
+        log_q = log_q * 0
+    _put_field(trace, _TRACE_LOG_P_STUDENT, log_p_s + _get(known, _MASS_STUDENT))
+    _put_field(trace, _TRACE_LOG_P_TEACHER, log_p_t + _get(known, _MASS_TEACHER))
     _put_field(trace, _TRACE_LOG_P_STUDENT_RESTRICTED, log_p_s)
-    _put_field(trace, _TRACE_LOG_Q, log_q - F)
+    _put_field(trace, _TRACE_LOG_Q, log_q)
 
 
 @triton.jit
-def finish(batch, solved, mixed, outputs, WIDTH: constexpr):
+def finish(batch, solved, mixed, outputs, GREEDY: constexpr, WIDTH: constexpr):
     row = tl.program_id(0).to(tl.int64)
     batch = _row(batch, row)
     pieces = _pieces(mixed, row, batch.pieces, WIDTH)
@@ -1010,7 +1110,7 @@ def finish(batch, solved, mixed, outputs, WIDTH: constexpr):
     nan = tl.where(bad, float("nan"), 0.0)
     trace = Trace(outputs.trace + row * _TRACE_WIDTH, nan)
     F = _trace_mixture(trace, pieces, known)
-    _trace_token(trace, batch, token, known, F)
+    _trace_token(trace, batch, token, known, F, GREEDY)
     tl.store(outputs.token + row, token)
     tl.store(outputs.bad_student + row, bad_s)
     tl.store(outputs.bad_teacher + row, bad_t)
@@ -1022,9 +1122,9 @@ def finish(batch, solved, mixed, outputs, WIDTH: constexpr):
 @triton.jit
 def draft(
     batch, noise, drafted,
-    HASHED: constexpr, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr,
+    HASHED: constexpr, GREEDY: constexpr, PIECE: constexpr, BLOCK: constexpr, STAGES: constexpr,
 ):  # fmt: skip
-    """One piece of a row: the student's largest logit + noise."""
+    """One piece of a row: the student's largest logit + noise; without the noise if greedy."""
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     batch = _row(batch, row)
@@ -1035,7 +1135,8 @@ def draft(
     for start in tl.range(first, tl.minimum(first + PIECE, batch.vocab), BLOCK, num_stages=STAGES):
         ids = start + tl.arange(0, BLOCK)
         score = _load(batch.student, ids, batch)
-        score += _gumbel(noise, ids, ids < batch.vocab, a, b, HASHED)
+        if not GREEDY:
+            score += _gumbel(noise, ids, ids < batch.vocab, a, b, HASHED)
         best, best_id = _better(best, best_id, score, ids)
     out = drafted + (row * batch.pieces + piece) * _COLUMNS
     _put_best(out, best, best_id)

@@ -73,7 +73,11 @@ class EngineServer:
             )
         models, options = setup.models, setup.options
         vocabulary = Vocabulary.load(
-            models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+            models.student,
+            models.teacher,
+            models.trust_remote_code,
+            revisions=models.revisions,
+            granularity=models.granularity,
         )
         fitted = self._fitted(options)
         self._engine = open_engine(fitted, models, setup.mixture, vocabulary, setup.mode)

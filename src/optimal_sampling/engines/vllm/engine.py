@@ -20,14 +20,14 @@ from optimal_sampling.engines.vllm.cpu_threads import choose_threads
 from optimal_sampling.engines.vllm.engine_arguments import engine_arguments, prepare_environment
 from optimal_sampling.engines.vllm.in_process import end_with, starting
 from optimal_sampling.engines.vllm.request_options import MODES, RequestOptions, TraceLevel
+from optimal_sampling.engines.vllm.start_failure import GUARD, first_line, reason_passed_on
 from optimal_sampling.engines.vllm.trace_store import TraceRows, Traces
-from optimal_sampling.errors import ConfigError, EngineError, OptimalSamplingError
+from optimal_sampling.errors import ConfigError, EngineError
 from optimal_sampling.types import TRACE_FIELDS, Completion, FinishReason, Mode, Request, TokenTrace
 from optimal_sampling.vocabulary import Vocabulary
 
-__all__ = ["VllmEngine", "start_error"]
+__all__ = ["VllmEngine"]
 
-_GUARD = "put the code that opens an engine under `if __name__ == '__main__':`"
 _LOG_Q = TRACE_FIELDS.index("log_q")
 
 
@@ -112,10 +112,8 @@ class VllmEngine(Engine):
         threads = choose_threads(int(given.get("tensor_parallel_size", 1)))
         arguments = engine_arguments(models, mixture, options, vocabulary, given)
         with starting():
-            try:
+            with reason_passed_on():
                 core = LLMEngine.from_engine_args(EngineArgs(**arguments))
-            except Exception as error:  # of vLLM or a model: any kind
-                raise start_error(error) from error
             engine = cls(core, mixture, options, vocabulary, mode)
             engine._end = end_with(core.engine_core)
         engine.threads = threads
@@ -292,7 +290,7 @@ class VllmEngine(Engine):
 def _check_main_guard() -> None:
     """Raise ConfigError in a process that vLLM started, and that runs its parent's script again."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise ConfigError(f"processes were started, each of which imports this script: {_GUARD}")
+        raise ConfigError(f"processes were started, each of which imports this script: {GUARD}")
 
 
 def _loaded(models: ModelConfig, mode: Mode) -> ModelConfig:
@@ -313,28 +311,4 @@ def _check_notes(core: Any) -> dict[str, str]:
 
 def _reason(error: BaseException) -> str:
     """Kind and first line of an error of vLLM, which can be a page long."""
-    return f"{type(error).__name__}: {_first_line(str(error))}"
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
-
-
-def start_error(error: Exception) -> OptimalSamplingError:
-    """What is raised where vLLM did not start.
-
-    A ConfigError where it refused an option, or found too little memory for the KV cache.
-    """
-    if isinstance(error, OptimalSamplingError):
-        return error
-    text = str(error).strip()
-    if not isinstance(error, ValueError):
-        hint = f" In a script, {_GUARD}." if "WorkerProc" in text else ""
-        return EngineError(f"vLLM did not start: {_reason(error)}{hint}")
-    if "KV cache" in text or "cache blocks" in text:
-        said = text.partition(". ")[0]
-        return ConfigError(
-            f"too little memory for the KV cache (vLLM: {said}): give it more by "
-            "kv_memory_gib (kv_cache_memory_bytes of OptimalSamplingV1), or lower max_model_len"
-        )
-    return ConfigError(f"vLLM refuses these options: {text}")
+    return f"{type(error).__name__}: {first_line(str(error))}"

@@ -87,8 +87,11 @@ def engine_arguments(
     options: VllmOptions,
     vocabulary: Vocabulary,
     given: Mapping[str, Any],
+    full_batches: bool = True,
 ) -> dict[str, Any]:
     """Arguments of vLLM's `EngineArgs`. `given` are the caller's own, by vLLM's names, and win.
+
+    `full_batches`: whether most steps have as many requests as the options allow.
 
     Raises ConfigError for what cannot work, ModelError where a model is missing.
     """
@@ -98,7 +101,10 @@ def engine_arguments(
     teacher, student = _folders(models, weights=not random)
     _check_quantization(given.get("quantization"), _config(teacher, models))
     problem = _draft_problem(_config(student, models), given.get("tensor_parallel_size", 1))
-    options = replace(options, draft_tokens=_drafts(options, not problem and student != teacher))
+    automatic = options.draft_tokens == "auto"
+    if automatic:
+        drafts = _drafts_that_pay(options, full_batches)
+        options = replace(options, draft_tokens=0 if problem or student == teacher else drafts)
     arguments: dict[str, Any] = {
         "model": teacher,
         "trust_remote_code": models.trust_remote_code,
@@ -126,7 +132,7 @@ def engine_arguments(
     if options.drafts_per_step:
         if problem:
             raise ConfigError(f"draft_tokens: {problem}")
-        arguments["speculative_config"] = _speculation(student, options.drafts_per_step)
+        arguments["speculative_config"] = _speculation(student, options, automatic)
         arguments["hf_overrides"] = _overrides_with_draft(arguments["hf_overrides"], vocabulary)
     if _on_cpu():
         # A share of the system's memory is no budget, and compiling takes longer than it saves.
@@ -212,12 +218,13 @@ def _architectures(role: str, folder: str, models: ModelConfig) -> list[str]:
     return list(architectures)
 
 
-def _drafts(options: VllmOptions, can_draft: bool) -> int:
-    """Drafts per step; of `auto` a number that was measured to pay (docs/vllm.md)."""
-    if options.draft_tokens != "auto":
-        return options.draft_tokens
-    pays = _on_cpu() and options.batch_size <= _LARGEST_DRAFTED_BATCH
-    return _AUTO_DRAFTS if pays and can_draft else 0
+def _drafts_that_pay(options: VllmOptions, full_batches: bool) -> int:
+    """Drafts per step where they were measured to be faster (docs/vllm.md), 0 elsewhere."""
+    from vllm import envs
+
+    small = options.batch_size <= _LARGEST_DRAFTED_BATCH
+    switched = not full_batches and not envs.VLLM_USE_V2_MODEL_RUNNER  # which drafts all the same
+    return _AUTO_DRAFTS if _on_cpu() and (small or switched) else 0
 
 
 def _config(folder: str, models: ModelConfig) -> Any:
@@ -239,17 +246,24 @@ def _overrides_with_draft(
     return PairOverrides(overrides, teacher_rows, student_rows)
 
 
-def _speculation(student: str, draft_tokens: int) -> dict[str, Any]:
+def _speculation(student: str, options: VllmOptions, by_batch: bool) -> dict[str, Any]:
     """`speculative_config`. Drafts are drawn from the student's whole distribution.
 
-    vLLM's accept-reject rule then leaves the distribution that is drawn from unchanged.
+    vLLM's accept-reject rule then leaves the distribution that is drawn from unchanged. `by_batch`:
+    no drafts in steps of more requests than they were measured to pay for.
     """
-    return {
+    speculation: dict[str, Any] = {
         "method": "draft_model",
         "model": student,
-        "num_speculative_tokens": draft_tokens,
+        "num_speculative_tokens": options.drafts_per_step,
         "draft_sample_method": "probabilistic",
     }
+    if by_batch and options.batch_size > _LARGEST_DRAFTED_BATCH:
+        speculation["num_speculative_tokens_per_batch_size"] = [
+            (1, _LARGEST_DRAFTED_BATCH, options.drafts_per_step),
+            (_LARGEST_DRAFTED_BATCH + 1, options.batch_size, 0),
+        ]
+    return speculation
 
 
 def _check_given(given: Mapping[str, Any]) -> None:

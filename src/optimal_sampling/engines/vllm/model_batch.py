@@ -39,6 +39,11 @@ class Span:
         return 0 if self.own_ids is None else self.prompt_length - len(self.own_ids)
 
     @property
+    def is_prefilling(self) -> bool:
+        """Whether the first of the tokens that the model runs is one of its own prompt."""
+        return self.begin < self.prompt_length - self.offset
+
+    @property
     def begin(self) -> int:
         """Position of the first token that the model runs."""
         return max(0, self.computed - self.offset)
@@ -69,6 +74,8 @@ class ModelBatch:
     """Tokens of each of these requests in this batch."""
     lengths: list[int]
     """Tokens of each of these requests after the step."""
+    is_prefilling: list[bool]
+    """Whether the first token of each of these requests is one of its prompt."""
     owners: Int[Tensor, " tokens"]
     """Index into `requests` of every token."""
 
@@ -88,6 +95,7 @@ class ModelBatch:
             requests=requests,
             query_lengths=counts,
             lengths=[span.end for span in active],
+            is_prefilling=[span.is_prefilling for span in active],
             owners=to_device(np.repeat(np.arange(len(counts)), counts), device),
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimal_sampling.errors import ModelError
 
@@ -21,6 +21,9 @@ _SHORT, _LONG, _LONGEST = 8, 256, 8192
 _ROWS = 8
 _FLOAT32_LIMIT = 1e-2
 _NOISES = 5
+_DEQUANTISED = "compressed-tensors"
+"""The quantisation of which Transformers computes what the weights stand for, on any device."""
+_INT8_PER_TOKEN = ("int", 8, "token", True)
 _LARGEST = {"cpu": 2_000_000_000, "gpu": 8_000_000_000}
 """Parameters from which on a model is not compared unasked."""
 
@@ -43,7 +46,8 @@ def check_models(runner: Any, wanted: str) -> dict[str, str]:
 
     Raises ModelError where a model's log-probabilities are off by more than 1e-2 in float32, or by
     more than five times its own noise in lower precision: what changes with the shape of a batch,
-    and by rounding to that precision in Transformers.
+    and by rounding to that precision in Transformers. Quantised weights are dequantised there,
+    activations rounded as in vLLM; the precision of their noise is at most bfloat16.
     """
     model = runner.get_model()
     roles = ["teacher"] if model.settings.shared else ["teacher", "student"]
@@ -61,8 +65,9 @@ def check_models(runner: Any, wanted: str) -> dict[str, str]:
 
 def _reason_against(runner: Any, role: str, wanted: str) -> str:
     model = runner.get_model()
-    if model.role_configs[role].quantization is not None:
-        return "its weights are quantised"
+    scheme = model.role_configs[role].quantization
+    if scheme not in (None, _DEQUANTISED):
+        return f"its weights are quantised ({scheme})"
     count = sum(parameter.numel() for parameter in getattr(model, role).parameters())
     count *= runner.vllm_config.parallel_config.tensor_parallel_size
     limit = _LARGEST["cpu" if runner.device.type == "cpu" else "gpu"]
@@ -87,21 +92,23 @@ def _run(runner: Any, role: str) -> list[_Run]:
 @torch.inference_mode()
 def _compare(role: str, config: Any, runs: list[_Run]) -> str:
     reference = _load(role, config)
+    precise_limit = _FLOAT32_LIMIT if _is_precise(config) else 0.0
+    lower = torch.bfloat16 if config.dtype == torch.float32 else config.dtype
 
     def log_p(run: _Run) -> Tensor:
         logits = reference(input_ids=run.ids[None], use_cache=False).logits[0]
         return _log_p(logits, run.whole.shape[-1])
 
     precise = rounded = [log_p(run) for run in runs]
-    if config.dtype != torch.float32:
-        reference.to(config.dtype)
+    if not precise_limit:
+        reference.to(lower)
         rounded = [log_p(run) for run in runs]
     reports = []
     for run, exact, coarse in zip(runs, precise, rounded, strict=True):
         if not (exact.isfinite().all() and run.whole.isfinite().all()):
             return "not compared: logits that are not finite"
         noise = max(_distance(run.whole, run.parts), _distance(exact, coarse))
-        limit = _FLOAT32_LIMIT if config.dtype == torch.float32 else _NOISES * noise
+        limit = precise_limit or _NOISES * noise
         error = max(_distance(run.whole, exact), _distance(run.parts, exact))
         length = len(run.ids)
         if error > limit:
@@ -114,11 +121,18 @@ def _compare(role: str, config: Any, runs: list[_Run]) -> str:
     return ", ".join(reports)
 
 
+def _is_precise(config: Any) -> bool:
+    """Whether the model computes in float32, with nothing rounded to fewer bits."""
+    return config.dtype == torch.float32 and config.quantization is None
+
+
 def _load(role: str, config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    quantised = config.quantization is not None
+    extra = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantised else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             config.model,
@@ -127,6 +141,7 @@ def _load(role: str, config: Any) -> Any:
             attn_implementation="eager",
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            **extra,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         first = str(error).strip().partition("\n")[0]
@@ -134,7 +149,30 @@ def _load(role: str, config: Any) -> Any:
             f"the {role} could not be loaded by Transformers, to compare vLLM with: {first} "
             "(--check-models off leaves this out)"
         ) from error
+    _round_activations(model)
     return model.eval()
+
+
+def _round_activations(model: nn.Module) -> None:
+    """Round the inputs of layers with 8-bit integers as vLLM does, not as compressed-tensors.
+
+    vLLM's kernels use 255 of the 256 integers, so that 0 is in their middle. Other schemes are left
+    to compressed-tensors.
+    """
+    for layer in model.modules():
+        scheme = getattr(layer, "quantization_scheme", None)
+        inputs = getattr(scheme, "input_activations", None)
+        if inputs is None:
+            continue
+        if (inputs.type, inputs.num_bits, inputs.strategy, inputs.symmetric) == _INT8_PER_TOKEN:
+            vars(layer)["quantization_enabled"] = False  # its own rounding
+            layer.register_forward_pre_hook(_round_input)
+
+
+def _round_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    first, *rest = inputs
+    scales = first.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 127
+    return (first / scales).round() * scales, *rest
 
 
 def _lengths(runner: Any, config: Any) -> list[int]:

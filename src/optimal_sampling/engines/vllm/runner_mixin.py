@@ -255,6 +255,7 @@ class RunnerMixin:
             slot_mapping=slots,
             causal=True,
             positions=batch.positions,
+            is_prefilling=torch.tensor(batch.is_prefilling),
         )
 
     # ------------------------------------------------------------------------------ traces

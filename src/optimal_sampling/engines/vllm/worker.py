@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.core.kv_cache_utils import check_enough_kv_cache_memory
 
 from optimal_sampling.engines.vllm.cpu_fixes import apply_cpu_fixes
 from optimal_sampling.engines.vllm.kv_memory import keep_whole_text
@@ -13,6 +14,7 @@ from optimal_sampling.engines.vllm.model_check import check_models
 from optimal_sampling.engines.vllm.plugin import check_version
 from optimal_sampling.engines.vllm.runner_v1 import V1RunnerMixin
 from optimal_sampling.engines.vllm.runner_v2 import V2RunnerMixin
+from optimal_sampling.engines.vllm.start_failure import reported
 from optimal_sampling.engines.vllm.trace_store import Traces
 from optimal_sampling.errors import ConfigError
 
@@ -29,6 +31,7 @@ else:
 class OptimalSamplingWorker(PlatformWorker):  # type: ignore[misc]
     """The platform's worker; its model runner gets `RunnerMixin` as a base class."""
 
+    @reported
     def init_device(self) -> None:
         """vLLM's initialization, then the mixin. Raises ConfigError for asynchronous scheduling."""
         check_version()
@@ -43,6 +46,19 @@ class OptimalSamplingWorker(PlatformWorker):  # type: ignore[misc]
         runner.__class__ = type("OptimalSamplingModelRunner", (mixin, type(runner)), {})
         runner.init_mixture_state()
 
+    @reported
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's loading. Raises ModelError, ConfigError."""
+        return super().load_model(*args, **kwargs)
+
+    @reported
+    def determine_available_memory(self) -> int:
+        """Memory for the KV cache in bytes. Raises ValueError where no request would fit."""
+        available = int(super().determine_available_memory())
+        if self.cache_config.num_gpu_blocks_override is None:
+            check_enough_kv_cache_memory(self.vllm_config, self.get_kv_cache_spec(), available)
+        return available
+
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """Memory of each layer: of the whole text, also where it attends to a window only.
 
@@ -51,6 +67,7 @@ class OptimalSamplingWorker(PlatformWorker):  # type: ignore[misc]
         """
         return keep_whole_text(super().get_kv_cache_spec(), self.cache_config.block_size)
 
+    @reported
     def initialize_from_config(self, kv_cache_config: Any) -> Any:
         """vLLM's memory. Raises ConfigError for models with more than one kind of block."""
         groups = len(kv_cache_config.kv_cache_groups)
@@ -61,6 +78,7 @@ class OptimalSamplingWorker(PlatformWorker):  # type: ignore[misc]
             )
         return super().initialize_from_config(kv_cache_config)
 
+    @reported
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's warm-up, and the comparison of both models. Raises ModelError."""
         result = super().compile_or_warm_up_model()

@@ -14,6 +14,7 @@ from optimal_sampling.records.export.options import ExportOptions
 from optimal_sampling.records.export.reading import Run
 from optimal_sampling.records.export.tokens import StudentTokens
 from optimal_sampling.records.run_folder import flat, stage_text
+from optimal_sampling.types import UNBOUNDED_METHODS
 from optimal_sampling.version import __version__
 
 __all__ = ["Section", "card", "generate_command", "made_with", "train_command"]
@@ -22,8 +23,8 @@ Section = tuple[str, list[tuple[str, str]]]
 """A title, and names with their values."""
 
 _KINDS = {
-    "optimal_sampling": "Completions drawn token by token from the geometric mixture of a student "
-    "and a teacher, q ∝ p_student^(1−alpha) · p_teacher^alpha.",
+    "optimal_sampling": "Completions drawn token by token from a mixture q of a student and a "
+    "teacher: q ∝ p_student^(1−alpha) · p_teacher^alpha, or what the alpha method below means.",
     "baseline": "Completions drawn from the teacher alone.",
     "student": "Completions drawn from the student alone.",
     "warmstart": "The reference solutions of the source dataset.",
@@ -172,6 +173,22 @@ def _first(runs: list[Run], name: str) -> str:
     return ", ".join(dict.fromkeys(str(run.compared.get(name)) for run in runs))
 
 
+def _method_options(runs: list[Run]) -> dict[str, str]:
+    """Titles and names of the options that belong to the alpha methods of the runs."""
+    methods = {run.compared.get("alpha_method") for run in runs}
+    names = [name for method in sorted(map(str, methods)) for name in _OPTIONS_OF.get(method, ())]
+    if methods - {*UNBOUNDED_METHODS}:
+        names += ["alpha_min", "alpha_max"]
+    return {name.replace("_", " "): name for name in names}
+
+
+_OPTIONS_OF = {
+    "arithmetic": ("arithmetic_weight",),
+    "interleaved": ("interleaved_top_k", "interleaved_min_p"),
+    "veto": ("veto_min_p",),
+}
+
+
 def made_with(runs: list[Run]) -> list[tuple[str, str]]:
     """Models, dataset and method of the runs."""
     names = {
@@ -180,9 +197,11 @@ def made_with(runs: list[Run]) -> list[tuple[str, str]]:
         "source dataset": "dataset",
         "drawn from": "mode",
         "alpha method": "alpha_method",
-        "alpha min": "alpha_min",
-        "alpha max": "alpha_max",
+        **_method_options(runs),
+        "teacher support by min-p": "teacher_support_min_p",
         "temperature": "temperature",
+        "top-k of q (1: greedy)": "top_k",
+        "top-p of q": "top_p",
         "teacher template": "teacher_template",
         "student template": "student_template",
         "thinking": "thinking",
