@@ -8,7 +8,8 @@ import random
 from collections.abc import Collection
 from typing import Literal, get_args
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from optimal_sampling.toy_pair.problems import (
@@ -17,6 +18,7 @@ from optimal_sampling.toy_pair.problems import (
     Problem,
     Step,
     exact,
+    make_problem,
     results,
     tail,
     worked,
@@ -87,6 +89,33 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return _finished(tokenizer)
+
+
+def build_number_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on solutions: numbers of up to three digits are mostly one token.
+
+    Of the models here, only the student with this tokenizer has it.
+    """
+    rng = random.Random(TRAINING_SEED)
+    texts = [make_problem(TRAINING_SEED, rng.randrange(10**6)) for _ in range(20_000)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d{1,3}|[^\d]+"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = BpeTrainer(vocab_size=1400, initial_alphabet=_byte_characters(), show_progress=False)
+    tokenizer.train_from_iterator(
+        (f"{problem.text} {solve(problem, style)}" for problem in texts for style in STYLES),
+        trainer,
+    )
+    return _finished(tokenizer)
+
+
+def _finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """With the decoder, the markers and the chat template."""
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
         [AddedToken(text, normalized=False, special=True) for text in (PAD, END, *ROLES)]

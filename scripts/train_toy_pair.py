@@ -13,7 +13,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 import torch
 import toy_training_data as training
 from torch import Tensor
-from toy_training_data import TRAINING_SEED, Style, build_tokenizer
+from toy_training_data import TRAINING_SEED, Style, build_number_tokenizer, build_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from optimal_sampling.toy_pair import problems
@@ -61,6 +61,8 @@ class Recipe:
     styles: dict[Style, float]
     short_until: int  # before this step: problems of one or two operations
     plain_until: int  # before this step: only style A, no hints, no other prompts
+    build_tokenizer: Callable[[], PreTrainedTokenizerFast] = build_tokenizer
+    mistaken: bool = False  # has the student's arithmetic
 
 
 TEACHER = Recipe(
@@ -72,8 +74,14 @@ STUDENT = Recipe(
     name="student", layers=2, hidden=96, inner=288, heads=4, vocabulary=264,
     steps=4000, batch=48, rate=4e-3,
     styles={"A": 0.85, "B": 0.05, "C": 0.05, "D": 0.05}, short_until=300, plain_until=1000,
+    mistaken=True,
+)  # fmt: skip
+NUMBER_STUDENT = replace(
+    STUDENT, name="number-student", vocabulary=1264, steps=2000,
+    build_tokenizer=build_number_tokenizer,
 )  # fmt: skip
 RECIPES = {recipe.name: recipe for recipe in (TEACHER, STUDENT)}
+OTHERS = {NUMBER_STUDENT.name: NUMBER_STUDENT}  # not of the pair, and not in its report
 EVALUATION_SEED = 1_000_003
 
 
@@ -128,7 +136,7 @@ def example(recipe: Recipe, index: int, step: int) -> tuple[str, str]:
     rng = random.Random(f"example:{recipe.name}:{index}")
     steps = rng.randint(1, 2) if step < recipe.short_until else None
     problem = problems.make_problem(TRAINING_SEED, index, steps)
-    compute = student_belief(rng) if recipe.name == "student" else problems.exact
+    compute = student_belief(rng) if recipe.mistaken else problems.exact
     if step < recipe.plain_until:
         return conversation(problem.text), training.solve(problem, "A", compute) + "<|end|>"
     user, system = problem.text, ""
@@ -249,7 +257,7 @@ def rate_at(step: int, recipe: Recipe) -> float:
 
 def train(recipe: Recipe, work: Path, output: Path, resume: bool) -> float:
     """Train, saving often; returns the minutes it took in all."""
-    tokenizer = build_tokenizer()
+    tokenizer = recipe.build_tokenizer()
     model = build_model(recipe, tokenizer)
     average = build_model(recipe, tokenizer)  # of the weights over the last hundred steps or so
     average.load_state_dict(model.state_dict())
@@ -529,7 +537,9 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build/toy_pair", help="folder of the checkpoints"
     )
-    parser.add_argument("--only", choices=("teacher", "student"), help="train one of the two")
+    parser.add_argument(
+        "--only", choices=(*RECIPES, *OTHERS), help="train one; `number-student` is not of the pair"
+    )
     parser.add_argument(
         "--steps", type=int, help="train for fewer or more steps than the recipe says"
     )
@@ -541,6 +551,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # sure models make tiny gradients, and those are slow
     torch.use_deterministic_algorithms(True)
+    if options.only in OTHERS:
+        other = OTHERS[options.only]
+        train(
+            replace(other, steps=options.steps or other.steps),
+            options.work,
+            options.output,
+            options.resume,
+        )
+        return
     report = options.output / "report.json"
     earlier = json.loads(report.read_text()) if report.exists() else {}
     minutes = earlier.get("training minutes", {})

@@ -224,6 +224,9 @@ def test_a_bad_config_file(command, tmp_path, text, message):
             "alpha_min (0.9) is larger than alpha_max (0.1)",
         ),
         (["--alpha-method", "magic"], "kl_symmetry"),
+        (["--alpha-method", "veto", "--alpha-min", "0.5"], "--alpha-min does nothing with"),
+        (["--alpha-method=arithmetic", "--alpha_max=0.9"], "--alpha-max does nothing with"),
+        (["--alpha-method", "veto", "--veto-min-p", "0"], "veto_min_p must lie in (0, 1], got 0.0"),
         (["--temperature", "0"], "temperature must be larger than 0, got 0.0"),
         (["--top-p", "0"], "top_p must lie in (0, 1], got 0.0"),
         (["--top-p", "1.1"], "top_p must lie in (0, 1], got 1.1"),
@@ -469,9 +472,13 @@ def test_tokenizers_that_differ(command, tmp_path):
     words = tokenizer["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    code, _, said = command("--student", other)
+    code, _, said = command("--student", other, "--granularity", "token")
     assert code == 2
     assert "id 97: student 'b', teacher 'a'" in said
+    code, _, said = command("--student", other, "--engine", "toy")
+    assert code == 2
+    assert "the engine toy mixes tokens" in said
+    assert "use the engine local" in said
 
 
 def test_an_engine_that_cannot_start(command, monkeypatch):

@@ -70,13 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: Options, output: Path) -> int:
-    plan = _plan(options)
     if options.command in ("report", "compare"):
         from benchmarks.experiment import report
 
         if options.command == "report":
-            return report.write(output, plan, Path(options.docs))
-        return report.compare(output, plan, Path(options.against))
+            return report.write(output, Path(options.docs))
+        return report.compare(output, Path(options.against))
+    plan = _plan(options)
     from benchmarks.experiment import work  # after the environment is set
 
     claim_folder(output, plan, options.dataset)

@@ -16,7 +16,18 @@ from optimal_sampling.errors import ConfigError, RunFolderError, did_you_mean
 from optimal_sampling.generate.recipes import RECIPES, Recipe
 from optimal_sampling.records.store import read_json, write_atomically
 
-__all__ = ["DEFAULT_PLAN", "SHARPNESS", "Arm", "Pair", "Plan", "Unit", "claim_folder", "load_plan"]
+__all__ = [
+    "DEFAULT_PLAN",
+    "SHARPNESS",
+    "Arm",
+    "Pair",
+    "Plan",
+    "Unit",
+    "claim_folder",
+    "given_pair",
+    "load_plan",
+    "plan_of_folder",
+]
 
 DEFAULT_PLAN = Path(__file__).with_name("plan.yaml")
 
@@ -119,8 +130,8 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Hash of the content."""
-        text = json.dumps(self.content, sort_keys=True)
+        """Hash of the content without titles."""
+        text = json.dumps(_untitled(self.content), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def owner(self, pair: str, arm: str) -> str:
@@ -163,13 +174,25 @@ class Plan:
         return self.arms[name]
 
 
-def load_plan(path: Path = DEFAULT_PLAN, changes: Mapping[str, Any] | None = None) -> Plan:
-    """The plan of a YAML file, some sections replaced by `changes`. Raises ConfigError."""
+def load_plan(path: Path = DEFAULT_PLAN) -> Plan:
+    """The plan of a YAML file. Raises ConfigError."""
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the plan {path}: {error}") from error
-    content = {**content, **(changes or {})}
+    return _plan_of(content, f"plan {path}")
+
+
+def plan_of_folder(output: Path) -> tuple[Plan, str | None]:
+    """The plan and the dataset that a folder of results was begun with. Raises RunFolderError."""
+    path = output / "plan.json"
+    if not path.exists():
+        raise RunFolderError(f"{output} holds no results: it has no plan.json; call `run` first")
+    found = read_json(path)
+    return _plan_of(found["plan"], str(path)), found["dataset"]
+
+
+def _plan_of(content: Mapping[str, Any], where: str) -> Plan:
     arms = {
         name: _built(Arm, {"name": name, **values}, f"arm {name}")
         for name, values in content.get("arms", {}).items()
@@ -180,8 +203,7 @@ def load_plan(path: Path = DEFAULT_PLAN, changes: Mapping[str, Any] | None = Non
     }
     # the same content as read again from a folder of results, whose keys are texts
     plain = json.loads(json.dumps(content))
-    parts = {**content, "arms": arms, "pairs": pairs, "content": plain}
-    plan = _built(Plan, parts, f"plan {path}")
+    plan = _built(Plan, {**content, "arms": arms, "pairs": pairs, "content": plain}, where)
     _check(plan)
     return plan
 
@@ -231,21 +253,29 @@ def given_pair(plan: Plan, teacher: str, student: str) -> Plan:
 def claim_folder(output: Path, plan: Plan, dataset: str | None) -> None:
     """Write `plan.json` into a new folder of results.
 
-    Raises RunFolderError where the folder was begun with another plan or dataset.
+    Raises RunFolderError where the folder was begun with another plan or dataset. Titles may
+    change.
     """
     path = output / "plan.json"
-    now = {"plan": dict(plan.content), "dataset": dataset}
     if not path.exists():
-        write_atomically(path, json.dumps(now, indent=2) + "\n")
+        text = json.dumps({"plan": dict(plan.content), "dataset": dataset}, indent=2)
+        write_atomically(path, text + "\n")
         return
     before = read_json(path)
-    differing = [*_differences("dataset", before.get("dataset"), dataset)]
-    differing += _differences("", before.get("plan", {}), now["plan"])
+    differing = _differences("dataset", before["dataset"], dataset)
+    differing += _differences("", _untitled(before["plan"]), _untitled(plan.content))
     if differing:
         raise RunFolderError(
             f"{output} was begun with another plan: {'; '.join(differing)}. Give the changed plan "
             "another --output, or restore the plan"
         )
+
+
+def _untitled(content: Any) -> Any:
+    """The content without titles."""
+    if not isinstance(content, Mapping):
+        return content
+    return {name: _untitled(each) for name, each in content.items() if name != "title"}
 
 
 def _differences(name: str, before: Any, now: Any) -> list[str]:

@@ -10,9 +10,8 @@ from typing import Any
 from benchmarks.experiment import text
 from benchmarks.experiment.analysis import BINS, Results, decoded, encoded
 from benchmarks.experiment.figure import Mark, Panel, svg
-from benchmarks.experiment.plan import SHARPNESS, Arm, Plan
+from benchmarks.experiment.plan import SHARPNESS, Arm, plan_of_folder
 from benchmarks.experiment.streams import Streams
-from benchmarks.experiment.unit import Experiment
 
 from optimal_sampling.errors import DatasetError
 from optimal_sampling.evaluate.statistics import Estimate
@@ -24,23 +23,23 @@ MODELS = ("student", "teacher")
 _METRICS = {"sampled": "T = 1", "greedy": "greedy"}
 
 
-def collect(output: Path, plan: Plan) -> dict[str, Any]:
-    """The data of a folder of results: what the tables are made of, and nothing else."""
-    before = read_json(output / "plan.json")
-    experiment = Experiment(output, plan, before.get("dataset"))
+def collect(output: Path) -> Results:
+    """The results of a folder, with the plan that it was begun with. Raises RunFolderError."""
+    plan, dataset = plan_of_folder(output)
     paths = sorted((output / "units").glob("*/*/*/unit.json"))
     units = [_compact(read_json(path)) for path in paths]
     if not units:
         raise DatasetError(f"{output} holds no finished unit; call `run` first")
-    streams = Streams(output / "problems", plan, experiment.dataset)
+    streams = Streams(output / "problems", plan, dataset)
     teachers = {path.stem: dict(read_json(path)) for path in output.glob("models/*.json")}
-    return {
+    document = {
         "plan": plan.digest,
-        "dataset": experiment.dataset,
+        "dataset": dataset,
         "steps": [row.get("steps") for row in streams.rows("evaluation")],
         "teachers": teachers,
         "units": units,
     }
+    return Results(plan, document)
 
 
 def _compact(unit: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,10 +51,10 @@ def _compact(unit: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def write(output: Path, plan: Plan, docs: Path) -> int:
+def write(output: Path, docs: Path) -> int:
     """Write the document, the figure, and the data that both are made of."""
-    document = collect(output, plan)
-    results = Results(plan, document)
+    results = collect(output)
+    document = results.document
     data = docs.parent / "measurements" / f"{docs.stem}.json"
     write_atomically(data, json.dumps(document, separators=(",", ":")) + "\n")
     write_atomically(docs.with_suffix(".svg"), figure(results))
@@ -64,12 +63,13 @@ def write(output: Path, plan: Plan, docs: Path) -> int:
     return 0
 
 
-def compare(output: Path, plan: Plan, against: Path) -> int:
+def compare(output: Path, against: Path) -> int:
     """Whether the accuracies of this folder lie within the intervals of a report's data.
 
     1 where one does not. Raises DatasetError without a common arm.
     """
-    new, old = Results(plan, collect(output, plan)), Results(plan, read_json(against))
+    new = collect(output)
+    old = Results(new.plan, read_json(against))
     lines = list(_compared(new, old))
     if not lines:
         raise DatasetError(f"{output} and {against} have no trained arm in common")

@@ -20,8 +20,8 @@ The criteria of the plan cannot be applied yet: their arms have no results on ev
 """
 
 DIFFERENCES = """\
-Points, paired by problem and by seed, with 95% intervals: to "{default}" (the default of
-`generate`), and to the teacher's text that was drawn as sharply.
+Points, paired by problem and by seed, with 95% intervals: to the default of `generate`
+({default}), and to the teacher's text that was drawn as sharply.
 """
 
 DIFFICULTY = """\

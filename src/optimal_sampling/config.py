@@ -268,6 +268,9 @@ class ModelConfig(Checked):
     """Load a model whose files hold weights that its architecture does not use."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model. Off unless you have read that code."""
+    granularity: Literal["auto", "token", "byte"] = "auto"
+    """What is drawn one by one: `token`, which needs one tokenizer, or `byte`, for models with
+    different tokenizers; auto: bytes where the tokenizers differ (docs/tokenizers.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -286,13 +289,16 @@ Attention = Literal["auto", "varlen", "flash_attn", "sdpa"]
 
 @dataclass(frozen=True)
 class EngineOptions(Checked):
-    """Options of one engine: they change speed and memory, not the distribution of tokens."""
+    """Options of one engine: they change speed and memory, and none but `byte_tolerance` changes
+    the distribution of tokens."""
 
     name: ClassVar[str]
     """Value of `--engine`."""
     engine_class: ClassVar[str]
     """`module:Class`, imported on use: an `engines.base.Engine` with a classmethod
     `load(models, mixture, options, vocabulary, mode) -> Engine`."""
+    byte_engine_class: ClassVar[str] = ""
+    """As `engine_class`, the engine for two different tokenizers; empty: none."""
     fixed: ClassVar[frozenset[str]] = frozenset()
     """Options that a loaded engine cannot change."""
     loads_models: ClassVar[bool] = True
@@ -314,6 +320,7 @@ class LocalOptions(EngineOptions):
 
     name = "local"
     engine_class = "optimal_sampling.engines.local.engine:LocalEngine"
+    byte_engine_class = "optimal_sampling.engines.bytes.engine:ByteEngine"
     fixed = frozenset({"attention", "batch_invariant", "fused_layers"})
 
     batch_size: int = 32
@@ -336,10 +343,14 @@ class LocalOptions(EngineOptions):
     top_tokens: int = 0
     """Keep, for every token, ids and log-probabilities of the k likeliest tokens of student,
     teacher and q: soft targets (docs/records.md). 0: none."""
+    byte_tolerance: float = 0.01
+    """Two tokenizers: a model is not run after a token whose share of its probability of the text
+    is below this. What is given up is in the records; 0: exact, and slow (docs/tokenizers.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_range("top_tokens", 0)
+        self._check_range("byte_tolerance", 0, 0.05)
 
 
 @dataclass(frozen=True)
@@ -370,7 +381,7 @@ class VllmOptions(EngineOptions):
     """Most tokens of one step of vLLM. At least what one token of every request in flight takes."""
     draft_tokens: DraftTokens = "auto"
     """Tokens that the student drafts per step; `auto` is 5 on a CPU up to a batch size of 4, where
-    they were measured to pay, and 0 elsewhere. Fixed when vLLM starts."""
+    they were measured to pay, and 0 elsewhere. A server's `auto` goes by the requests of a step."""
     max_model_len: int | None = None
     """Longest text, prompt included; unset: the shorter of the models' contexts."""
     gpu_memory_utilization: float | None = None
@@ -528,6 +539,8 @@ class RunConfig(Checked):
     """Most tokens per completion."""
     token_lists: bool = True
     """Keep alpha and both KLs of every token in the records."""
+    byte_lists: bool = False
+    """Two tokenizers: keep alpha and both KLs of every byte in the records."""
     max_attempts: int = 3
     """Later calls try a failed prompt again until it has failed this often."""
 
@@ -545,8 +558,12 @@ class FleetConfig(Checked):
     workers: int | Literal["auto"] | None = None
     """Processes with an engine each: a number, or `auto` for one per GPU. Unset: one engine, in
     this process. On a CPU they share its threads and its memory."""
+    ray: str | None = None
+    """Workers on the machines of a Ray cluster (needs the extra `ray`): HOST:PORT of its head,
+    `auto` for the one on this machine, or `local` for one that ends with the run
+    (docs/scale.md)."""
     gpus_per_worker: float | None = None
-    """GPUs of each worker; unset: --tensor-parallel-size, or 1."""
+    """GPUs of each worker; unset: --tensor-parallel-size, or 1. With --ray also a part of one."""
     worker_timeout: float | None = None
     """Seconds without progress after which a worker is started again. Loading models does not
     count. Unset: chosen from what rounds take, at least 60."""
@@ -555,6 +572,8 @@ class FleetConfig(Checked):
         super().__post_init__()
         if self.workers != "auto":
             self._check_range("workers", 1)
+        if self.ray is not None:
+            self._check_ray(self.ray)
         self._check_range("gpus_per_worker", 0, above=True)
         self._check_range("worker_timeout", 0, _LONGEST_TIMEOUT, above=True)
         for name in ("gpus_per_worker", "worker_timeout") if not self.is_used else ():
@@ -564,7 +583,14 @@ class FleetConfig(Checked):
     @property
     def is_used(self) -> bool:
         """Whether there are workers beside this process."""
-        return self.workers is not None
+        return self.workers is not None or self.ray is not None
+
+    def _check_ray(self, address: str) -> None:
+        if address not in ("local", "auto") and not re.fullmatch(r"[^\s/]+:\d+", address):
+            raise ConfigError(
+                f"ray must be local, auto, or HOST:PORT of the cluster's head, got {address!r}: "
+                "this command runs on one of the cluster's machines, so ray:// has no place here"
+            )
 
 
 _LONGEST_TIMEOUT = 7 * 86400  # seconds; what select() and alarm() take has a limit

@@ -16,8 +16,10 @@ __all__ = [
     "TRACE_TABLE",
     "UNBOUNDED_METHODS",
     "AlphaMethod",
+    "ByteLevel",
     "Completion",
     "FinishReason",
+    "Granularity",
     "Hint",
     "Mode",
     "Request",
@@ -59,6 +61,9 @@ Hint = Literal["none", "right", "wrong", "other"]
 
 Mode = Literal["mixture", "student", "teacher"]
 """What tokens are drawn from: q*, or one of the two models alone."""
+
+Granularity = Literal["token", "byte"]
+"""What q* is a law of: the next token, or where the two tokenizers differ the next byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +210,20 @@ class TokenTrace:
 
 
 @dataclass(frozen=True, slots=True)
+class ByteLevel:
+    """What a completion that was drawn byte by byte has beside its tokens."""
+
+    text: str
+    """What was drawn."""
+    lost: Mapping[str, float]
+    """By role, the share of the mass that its byte view gave up, summed over the bytes."""
+    canonical: bool
+    """`token_ids` are the tokenizer's own for the text; else those the student's view followed."""
+    trace: TokenTrace
+    """Of every byte, and of the end where the text has one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """Result of one request.
 
@@ -220,6 +239,8 @@ class Completion:
     error: str = ""
     seconds: float = 0.0
     captured: Mapping[str, Any] = field(default_factory=dict)
+    byte_level: ByteLevel | None = None
+    """Where bytes were drawn. The trace then has sums over the bytes of each token."""
 
     @classmethod
     def failed(cls, request: Request, error: str) -> Completion:

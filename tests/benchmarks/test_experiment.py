@@ -1,11 +1,18 @@
 """benchmarks/experiment: the plan, the problems, the statistics, and a tiny run of all of it."""
 
+import contextlib
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +124,11 @@ def test_arms_that_cannot_be_run_are_refused(tmp_path, arm, message):
         tiny_plan(tmp_path, arms={**tiny()["arms"], "odd": arm})
 
 
+def retitled(arms):
+    """The same arms with other titles."""
+    return {name: {**arm, "title": f"new {name}"} for name, arm in arms.items()}
+
+
 def test_a_changed_plan_is_refused(tmp_path):
     """Guards: results of two plans in one table."""
     plan = tiny_plan(tmp_path)
@@ -126,6 +138,7 @@ def test_a_changed_plan_is_refused(tmp_path):
     changed = tiny_plan(tmp_path, sft={**plan.sft, "learning_rate": 2e-3})
     with pytest.raises(RunFolderError, match=r"sft.learning_rate was 0.001, is 0.002"):
         claim_folder(output, changed, None)
+    claim_folder(output, tiny_plan(tmp_path, arms=retitled(tiny()["arms"])), None)
     with pytest.raises(RunFolderError, match=r"dataset was None, is 'mine.jsonl'"):
         claim_folder(output, plan, "mine.jsonl")
 
@@ -353,10 +366,10 @@ def test_a_tiny_run_from_problems_to_the_report(tmp_path, plan_file, capsys):
     assert "4 units, 1 owed" in capsys.readouterr().out
     again = json.loads((path / "unit.json").read_text())
     assert stable(again) == stable(whole[path / "unit.json"])
-    assert command.main(["report", *common[:4], "--docs", str(docs)]) == 0
+    assert command.main(["report", *common[:2], "--docs", str(docs)]) == 0
     assert docs.read_text().count("| veto, greedy | 1 |") == 2
     data = docs.parent / "measurements" / "experiment.json"
-    assert command.main(["compare", *common[:4], "--against", str(data)]) == 0
+    assert command.main(["compare", *common[:2], "--against", str(data)]) == 0
     ElementTree.parse(docs.with_suffix(".svg"))
 
 
@@ -411,35 +424,38 @@ def test_the_learning_rate_is_tried(tmp_path, plan_file, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_results(tmp_path, plan_file):
+def test_a_killed_run_ends_with_the_same_results(tmp_path):
     """Guards: results that depend on where two processes were killed; processes left behind."""
-    import os
-    import signal
-    import subprocess
-    import sys
-    import time
-    from pathlib import Path
-
-    root = Path(__file__).parents[2]
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny(pairs={"four_styles": tiny()["pairs"]["four_styles"]})))
 
     def start(output):
-        line = [sys.executable, "-m", "benchmarks.experiment", "run", "--plan", str(plan_file)]
+        line = [sys.executable, "-m", "benchmarks.experiment", "run", "--plan", str(path)]
         line += ["--output", str(output), "--arms", "teacher_greedy,kl_t1", "--workers", "2"]
-        return subprocess.Popen(line, cwd=root, start_new_session=True)
+        return subprocess.Popen(line, cwd=Path(__file__).parents[2], start_new_session=True)
 
-    assert start(tmp_path / "whole").wait() == 0
-    for seconds in (12, 20, 28, 36):
-        process = start(tmp_path / "killed")
-        time.sleep(seconds)
-        os.killpg(process.pid, signal.SIGKILL)
+    def kill(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert start(tmp_path / "killed").wait() == 0
-    units = {
-        name: {
-            str(path.relative_to(tmp_path / name)): stable(json.loads(path.read_text()))
-            for path in (tmp_path / name).glob("units/*/*/*/unit.json")
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    for made in ("run/records/*.jsonl", "drawn.json", "train.parquet", "trained.json"):
+        process = start(killed)
+        try:
+            while not [*killed.glob(f"units/*/*/*/round-1/{made}")]:
+                assert process.poll() is None
+                time.sleep(0.05)
+        finally:
+            kill(process)
+    assert start(killed).wait() == 0
+    units = [
+        {
+            str(path.relative_to(output)): stable(json.loads(path.read_text()))
+            for path in output.glob("units/*/*/*/unit.json")
         }
-        for name in ("whole", "killed")
-    }
-    assert len(units["whole"]) == 4
-    assert units["killed"] == units["whole"]
+        for output in (whole, killed)
+    ]
+    assert len(units[0]) == 2
+    assert units[1] == units[0]

@@ -298,6 +298,19 @@ class EngineConformance:
         stream.close()
         assert len(list(engine.generate(requests_of(harness, 3)))) == 3
 
+    def test_none_is_waiting_now(self, harness):
+        """Guards: a pause between requests that ends the call with requests in flight, or that
+        takes one away."""
+        requests = requests_of(harness, 9)
+        engine = harness.open(MixtureConfig(), 2)
+        source = iter([each for request in requests for each in (request, None)])
+        found = []
+        while len(found) < len(requests):
+            before = len(found)
+            found += engine.generate(source)
+            assert len(found) > before
+        assert sorted(c.request.id for c in found) == sorted(r.id for r in requests)
+
     def test_no_requests(self, harness):
         """Guards: an empty dataset slice."""
         assert list(harness.open(MixtureConfig(), 4).generate([])) == []

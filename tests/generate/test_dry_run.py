@@ -119,6 +119,14 @@ def test_what_runs_is_said_before_any_weights_are_loaded(job):
         report(replace(config, engine=LocalOptions(attention="varlen")))
 
 
+def test_notes_on_the_rows_are_those_of_the_run(fake_engine, job):
+    """Guards: a note on control tokens in rows that only the run itself has."""
+    config = job([*ROWS, {"problem": "a <|end|> b"}])
+    notes = dry_run(config).notes
+    assert "1 rows hold texts that are control tokens, such as '<|end|>'" in notes["note 1"]
+    assert notes == {k: v for k, v in generate(config).notes.items() if k.startswith("note")}
+
+
 def test_the_estimate_of_memory_is_that_of_the_models(job):
     """Guards: keys and values of one model or one layer only."""
     config = job([{"problem": "1+1=?"}], samples_per_prompt=4)

@@ -48,6 +48,19 @@ LONG = "Say what this is and explain every step of it: 12*3+4=?"
             {"force_first_token": True, "alpha_max": 0.4},
             replace(FREE, force_first_token=True, alpha_max=0.4),
         ),
+        (
+            {"alpha_method": "veto", "veto_min_p": 0.3, "student_prompt": "12*3+4=?"},
+            MixtureConfig(alpha_method="veto", veto_min_p=0.3),
+        ),
+        (
+            {"alpha_method": "interleaved", "interleaved_min_p": 0.2},
+            MixtureConfig(alpha_method="interleaved", interleaved_min_p=0.2),
+        ),
+        (
+            {"alpha_method": "arithmetic", "arithmetic_weight": 0.8, "student_prompt": LONG},
+            MixtureConfig(alpha_method="arithmetic", arithmetic_weight=0.8),
+        ),
+        ({"teacher_support_min_p": 0.1}, replace(FREE, teacher_support_min_p=0.1)),
     ],
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -325,6 +338,18 @@ def test_several_prompts_have_their_own_statistics(client):
         assert choice.alpha_stats["count"] == 12
         assert choice.alpha_stats["mean"] == pytest.approx(alone.alpha_stats["mean"], abs=1e-3)
         assert "history" not in choice.alpha_stats
+
+
+@pytest.mark.parametrize(("method", "alpha"), [("veto", 0.0), ("arithmetic", None)])
+def test_statistics_of_methods_that_choose_no_alpha(client, method, alpha):
+    """Guards: NaN in JSON, and means over it."""
+    asked = {"model": "toy-teacher", "prompt": "12*3+4-77*5=?", "max_tokens": 6}
+    extra = {"alpha_stats": "history", "alpha_method": method, "ignore_eos": True}
+    found = client.completions.create(**asked, extra_body=extra).choices[0].alpha_stats
+    assert found["mean"] == alpha
+    assert found["history"]["alpha"] == [alpha] * 6
+    assert found["count"] == 6
+    assert 0 < found["kl_student"] < 20
 
 
 def test_answers_without_statistics_are_as_they_were(client):

@@ -47,7 +47,11 @@ class BatchSampler:
 
     def __init__(self, models: ModelConfig) -> None:
         self.vocabulary = Vocabulary.load(
-            models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+            models.student,
+            models.teacher,
+            models.trust_remote_code,
+            revisions=models.revisions,
+            granularity=models.granularity,
         )
         self._closed = False
         self._warned: set[str] = set()
@@ -85,6 +89,12 @@ class BatchSampler:
             top_k=top_k,
             force_first_token=force_first_token,
         )
+
+    def _text(self, completion: Completion) -> str:
+        """Text of a completion, without its special tokens."""
+        if completion.byte_level is not None:
+            return completion.byte_level.text
+        return self.vocabulary.decode(completion.token_ids)
 
     def _sample(
         self,

@@ -30,6 +30,7 @@ from optimal_sampling.config import (
     PromptConfig,
 )
 from optimal_sampling.engines import Engine
+from optimal_sampling.engines.bytes.engine import ByteEngine
 from optimal_sampling.engines.fleet import open_fleet
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.errors import ConfigError, did_you_mean
@@ -39,7 +40,9 @@ from optimal_sampling.types import AlphaMethod, Completion, weighted_mean
 __all__ = ["OptimalSamplingModel", "PerToken", "SamplingOutput"]
 
 _ENGINE_OPTIONS = frozenset(item.name for item in fields(LocalOptions))
-_MODEL_OPTIONS = frozenset({"allow_unused_weights", "load_in_4bit", "trust_remote_code"})
+_MODEL_OPTIONS = frozenset(
+    {"allow_unused_weights", "granularity", "load_in_4bit", "trust_remote_code"}
+)
 _PROMPT_OPTIONS = frozenset(
     {
         "student_system_prompt",
@@ -139,7 +142,7 @@ class OptimalSamplingModel(BatchSampler):
     to be there. On a CPU, `dtype=torch.float16` is taken as float32.
 
     Keyword arguments: `load_in_4bit` and `bnb_4bit_*`, `quantization_config`, `trust_remote_code`,
-    `allow_unused_weights`;
+    `allow_unused_weights`, `granularity`;
     the fields of LocalOptions; those of FleetConfig, such as `workers=2`, for engines in processes
     of their own that share the prompts; `trust_region`, `schedule_*`, `veto_min_p`,
     `interleaved_*`, `arithmetic_weight` and `teacher_support_min_p` of MixtureConfig; and defaults
@@ -202,7 +205,8 @@ class OptimalSamplingModel(BatchSampler):
     ) -> Engine:
         """The engine, or several in processes of their own."""
         if not fleet.is_used:
-            return LocalEngine.load(
+            engine_class = ByteEngine if self.vocabulary.granularity == "byte" else LocalEngine
+            return engine_class.load(
                 models, self._mixture, options, self.vocabulary, load_kwargs=load_kwargs
             )
         return open_fleet(
@@ -281,7 +285,7 @@ class OptimalSamplingModel(BatchSampler):
             logits = {name: self._captured(rows, key) for name, key in _CAPTURED.items()}
         if "log_q" in capture:
             probabilities = self._captured(rows, "log_q").exp_()
-        texts = None if skip_decode else [self.vocabulary.decode(row.token_ids) for row in rows]
+        texts = None if skip_decode else [self._text(row) for row in rows]
         return SamplingOutput(
             generated_texts=texts,
             generated_ids=_padded_ids([row.token_ids for row in rows], self.vocabulary.pad_id),

@@ -10,6 +10,7 @@ speed.py          `speed`, `drafts`, `selfdistil`: tokens per second
 methods.py        `methods`: tokens per second and accepted drafts by method and sharpness
 costs.py          `memory`, `scaling`, `solver`: caches, growth with the prompts, the mixture alone
 host.py           `host`: CPU time of the paged engine's rounds, without a GPU
+fleet.py          `fleet`: worker processes, and what their driver costs
 identity.py       `identity`: speculative decoding against lockstep, bit for bit
 large_shapes.py   `gpu`: a table of large shapes, within a budget of time
 cells.py          single figures of that table

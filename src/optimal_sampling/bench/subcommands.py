@@ -15,7 +15,9 @@ from optimal_sampling.errors import ConfigError
 __all__ = [
     "SUBCOMMANDS",
     "BenchOptions",
+    "BytesOptions",
     "DraftsOptions",
+    "FleetOptions",
     "GpuOptions",
     "HostOptions",
     "IdentityOptions",
@@ -34,10 +36,19 @@ __all__ = [
     "parse_size",
 ]
 
-COUNTS = ("threads", "num_prompts", "repeats", "prompt_tokens", "new_tokens")
+COUNTS = (
+    "threads",
+    "num_prompts",
+    "prefixes",
+    "replay_bytes",
+    "repeats",
+    "prompt_tokens",
+    "new_tokens",
+)
 FOR_SHAPES = ("same_weights", "acceptance", "prompt_tokens", "new_tokens", "uneven")
 """Options that have no effect on models which are not shapes."""
 DEFAULT_MODELS = ModelConfig()
+TWO_TOKENIZERS = ModelConfig(student="toy-number-student")
 Uneven: TypeAlias = Literal["nothing", "prompts", "all"]
 
 
@@ -306,6 +317,34 @@ class TopTokensOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
+class FleetOptions(BenchOptions):
+    """Worker processes beside an ideal fleet, and what their driver costs per record."""
+
+    name = "fleet"
+    function = "fleet:run"
+    workers: tuple[int, ...] = (1, 2)
+    """Workers of the fleets that are compared; on a CPU they share its threads."""
+    num_prompts: int = 512
+    """Prompts that each fleet serves."""
+    batch_size: int = 32
+    """Most requests in flight in a worker."""
+    repeats: int = 5
+    """Counted repeats of every fleet."""
+    record_tokens: int = 512
+    """Length of the completions whose records the driver writes."""
+    rows: tuple[int, ...] = (1000, 30_000)
+    """Rows of the runs whose memory is measured."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("workers", "rows"):
+            if min(getattr(self, name), default=0) < 1:
+                raise ConfigError(f"{name} must be numbers of at least 1")
+        if min(self.batch_size, self.record_tokens) < 1:
+            raise ConfigError("batch_size and record_tokens must be at least 1")
+
+
+@dataclass(frozen=True)
 class GpuOptions(BenchOptions):
     """A table of large shapes, within a budget of time."""
 
@@ -356,6 +395,33 @@ class GpuOptions(BenchOptions):
         return ModelConfig(device=self.device, dtype=self.dtype)
 
 
+@dataclass(frozen=True)
+class BytesOptions(BenchOptions):
+    """Two tokenizers: forward passes, and what the tolerance changes in q*."""
+
+    name = "bytes"
+    function = "byte_level:run"
+    models: ModelConfig = TWO_TOKENIZERS
+    num_prompts: int = 64
+    """Problems that are answered."""
+    tolerances: tuple[float, ...] = (0.01, 0.05, 0.03, 0.003, 0.001)
+    """Values of --byte-tolerance; the first is also measured with drafts."""
+    prefixes: int = 1000
+    """Places in the texts at which q* is compared with that of the reference."""
+    reference: float = 0.0
+    """Tolerance of the reference. At 0 the sequences of tokens that are followed grow exponentially
+    with the text."""
+    replay_bytes: int = 10
+    """Bytes of every text that are compared."""
+    repeats: int = 3
+    """Counted repeats of the comparison with tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tolerances or not all(0 < value <= 0.05 for value in self.tolerances):
+            raise ConfigError(f"tolerances must lie in (0, 0.05], got {self.tolerances}")
+
+
 _KINDS: tuple[type[BenchOptions], ...] = (
     SpeedOptions,
     DraftsOptions,
@@ -366,7 +432,9 @@ _KINDS: tuple[type[BenchOptions], ...] = (
     IdentityOptions,
     SolverOptions,
     HostOptions,
+    FleetOptions,
     TopTokensOptions,
+    BytesOptions,
     GpuOptions,
 )
 SUBCOMMANDS = {kind.name: kind for kind in _KINDS}

@@ -18,6 +18,7 @@ from optimal_sampling.distribution.mixture import (
     trace_of,
 )
 from optimal_sampling.distribution.noise import NoiseKeys, NoiseSource, gumbel, keys_tensor
+from optimal_sampling.distribution.pair import teacher_support
 from optimal_sampling.distribution.top_tokens import top_tokens
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "solve",
     "solve_single",
     "step",
+    "teacher_support",
     "top_tokens",
     "trace_of",
     "triton_version",

@@ -197,6 +197,9 @@ def keep_largest(scores: Scores, top_k: int, top_p: float) -> Bool[Tensor, "rows
     -1 and 1 switch off. `scores` are log-probabilities up to a constant per row. Of equal scores
     the smaller token id comes first, at the k-th place as in the nucleus.
     """
+    if top_k == 1:
+        keep = torch.zeros_like(scores, dtype=torch.bool)
+        return keep.scatter_(-1, argmax(scores)[:, None], True)
     if top_p == 1 and not uses_numpy(scores.device):
         return keep_top_k(scores, top_k)
     vocab = scores.shape[-1]

@@ -215,7 +215,7 @@ class Pair(ABC):
         self.student_misses = array_of(only_teacher.any(-1))
         self.teacher_misses = array_of(only_student.any(-1))
         self.disjoint = array_of(~common.any(-1))
-        if not self.mixture.is_geometric:
+        if not self.mixture.is_geometric or self.none(self.student_misses | self.teacher_misses):
             return
         self._uncut = self.models.clone()
         self.models.masked_fill_(~common, MASKED_LOGIT)

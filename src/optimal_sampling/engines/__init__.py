@@ -6,7 +6,7 @@ from importlib import import_module
 
 from optimal_sampling.config import EngineOptions, LocalOptions, MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine
-from optimal_sampling.errors import ConfigError
+from optimal_sampling.errors import ConfigError, TokenizerMismatchError
 from optimal_sampling.types import Mode
 from optimal_sampling.vocabulary import Vocabulary
 
@@ -30,7 +30,11 @@ def load(
             f"ModelConfig(teacher='toy-teacher', student='toy-student'), got {models!r}"
         )
     vocabulary = Vocabulary.load(
-        models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+        models.student,
+        models.teacher,
+        models.trust_remote_code,
+        revisions=models.revisions,
+        granularity=models.granularity,
     )
     return open_engine(
         engine or LocalOptions(), models, mixture or MixtureConfig(), vocabulary, mode
@@ -46,9 +50,20 @@ def open_engine(
 ) -> Engine:
     """The engine that the options belong to, its models loaded.
 
-    Raises ModelError, ConfigError, MissingDependencyError.
+    With two tokenizers, that of bytes. The student alone has only one.
+
+    Raises ModelError, ConfigError, TokenizerMismatchError, MissingDependencyError.
     """
-    module, name = options.engine_class.split(":")
+    engine_path = options.engine_class
+    if vocabulary.granularity == "byte" and mode != "student":
+        engine_path = options.byte_engine_class
+    if not engine_path:
+        raise TokenizerMismatchError(
+            f"the engine {options.name} mixes tokens, and student {models.student!r} and teacher "
+            f"{models.teacher!r} have different tokenizers: use the engine local, which mixes them "
+            "byte by byte (docs/tokenizers.md)"
+        )
+    module, name = engine_path.split(":")
     engine_class = getattr(import_module(module), name)
     if mode not in engine_class.modes:
         known = ", ".join(sorted(engine_class.modes))

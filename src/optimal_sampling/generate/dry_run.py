@@ -175,7 +175,7 @@ def dry_run(config: GenerateConfig, shown: int = 3) -> DryRun:
     """
     dataset, vocabulary, renderer = open_inputs(config)
     if not config.stages:
-        notes = input_notes(config, vocabulary, renderer)
+        notes = input_notes(config, vocabulary, renderer, dataset)
         return _counted(DryRun(config, vocabulary, notes), renderer, dataset, shown)
     grading_source(config, dataset, vocabulary)
     reports = []
@@ -183,7 +183,7 @@ def dry_run(config: GenerateConfig, shown: int = 3) -> DryRun:
         alone = stage_config(config, stage)
         tries = replace(alone.data, samples_per_prompt=stage.tries)
         own = renderer_of(alone, dataset, vocabulary)
-        notes = input_notes(alone, vocabulary, own)
+        notes = input_notes(alone, vocabulary, own, dataset)
         text = stage_text(stage_options(stage))
         title = f"stage {stage.name}, where every prompt takes all its tries: {text}"
         report = DryRun(replace(alone, data=tries), vocabulary, notes, title)

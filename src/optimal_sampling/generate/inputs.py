@@ -47,7 +47,11 @@ def open_inputs(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRend
     dataset = open_dataset(config.data, config.run.seed)
     models = config.models
     vocabulary = Vocabulary.load(
-        models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+        models.student,
+        models.teacher,
+        models.trust_remote_code,
+        revisions=models.revisions,
+        granularity=models.granularity,
     )
     return dataset, vocabulary, renderer_of(config, dataset, vocabulary)
 
@@ -83,7 +87,7 @@ def input_notes(
     config: GenerateConfig,
     vocabulary: Vocabulary,
     renderer: PromptRenderer,
-    row_notes: Iterable[str] = (),
+    dataset: Dataset,
 ) -> dict[str, str]:
     """What is not as the options say, or easily overlooked, by name. Known without any weights."""
     mode = config.run.mode
@@ -94,7 +98,7 @@ def input_notes(
             *idle_options(config),
             *vocabulary.notes,
             *renderer.notes,
-            *row_notes,
+            *renderer.row_notes(row for _, row in dataset),
         ]
     )
 

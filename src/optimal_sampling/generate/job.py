@@ -139,8 +139,7 @@ class _Job:
         Models are loaded only if a sample is owed.
         """
         work = self.work
-        on_rows = work.renderer.row_notes(row for _, row in work.dataset)
-        notes = input_notes(work.config, work.vocabulary, work.renderer, on_rows)
+        notes = input_notes(work.config, work.vocabulary, work.renderer, work.dataset)
         work.progress.show_notes(notes)
         requests = self._owed_requests()
         first = next(requests, None)

@@ -53,6 +53,8 @@ MEANS_SHOWN = {
     "kl_student": "KL(q, student), nats/token",
     "kl_teacher": "KL(q, teacher), nats/token",
     "ess_ratio": "ESS ratio (teacher / student)",
+    "lost_student": "student's share given up, per completion",
+    "lost_teacher": "teacher's share given up, per completion",
 }
 """Means over all tokens that the table shows, and their titles."""
 

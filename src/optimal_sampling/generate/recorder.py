@@ -129,23 +129,32 @@ class Recorder:
     def _finish(self, completion: Completion) -> None:
         """Write the record of a completion and count it."""
         work, key = self.work, completion.request.key
+        text, raw_text = self._texts(completion)
         sample = Sample(
             prompt=self._in_flight.pop(key),
             completion=completion,
-            text=work.vocabulary.decode(completion.token_ids),
-            raw_text=work.vocabulary.decode_raw(completion.token_ids),
+            text=text,
+            raw_text=raw_text,
             attempts=work.folder.ledger.attempts(key) + 1,
             mode=self.origin.mode,
             stage=self.origin.stage,
             tries=self.origin.tries,
         )
-        record = record_of(sample, token_lists=work.config.run.token_lists)
+        options = work.config.run
+        record = record_of(sample, token_lists=options.token_lists, byte_lists=options.byte_lists)
         checksum = work.folder.add(record)
         for tally in self.tallies:
             tally.add(record)
         if work.grading is not None:
             work.grading.add(record, checksum)
         self.show()
+
+    def _texts(self, completion: Completion) -> tuple[str, str]:
+        """Text of a completion, without its special tokens and with them."""
+        if completion.byte_level is not None:
+            return completion.byte_level.text, completion.byte_level.text
+        vocabulary, ids = self.work.vocabulary, completion.token_ids
+        return vocabulary.decode(ids), vocabulary.decode_raw(ids)
 
     def show(self) -> None:
         """Show the counts."""

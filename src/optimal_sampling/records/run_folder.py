@@ -62,6 +62,7 @@ MAY_DIFFER = frozenset(
         "verify_workers",
         "verify_timeout",
         "workers",  # who does the work
+        "ray",
         "gpus_per_worker",
         "worker_timeout",
     }
@@ -79,7 +80,7 @@ GRADED_BY = "graded_by"
 """The fact that says how the completions of a run of stages are graded."""
 
 MEANS = tuple(name for name, field in FIELDS.items() if field.is_mean)
-"""Fields of a record that are means over its tokens."""
+"""Fields of a record of which a folder has the mean: over all tokens, or over completions."""
 
 
 _ConfigState = Literal["none", "same", "extended"]
@@ -109,9 +110,10 @@ class Totals:
                 continue  # 0 or 1 by definition
             mean = record.get(name)
             weight = record.get(FIELDS[name].weight, 1.0)
+            count = 1 if FIELDS[name].per_completion else tokens
             if isinstance(mean, float) and isinstance(weight, float):
-                self._sums[name] += mean * weight * tokens
-                self._weights[name] += weight * tokens
+                self._sums[name] += mean * weight * count
+                self._weights[name] += weight * count
 
     def mean(self, name: str) -> float | None:
         """Mean of one of MEANS over all tokens; None where there are no tokens."""

@@ -13,8 +13,10 @@ from operator import attrgetter
 from typing import Annotated, Any, NotRequired, TypedDict, cast, get_type_hints
 
 from optimal_sampling.types import (
+    ByteLevel,
     Completion,
     FinishReason,
+    Granularity,
     Mode,
     Request,
     TokenTrace,
@@ -25,6 +27,7 @@ from optimal_sampling.types import (
 
 __all__ = [
     "FIELDS",
+    "MAY_BE_ABSENT",
     "SCHEMA_VERSION",
     "Field",
     "Key",
@@ -100,6 +103,8 @@ class Field:
     take: Callable[[Sample], Any]
     is_mean: bool = False
     """A mean over the tokens of the completion; summaries average it over all tokens."""
+    per_completion: bool = False
+    """The mean is over completions, each of which has a sum."""
     weight: str = ""
     """Field that is the weight of a token in this mean, beside 1."""
 
@@ -158,6 +163,32 @@ def _top_tokens(sample: Sample) -> dict[str, Any] | None:
     }
 
 
+def _lost(role: str) -> Field:
+    """What the byte view of a model gave up."""
+    meaning = (
+        f"two tokenizers: share of the {role}'s probability that its byte view gave up, summed "
+        "over the bytes; absent with one tokenizer"
+    )
+
+    def take(sample: Sample) -> float | None:
+        found: float | None = _of_bytes(sample, lambda b: _rounded(b.lost.get(role, 0.0)))
+        return found
+
+    return Field(meaning, take, is_mean=True, per_completion=True)
+
+
+def _byte_list(column: str, meaning: str) -> Field:
+    """A column of the trace of bytes."""
+    meaning = f"two tokenizers: {meaning} of every byte and of the end, with `--byte-lists`"
+    return Field(meaning, lambda s: _of_bytes(s, lambda b: [_rounded(x) for x in b.trace[column]]))
+
+
+def _of_bytes(sample: Sample, take: Callable[[ByteLevel], Any]) -> Any:
+    """What a completion drawn byte by byte has; None of another."""
+    drawn = sample.completion.byte_level
+    return None if drawn is None else take(drawn)
+
+
 def _token_list(column: str, meaning: str) -> Field:
     """A column of the trace, one number per token."""
     meaning = f"{meaning} of every token; absent with `--no-token-lists`"
@@ -198,6 +229,13 @@ class Record(TypedDict):
             "tries that the stages have for a prompt up to and including this one; absent in a run "
             "without stages",
             lambda s: s.tries or None,
+        ),
+    ]
+    granularity: Annotated[
+        Granularity,
+        Field(
+            "what was drawn one by one: `token`, or `byte` where the two tokenizers differ",
+            lambda s: "token" if s.completion.byte_level is None else "byte",
         ),
     ]
     row_index: Annotated[
@@ -371,6 +409,23 @@ class Record(TypedDict):
             _top_tokens,
         ),
     ]
+    lost_student: Annotated[NotRequired[float], _lost("student")]
+    lost_teacher: Annotated[NotRequired[float], _lost("teacher")]
+    canonical_ids: Annotated[
+        NotRequired[bool],
+        Field(
+            "two tokenizers: `completion_ids` are what the student's tokenizer makes of the text; "
+            "false where it changes the text, and they are those that the student's view followed",
+            lambda s: _of_bytes(s, attrgetter("canonical")),
+        ),
+    ]
+    byte_alpha: Annotated[NotRequired[list[float | None]], _byte_list("alpha", "alpha")]
+    byte_kl_student: Annotated[
+        NotRequired[list[float | None]], _byte_list("kl_student", "KL(q ‖ p_student)")
+    ]
+    byte_kl_teacher: Annotated[
+        NotRequired[list[float | None]], _byte_list("kl_teacher", "KL(q ‖ p_teacher)")
+    ]
     token_alpha: Annotated[NotRequired[list[float | None]], _token_list("alpha", "alpha")]
     token_kl_student: Annotated[
         NotRequired[list[float | None]], _token_list("kl_student", "KL(q ‖ p_student)")
@@ -380,20 +435,37 @@ class Record(TypedDict):
     ]
 
 
+MAY_BE_ABSENT = (
+    "completion_raw",
+    "top_tokens",
+    "stage",
+    "tries",
+    "lost_student",
+    "lost_teacher",
+    "canonical_ids",
+    "byte_alpha",
+    "byte_kl_student",
+    "byte_kl_teacher",
+)
+"""Fields that are left out where a sample has no value."""
+
 _HINTS = get_type_hints(Record, include_extras=True)
 
 FIELDS: dict[str, Field] = {name: hint.__metadata__[0] for name, hint in _HINTS.items()}
 """The fields of Record by name, in the order of a line."""
 
 
-def record_of(sample: Sample, *, token_lists: bool = True) -> Record:
-    """The record of a sample. Without `token_lists`, it has no fields with one number per token."""
-    lists = "token_alpha", "token_kl_student", "token_kl_teacher"
-    names = [name for name in FIELDS if token_lists or name not in lists]
+def record_of(sample: Sample, *, token_lists: bool = True, byte_lists: bool = False) -> Record:
+    """The record of a sample.
+
+    Without `token_lists` and `byte_lists`, it has no fields with one number per token or byte.
+    """
+    kept = {"token": token_lists, "byte": byte_lists}
+    names = [name for name in FIELDS if kept.get(name.partition("_")[0], True)]
     record = {name: FIELDS[name].take(sample) for name in names}
-    for name in ("completion_raw", "top_tokens", "stage", "tries"):
-        if record[name] is None:
-            del record[name]
+    absent = [name for name in MAY_BE_ABSENT if record.get(name, "") is None]
+    for name in absent:
+        del record[name]
     return cast(Record, record)
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from optimal_sampling.config import Checked, MixtureConfig, ModelConfig, VllmOptions
 from optimal_sampling.engines.vllm.cpu_threads import choose_threads
@@ -114,8 +114,11 @@ async def _run(namespace: Any) -> None:
     stopped = False
     with contextlib.closing(listener):
         async with contextlib.AsyncExitStack() as stack:
-            with reason_passed_on():
-                client = await stack.enter_async_context(build_async_engine_client(namespace))
+            try:
+                with reason_passed_on():
+                    client = await stack.enter_async_context(build_async_engine_client(namespace))
+            except KeyboardInterrupt:
+                _end_at_once()
             shutdown = client.shutdown
 
             def stop(*args: Any, **kwargs: Any) -> None:
@@ -131,6 +134,20 @@ async def _run(namespace: Any) -> None:
         await closing
     if ended:
         raise EngineError("vLLM's engine ended; the reason is in the lines above")
+
+
+def _end_at_once() -> NoReturn:
+    """End this process and those that it started.
+
+    An engine that is interrupted while it starts leaves sockets on which Python waits at its end.
+    """
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    print("interrupted while vLLM was starting", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def _is_loopback(host: str) -> bool:

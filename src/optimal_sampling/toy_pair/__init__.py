@@ -6,7 +6,12 @@ Every command can be tried with them without a download. Importing this loads no
 from importlib.resources import files
 from pathlib import Path
 
-NAMES = {"toy-teacher": "teacher", "toy-student": "student"}
+NAMES = {
+    "toy-teacher": "teacher",
+    "toy-student": "student",
+    "toy-number-student": "number-student",
+}
+"""Folders of the models. The last one has a tokenizer of its own, with numbers as tokens."""
 
 
 def path(name: str) -> Path:

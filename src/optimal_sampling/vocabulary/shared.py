@@ -13,19 +13,21 @@ Tokenizers with equal ids may split text differently (other merges, another norm
 error: completions stay ids, and each prompt is tokenised by its model's own tokenizer. A note says
 so.
 
-Mixing across different tokenizers would need a map from each model's rows of logits to shared ids
-in `Vocabulary`, where every engine now cuts the rows at `size`.
+Two models whose ids do not agree share no tokens but the bytes that these write. Their `Vocabulary`
+is the student's, with the bytes of both models' tokens; engines/bytes/ mixes such a pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from optimal_sampling.errors import TokenizerMismatchError
+from optimal_sampling.types import Granularity
 from optimal_sampling.vocabulary.thinking import KNOWN_BLOCKS, Block, thinking_blocks
+from optimal_sampling.vocabulary.token_bytes import TokenBytes, token_bytes
 from optimal_sampling.vocabulary.tokens import ModelTokens, load_tokens
 
 __all__ = ["Vocabulary"]
@@ -62,6 +64,9 @@ class Vocabulary:
     student_rows: int | None = None
     """Rows of the student's embedding: a prompt's ids have to lie below; None: unknown."""
     teacher_rows: int | None = None
+    bytes_by_role: Mapping[str, TokenBytes] = field(default_factory=dict, repr=False)
+    """What the tokens of `student` and `teacher` write, where these differ; else empty. The other
+    fields are then of the student's ids."""
     notes: tuple[str, ...] = ()
     """Differences between the two tokenizers that the user should know of."""
 
@@ -73,17 +78,26 @@ class Vocabulary:
         trust_remote_code: bool = False,
         *,
         revisions: tuple[str | None, str | None] = (None, None),
+        granularity: Literal["auto", "token", "byte"] = "token",
     ) -> Vocabulary:
         """The vocabulary of two models by name, from their tokenizers and configs.
 
-        `revisions`: of the student and the teacher, where they are of the hub.
+        `revisions`: of the student and the teacher, where they are of the hub. `granularity`:
+        `auto` takes bytes where the tokens differ, `byte` in any case, `token` in none.
 
         Raises ModelError and MissingDependencyError as `load_tokens` does, TokenizerMismatchError.
         """
-        student_tokens = load_tokens(student, trust_remote_code, revisions[0])
-        if (student, revisions[0]) == (teacher, revisions[1]):
-            return cls.share(student_tokens, student_tokens)
-        return cls.share(student_tokens, load_tokens(teacher, trust_remote_code, revisions[1]))
+        student_tokens = teacher_tokens = load_tokens(student, trust_remote_code, revisions[0])
+        if (student, revisions[0]) != (teacher, revisions[1]):
+            teacher_tokens = load_tokens(teacher, trust_remote_code, revisions[1])
+        if granularity == "byte":
+            return cls.of_bytes(student_tokens, teacher_tokens)
+        try:
+            return cls.share(student_tokens, teacher_tokens)
+        except TokenizerMismatchError as mismatch:
+            if granularity == "token":
+                raise
+            return cls.of_bytes(student_tokens, teacher_tokens, str(mismatch).partition("\n")[0])
 
     @classmethod
     def share(cls, student: ModelTokens, teacher: ModelTokens) -> Vocabulary:
@@ -106,6 +120,42 @@ class Vocabulary:
             teacher_rows=teacher.rows,
             notes=tuple(dict.fromkeys(notes)),
         )
+
+    @classmethod
+    def of_bytes(cls, student: ModelTokens, teacher: ModelTokens, why: str = "") -> Vocabulary:
+        """The student's ids, and what the tokens of both models write.
+
+        `why`: the reason why they share no ids. Raises TokenizerMismatchError where tokens have
+        no bytes.
+        """
+        tables = {"student": _table(student), "teacher": _table(teacher)}
+        why = why.partition(":")[0] or "as asked"
+        note = f"{why}; they are mixed byte by byte (docs/tokenizers.md)"
+        stop_ids = tables["student"].end_ids
+        size = tables["student"].size
+        return cls(
+            size=size,
+            stop_ids=stop_ids,
+            pad_id=_pad_id((student.tokenizer,), stop_ids, size),
+            student_tokenizer=student.tokenizer,
+            teacher_tokenizer=teacher.tokenizer,
+            student_context=student.context,
+            teacher_context=teacher.context,
+            student_rows=student.rows,
+            teacher_rows=teacher.rows,
+            bytes_by_role=tables,
+            notes=(note, *dict.fromkeys([*_turn_end_note(student), *_turn_end_note(teacher)])),
+        )
+
+    @property
+    def granularity(self) -> Granularity:
+        """What two models with this vocabulary are mixed over."""
+        return "byte" if self.bytes_by_role else "token"
+
+    @property
+    def logit_rows(self) -> int:
+        """Number of rows of logits that engines read, of either model."""
+        return max([self.size, *(table.size for table in self.bytes_by_role.values())])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion, without its final stop token and without special tokens.
@@ -158,6 +208,29 @@ class Vocabulary:
         return frozenset(special - thinking)
 
 
+def _table(model: ModelTokens) -> TokenBytes:
+    """What the model's tokens write. Raises TokenizerMismatchError."""
+    words = sorted(model.id_map.keys() - model.added_ids)
+    if model.rows is not None and words and words[-1] >= model.rows:
+        raise TokenizerMismatchError(_too_many_ids(model))
+    markers = {marker for block in thinking_blocks(model.tokenizer) for marker in block}
+    known = {marker for block in KNOWN_BLOCKS for marker in block}
+    table = token_bytes(model.tokenizer, model.end_ids, markers | known)
+    if not table.end_ids:
+        raise TokenizerMismatchError(
+            f"no config of {model.name!r} names a token that ends its texts, so that they would "
+            "never end; give its generation_config.json an eos_token_id"
+        )
+    return table.cut(model.rows)
+
+
+def _too_many_ids(model: ModelTokens) -> str:
+    return (
+        f"the tokenizer of {model.name!r} has {len(model.id_map)} ids, but the model has only "
+        f"{model.rows} rows of logits: is this the tokenizer of another model?"
+    )
+
+
 def _shared_size(student: ModelTokens, teacher: ModelTokens) -> tuple[int, list[str]]:
     """Number of shared ids, and notes on tokens that are cut."""
     student_map, teacher_map = student.id_map, teacher.id_map
@@ -182,10 +255,7 @@ def _cut_words(model: ModelTokens, size: int) -> list[int]:
     ids = model.id_map.keys()
     words = sorted(index for index in ids - model.added_ids if index >= size)
     if words and model.rows == size:
-        raise TokenizerMismatchError(
-            f"the tokenizer of {model.name!r} has {len(ids)} ids, but the model has only {size} "
-            "rows of logits: is this the tokenizer of another model?"
-        )
+        raise TokenizerMismatchError(_too_many_ids(model))
     return words
 
 
@@ -208,7 +278,8 @@ def _mismatch_message(student: ModelTokens, teacher: ModelTokens, ids: Sequence[
         lines.append(f"  id {index}: student {students!r}, teacher {teachers!r}")
     if len(ids) > _SHOWN:
         lines.append("  ...")
-    lines.append("Take two models of one family, whose tokenizers have the same ids.")
+    lines.append("Take two models of one family, whose tokenizers have the same ids, or mix them")
+    lines.append("byte by byte: --granularity byte with --engine local (docs/tokenizers.md).")
     return "\n".join(lines)
 
 

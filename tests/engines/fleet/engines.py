@@ -15,6 +15,7 @@ from optimal_sampling.engines.base import Engine
 from optimal_sampling.engines.toy import ToyEngine
 
 CONTEXT = 64
+AT_START = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
 class SmallTables(Engine):
@@ -85,3 +86,22 @@ class FaultyTables(SmallTables):
 @dataclass(frozen=True)
 class FaultyTablesOptions(ToyOptions):
     engine_class = "tests.engines.fleet.engines:FaultyTables"
+
+
+class Environment(SmallTables):
+    """The toy engine; prints a variable and ends where there is one."""
+
+    @classmethod
+    def load(cls, models, mixture, options, vocabulary, mode="mixture"):
+        if text := os.environ["FLEET_TEST"]:
+            print(text, flush=True)
+            os._exit(9)
+        engine = ToyEngine.random(mixture)
+        engine.options = options
+        engine.notes = lambda: {"visible": AT_START}
+        return engine
+
+
+@dataclass(frozen=True)
+class EnvironmentOptions(ToyOptions):
+    engine_class = "tests.engines.fleet.engines:Environment"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from optimal_sampling.config import MixtureConfig, ToyOptions
-from optimal_sampling.engines.fleet.messages import Broken, Finished, Ready, Run, Started
+from optimal_sampling.engines.fleet.messages import Broken, Finished, Progress, Ready, Run, Started
 from optimal_sampling.engines.fleet.worker import Launcher, Worker
 from optimal_sampling.types import Request, TokenTrace
 
@@ -23,6 +23,8 @@ class Behaviour:
     load_seconds: float = 30.0
     request_seconds: float = 10.0
     """Mean; uniform from nothing to twice that."""
+    first_round_seconds: float | None = None
+    """Of an engine that counts rounds, one a second after the first; None: it counts none."""
     death_rate: float = 0.0
     """Chance per request that its worker dies at some moment of it."""
     load_failure_rate: float = 0.0
@@ -46,6 +48,7 @@ class FakeWorker(Worker):
     def start(self):
         behaviour, rng = self.launcher.behaviour, self.launcher.rng
         self.starts += 1
+        self.launcher.note_loading(+1)
         self.life = next(self.launcher.lives)
         self.is_alive = True
         if self.index in behaviour.never_loads:
@@ -53,11 +56,16 @@ class FakeWorker(Worker):
         elif rng.random() < behaviour.load_failure_rate:
             self.later(rng.uniform(0, behaviour.load_seconds), "die", "exit code 1")
         else:
-            self.later(behaviour.load_seconds, "send", Ready(8, 6, (0,), ("mixture",), (), {}))
+            counts = behaviour.first_round_seconds is not None
+            facts = Ready(8, 6, (0,), ("mixture",), (), counts, {})
+            self.later(behaviour.load_seconds, "send", facts)
 
     def begin(self, run):
         self.run = run.number
         self.waiting, self.running, self.is_stuck = [], {}, False
+        self.rounds = 0
+        if self.launcher.behaviour.first_round_seconds is not None:
+            self.later(self.launcher.behaviour.first_round_seconds, "round", run.number)
 
     def submit(self, run, requests):
         assert run == self.run
@@ -94,9 +102,17 @@ class FakeWorker(Worker):
             self.sent.append(Finished(self.run, value, tokens, "length", EMPTY))
             self.launcher.finished += 1
             self.fill()
+        elif kind == "round":
+            if self.is_stuck or value != self.run:
+                return False
+            self.rounds += 1
+            self.sent.append(Progress(self.rounds))
+            self.later(1.0, "round", value)
         elif kind == "die":
             self.is_alive, self.cause = False, value
         else:
+            if not isinstance(value, Started):
+                self.launcher.note_loading(-1)
             self.sent.append(value)
         return True
 
@@ -118,10 +134,15 @@ class FakeLauncher(Launcher):
         self.rng = random.Random(self.behaviour.seed)
         self.now = 0.0
         self.most_held = 0
+        self.loading = self.most_loading = 0
         self.finished = 0
         self.lives = count()
         self._ticket = count()
         self._schedule = []
+
+    def note_loading(self, change):
+        self.loading += change
+        self.most_loading = max(self.most_loading, self.loading)
 
     def worker(self, index):
         return FakeWorker(index, self)

@@ -24,9 +24,11 @@ class TestFleetOfToyEngines(EngineConformance):
             logits=lambda role, ids: tables[role][ids[-1]].double().numpy(),
             prompts=[([1, 2], [3]), ([4], [5, 1, 2]), ([2, 2, 2], [2])],
             context_length=CONTEXT,
+            samples=1500,
         )
 
 
+@pytest.mark.slow
 class TestFleetOfLocalEngines(EngineConformance):
     @pytest.fixture(scope="class")
     @classmethod

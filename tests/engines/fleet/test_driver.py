@@ -77,6 +77,59 @@ def test_loading_is_no_hang():
     assert lines == []
 
 
+def test_a_slow_first_round_is_no_hang():
+    """Guards: a worker that is killed while it records graphs or compiles kernels."""
+    slow = Behaviour(first_round_seconds=200.0, request_seconds=400.0)
+    found, lines = served(FakeLauncher(2, slow), requests(20), timeout=30.0)
+    assert len(found) == 20
+    assert lines == []
+
+
+class PausedLauncher(FakeLauncher):
+    """Its driver is paused for an hour, once, while its workers go on."""
+
+    paused = False
+
+    def wait(self, workers, seconds):
+        if self.finished > 20 and not self.paused:
+            self.paused = True
+            return super().wait(workers, 0.0) or self.sleep()
+        return super().wait(workers, seconds)
+
+    def sleep(self):
+        self.now += 3600.0
+        return []
+
+
+def test_a_pause_of_the_driver_is_no_slowness_of_its_workers():
+    """Guards: workers killed after Ctrl-Z and `fg`, or a timeout that has become 20 hours."""
+    launcher = PausedLauncher(3)
+    driver = Driver(launcher, Patience())
+    found = list(driver.generate(RUN, requests(100)))
+    assert launcher.paused
+    assert len(found) == 100
+    assert driver.longest_gap < 60
+    assert not any(member.all_failures for member in driver.members)
+
+
+def test_rounds_that_stop_are_a_hang():
+    """Guards: a worker that never ends, because its completions take long anyway."""
+    behaviour = Behaviour(
+        first_round_seconds=5.0, request_seconds=400.0, hangs=frozenset({"prompt 18"})
+    )
+    found, lines = served(FakeLauncher(2, behaviour), requests(20), timeout=30.0)
+    assert [name for name, completion in found.items() if completion.error] == ["prompt 18"]
+    assert all("no progress for 30 s" in line for line in lines)
+
+
+def test_few_workers_load_at_once():
+    """Guards: eight copies of the weights in the host's memory at the same time."""
+    launcher = FakeLauncher(8)
+    found, _ = served(launcher, requests(2000), loads_at_once=3)
+    assert len(found) == 2000
+    assert launcher.most_loading == 3
+
+
 def test_the_timeout_follows_what_requests_take():
     """Guards: slow models taken for hanging ones where no timeout was given."""
     launcher = FakeLauncher(2, Behaviour(capacity=1, request_seconds=1000.0))

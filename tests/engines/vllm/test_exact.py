@@ -54,11 +54,19 @@ def test_every_token_of_every_prompt_length(wide, lengths):
     assert_rows(rows, expected_rows(pair, mixture, student_ids, teacher_ids, tokens))
 
 
-@pytest.mark.parametrize("lengths", [(20, 20), (50, 12), (12, 50)])
-def test_drafts_change_no_distribution(drafted, lengths):
+DRAFTED = [
+    *((lengths, MixtureConfig(alpha_min=0.0)) for lengths in ((20, 20), (50, 12), (12, 50))),
+    *(((20, 12), MixtureConfig(alpha_method=method)) for method in UNBOUNDED_METHODS),
+    ((12, 20), MixtureConfig(alpha_method="veto", top_k=3)),
+]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "mixture"), DRAFTED, ids=[f"{n} {m.alpha_method} {m.top_k}" for n, m in DRAFTED]
+)
+def test_drafts_change_no_distribution(drafted, lengths, mixture):
     """Guards: log-probabilities of the draft model or of another row for accepted drafts."""
     pair, engine = drafted
-    mixture = MixtureConfig(alpha_min=0.0)
     teacher_ids = some_ids(lengths[0], 1)
     student_ids = teacher_ids if lengths == (20, 20) else some_ids(lengths[1], 2)
     tokens, rows = full_rows(engine, mixture, student_ids, teacher_ids, new=8)
@@ -79,6 +87,11 @@ MIXTURES = [
     MixtureConfig(teacher_support_top_k=40, alpha_min=0.0),
     MixtureConfig(teacher_support_top_p=0.8, temperature=0.8, alpha_min=0.0),
     MixtureConfig(alpha_method="fixed", fixed_alpha=0.0, alpha_min=0.0),
+    MixtureConfig(alpha_method="veto", veto_min_p=0.02, temperature=0.8, force_first_token=True),
+    MixtureConfig(alpha_method="interleaved", interleaved_min_p=0.05, temperature=0.8),
+    MixtureConfig(alpha_method="interleaved", interleaved_top_k=3, teacher_support_top_k=9),
+    MixtureConfig(alpha_method="arithmetic", arithmetic_weight=0.9, force_first_token=True),
+    MixtureConfig(alpha_min=0.0, teacher_support_min_p=0.05),
 ]
 
 

@@ -113,6 +113,7 @@ ATTRIBUTES = {
         "kv_cache_config"
     ),
     V2: "block_tables attn_groups model_config vllm_config device kv_cache_config",
+    "vllm.config:ModelConfig": "original_max_model_len",
     "vllm.v1.kv_cache_interface:SlidingWindowSpec": (
         "sliding_window block_size page_size_padded extra_retained_tokens"
     ),
@@ -201,6 +202,11 @@ SIGNATURES = {
     ),
     "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": "",
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": "",
+    "vllm.v1.worker.gpu_worker:Worker.load_model": "",
+    "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": "",
+    "vllm.v1.core.kv_cache_utils:check_enough_kv_cache_memory": (
+        "vllm_config kv_cache_spec available_memory"
+    ),
 }
 """First parameters of functions that are called or overridden."""
 

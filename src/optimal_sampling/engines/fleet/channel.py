@@ -37,7 +37,10 @@ class DriverEnd:
 
     def send(self, order: Order) -> None:
         """Send as much as the socket takes now, and the rest later."""
-        data = encode(order)
+        self.send_bytes(encode(order))
+
+    def send_bytes(self, data: bytes) -> None:
+        """Send an order that is encoded already."""
         self._waiting += len(data).to_bytes(_LENGTH, "little") + data
         self.flush()
 
@@ -54,6 +57,10 @@ class DriverEnd:
 
     def receive(self) -> Iterator[Event]:
         """The events that have arrived whole."""
+        return map(decode, self.receive_bytes())
+
+    def receive_bytes(self) -> Iterator[bytes]:
+        """The same, encoded."""
         self._read()
         while len(self._received) >= _LENGTH:
             end = _LENGTH + int.from_bytes(self._received[:_LENGTH], "little")
@@ -61,7 +68,7 @@ class DriverEnd:
                 return
             data = bytes(memoryview(self._received)[_LENGTH:end])
             del self._received[:end]
-            yield decode(data)
+            yield data
 
     def _read(self) -> None:
         try:

@@ -23,7 +23,7 @@ from optimal_sampling.engines.fleet.messages import (
 )
 from optimal_sampling.engines.fleet.supervision import Patience, Supervised
 from optimal_sampling.engines.fleet.suspects import Suspects
-from optimal_sampling.engines.fleet.worker import Launcher
+from optimal_sampling.engines.fleet.worker import Launcher, Worker
 from optimal_sampling.errors import EngineError, OptimalSamplingError
 from optimal_sampling.types import Completion, Request, WorkerStatus
 
@@ -48,10 +48,13 @@ class Driver:
         """Called with a line about each worker that fails."""
         self.on_tick: Callable[[], None] = lambda: None
         """Called about once a second."""
-        self.members = [Supervised(launcher.worker(index)) for index in range(launcher.size)]
-        self._of = {each.worker: each for each in self.members}
+        self.members: list[Supervised] = []
+        self._of: dict[Worker, Supervised] = {}
+        self._add_members()
         self.longest_gap = 0.0
         """Longest time between two signs of progress of a worker, in seconds."""
+        self.longest_first: float | None = None
+        """Longest time to the first progress of a run."""
         self._run: Run | None = None
         self._returned: deque[Request] = deque()
         self._suspects = Suspects()
@@ -64,6 +67,13 @@ class Driver:
         self._ticked = 0.0
         self._blamed = 0
         self._last_blame = ""
+
+    def _add_members(self) -> None:
+        """One for each worker of the launcher that has none yet."""
+        for index in range(len(self.members), self.launcher.size):
+            member = Supervised(self.launcher.worker(index))
+            self.members.append(member)
+            self._of[member.worker] = member
 
     # a run
 
@@ -121,7 +131,7 @@ class Driver:
     def _begin_on(self, member: Supervised) -> None:
         if self._run is None or member.facts is None:
             return
-        member.warm, member.tokens = False, 0
+        member.warm, member.tokens, member.rounds = False, 0, 0
         member.began_at = self.launcher.clock()
         member.capacity = getattr(self._run.options, "batch_size", member.facts.capacity)
         member.worker.begin(self._run)
@@ -194,19 +204,23 @@ class Driver:
         self._start_due()
         alive = [each.worker for each in self.members if each.state in ("starting", "ready")]
         before = self.launcher.clock()
-        news = self.launcher.wait(alive, self._seconds_until_due(before))
-        self._waited += self.launcher.clock() - before
+        asked = self._seconds_until_due(before)
+        news = self.launcher.wait(alive, asked)
+        # A paused driver (Ctrl-Z) returns late, and its workers were not slow meanwhile.
+        self._waited += min(self.launcher.clock() - before, asked + _TICK)
         for worker in news:
             self._hear(self._of[worker])
         if self._waited - self._ticked >= _TICK:
             self._ticked = self._waited
             self._check_progress()
+            self._add_members()
             self.on_tick()
         self._check_sense()
 
     def _start_due(self) -> None:
         now = self.launcher.clock()
-        loading = sum(each.state == "starting" for each in self.members)
+        starting = [each for each in self.members if each.state == "starting"]
+        loading = sum(not each.worker.is_waiting for each in starting)
         for member in self.members:
             if loading >= self.patience.loads_at_once:
                 return
@@ -214,9 +228,12 @@ class Driver:
                 member.state = "starting"
                 member.heard_at = self._waited
                 member.worker.start()
-                loading += 1
+                loading += not member.worker.is_waiting
 
     def _seconds_until_due(self, now: float) -> float:
+        """Until a worker may be started, or the next tick."""
+        if sum(each.state == "starting" for each in self.members) >= self.patience.loads_at_once:
+            return _TICK
         due = [each.restart_at - now for each in self.members if each.state == "waiting"]
         return max(0.01, min([_TICK, *due]))
 
@@ -238,14 +255,14 @@ class Driver:
             member.heard_at = self._waited
             self._begin_on(member)
         elif isinstance(event, Progress):
-            if event.rounds != member.rounds:
-                member.rounds = event.rounds
+            if event.rounds > member.rounds:
                 self._note_progress(member)
+            member.rounds = event.rounds
         elif self._run is None or event.run != self._run.number:  # type: ignore[union-attr]
             return
         elif isinstance(event, Started):
             member.running.add(event.number)
-            if member.rounds is None and self._knows_timeout:
+            if not member.counts_rounds and self._knows_timeout:
                 self._note_progress(member)  # its completions are all that will be seen of it
         elif isinstance(event, Finished):
             self._note_progress(member)
@@ -256,8 +273,11 @@ class Driver:
         return self.patience.timeout is not None or self.longest_gap > 0
 
     def _note_progress(self, member: Supervised) -> None:
-        if member.held and (member.warm or member.rounds is None):
-            self.longest_gap = max(self.longest_gap, self._waited - member.heard_at)
+        gap = self._waited - member.heard_at
+        if member.held and (member.warm or not member.counts_rounds):
+            self.longest_gap = max(self.longest_gap, gap)
+        elif member.held:
+            self.longest_first = max(self.longest_first or 0.0, gap)
         member.warm = True
         member.heard_at = self._waited
 
@@ -277,12 +297,15 @@ class Driver:
     def _check_progress(self) -> None:
         """Take workers that hang for dead."""
         limit = self.patience.limit(self.longest_gap)
+        first_limit = self.patience.first_limit(limit, self.longest_first)
         for member in self.members:
+            if member.worker.is_waiting:
+                member.heard_at = self._waited
             silent = self._waited - member.heard_at
             if member.state == "starting" and silent > self.patience.loading:
                 self._lose(member, f"it was not ready after {silent:.0f} s")
             elif member.state == "ready" and member.held:
-                allowed = limit if member.warm else max(limit, self.patience.first_round)
+                allowed = limit if member.warm else first_limit
                 if silent > allowed:
                     self._lose(member, f"no progress for {allowed:.0f} s")
 
@@ -304,7 +327,6 @@ class Driver:
         if blamed is not None:
             self._blame(blamed, cause)
             member.failures = 0
-        member.rounds = None
         self._restart_or_retire(member)
 
     def _blame(self, request: Request, cause: str) -> None:

@@ -101,13 +101,14 @@ def open_fleet(
     about workers that fail. Raises ConfigError, and what loading the engine raises.
     """
     setup = Setup(models, mixture, options, mode, __version__)
-    launcher = _launcher(setup, fleet, logs or Path(tempfile.mkdtemp(prefix="fleet-")))
-    if options.loads_models:
-        for role in ("student", "teacher") if mode == "mixture" else (mode,):
-            revision = getattr(models, f"{role}_revision")
-            resolve_model(getattr(models, role), revision, weights=True)  # fetched once, here
-    driver = Driver(launcher, Patience(timeout=fleet.worker_timeout), report)
+    launcher = _launcher(setup, fleet, logs or Path(tempfile.mkdtemp(prefix="fleet-")), report)
+    patience = Patience(timeout=fleet.worker_timeout, loads_at_once=launcher.loads_at_once)
+    driver = Driver(launcher, patience, report)
     try:
+        if options.loads_models:
+            for role in ("student", "teacher") if mode == "mixture" else (mode,):
+                revision = getattr(models, f"{role}_revision")
+                resolve_model(getattr(models, role), revision, weights=True)  # fetched once, here
         driver.open()
         return FleetEngine(driver, setup, vocabulary)
     except BaseException:
@@ -115,6 +116,12 @@ def open_fleet(
         raise
 
 
-def _launcher(setup: Setup, fleet: FleetConfig, logs: Path) -> Launcher:
+def _launcher(
+    setup: Setup, fleet: FleetConfig, logs: Path, report: Callable[[str], None]
+) -> Launcher:
     """The launcher of the kind of workers that is asked for."""
+    if fleet.ray is not None:
+        from optimal_sampling.engines.fleet.ray_worker import ray_launcher
+
+        return ray_launcher(setup, fleet, logs, report)
     return ProcessLauncher(places(fleet, setup.models, setup.options), setup, logs)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any, TypeAlias
 
 from optimal_sampling.config import Checked, EngineOptions, MixtureConfig, ModelConfig
-from optimal_sampling.types import Completion, FinishReason, Mode, Request, TokenTrace
+from optimal_sampling.types import ByteLevel, Completion, FinishReason, Mode, Request, TokenTrace
 
 __all__ = [
     "Begin",
@@ -85,6 +85,8 @@ class Ready:
     stop_ids: tuple[int, ...]
     modes: tuple[Mode, ...]
     captures: tuple[str, ...]
+    counts_rounds: bool
+    """Rounds show that the engine goes on; where it counts none, only its completions do."""
     notes: Mapping[str, str]
 
 
@@ -100,8 +102,8 @@ class Started:
 class Progress:
     """A sign of life."""
 
-    rounds: int | None
-    """Rounds of the engine so far; None where it does not count them."""
+    rounds: int
+    """Rounds of the engine in this run so far."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Finished:
     seconds: float = 0.0
     captured: Mapping[str, Any] = field(default_factory=dict)
     """Tensors by name."""
+    byte_level: ByteLevel | None = None
 
     @classmethod
     def of(cls, run: int, number: int, completion: Completion) -> Finished:
@@ -130,6 +133,7 @@ class Finished:
             completion.error,
             completion.seconds,
             completion.captured,
+            completion.byte_level,
         )
 
     def completion(self, request: Request) -> Completion:
@@ -142,6 +146,7 @@ class Finished:
             self.error,
             self.seconds,
             self.captured,
+            self.byte_level,
         )
 
 
@@ -195,6 +200,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Checked | Run):
         name = f"{type(value).__module__}:{type(value).__qualname__}"
         return {"class": name, "values": vars(value)}
+    if isinstance(value, ByteLevel):
+        return {"byte_level": {**asdict(value), "trace": dict(value.trace.columns)}}
     raise TypeError(f"{type(value).__name__} has no place in a message")
 
 
@@ -202,6 +209,10 @@ def _from_plain(value: dict[str, Any]) -> Any:
     if value.keys() == {"request"}:
         name, sample, seed, most, *ids = value["request"]
         return Request(name, sample, seed, tuple(ids[0]), tuple(ids[-1]), most)
+    if value.keys() == {"byte_level"}:
+        columns = value["byte_level"]["trace"].items()
+        trace = TokenTrace({name: tuple(column) for name, column in columns})
+        return ByteLevel(**{**value["byte_level"], "trace": trace})
     if value.keys() == {"class", "values"}:
         module, _, name = value["class"].partition(":")
         lists = {key: tuple(x) for key, x in value["values"].items() if isinstance(x, list)}

@@ -11,9 +11,16 @@ import psutil
 from optimal_sampling.config import EngineOptions, FleetConfig, ModelConfig
 from optimal_sampling.errors import ConfigError
 
-__all__ = ["Place", "places", "visible_gpus"]
+__all__ = [
+    "CPU_THREADS",
+    "Place",
+    "places",
+    "refuse_one_gpu",
+    "threads",
+    "visible_gpus",
+]
 
-_CPU_THREADS = 4  # of a worker on a CPU, where `auto` chooses
+CPU_THREADS = 4  # of a worker on a CPU, where `auto` chooses
 
 
 @dataclass(frozen=True)
@@ -50,16 +57,21 @@ def places(
 
     `gpus`: those of this machine, where they are known.
     """
-    if models.device.startswith("cuda:"):
-        raise ConfigError(
-            f"device {models.device!r} names one GPU, and a fleet gives each worker its own: use "
-            "--device cuda, and CUDA_VISIBLE_DEVICES to leave GPUs out"
-        )
+    refuse_one_gpu(models)
     uses_gpus = options.loads_models and models.device != "cpu"
     found = (visible_gpus() if gpus is None else gpus) if uses_gpus else []
     if models.device == "cuda" and not found:
         raise ConfigError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU here")
     return _on_gpus(fleet, options, found) if found else _on_cpu(fleet)
+
+
+def refuse_one_gpu(models: ModelConfig) -> None:
+    """Raise ConfigError for a device that only one worker could have."""
+    if models.device.startswith("cuda:"):
+        raise ConfigError(
+            f"device {models.device!r} names one GPU, and a fleet gives each worker its own: use "
+            "--device cuda, and CUDA_VISIBLE_DEVICES to leave GPUs out"
+        )
 
 
 def _on_gpus(fleet: FleetConfig, options: EngineOptions, gpus: list[str]) -> list[Place]:
@@ -72,10 +84,10 @@ def _on_gpus(fleet: FleetConfig, options: EngineOptions, gpus: list[str]) -> lis
             f"{max(count, 1) * each} GPUs, and {len(gpus)} are visible ({', '.join(gpus)}): use "
             f"--workers {most}" + ("" if most else ", or fewer --gpus-per-worker")
         )
-    threads = {"OMP_NUM_THREADS": str(max(1, _threads() // count))}
+    share = {"OMP_NUM_THREADS": str(max(1, threads() // count))}
     groups = [gpus[i * each : (i + 1) * each] for i in range(count)]
     return [
-        Place(f"GPU {','.join(group)}", {"CUDA_VISIBLE_DEVICES": ",".join(group), **threads})
+        Place(f"GPU {','.join(group)}", {"CUDA_VISIBLE_DEVICES": ",".join(group), **share})
         for group in groups
     ]
 
@@ -93,13 +105,13 @@ def gpus_per_worker(fleet: FleetConfig, options: EngineOptions) -> int:
 
 
 def _on_cpu(fleet: FleetConfig) -> list[Place]:
-    threads = _threads()
+    most = threads()
     if fleet.workers == "auto":
-        each = int(os.environ.get("OMP_NUM_THREADS") or min(_CPU_THREADS, threads))
+        each = int(os.environ.get("OMP_NUM_THREADS") or min(CPU_THREADS, most))
         count = max(1, len(os.sched_getaffinity(0)) // each)
     else:
         count = int(fleet.workers or 1)
-    share = max(1, threads // count)
+    share = max(1, most // count)
     memory = int(psutil.virtual_memory().available) // count
     place = Place(
         f"CPU, {share} thread{'s' if share > 1 else ''}",
@@ -110,7 +122,7 @@ def _on_cpu(fleet: FleetConfig) -> list[Place]:
     return [place] * count
 
 
-def _threads() -> int:
+def threads() -> int:
     """Threads to divide: OMP_NUM_THREADS, or the cores that this process may use."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() and int(given) else len(os.sched_getaffinity(0))

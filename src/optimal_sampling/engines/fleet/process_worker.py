@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 from optimal_sampling.engines.fleet.channel import DriverEnd
 from optimal_sampling.engines.fleet.messages import Begin, Event, Run, Setup, Submit
@@ -20,7 +21,7 @@ from optimal_sampling.engines.fleet.placement import Place
 from optimal_sampling.engines.fleet.worker import Launcher, Worker
 from optimal_sampling.types import Request
 
-__all__ = ["ProcessLauncher"]
+__all__ = ["ProcessLauncher", "ProcessWorker", "last_lines"]
 
 _EXIT_SECONDS = 5.0  # for a process that has closed its socket to end
 _LAST_LINES = 15
@@ -38,24 +39,33 @@ class ProcessWorker(Worker):
         self._setup = replace(setup, memory=place.memory, sharing=place.sharing)
         self._process: subprocess.Popen[bytes] | None = None
         self._end: DriverEnd | None = None
+        self._failure = "it was not started"
 
     def start(self) -> None:
         """As in `Worker`. The process leads a group of its own."""
         ours, theirs = socket.socketpair()
-        with theirs, self.log.open("ab") as log:
-            log.write(f"=== {time.strftime('%F %T')} {self.name} on {self.device}\n".encode())
-            log.flush()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker_main", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": _python_path()} | self._place.environment,
-                start_new_session=True,
-            )
+        try:
+            with theirs, self.log.open("ab") as log:
+                log.write(f"=== {time.strftime('%F %T')} {self.name} on {self.device}\n".encode())
+                log.flush()
+                self._process = self._popen(theirs, log)
+        except OSError as error:  # of the log file, or no memory for a process
+            ours.close()
+            self._failure = f"it could not be started: {error}"
+            return
         self._end = DriverEnd(ours)
         self._end.send(self._setup)
+
+    def _popen(self, end: socket.socket, log: BinaryIO) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.worker_main", str(end.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[end.fileno()],
+            env=os.environ | {"PYTHONPATH": _python_path()} | self._place.environment,
+            start_new_session=True,
+        )
 
     @property
     def pid(self) -> int | None:
@@ -87,7 +97,7 @@ class ProcessWorker(Worker):
     def death(self) -> str:
         """As in `Worker`."""
         if self._end is None or self._process is None:
-            return "it was not started"
+            return self._failure
         if not self._end.is_closed:
             return ""
         try:
@@ -110,13 +120,18 @@ class ProcessWorker(Worker):
 
     def last_words(self) -> str:
         """As in `Worker`."""
-        try:
-            with self.log.open("rb") as file:
-                file.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
-                lines = file.read().decode(errors="replace").splitlines()
-        except OSError:
-            return ""
-        return "\n".join(f"    {line}" for line in [f"{self.log}:", *lines[-_LAST_LINES:]])
+        return last_lines(self.log)
+
+
+def last_lines(log: Path) -> str:
+    """The last lines of a log, below its name; "" where there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(f"    {line}" for line in [f"{log}:", *lines[-_LAST_LINES:]])
 
 
 def _python_path() -> str:
@@ -141,10 +156,15 @@ class ProcessLauncher(Launcher):
 
     def wait(self, workers: Sequence[Worker], seconds: float) -> Collection[Worker]:
         """As in `Launcher`."""
+        dead: list[Worker] = []
         with selectors.DefaultSelector() as selector:
             for worker in workers:
                 assert isinstance(worker, ProcessWorker)
-                if worker.end is not None:
-                    writing = selectors.EVENT_WRITE if worker.end.has_unsent else 0
-                    selector.register(worker.end.socket, selectors.EVENT_READ | writing, worker)
+                if worker.end is None:
+                    dead.append(worker)
+                    continue
+                writing = selectors.EVENT_WRITE if worker.end.has_unsent else 0
+                selector.register(worker.end.socket, selectors.EVENT_READ | writing, worker)
+            if dead:
+                return dead
             return [key.data for key, _ in selector.select(seconds)]

@@ -73,7 +73,11 @@ class EngineServer:
             )
         models, options = setup.models, setup.options
         vocabulary = Vocabulary.load(
-            models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
+            models.student,
+            models.teacher,
+            models.trust_remote_code,
+            revisions=models.revisions,
+            granularity=models.granularity,
         )
         fitted = self._fitted(options)
         self._engine = open_engine(fitted, models, setup.mixture, vocabulary, setup.mode)
@@ -178,5 +182,6 @@ def _facts(engine: Engine) -> Ready:
         stop_ids=tuple(sorted(engine.stop_ids)),
         modes=tuple(sorted(engine.modes)),
         captures=tuple(sorted(engine.captures)),
+        counts_rounds=engine.rounds is not None,
         notes=engine.notes(),
     )

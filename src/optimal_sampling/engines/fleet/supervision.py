@@ -29,7 +29,9 @@ class Patience:
     timeout_gaps: float = 20.0
     """The longest time that was seen between two signs of progress counts this often."""
     first_round: float = 900.0
-    """Seconds for the first round after a start, in which kernels may be compiled."""
+    """Seconds for the first round of a run, in which kernels may be compiled, until one is seen."""
+    first_rounds: float = 5.0
+    """The longest first round that was seen counts this often."""
     loading: float = 3600.0
     """Seconds for loading the models."""
     loads_at_once: int = 2
@@ -49,6 +51,11 @@ class Patience:
         if self.timeout is not None:
             return self.timeout
         return max(self.shortest_timeout, self.timeout_gaps * longest_gap)
+
+    def first_limit(self, limit: float, longest: float | None) -> float:
+        """The same before the first progress; `longest`: of those first rounds that were seen."""
+        seconds = self.first_round if longest is None else self.first_rounds * longest
+        return max(limit, seconds)
 
 
 @dataclass(eq=False)
@@ -75,7 +82,8 @@ class Supervised:
     """By the launcher's clock."""
     heard_at: float = 0.0
     """Time of the last progress, counted in seconds that the driver has waited."""
-    rounds: int | None = None
+    rounds: int = 0
+    """Of its engine in this run, where it counts them."""
     tokens: int = 0
     """Tokens of its completions in this run."""
     began_at: float = 0.0
@@ -96,6 +104,11 @@ class Supervised:
     def load(self) -> float:
         """Share of its engine's capacity that is taken."""
         return len(self.held) / self.capacity
+
+    @property
+    def counts_rounds(self) -> bool:
+        """Whether its engine tells of its rounds."""
+        return self.facts is not None and self.facts.counts_rounds
 
     def give(self, requests: Mapping[int, Request], *, apart: bool = False) -> None:
         """Count requests as submitted."""

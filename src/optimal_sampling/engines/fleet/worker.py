@@ -19,6 +19,8 @@ class Worker(ABC):
     """As it is shown, such as `worker 0`."""
     device: str
     """Where it runs, such as `GPU 3`."""
+    is_waiting: bool = False
+    """It was started, and waits for a place to run at: that it is not ready is no failure."""
 
     @abstractmethod
     def start(self) -> None:
@@ -53,7 +55,9 @@ class Launcher(ABC):
     """Makes the workers of one kind, and waits for them."""
 
     size: int
-    """Number of workers."""
+    """Number of workers. It may grow while they work."""
+    loads_at_once: int = 2
+    """Most workers that load at once: each may need a copy of the weights in the host's memory."""
 
     @abstractmethod
     def worker(self, index: int) -> Worker:

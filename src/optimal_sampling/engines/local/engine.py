@@ -124,9 +124,8 @@ class LocalEngine(Engine):
                 loaded[role] = loaded["teacher"]
             elif mode in ("mixture", role):
                 loaded[role] = load_model(paths[role], models, role, load_kwargs)
-        return cls(
-            LoadedPair.of(loaded, vocabulary.size, options), mixture, options, vocabulary, mode
-        )
+        pair = LoadedPair.of(loaded, vocabulary.logit_rows, options)
+        return cls(pair, mixture, options, vocabulary, mode)
 
     def _check_settings(self, loaded: EngineOptions) -> None:
         """As in `Engine`. Raises ConfigError too where a model that takes part was not loaded."""

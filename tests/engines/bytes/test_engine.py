@@ -1,0 +1,275 @@
+"""The byte engine on tokens of several bytes, against a recomputation without caches."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from optimal_sampling.config import MixtureConfig
+from optimal_sampling.engines.bytes import utf8
+from optimal_sampling.engines.bytes.byte_view import END, ByteView
+from optimal_sampling.engines.bytes.contexts import ContextRows
+from optimal_sampling.engines.bytes.laws import LawReader
+from optimal_sampling.engines.bytes.mixing import Place, SymbolMixer
+from optimal_sampling.errors import ConfigError
+from optimal_sampling.types import TRACE_FIELDS, Request
+from optimal_sampling.vocabulary import continued_ids
+from tests.engines.bytes.conftest import CONTEXT, byte_engine
+from tests.engines.conformance import by_key
+from tests.engines.local.conftest import stock_logits
+
+PROMPTS = [([97, 98], [97]), ([99], [98, 256, 97, 99]), ([97] * 17, [98] * 21), ([258, 97], [97])]
+FREE = MixtureConfig(alpha_min=0.0)
+
+
+def requests(count=8, new=12, samples=1):
+    return [
+        Request(f"prompt {i}", j, 0, *map(tuple, PROMPTS[i % len(PROMPTS)]), new)
+        for i in range(count)
+        for j in range(samples)
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine(pair_models, tokenizers):
+    return byte_engine(pair_models, tokenizers, FREE)
+
+
+@pytest.fixture(scope="module")
+def stock(pair_models):
+    return dict(
+        zip(
+            ("student", "teacher"),
+            (stock_logits(model, model.lm_head.out_features) for model in pair_models),
+            strict=True,
+        )
+    )
+
+
+def drawn(completions):
+    return {key: (c.token_ids, c.byte_level.text) for key, c in by_key(completions).items()}
+
+
+class Recomputed:
+    """A text drawn symbol by symbol from stock forward passes over whole contexts."""
+
+    def __init__(self, engine, stock, request):
+        self.request, self.stock = request, stock
+        self.views = {
+            role: ByteView(engine.tries[role], engine.options.byte_tolerance)
+            for role in engine.roles
+        }
+        self.readers = {
+            role: LawReader(
+                engine.vocabulary.bytes_by_role[role],
+                engine.tries[role],
+                engine.mixture,
+                role == "teacher",
+            )
+            for role in engine.roles
+        }
+        self.mixer = SymbolMixer(engine.mixture, engine.mode)
+
+    def settle(self):
+        for role, view in self.views.items():
+            while view.wanted:
+                ids = [*self.request.prompt_ids(role), *view.wanted[-1].context]
+                logits = torch.from_numpy(self.stock[role](ids))[None]
+                view.receive(self.readers[role].read(logits)[0])
+
+    def draw(self, most):
+        """Symbols and their traces until the end, or so many bytes."""
+        text, rows, state = b"", [], ()
+        while len(text) < most:
+            self.settle()
+            laws = [view.law()[None] for view in self.views.values()]
+            student = self.views.get("student")
+            place = Place(
+                self.request.noise_key,
+                len(text),
+                len(student.leading.context) if student else 0,
+                utf8.allowed(state),
+            )
+            [symbol], [row] = self.mixer.draw(laws, [place])
+            rows.append(row)
+            if symbol == END:
+                break
+            text += bytes([symbol])
+            state = utf8.after(state, symbol)
+            for view in self.views.values():
+                view.push(symbol)
+        return text, rows
+
+
+@pytest.mark.parametrize("tolerance", [0.0005, 0.01])
+def test_texts_and_traces_are_those_of_the_recomputation(engine, stock, tolerance):
+    """Guards: a cache that holds another hypothesis, rows of logits without a token (they are the
+    largest here), a prompt of another row, an end in the middle of a token.
+    """
+    view = engine.view(options=replace(engine.options, byte_tolerance=tolerance))
+    done = list(view.generate(requests()))
+    assert {c.finish_reason for c in done} == {"stop", "length"}
+    for c in done:
+        text = c.byte_level.text.encode()
+        expected, rows = Recomputed(view, stock, c.request).draw(len(text) + 1)
+        assert expected[: len(text)] == text
+        ended = c.finish_reason == "stop"
+        assert len(c.byte_level.trace) == len(text) + ended
+        for name, column in c.byte_level.trace.columns.items():
+            values = [row[TRACE_FIELDS.index(name)] for row in rows[: len(column)]]
+            assert column == pytest.approx(values, rel=1e-5, abs=1e-5, nan_ok=True)
+
+
+def test_texts_do_not_depend_on_the_batch(engine):
+    """Guards: rows that move and leave their cache behind, noise of another row."""
+    many = requests(8, new=8, samples=2)
+    alone = drawn(c for r in many for c in engine.generate([r]))
+    for batch_size, prefill_chunk in ((3, 2048), (64, 2048), (64, 3)):
+        options = replace(engine.options, batch_size=batch_size, prefill_chunk=prefill_chunk)
+        assert drawn(engine.view(options=options).generate(many[::-1])) == alone
+
+
+def test_little_memory_changes_nothing(pair_models, tokenizers, engine):
+    """Guards: a row whose views are lost when it gives up its memory."""
+    many = requests(12, new=10)
+    per_token = sum(runner.bytes_per_token for runner in engine.pair.runners.values())
+    tight = byte_engine(
+        pair_models, tokenizers, FREE, kv_memory_gib=per_token * 200 / 2**30, batch_size=12
+    )
+    assert drawn(tight.generate(many)) == drawn(engine.generate(many))
+    tiny = tight.view(options=replace(tight.options, kv_memory_gib=per_token * 4 / 2**30))
+    assert {c.finish_reason for c in tiny.generate(many)} == {"error"}
+    assert all("raise kv_memory_gib" in c.error for c in tiny.generate(many))
+
+
+def test_cached_contexts_have_the_logits_of_a_recomputation(engine, stock):
+    """Guards: keys and values of tokens that were taken back."""
+    rng = np.random.default_rng(0)
+    runner = engine.pair.runners["teacher"]
+    rows = ContextRows(runner, 0, 1000, 3, 64)
+    prompts = [(97,), (98, 99, 97), (97,) * 9]
+    for row, prompt in enumerate(prompts):
+        rows.place(row, prompt)
+    rows.cache.make_room(np.full((3, 1), 64), 1)
+    contexts = [()] * 3
+    for step in range(40):
+        wanted = {}
+        for row in range(3):
+            kept = contexts[row][: rng.integers(0, len(contexts[row]) + 1)]
+            contexts[row] = kept + tuple(rng.integers(95, 262, rng.integers(0, 3)).tolist())
+            if rng.random() < 0.7:
+                wanted[row] = contexts[row]
+        found = rows.evaluate(wanted) if wanted else {}
+        assert found.keys() == wanted.keys()
+        for row, logits in found.items():
+            expected = stock["teacher"]([*prompts[row], *wanted[row]])[: len(logits)]
+            assert np.abs(logits.double().numpy() - expected).max() < 1e-5, step
+    assert rows.counts.tokens < 40 * 3 * 2 * 2  # most of the contexts was not read again
+
+
+def test_ids_are_the_students_own_for_the_text(engine, tokenizers):
+    """Guards: ids of a hypothesis that the tokenizer would not give, more tokens than asked for,
+    traces that are not one per token.
+    """
+    student = engine.vocabulary.bytes_by_role["student"]
+    for c in engine.generate(requests(16, new=9)):
+        ids = [index for index in c.token_ids if index not in engine.stop_ids]
+        assert c.byte_level.canonical
+        assert ids == continued_ids(tokenizers[0], student, c.byte_level.text)
+        assert engine.vocabulary.decode(c.token_ids) == c.byte_level.text
+        assert 1 <= len(c.token_ids) <= 9
+        assert len(c.trace) == len(c.token_ids)
+        assert (c.token_ids[-1] in engine.stop_ids) == (c.finish_reason == "stop")
+        assert sum(c.trace["log_q"]) == pytest.approx(sum(c.byte_level.trace["log_q"]), abs=1e-4)
+
+
+def test_fewer_tokens_are_the_first_of_more(engine):
+    """Guards: a last token that is cut because the text ended within it. Where later bytes change
+    how earlier ones are split, the texts agree all the same.
+    """
+    short = by_key(engine.generate(requests(12, new=5)))
+    long = by_key(engine.generate(requests(12, new=14)))
+    equal = 0
+    for key, c in short.items():
+        assert long[key].byte_level.text.startswith(c.byte_level.text)
+        equal += c.token_ids == long[key].token_ids[:5]
+    assert equal >= 10
+
+
+def test_what_is_lost_follows_the_tolerance(engine):
+    """Guards: a tolerance that is not used, and a loss that is not counted."""
+    lost = []
+    for tolerance in (0.05, 0.001):
+        view = engine.view(options=replace(engine.options, byte_tolerance=tolerance))
+        done = list(view.generate(requests()))
+        lost.append(sum(sum(c.byte_level.lost.values()) for c in done))
+        passes = sum(counts.contexts for counts in view.counts.values())
+        lost.append(passes)
+    assert lost[0] > 2 * lost[2] > 0
+    assert lost[3] > lost[1]
+
+
+def test_first_token_is_the_teachers(engine, stock):
+    """Guards: a first byte of the teacher's and a second of the mixture."""
+    mixture = MixtureConfig(alpha_min=0.0, force_first_token=True)
+    count = 200
+    many = [Request("forced", j, 3, (97, 98), (97,), 6) for j in range(count)]
+    done = list(engine.view(mixture).generate(many))
+    reader = LawReader(
+        engine.vocabulary.bytes_by_role["teacher"], engine.tries["teacher"], mixture, True
+    )
+    law = reader.read(torch.from_numpy(stock["teacher"]([97]))[None])[0]
+    words = engine.tries["teacher"].words
+    likely = [rank for rank in np.argsort(-law.log_p) if utf8.begins_a_text(words[rank])][:6]
+    for rank in likely:  # a text may also come to begin so in other ways
+        begun = [c for c in done if c.byte_level.text.encode().startswith(words[rank])]
+        p = np.exp(law.log_p[rank])
+        assert len(begun) / count > p - 4 * np.sqrt(p / count)
+    assert all(c.byte_level.trace["alpha"][0] == 1 for c in done)
+    assert any(c.byte_level.trace["alpha"][-1] < 1 for c in done)
+    ended = [c for c in done if c.byte_level.text == ""]
+    assert len(ended) / count == pytest.approx(law.end, abs=4 * np.sqrt(law.end / count))
+
+
+def test_bad_logits_name_the_model(pair_models, tokenizers, engine):
+    """Guards: NaN drawn as a byte, or one bad row that ends the others."""
+    model = engine.pair.runners["teacher"].model
+    before = model.model.embed_tokens.weight.data[100].clone()
+    try:
+        model.model.embed_tokens.weight.data[100] = float("nan")
+        bad = Request("bad", 0, 0, (97,), (100, 97), 5)
+        done = by_key(engine.generate([bad, *requests(3)]))
+    finally:
+        model.model.embed_tokens.weight.data[100] = before
+    assert "the teacher gave logits with NaN" in done["bad", 0].error
+    assert [c.error for c in done.values()].count("") == 3
+
+
+def test_one_model_alone_writes_its_own_bytes(engine, stock):
+    """Guards: the teacher's text in its own ids, or drawn with the student."""
+    view = engine.view(mode="teacher")
+    for c in view.generate(requests(4)):
+        text = c.byte_level.text.encode()
+        expected, _ = Recomputed(view, stock, c.request).draw(len(text) + 1)
+        assert expected[: len(text)] == text
+        assert engine.vocabulary.decode(c.token_ids) == c.byte_level.text
+        assert c.byte_level.lost.keys() == {"teacher"}
+
+
+def test_options_without_a_byte_form_are_refused(engine):
+    """Guards: options that are ignored."""
+    with pytest.raises(ConfigError, match="top_p truncates q after mixing"):
+        engine.view(MixtureConfig(top_p=0.9))
+    with pytest.raises(ConfigError, match="top_tokens"):
+        engine.view(options=replace(engine.options, top_tokens=3))
+    with pytest.raises(ConfigError, match="cannot capture"):
+        engine.view(capture=frozenset({"log_q"}))
+
+
+def test_a_full_context_ends_the_text(engine):
+    """Guards: positions beyond a model's last one."""
+    request = Request("full", 0, 0, (97,), tuple([97] * (CONTEXT - 3)), 50)
+    [c] = engine.generate([request])
+    assert c.finish_reason in ("stop", "length")
+    assert len(c.token_ids) <= 12
