@@ -54,6 +54,15 @@ def shard(tmp_path, part, numbers, make_record, asked=None, seed=0, num_examples
     return folder.path
 
 
+def test_an_interrupted_shard_is_not_merged(tmp_path, make_record):
+    """Guards: stages that were interrupted between two of their tries, which owed nothing then."""
+    first, second = (shard(tmp_path, f"{part}::2", [part], make_record) for part in range(2))
+    summary = {"asked": 1, "status": "interrupted"}
+    (second / "summary-slice-1--2.json").write_text(json.dumps(summary))
+    with pytest.raises(RunFolderError, match=r"the last call on .* was interrupted; finish it"):
+        merge([first, second], tmp_path / "all")
+
+
 def test_merge(tmp_path, make_record):
     """Guards: a merged folder that lacks a record, holds one twice, or cannot be resumed."""
     shards = [shard(tmp_path, f"{part}::3", [part, part + 3, 99], make_record) for part in range(3)]
