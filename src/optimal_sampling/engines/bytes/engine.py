@@ -176,6 +176,8 @@ class ByteEngine(LocalEngine):
         """As in `LocalEngine`, and the forward passes of the latest run."""
         notes = super().notes()
         notes["granularity"] = "byte: the tokenizers differ"
+        if self.pair.shared:
+            notes["weights"] = "the same for student and teacher, loaded once"
         for role, counts in self.counts.items():
             if counts.passes:
                 notes[f"{role}_passes"] = (

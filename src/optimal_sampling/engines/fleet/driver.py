@@ -204,8 +204,10 @@ class Driver:
         self._start_due()
         alive = [each.worker for each in self.members if each.state in ("starting", "ready")]
         before = self.launcher.clock()
-        news = self.launcher.wait(alive, self._seconds_until_due(before))
-        self._waited += self.launcher.clock() - before
+        asked = self._seconds_until_due(before)
+        news = self.launcher.wait(alive, asked)
+        # A paused driver (Ctrl-Z) returns late, and its workers were not slow meanwhile.
+        self._waited += min(self.launcher.clock() - before, asked + _TICK)
         for worker in news:
             self._hear(self._of[worker])
         if self._waited - self._ticked >= _TICK:
