@@ -132,6 +132,7 @@ class ByteEngine(LocalEngine):
                 self.vocabulary.teacher_tokenizer, self.vocabulary.bytes_by_role["teacher"]
             )
             loop.drafter = ByteDrafter(models, mixer, teacher, rows.contexts, count)
+            loop.drafter.adapts = self.options.draft_tokens == "auto"
         return loop
 
     def _drafts_per_round(self) -> int:
