@@ -13,7 +13,7 @@ class End:
         time.sleep(2.5)
         os._exit(7)
 
-_watch(End(), SimpleNamespace(rounds=1), os.getppid(), beat=0.1, stuck=1.5)
+_watch(End(), SimpleNamespace(progress=1), os.getppid(), beat=0.1, stuck=1.5)
 """
 
 

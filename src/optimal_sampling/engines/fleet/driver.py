@@ -254,12 +254,12 @@ class Driver:
             member.state, member.facts = "ready", event
             member.heard_at = self._waited
             self._begin_on(member)
+        elif self._run is None or event.run != self._run.number:  # type: ignore[union-attr]
+            return
         elif isinstance(event, Progress):
             if event.rounds > member.rounds:
                 self._note_progress(member)
             member.rounds = event.rounds
-        elif self._run is None or event.run != self._run.number:  # type: ignore[union-attr]
-            return
         elif isinstance(event, Started):
             member.running.add(event.number)
             if not member.counts_rounds and self._knows_timeout:

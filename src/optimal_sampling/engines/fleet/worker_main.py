@@ -84,7 +84,7 @@ def _watch(
     stuck: float = _STUCK,
 ) -> None:
     """Tell the driver of progress, and end when it has gone."""
-    told: int | None = None
+    told: Progress | None = None
     while True:
         # a thread that keeps the interpreter to itself stops this one too
         faulthandler.dump_traceback_later(stuck, exit=True)
@@ -92,10 +92,10 @@ def _watch(
         faulthandler.cancel_dump_traceback_later()  # a driver that is paused may read nothing
         if os.getppid() != parent:
             _end_all()
-        if (rounds := server.rounds) is not None and rounds != told:
-            told = rounds
+        if (progress := server.progress) is not None and progress != told:
+            told = progress
             try:
-                end.send(Progress(rounds))
+                end.send(progress)
             except OSError:
                 _end_all()
 
