@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from optimal_sampling.errors import RunFolderError
 from optimal_sampling.generate import folder_status, generate
 from optimal_sampling.generate.progress import LinesProgress, Tally, progress_for
-from optimal_sampling.generate.workers import WorkersFile
+from optimal_sampling.generate.workers import WorkersFile, status_lines
 from optimal_sampling.types import WorkerStatus
 
 ROWS = [
@@ -84,3 +85,17 @@ def test_the_file_is_written_now_and_then(tmp_path, shard, name):
         written = os.stat(tmp_path / name).st_mtime_ns
         file.update(ROWS)
         assert os.stat(tmp_path / name).st_mtime_ns == written
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"time": 1e12, "workers": [{"name": "w"}]}'])
+def test_a_damaged_file_is_named(tmp_path, text):
+    """Guards: a traceback of `status` for one file that is there for display alone."""
+    (tmp_path / "workers.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"workers\.json holds no rows"):
+        list(status_lines(tmp_path))
+
+
+def test_a_run_that_ends_this_moment(tmp_path):
+    """Guards: an error of `status` because the file went between listing and reading."""
+    (tmp_path / "workers.json").symlink_to(tmp_path / "gone")
+    assert list(status_lines(tmp_path)) == []

@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from optimal_sampling.records.store import read_json, write_atomically
+from optimal_sampling.errors import RunFolderError
+from optimal_sampling.records.store import write_atomically
 from optimal_sampling.types import WorkerStatus
 
 __all__ = ["NO_WORKERS", "WorkersFile", "status_lines", "worker_table", "worker_text"]
@@ -49,12 +50,23 @@ class WorkersFile:
 def status_lines(run: Path) -> Iterator[tuple[str, str]]:
     """Name and text of each worker of the runs that go in a folder. Raises RunFolderError."""
     for path in sorted(run.glob("workers*.json")):
-        document = read_json(path)
+        for row in _rows(path):
+            yield row.name, worker_text(row)
+
+
+def _rows(path: Path) -> Sequence[WorkerStatus]:
+    """Those of a run that goes; none where it has ended. Raises RunFolderError."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
         if time.time() - document["time"] > _STALE:
-            continue
-        for row in document["workers"]:
-            status = WorkerStatus(**row)
-            yield status.name, worker_text(status)
+            return ()
+        return [WorkerStatus(**row) for row in document["workers"]]
+    except FileNotFoundError:  # the run has ended this moment
+        return ()
+    except OSError as error:
+        raise RunFolderError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path} holds no rows of workers; remove it") from error
 
 
 def worker_text(row: WorkerStatus) -> str:

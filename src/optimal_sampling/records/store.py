@@ -27,6 +27,7 @@ __all__ = [
     "Scan",
     "decode_line",
     "disk_error",
+    "make_folder",
     "read_json",
     "sync_folder",
     "write_atomically",
@@ -59,6 +60,14 @@ def disk_error(path: Path, error: OSError) -> OptimalSamplingError:
     if error.errno in _WRONG_FOLDER:
         return RunFolderError(f"cannot write {path}: {reason}; choose another --output-dir")
     return StorageError(f"could not write {path}: {reason}")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with those it lies in. Raises RunFolderError, StorageError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
 def sync_folder(path: Path) -> None:

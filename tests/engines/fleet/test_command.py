@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
 
 import pytest
@@ -32,8 +33,9 @@ def test_the_script_of_older_documents(tmp_path):
 
 
 @pytest.mark.timeout(120)
-def test_the_class_with_workers():
-    """Guards: other texts, diagnostics or logits than those of one engine."""
+def test_the_class_with_workers(tmp_path, monkeypatch):
+    """Guards: other texts, diagnostics or logits than those of one engine; files left behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     prompts = ["61*8=?", "87*2+74=?", "11*4+46+54+11=?"]
     models = {"model_theta_path": "toy-student", "model_t_path": "toy-teacher"}
     options = {**models, "device": "cpu", "enable_chat_template": True}
@@ -41,6 +43,7 @@ def test_the_class_with_workers():
     for workers in (None, 2):
         with OptimalSamplingModel(workers=workers, **options) as model:
             outputs.append(model.generate(prompts, max_new_tokens=20, return_logits=True))
+        assert not [*tmp_path.iterdir()]
     one, two = outputs
     assert one.generated_texts == two.generated_texts
     assert one.alpha_values.nan_to_num().equal(two.alpha_values.nan_to_num())

@@ -21,6 +21,7 @@ from optimal_sampling.engines.fleet.messages import (
     Submit,
     decode,
     encode,
+    event_of,
 )
 from optimal_sampling.types import TRACE_FIELDS, ByteLevel, Completion, Request, TokenTrace
 from tests.engines.fleet.engines import SmallTablesOptions
@@ -73,6 +74,25 @@ def test_a_completion_arrives_with_the_same_bits():
         assert torch.equal(came.captured[name], tensor)
     failed = Completion.failed(REQUEST, "why")
     assert decode(encode(Finished.of(7, 4, failed))).completion(REQUEST) == failed
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff\x00",
+        b"[1]",
+        b'["Finished", {}]',
+        b'["Nothing", {}]',
+        b'["Progress", {"run": 1}]',
+        encode(Submit(7, ())),
+        b'["Broken", {"cause": {"class": "os:system", "values": {"command": "true"}}}]',
+    ],
+)
+def test_bytes_that_are_no_event_break_their_worker_alone(data):
+    """Guards: a traceback that ends the run of all workers; a message that calls any function."""
+    assert isinstance(event_of(data), Broken)
+    assert "is no" in event_of(data).cause
 
 
 def test_half_a_message_waits_for_the_rest():

@@ -3,7 +3,7 @@
 import pytest
 
 from optimal_sampling.config import FleetConfig, LocalOptions, ModelConfig, ToyOptions, VllmOptions
-from optimal_sampling.engines.fleet.placement import places, visible_gpus
+from optimal_sampling.engines.fleet.placement import places, threads_asked_for, visible_gpus
 from optimal_sampling.errors import ConfigError
 
 GPUS = ["0", "1", "2", "3"]
@@ -39,6 +39,7 @@ def test_workers_larger_than_a_gpu():
         ({"workers": 3, "gpus_per_worker": 2}, "need 6 GPUs.*use --workers 2"),
         ({"workers": "auto", "gpus_per_worker": 8}, "fewer --gpus-per-worker"),
         ({"workers": 2, "gpus_per_worker": 0.5}, "needs --ray"),
+        ({"workers": 2, "gpus_per_worker": 2, "gpus": []}, "these workers have no GPU"),
         ({"workers": 2, "device": "cuda:1"}, "CUDA_VISIBLE_DEVICES to leave GPUs out"),
         ({"workers": 2, "device": "cuda", "gpus": []}, "finds no CUDA GPU"),
     ],
@@ -83,3 +84,11 @@ def test_options_of_workers_need_workers():
     """Guards: an option that is silently ignored."""
     with pytest.raises(ConfigError, match="worker_timeout is about workers"):
         FleetConfig(worker_timeout=5.0)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("0", None), ("abc", None), ("1,4", 1), ("2", 2)])
+def test_what_openmp_takes_as_threads(monkeypatch, given, wanted):
+    """Guards: a traceback for OMP_NUM_THREADS=0 and for a list of levels."""
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert threads_asked_for() == wanted
+    assert devices("auto", gpus=[], device="cpu")

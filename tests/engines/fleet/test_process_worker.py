@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from optimal_sampling.engines.fleet.messages import Setup
 from optimal_sampling.engines.fleet.placement import Place
 from optimal_sampling.engines.fleet.process_worker import ProcessLauncher
 from optimal_sampling.engines.fleet.supervision import Patience
-from optimal_sampling.errors import ConfigError, EngineError, ModelError
+from optimal_sampling.errors import ConfigError, EngineError, ModelError, RunFolderError
 from optimal_sampling.version import __version__
 from tests.engines.fleet.conftest import ROOT
 from tests.engines.fleet.engines import EnvironmentOptions
@@ -40,8 +41,12 @@ def open_driver(tmp_path):
         driver.close()
 
 
-def test_another_version_is_refused(open_driver):
-    """Guards: a worker that reads messages of another version."""
+def test_another_version_is_refused(open_driver, tmp_path, monkeypatch):
+    """Guards: a worker that reads messages of another version; one whose modules are those of the
+    working directory, where the driver's are not.
+    """
+    (tmp_path / "queue.py").write_text("raise SystemExit('not the module')")
+    monkeypatch.chdir(tmp_path)
     driver = open_driver(replace(SETUP, version="0.0.9"))
     with pytest.raises(ConfigError, match=f"version {__version__} .*, and its driver 0.0.9"):
         driver.open()
@@ -76,6 +81,34 @@ def test_its_environment_is_there_before_torch(open_driver, monkeypatch):
     driver = open_driver(setup, Place("GPU", environment))
     driver.open()
     assert driver.members[0].facts.notes == {"visible": "GPU-8f,3"}
+
+
+def test_a_dead_process_whose_child_lives(open_driver, monkeypatch):
+    """Guards: a worker that is waited for because a process that it forked holds its socket."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    setup = replace(SETUP, options=EnvironmentOptions())
+    driver = open_driver(setup, Place("CPU", {"FLEET_TEST": "forks"}), failures=1, loading=60.0)
+    with pytest.raises(EngineError, match="exit code 9"):
+        driver.open()
+
+
+def test_too_many_open_files(open_driver):
+    """Guards: a traceback where a process limit leaves no room for a worker's sockets."""
+    driver = open_driver(failures=1)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        with pytest.raises(EngineError, match="could not be started: .*Too many open files"):
+            driver.open()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_folder_of_logs_that_cannot_be_made(tmp_path):
+    """Guards: a traceback where `logs` of the run folder is a file."""
+    (tmp_path / "logs").touch()
+    with pytest.raises(RunFolderError, match="cannot write .*logs.*--output-dir"):
+        ProcessLauncher([CPU], SETUP, tmp_path / "logs")
 
 
 def test_a_process_that_cannot_be_started(open_driver, tmp_path):

@@ -1,7 +1,14 @@
 """The process of a worker."""
 
+import signal
+import socket
 import subprocess
 import sys
+
+import pytest
+
+from optimal_sampling.engines.fleet.worker_main import _broken
+from optimal_sampling.errors import ConfigError
 
 WATCH = """
 import os, time
@@ -35,3 +42,42 @@ def test_a_worker_whose_parent_has_gone_ends():
     """Guards: a worker that lives on because another process holds the driver's socket open."""
     done = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+STUCK = """
+import os, signal, socket, sys
+from optimal_sampling.engines.fleet.worker_main import _end_with
+lifeline = socket.socket(fileno=int(sys.argv[1]))
+_end_with(lifeline)
+print("ready", flush=True)
+if sys.argv[2] == "stopped":
+    os.kill(os.getpid(), signal.SIGSTOP)
+9 ** 10**9  # keeps the interpreter to itself
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it on Linux alone")
+@pytest.mark.parametrize("how", ["stopped", "computing"])
+def test_a_worker_that_runs_no_thread_ends_with_its_driver(how):
+    """Guards: an orphan, for ever or for 20 minutes, on the GPU that the next call needs."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        fd = theirs.fileno()
+        command = [sys.executable, "-c", STUCK, str(fd), how]
+        child = subprocess.Popen(
+            command, pass_fds=[fd], stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert child.stdout.readline() == b"ready\n"
+    try:
+        assert child.wait(20) == -signal.SIGKILL
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_a_request_is_not_taken_for_the_users_error():
+    """Guards: all workers given up, one after another, because of one request."""
+    error = ConfigError("why")
+    assert _broken(error, is_serving=False).kind == "ConfigError"
+    served = _broken(error, is_serving=True)
+    assert (served.kind, served.cause) == ("", "it raised ConfigError: why")

@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Iterator
 
-from optimal_sampling.engines.fleet.messages import Event, Order, decode, encode
+from optimal_sampling.engines.fleet.messages import Event, Order, decode, encode, event_of
 
 __all__ = ["DriverEnd", "WorkerEnd"]
 
@@ -57,7 +57,7 @@ class DriverEnd:
 
     def receive(self) -> Iterator[Event]:
         """The events that have arrived whole."""
-        return map(decode, self.receive_bytes())
+        return map(event_of, self.receive_bytes())
 
     def receive_bytes(self) -> Iterator[bytes]:
         """The same, encoded."""

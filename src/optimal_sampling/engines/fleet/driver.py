@@ -212,6 +212,7 @@ class Driver:
             self._hear(self._of[worker])
         if self._waited - self._ticked >= _TICK:
             self._ticked = self._waited
+            self._look_at_all()
             self._check_progress()
             self._add_members()
             self.on_tick()
@@ -293,6 +294,12 @@ class Driver:
         self._finished.append(event.completion(request))
 
     # failures
+
+    def _look_at_all(self) -> None:
+        """Find workers that have ended without a sign of it."""
+        for member in self.members:
+            if member.state in ("starting", "ready"):
+                self._hear(member)
 
     def _check_progress(self) -> None:
         """Take workers that hang for dead."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import cast
 
 from optimal_sampling.config import (
     EngineOptions,
@@ -34,8 +36,17 @@ class FleetEngine(Engine):
     modes: frozenset[Mode]  # type: ignore[misc]  # those of the workers' engines
     captures: frozenset[str]  # type: ignore[misc]
 
-    def __init__(self, driver: Driver, setup: Setup, vocabulary: Vocabulary | None = None) -> None:
-        """`driver`: opened, so that at least one worker is ready."""
+    def __init__(
+        self,
+        driver: Driver,
+        setup: Setup,
+        vocabulary: Vocabulary | None = None,
+        temporary: Path | None = None,
+    ) -> None:
+        """`driver`: opened, so that at least one worker is ready.
+
+        `temporary`: folder of logs that goes when the fleet is closed, unless a worker failed.
+        """
         facts = _first_facts(driver)
         self.driver = driver
         self.mixture = setup.mixture
@@ -47,6 +58,7 @@ class FleetEngine(Engine):
         self.vocab_size = facts.vocab_size
         self.stop_ids = frozenset(facts.stop_ids)
         self._numbers = count(1)
+        self._temporary = temporary
         self._is_closed: list[bool] = []
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
@@ -74,7 +86,16 @@ class FleetEngine(Engine):
     def close(self) -> None:
         """Stop the workers."""
         self._is_closed.append(True)
-        self.driver.close()
+        _close(self.driver, self._temporary)
+
+
+def _close(driver: Driver | None, temporary: Path | None) -> None:
+    """Stop the workers, and remove their logs from a temporary folder if none of them failed."""
+    if driver is not None:
+        driver.close()
+    failures = [each.all_failures for each in driver.members] if driver is not None else []
+    if temporary is not None and not any(failures):
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _first_facts(driver: Driver) -> Ready:
@@ -101,18 +122,20 @@ def open_fleet(
     about workers that fail. Raises ConfigError, and what loading the engine raises.
     """
     setup = Setup(models, mixture, options, mode, __version__)
-    launcher = _launcher(setup, fleet, logs or Path(tempfile.mkdtemp(prefix="fleet-")), report)
-    patience = Patience(timeout=fleet.worker_timeout, loads_at_once=launcher.loads_at_once)
-    driver = Driver(launcher, patience, report)
+    temporary = Path(tempfile.mkdtemp(prefix="fleet-")) if logs is None else None
+    driver: Driver | None = None
     try:
+        launcher = _launcher(setup, fleet, logs or cast(Path, temporary), report)
+        patience = Patience(timeout=fleet.worker_timeout, loads_at_once=launcher.loads_at_once)
+        driver = Driver(launcher, patience, report)
         if options.loads_models:
             for role in ("student", "teacher") if mode == "mixture" else (mode,):
                 revision = getattr(models, f"{role}_revision")
                 resolve_model(getattr(models, role), revision, weights=True)  # fetched once, here
         driver.open()
-        return FleetEngine(driver, setup, vocabulary)
+        return FleetEngine(driver, setup, vocabulary, temporary)
     except BaseException:
-        driver.close()
+        _close(driver, temporary)
         raise
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "Submit",
     "decode",
     "encode",
+    "event_of",
 ]
 
 
@@ -190,6 +191,17 @@ def decode(data: bytes) -> Any:
     return _KINDS[kind](**values | lists)
 
 
+def event_of(data: bytes) -> Event:
+    """The event that a worker encoded; `Broken` where the bytes are none."""
+    try:
+        event = decode(data)
+    except Exception as error:  # a library may have written to the worker's socket
+        return Broken(f"it sent what is no message ({type(error).__name__}: {error})")
+    if isinstance(event, Event):
+        return event
+    return Broken(f"it sent what is no event of a worker ({type(event).__name__})")
+
+
 def _plain(value: Any) -> Any:
     """What JSON lacks, as what it has: requests, runs, and options with the name of their class."""
     if isinstance(value, Request):
@@ -216,8 +228,11 @@ def _from_plain(value: dict[str, Any]) -> Any:
         return ByteLevel(**{**value["byte_level"], "trace": trace})
     if value.keys() == {"class", "values"}:
         module, _, name = value["class"].partition(":")
+        kind = getattr(import_module(module), name)
+        if not issubclass(kind, Checked | Run):
+            raise TypeError(f"{name} has no place in a message")
         lists = {key: tuple(x) for key, x in value["values"].items() if isinstance(x, list)}
-        return getattr(import_module(module), name)(**value["values"] | lists)
+        return kind(**value["values"] | lists)
     return value
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "places",
     "refuse_one_gpu",
     "threads",
+    "threads_asked_for",
     "visible_gpus",
 ]
 
@@ -105,9 +106,14 @@ def gpus_per_worker(fleet: FleetConfig, options: EngineOptions) -> int:
 
 
 def _on_cpu(fleet: FleetConfig) -> list[Place]:
+    if fleet.gpus_per_worker is not None:
+        raise ConfigError(
+            f"gpus_per_worker {fleet.gpus_per_worker:g} was asked for, but these workers have no "
+            "GPU: leave it out"
+        )
     most = threads()
     if fleet.workers == "auto":
-        each = int(os.environ.get("OMP_NUM_THREADS") or min(CPU_THREADS, most))
+        each = threads_asked_for() or min(CPU_THREADS, most)
         count = max(1, len(os.sched_getaffinity(0)) // each)
     else:
         count = int(fleet.workers or 1)
@@ -124,5 +130,10 @@ def _on_cpu(fleet: FleetConfig) -> list[Place]:
 
 def threads() -> int:
     """Threads to divide: OMP_NUM_THREADS, or the cores that this process may use."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() and int(given) else len(os.sched_getaffinity(0))
+    return threads_asked_for() or len(os.sched_getaffinity(0))
+
+
+def threads_asked_for() -> int | None:
+    """What OMP_NUM_THREADS says, of a list such as `4,2` its first level; None: no number."""
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(given) or None if given.isdecimal() else None

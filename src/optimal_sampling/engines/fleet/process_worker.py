@@ -19,6 +19,7 @@ from optimal_sampling.engines.fleet.channel import DriverEnd
 from optimal_sampling.engines.fleet.messages import Begin, Event, Run, Setup, Submit
 from optimal_sampling.engines.fleet.placement import Place
 from optimal_sampling.engines.fleet.worker import Launcher, Worker
+from optimal_sampling.records.store import make_folder
 from optimal_sampling.types import Request
 
 __all__ = ["ProcessLauncher", "ProcessWorker", "last_lines"]
@@ -39,30 +40,37 @@ class ProcessWorker(Worker):
         self._setup = replace(setup, memory=place.memory, sharing=place.sharing)
         self._process: subprocess.Popen[bytes] | None = None
         self._end: DriverEnd | None = None
+        self._lifeline: socket.socket | None = None
+        """Carries nothing; where it closes, the worker ends."""
+        self._has_exited = False
         self._failure = "it was not started"
 
     def start(self) -> None:
         """As in `Worker`. The process leads a group of its own."""
-        ours, theirs = socket.socketpair()
-        try:
-            with theirs, self.log.open("ab") as log:
-                log.write(f"=== {time.strftime('%F %T')} {self.name} on {self.device}\n".encode())
-                log.flush()
-                self._process = self._popen(theirs, log)
-        except OSError as error:  # of the log file, or no memory for a process
-            ours.close()
-            self._failure = f"it could not be started: {error}"
-            return
-        self._end = DriverEnd(ours)
+        self._has_exited = False
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            try:
+                pairs = [_pair(ours, theirs) for _ in range(2)]
+                with self.log.open("ab") as log:
+                    line = f"=== {time.strftime('%F %T')} {self.name} on {self.device}\n"
+                    log.write(line.encode())
+                    log.flush()
+                    self._process = self._popen([end.fileno() for _, end in pairs], log)
+            except OSError as error:  # of the log file; no memory; too many open files
+                self._failure = f"it could not be started: {error}"
+                return
+            ours.pop_all()
+        self._end, self._lifeline = DriverEnd(pairs[0][0]), pairs[1][0]
         self._end.send(self._setup)
 
-    def _popen(self, end: socket.socket, log: BinaryIO) -> subprocess.Popen[bytes]:
+    def _popen(self, ends: Sequence[int], log: BinaryIO) -> subprocess.Popen[bytes]:
+        # -P: a file of the working directory must not take the place of a module
         return subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker_main", str(end.fileno())],
+            [sys.executable, "-P", "-m", f"{__package__}.worker_main", *map(str, ends)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            pass_fds=[end.fileno()],
+            pass_fds=ends,
             env=os.environ | {"PYTHONPATH": _python_path()} | self._place.environment,
             start_new_session=True,
         )
@@ -99,7 +107,10 @@ class ProcessWorker(Worker):
         if self._end is None or self._process is None:
             return self._failure
         if not self._end.is_closed:
-            return ""
+            # a process that it has forked may hold the socket open; what it sent is read first
+            had_exited, self._has_exited = self._has_exited, self._process.poll() is not None
+            if not had_exited:
+                return ""
         try:
             code = self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -110,13 +121,16 @@ class ProcessWorker(Worker):
         """As in `Worker`."""
         process, self._process = self._process, None
         end, self._end = self._end, None
-        if end is not None:
-            end.close()
+        lifeline, self._lifeline = self._lifeline, None
+        for each in (end, lifeline):
+            if each is not None:
+                each.close()
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a device may hold it for ever
+            process.wait(_EXIT_SECONDS)
 
     def last_words(self) -> str:
         """As in `Worker`."""
@@ -134,20 +148,26 @@ def last_lines(log: Path) -> str:
     return "\n".join(f"    {line}" for line in [f"{log}:", *lines[-_LAST_LINES:]])
 
 
+def _pair(*stacks: contextlib.ExitStack) -> list[socket.socket]:
+    """Two ends of a socket, each closed with the stack at its place."""
+    pair = socket.socketpair()
+    return [stack.enter_context(end) for stack, end in zip(stacks, pair, strict=True)]
+
+
 def _python_path() -> str:
-    return os.pathsep.join(filter(None, sys.path))
+    return os.pathsep.join(each or os.curdir for each in sys.path)
 
 
 class ProcessLauncher(Launcher):
     """One process per place."""
 
     def __init__(self, places: Sequence[Place], setup: Setup, logs: Path) -> None:
-        """`logs`: folder of the log files."""
+        """`logs`: folder of the log files. Raises RunFolderError, StorageError."""
         self.size = len(places)
         self._places = places
         self._setup = setup
         self._logs = logs
-        logs.mkdir(parents=True, exist_ok=True)
+        make_folder(logs)
 
     def worker(self, index: int) -> ProcessWorker:
         """As in `Launcher`."""
@@ -157,7 +177,7 @@ class ProcessLauncher(Launcher):
     def wait(self, workers: Sequence[Worker], seconds: float) -> Collection[Worker]:
         """As in `Launcher`."""
         dead: list[Worker] = []
-        with selectors.DefaultSelector() as selector:
+        with selectors.PollSelector() as selector:  # needs no file descriptor of its own
             for worker in workers:
                 assert isinstance(worker, ProcessWorker)
                 if worker.end is None:

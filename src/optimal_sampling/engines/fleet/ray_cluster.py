@@ -204,6 +204,8 @@ def _check_port(address: str) -> None:
         socket.create_connection((host, int(port)), _PORT_SECONDS).close()
     except OSError as error:
         raise _no_answer(address, error.strerror or str(error)) from None
+    except (OverflowError, UnicodeError) as error:  # no port, or no name of a host
+        raise _no_answer(address, str(error)) from None
 
 
 def _no_answer(address: str, reason: str) -> ConfigError:

@@ -7,7 +7,6 @@ place yet waits for a machine, which may join while the run goes.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,15 +23,21 @@ from optimal_sampling.engines.fleet.messages import (
     Run,
     Setup,
     Submit,
-    decode,
     encode,
+    event_of,
 )
-from optimal_sampling.engines.fleet.placement import CPU_THREADS, refuse_one_gpu, threads
+from optimal_sampling.engines.fleet.placement import (
+    CPU_THREADS,
+    refuse_one_gpu,
+    threads,
+    threads_asked_for,
+)
 from optimal_sampling.engines.fleet.process_worker import last_lines
 from optimal_sampling.engines.fleet.ray_cluster import Cluster
 from optimal_sampling.engines.fleet.ray_host import Host, Polled
 from optimal_sampling.engines.fleet.worker import Launcher, Worker
 from optimal_sampling.errors import ConfigError
+from optimal_sampling.records.store import make_folder
 from optimal_sampling.types import Request
 
 __all__ = ["Need", "RayLauncher", "ray_launcher"]
@@ -179,7 +184,7 @@ class RayWorker(Worker):
         if not self._death:
             self._poll()
         for message in messages:
-            event: Event = decode(message)
+            event = event_of(message)
             if isinstance(event, Broken):
                 event = replace(event, cause=f"{event.cause} (on {self.device})")
             yield event
@@ -246,7 +251,7 @@ class RayLauncher(Launcher):
         self._most = 1
         self._without_place: float | None = None
         self._said = False
-        logs.mkdir(parents=True, exist_ok=True)
+        make_folder(logs)
 
     @property
     def size(self) -> int:  # type: ignore[override]
@@ -361,7 +366,7 @@ def _need(
     if fleet.ray == "local" and count is not None:
         return Need(float(max(1, threads() // count)), 0.0)
     largest = max((node.get("CPU", 1.0) for node in cluster.nodes()), default=1.0)
-    each = float(os.environ.get("OMP_NUM_THREADS") or CPU_THREADS)
+    each = float(threads_asked_for() or CPU_THREADS)
     return Need(max(1.0, min(each, largest)), 0.0)
 
 

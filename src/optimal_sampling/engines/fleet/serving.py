@@ -63,6 +63,11 @@ class EngineServer:
         rounds = view.rounds if view is not None else None
         return None if rounds is None else Progress(run, rounds)
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether the engine has requests."""
+        return bool(self._in_flight)
+
     def deliver(self, order: Order) -> None:
         """Take an order, from any thread."""
         self._inbox.put(order)
@@ -93,6 +98,7 @@ class EngineServer:
         run: Run | None = None
         while True:
             run = self._run_after(run)
+            self._in_flight.clear()
             view = self._view_for(run)
             self._served = run.number, view
             while self._run is run:
@@ -117,7 +123,6 @@ class EngineServer:
 
     def _serve_stream(self, run: Run, view: Engine) -> None:
         """One `generate` of the engine, which may end when it has nothing to do."""
-        self._in_flight.clear()
         for completion in view.generate(self._requests(run)):
             number = self._number_of(completion.request.key)
             self._send(Finished.of(run.number, number, completion))

@@ -1,11 +1,13 @@
-"""A worker process: `python -m optimal_sampling.engines.fleet.worker_main FD`, FD being a socket.
+"""A worker process: `python -m optimal_sampling.engines.fleet.worker_main FD LIFELINE`.
 
-It ends with its driver: when the socket is closed, or its parent has changed.
+FD and LIFELINE are sockets. It ends with its driver: when one of them is closed, or its parent has
+changed.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import os
 import signal
 import socket
@@ -30,7 +32,11 @@ def main() -> None:
     """Serve until the driver ends this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
     parent = os.getppid()
-    end = WorkerEnd(socket.socket(fileno=int(sys.argv[1])))
+    sock, lifeline = (socket.socket(fileno=int(text)) for text in sys.argv[1:3])
+    for each in (sock, lifeline):
+        each.set_inheritable(False)
+    _end_with(lifeline)
+    end = WorkerEnd(sock)
     try:
         setup = end.receive()
     except (EOFError, OSError):
@@ -54,14 +60,30 @@ def main() -> None:
     except BaseException as error:
         traceback.print_exc()
         sys.stderr.flush()
-        send(_broken(error))
+        send(_broken(error, is_serving=server.is_serving))
         raise SystemExit(1) from None
 
 
-def _broken(error: BaseException) -> Broken:
-    """Why the worker ends; with the class of the error where only the user can help."""
+def _end_with(lifeline: socket.socket) -> None:
+    """Have the kernel kill this process's group when the other end is closed.
+
+    That also holds while it is stopped, or while a thread keeps the interpreter to itself. On Linux
+    alone; elsewhere it ends as soon as its threads run.
+    """
+    if sys.platform == "linux" and os.getpgrp() == os.getpid():
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        flags = fcntl.fcntl(lifeline, fcntl.F_GETFL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, flags | os.O_ASYNC)
+
+
+def _broken(error: BaseException, *, is_serving: bool) -> Broken:
+    """Why the worker ends; with the class of the error where only the user can help.
+
+    While requests are served, one of them may be the reason, and the others go on.
+    """
     name = type(error).__name__
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) and not is_serving:
         return Broken(str(error), name)
     text = str(error).strip()
     return Broken(f"it raised {name}: {text}" if text else f"it raised {name}")
