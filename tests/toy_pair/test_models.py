@@ -9,7 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimal_sampling import toy_pair
 from optimal_sampling.toy_pair import problems
 
-SIZES = {"toy-teacher": (272, 3.0e6), "toy-student": (264, 0.3e6)}
+PAIR = ("toy-teacher", "toy-student")
+SIZES = {
+    "toy-teacher": (272, 3.0e6),
+    "toy-student": (264, 0.3e6),
+    "toy-number-student": (1264, 0.37e6),
+}
 
 
 def load(name: str):
@@ -32,9 +37,20 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_both_fit_the_package():
-    files = [file for name in toy_pair.NAMES for file in toy_pair.path(name).iterdir()]
-    assert sum(file.stat().st_size for file in files) < 12e6
+def test_all_fit_the_package():
+    sizes = {
+        name: sum(file.stat().st_size for file in toy_pair.path(name).iterdir())
+        for name in toy_pair.NAMES
+    }
+    assert sum(sizes.values()) < 12e6
+    assert sizes["toy-number-student"] < 2e6
+
+
+def test_the_number_student_has_numbers_as_tokens():
+    """Guards: a second student with the tokenizer of the first, and so no pair with two."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_pair.path("toy-number-student"))
+    assert tokenizer.tokenize("47*188=(5)") == ["47", "*", "188", "=(", "5", ")"]
+    assert tokenizer.decode(tokenizer("47*188=(5)\n\u00e9")["input_ids"]) == "47*188=(5)\n\u00e9"
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -68,7 +84,8 @@ def test_the_teacher_has_surplus_rows_and_never_uses_them():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "low", "high"), [("toy-teacher", 0.85, 1.0), ("toy-student", 0.15, 0.55)]
+    ("name", "low", "high"),
+    [("toy-teacher", 0.85, 1.0), ("toy-student", 0.15, 0.55), ("toy-number-student", 0.1, 0.6)],
 )
 def test_accuracy_at_temperature_1(name: str, low: float, high: float):
     torch.manual_seed(0)
@@ -89,7 +106,7 @@ def test_accuracy_at_temperature_1(name: str, low: float, high: float):
 
 def test_the_report_is_about_these_files():
     report = json.loads((toy_pair.path("toy-teacher").parent / "report.json").read_text())
-    for name in toy_pair.NAMES:
+    for name in PAIR:
         model = load(name)
         assert report[toy_pair.NAMES[name]]["parameters"] == sum(
             p.numel() for p in model.parameters()

@@ -8,8 +8,9 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from optimal_sampling.errors import TokenizerMismatchError
+from optimal_sampling.vocabulary import Vocabulary
 from optimal_sampling.vocabulary.token_bytes import continued_ids, token_bytes
-from tests.vocabulary.conftest import END, make_tokenizer, trained
+from tests.vocabulary.conftest import END, make_tokenizer, tokens, trained
 from tests.vocabulary.real_tokenizers import FOLDER, NAMES, SHARED, real_tokenizer
 
 TEXTS = [
@@ -93,3 +94,26 @@ def test_real_tokenizers_over_real_texts(name):
         assert ids is not None, text
         assert table.join(ids) == text.encode()
     assert all(bytes([byte]) in set(table.of_id) for byte in range(256))
+
+
+def test_a_pair_with_two_tokenizers_has_the_students_ids_and_both_tables():
+    """Guards: the teacher's ids in completions, a teacher's end among the student's, ids beyond the
+    rows of logits.
+    """
+    student, teacher = make_tokenizer(), make_tokenizer(merges=[("a", "b")], extra_words=["ab"])
+    rows = len(student) - 1
+    pair = Vocabulary.of_bytes(
+        tokens(student, "student", rows=rows), tokens(teacher, "teacher"), "they differ: id 5"
+    )
+    assert pair.granularity == "byte"
+    assert (pair.size, pair.stop_ids) == (rows, {student.eos_token_id})
+    assert pair.bytes_by_role["teacher"].of_id[256] == b"ab"
+    assert pair.bytes_by_role["teacher"].end_ids == {teacher.eos_token_id}
+    assert pair.logit_rows == len(teacher)
+    assert pair.notes[0].startswith("they differ; they are mixed byte by byte")
+
+
+def test_a_model_without_an_end_is_refused():
+    """Guards: texts that never end."""
+    with pytest.raises(TokenizerMismatchError, match=r"names a token that ends its texts"):
+        Vocabulary.of_bytes(tokens(), tokens(end_ids=frozenset()))

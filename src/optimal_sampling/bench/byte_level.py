@@ -1,7 +1,7 @@
 """Two tokenizers: what the byte level costs, and what its tolerance changes in q*.
 
 The contexts that each model is run on, per token of its own; the same pair with one tokenizer mixed
-as tokens and as bytes; and the total variation of q* to that at a tolerance near 0.
+as tokens and as bytes; and the total variation of q* to that at tolerance 0.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from optimal_sampling.vocabulary import Vocabulary, continued_ids
 __all__ = ["Replay", "run"]
 
 BATCH = 32
-NEAR_EXACT = 1e-6
-"""Tolerance of the reference: at 0 the tokenisations of a long text are too many to follow."""
 SHARES = (0.5, 0.9, 0.99)
 """Quantiles of the total variation that the table shows."""
 
@@ -63,7 +61,7 @@ def run(options: BytesOptions, report: Report) -> None:
     report.save()
     distances = _distances(engine, workload, options, report)
     report.results += distances
-    report.show(_distance_table(distances))
+    report.show(_distance_table(distances, options.reference))
     report.save()
     _compare_levels(options, report)
 
@@ -169,8 +167,8 @@ class Replay:
 def _distances(
     engine: ByteEngine, workload: Workload, options: BytesOptions, report: Report
 ) -> list[dict[str, float]]:
-    """Total variation of q* and of both models' laws to those near 0, at every prefix."""
-    tolerances = (*options.tolerances, NEAR_EXACT)
+    """Total variation of q* and of both models' laws to the reference, at every prefix."""
+    tolerances = (*options.tolerances, options.reference)
     found: list[list[list[float]]] = [[] for _ in options.tolerances]
     covers: list[int] = []
     done = sorted(engine.generate(workload.requests), key=lambda c: c.request.id)
@@ -178,7 +176,8 @@ def _distances(
         if len(found[0]) >= options.prefixes:
             break
         report.status(f"{len(found[0])} of {options.prefixes} prefixes")
-        replays = [_replay(engine, c, tolerances) for c in done[first : first + BATCH]]
+        chosen = done[first : first + BATCH]
+        replays = [_replay(engine, c, tolerances, options.replay_bytes) for c in chosen]
         _walk(engine, replays, found, covers)
     kept = [np.array(rows[: options.prefixes]) for rows in found]
     return [
@@ -196,8 +195,12 @@ def _distances(
     ]
 
 
-def _replay(engine: ByteEngine, completion: Completion, tolerances: Sequence[float]) -> Replay:
-    text = completion.byte_level.text.encode() if completion.byte_level is not None else b""
+def _replay(
+    engine: ByteEngine, completion: Completion, tolerances: Sequence[float], most: int
+) -> Replay:
+    """The first `most` bytes of a completion."""
+    drawn = completion.byte_level
+    text = drawn.text.encode()[:most] if drawn is not None else b""
     views = {
         role: [ByteView(engine.tries[role], tolerance) for tolerance in tolerances]
         for role in engine.roles
@@ -273,13 +276,13 @@ def _variation(one: np.ndarray, other: np.ndarray) -> float:
     return float(0.5 * np.abs(one - other).sum())
 
 
-def _distance_table(distances: Sequence[dict[str, float]]) -> Table:
+def _distance_table(distances: Sequence[dict[str, float]], reference: float) -> Table:
     shares = tuple(f"{share:.0%}" for share in SHARES)
     columns = ("tolerance", "q*: mean", *shares, "largest", "student: mean", "teacher: mean")
     keys = ("tolerance", "q_mean", *(f"q_{share:g}" for share in SHARES), "q_largest")
     rows = [tuple(row[key] for key in (*keys, "student_mean", "teacher_mean")) for row in distances]
     title = (
-        f"Total variation to tolerance {NEAR_EXACT:g} at {distances[0]['prefixes']} prefixes; "
+        f"Total variation to tolerance {reference:g} at {distances[0]['prefixes']} prefixes; "
         f"a cover at every byte has {distances[0]['hypotheses_per_byte']:.2f} contexts per byte"
     )
     return make_table(title, columns, rows)

@@ -36,7 +36,15 @@ __all__ = [
     "parse_size",
 ]
 
-COUNTS = ("threads", "num_prompts", "prefixes", "repeats", "prompt_tokens", "new_tokens")
+COUNTS = (
+    "threads",
+    "num_prompts",
+    "prefixes",
+    "replay_bytes",
+    "repeats",
+    "prompt_tokens",
+    "new_tokens",
+)
 FOR_SHAPES = ("same_weights", "acceptance", "prompt_tokens", "new_tokens", "uneven")
 """Options that have no effect on models which are not shapes."""
 DEFAULT_MODELS = ModelConfig()
@@ -399,7 +407,12 @@ class BytesOptions(BenchOptions):
     tolerances: tuple[float, ...] = (0.01, 0.05, 0.03, 0.003, 0.001)
     """Values of --byte-tolerance; the first is also measured with drafts."""
     prefixes: int = 1000
-    """Places in the texts at which q* is compared with that of a tolerance near 0."""
+    """Places in the texts at which q* is compared with that of the reference."""
+    reference: float = 0.0
+    """Tolerance of the reference. At 0 the sequences of tokens that are followed grow exponentially
+    with the text."""
+    replay_bytes: int = 10
+    """Bytes of every text that are compared."""
     repeats: int = 3
     """Counted repeats of the comparison with tokens."""
 

@@ -128,7 +128,11 @@ def _mean_of(column: str, meaning: str) -> Field:
 
 
 def _extreme_alpha(choose: Callable[..., float | None], meaning: str) -> Field:
-    return Field(meaning, lambda s: choose(map(_rounded, _finite(s.trace["alpha"])), default=None))
+    def take(sample: Sample) -> float | None:
+        value = choose(_finite(sample.trace["alpha"]), default=None)
+        return None if value is None else _rounded(value)
+
+    return Field(meaning, take)
 
 
 def _weighted_alpha(sample: Sample) -> float | None:
@@ -219,13 +223,6 @@ class Record(TypedDict):
         Mode,
         Field("what tokens were drawn from: `mixture`, `student` or `teacher`", attrgetter("mode")),
     ]
-    granularity: Annotated[
-        Granularity,
-        Field(
-            "what was drawn one by one: `token`, or `byte` where the two tokenizers differ",
-            lambda s: "token" if s.completion.byte_level is None else "byte",
-        ),
-    ]
     stage: Annotated[
         NotRequired[str],
         Field("name of the stage; absent in a run without stages", lambda s: s.stage or None),
@@ -236,6 +233,13 @@ class Record(TypedDict):
             "tries that the stages have for a prompt up to and including this one; absent in a run "
             "without stages",
             lambda s: s.tries or None,
+        ),
+    ]
+    granularity: Annotated[
+        Granularity,
+        Field(
+            "what was drawn one by one: `token`, or `byte` where the two tokenizers differ",
+            lambda s: "token" if s.completion.byte_level is None else "byte",
         ),
     ]
     row_index: Annotated[

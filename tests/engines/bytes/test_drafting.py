@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from optimal_sampling.config import MixtureConfig
+from optimal_sampling.engines.bytes.drafting import ByteDrafter
 from optimal_sampling.types import Request
 from tests.engines.bytes.conftest import byte_engine, small_tokenizer, writing_model
 from tests.engines.bytes.test_engine import requests
@@ -49,3 +50,17 @@ def test_accepted_drafts_save_passes():
     assert all_of(view.generate(many)) == expected
     assert view.counts["teacher"].passes < 0.5 * before
     assert view.accepted > 0.7 * view.drafted
+
+
+def test_drafts_stop_where_too_few_are_drawn():
+    """Guards: drafts that cost more than they save, for the whole run; a count that was asked for
+    and is not kept.
+    """
+    drafter = ByteDrafter({}, None, None, {}, 4)
+    drafter.drafted = 1000
+    assert drafter.pays(0)
+    drafter.adapts = True
+    assert drafter.pays(600)
+    assert not drafter.pays(400)
+    drafter.drafted = 100
+    assert drafter.pays(0)

@@ -114,7 +114,8 @@ def random_engine(names, scale):
     options = LocalOptions(kv_memory_gib=0.1, batch_size=64)
     named = dict(zip(("student", "teacher"), models, strict=True))
     pair = LoadedPair.of(named, vocabulary.logit_rows, options)
-    return ByteEngine(pair, MixtureConfig(alpha_min=0.0), options, vocabulary)
+    mixture = MixtureConfig(alpha_method="fixed")  # the cheapest
+    return ByteEngine(pair, mixture, options, vocabulary)
 
 
 def check_completions(names, count):

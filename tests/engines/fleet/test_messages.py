@@ -22,7 +22,7 @@ from optimal_sampling.engines.fleet.messages import (
     decode,
     encode,
 )
-from optimal_sampling.types import TRACE_FIELDS, Completion, Request, TokenTrace
+from optimal_sampling.types import TRACE_FIELDS, ByteLevel, Completion, Request, TokenTrace
 from tests.engines.fleet.engines import SmallTablesOptions
 
 REQUEST = Request("a\ud800", 3, 2**62, (1, 2), (1, 2, 70_000), 5)
@@ -34,7 +34,7 @@ MESSAGES = [
     Submit(7, ()),
     Ready(32, 6, (0, 3), ("mixture",), (), True, {"device": "cpu"}),
     Started(7, 1),
-    Progress(12),
+    Progress(7, 12),
     Broken("it raised E: \ud800", "ModelError"),
 ]
 
@@ -54,12 +54,20 @@ def test_a_completion_arrives_with_the_same_bits():
         "top_log_p": torch.full((3, 2, 3), -0.1, dtype=torch.float16),
         "log_q": torch.rand(3, 7),
     }
+    drawn = ByteLevel("\u00e9 2", {"student": 0.1 + 0.2}, True, TokenTrace.from_rows(rows[::2]))
     sent = Completion(
-        REQUEST, (5, 6, 0), "stop", TokenTrace.from_rows(rows), seconds=0.1, captured=captured
+        REQUEST,
+        (5, 6, 0),
+        "stop",
+        TokenTrace.from_rows(rows),
+        seconds=0.1,
+        captured=captured,
+        byte_level=drawn,
     )
     came = decode(encode(Finished.of(7, 4, sent))).completion(REQUEST)
     assert (came.request, came.token_ids, came.seconds) == (REQUEST, (5, 6, 0), 0.1)
     assert str(came.trace) == str(sent.trace)  # NaN is not equal to itself
+    assert came.byte_level == drawn
     for name, tensor in captured.items():
         assert came.captured[name].dtype == tensor.dtype
         assert torch.equal(came.captured[name], tensor)
@@ -71,12 +79,12 @@ def test_half_a_message_waits_for_the_rest():
     """Guards: a driver that waits for a worker which hangs in the middle of a message."""
     ours, theirs = socket.socketpair()
     end = DriverEnd(ours)
-    data = encode(Progress(3))
+    data = encode(Progress(7, 3))
     framed = len(data).to_bytes(8, "little") + data
     theirs.sendall(framed[:11])
     assert list(end.receive()) == []
     theirs.sendall(framed[11:] + framed)
-    assert list(end.receive()) == [Progress(3), Progress(3)]
+    assert list(end.receive()) == [Progress(7, 3), Progress(7, 3)]
     assert not end.is_closed
     theirs.close()
     assert list(end.receive()) == []

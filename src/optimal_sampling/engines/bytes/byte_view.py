@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from optimal_sampling.engines.bytes.trie import ROOT, ByteTrie
 
-__all__ = ["END", "SYMBOLS", "Birth", "ByteView", "TokenLaw"]
+__all__ = ["END", "SYMBOLS", "Birth", "ByteView", "Hypothesis", "TokenLaw"]
 
 END = 256
 """The symbol after the last byte of a text."""

@@ -23,6 +23,9 @@ from optimal_sampling.engines.bytes.text import TokenizedText
 
 __all__ = ["ByteDrafter"]
 
+_TRIED = 128  # symbols that are drafted before drafts are judged
+_LEAST_ACCEPTED = 0.6
+
 End = tuple[tuple[int, ...], int]
 """A context, and of how many of its last tokens laws are needed."""
 
@@ -78,8 +81,15 @@ class ByteDrafter:
         self.teacher_text = teacher_text
         self.limits = limits
         self.count = count
+        self.adapts = False
+        """Stop where too few of the drafts are drawn to pay."""
         self.drafted = 0
         """Symbols."""
+
+    def pays(self, accepted: int) -> bool:
+        """Whether to go on, `accepted` of the symbols that were drafted being drawn."""
+        is_known = self.adapts and self.drafted >= _TRIED
+        return not is_known or accepted >= _LEAST_ACCEPTED * self.drafted
 
     def run(self, rows: list[TextRow], make_room: Callable[[int], bool]) -> None:
         """Draft for the rows that have used up theirs. `make_room`: for so many more tokens."""

@@ -132,6 +132,7 @@ class ByteEngine(LocalEngine):
                 self.vocabulary.teacher_tokenizer, self.vocabulary.bytes_by_role["teacher"]
             )
             loop.drafter = ByteDrafter(models, mixer, teacher, rows.contexts, count)
+            loop.drafter.adapts = self.options.draft_tokens == "auto"
         return loop
 
     def _drafts_per_round(self) -> int:
@@ -176,6 +177,8 @@ class ByteEngine(LocalEngine):
         """As in `LocalEngine`, and the forward passes of the latest run."""
         notes = super().notes()
         notes["granularity"] = "byte: the tokenizers differ"
+        if self.pair.shared:
+            notes["weights"] = "the same for student and teacher, loaded once"
         for role, counts in self.counts.items():
             if counts.passes:
                 notes[f"{role}_passes"] = (

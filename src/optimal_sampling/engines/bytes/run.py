@@ -59,8 +59,7 @@ class ByteLoop:
                 return
             self.rounds += 1
             self._yield_memory()
-            if self.drafter is not None:
-                self.drafter.run(self.rows, self._has_room)
+            self._draft()
             self._run_models()
             self._draw()
             for index in reversed(range(len(self.rows))):
@@ -157,6 +156,12 @@ class ByteLoop:
         )
 
     # what they do
+
+    def _draft(self) -> None:
+        """Make laws ahead, as long as that pays."""
+        accepted = self.accepted + sum(row.accepted for row in self.rows)
+        if self.drafter is not None and self.drafter.pays(accepted):
+            self.drafter.run(self.rows, self._has_room)
 
     def _run_models(self) -> None:
         """One forward pass of each model that a row waits for."""
