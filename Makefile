@@ -34,9 +34,12 @@ experiment-full: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadgroup
 
+# Both parts run, whatever the first finds.
 test-slow: $(VENV)/.dev
-	$(BIN)/pytest -m slow --timeout 1800
-	$(BIN)/pytest -m hypothesis --hypothesis-profile search -n $(JOBS) --timeout 3600
+	failed=0; \
+	$(BIN)/pytest -m slow -n $(JOBS) --dist loadgroup --timeout 1800 || failed=1; \
+	$(BIN)/pytest -m hypothesis --hypothesis-profile search -n $(JOBS) --timeout 3600 || failed=1; \
+	exit $$failed
 
 # vLLM pins its own torch and Transformers, so it has an environment of its own. Minutes: the models are tiny, vLLM is not.
 # lm-eval is there for one test, which is skipped without it.

@@ -268,12 +268,15 @@ def run_status(arguments: Sequence[str]) -> int:
 
 def run_merge(arguments: Sequence[str]) -> int:
     """The subcommand `merge`."""
-    from optimal_sampling.records import merge
+    from optimal_sampling.records import end_of_shards, merge
 
     options = _parse("merge", MergeOptions(), arguments)
     target = _checked_path(options.output_dir)
-    count = merge([_checked_path(run) for run in options.runs], target)
+    shards = [_checked_path(run) for run in options.runs]
+    count = merge(shards, target)
     print(f"{count} records in {target}")
+    if (end := end_of_shards(shards)) is not None:
+        print(f"the slices end there: rows from {end} on, if the dataset has any, are in none")
     return 0
 
 

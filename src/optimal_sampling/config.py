@@ -381,7 +381,7 @@ class VllmOptions(EngineOptions):
     """Most tokens of one step of vLLM. At least what one token of every request in flight takes."""
     draft_tokens: DraftTokens = "auto"
     """Tokens that the student drafts per step; `auto` is 5 on a CPU up to a batch size of 4, where
-    they were measured to pay, and 0 elsewhere. Fixed when vLLM starts."""
+    they were measured to pay, and 0 elsewhere. A server's `auto` goes by the requests of a step."""
     max_model_len: int | None = None
     """Longest text, prompt included; unset: the shorter of the models' contexts."""
     gpu_memory_utilization: float | None = None

@@ -439,8 +439,15 @@ def test_a_killed_run_ends_with_the_same_results(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
+    def finish(output):
+        process = start(output)
+        try:
+            assert process.wait() == 0
+        finally:
+            kill(process)
+
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole).wait() == 0
+    finish(whole)
     for made in ("run/records/*.jsonl", "drawn.json", "train.parquet", "trained.json"):
         process = start(killed)
         try:
@@ -449,7 +456,7 @@ def test_a_killed_run_ends_with_the_same_results(tmp_path):
                 time.sleep(0.05)
         finally:
             kill(process)
-    assert start(killed).wait() == 0
+    finish(killed)
     units = [
         {
             str(path.relative_to(output)): stable(json.loads(path.read_text()))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from optimal_sampling.config import DataConfig, GenerateConfig, RunConfig, parse_slice
 from optimal_sampling.errors import ConfigError, RunFolderError
-from optimal_sampling.records import RunFolder, load, merge
+from optimal_sampling.records import RunFolder, end_of_shards, load, merge
 from optimal_sampling.records.shards import check_partition
 
 
@@ -54,6 +54,15 @@ def shard(tmp_path, part, numbers, make_record, asked=None, seed=0, num_examples
     return folder.path
 
 
+def test_an_interrupted_shard_is_not_merged(tmp_path, make_record):
+    """Guards: stages that were interrupted between two of their tries, which owed nothing then."""
+    first, second = (shard(tmp_path, f"{part}::2", [part], make_record) for part in range(2))
+    summary = {"asked": 1, "status": "interrupted"}
+    (second / "summary-slice-1--2.json").write_text(json.dumps(summary))
+    with pytest.raises(RunFolderError, match=r"the last call on .* was interrupted; finish it"):
+        merge([first, second], tmp_path / "all")
+
+
 def test_merge(tmp_path, make_record):
     """Guards: a merged folder that lacks a record, holds one twice, or cannot be resumed."""
     shards = [shard(tmp_path, f"{part}::3", [part, part + 3, 99], make_record) for part in range(3)]
@@ -70,6 +79,31 @@ def test_merge(tmp_path, make_record):
     whole = GenerateConfig(run=RunConfig(output_dir=str(tmp_path / "all")))
     with RunFolder(whole) as folder:
         assert len(folder.ledger.good) == 7
+
+
+@pytest.mark.parametrize(
+    ("slices", "num_examples", "end"),
+    [
+        (["0:2", "2:4"], None, 4),
+        (["0:2", "2:"], None, None),
+        (["0::2", "1::2"], None, None),
+        (["0:2", "2:4"], 4, None),
+        (["0:2", "2:4"], 9, 4),
+    ],
+)
+def test_where_the_slices_end_is_known(tmp_path, make_record, slices, num_examples, end):
+    """Guards: a merged folder without the dataset's last rows, of which nothing is said."""
+    options = {} if num_examples is None else {"num_examples": num_examples}
+    folders = []
+    for part, text in enumerate(slices):
+        config = GenerateConfig(
+            data=DataConfig(data_slice=text, **options),
+            run=RunConfig(output_dir=str(tmp_path / str(part))),
+        )
+        with RunFolder(config) as folder:
+            folder.add(make_record(part))
+        folders.append(folder.path)
+    assert end_of_shards(folders) == end
 
 
 def test_merge_refuses_what_does_not_fit(tmp_path, make_record):

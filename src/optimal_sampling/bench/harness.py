@@ -37,6 +37,7 @@ __all__ = [
     "Row",
     "Spent",
     "Systems",
+    "Timings",
     "hardware",
     "interleave",
     "make_table",

@@ -87,7 +87,7 @@ def run_methods(options: MethodsOptions, report: Report) -> None:
     report.models = pair.names
     largest = max(options.batches)
     for batch in options.batches:
-        count = max(8, options.num_prompts * batch // largest)
+        count = max(4, options.num_prompts * batch // largest)
         measure_batch(Measured(pair, pair.workload(count), batch), options.repeats, report)
 
 

@@ -1,12 +1,12 @@
 """A run of stages: each is a pass over the prompts that have no correct completion yet.
 
     for stage in stages:
-        for attempt in range(stage.tries):
+        for sample_index in range(stage.tries):
             one more try of every open prompt; then the verdicts, which close prompts
 
 The tries of a prompt are one sequence, through all stages, that ends with its first correct
 completion. What is on the disk is always the beginning of that sequence, so that a call goes on
-wherever another one ended. A pass waits for its last verdict: batches are full until then.
+wherever another one ended. A try waits for its last verdict: batches are full until then.
 
 A try that fails (no prompt, or an error of the engine) ends its stage for the prompt in this call,
 which goes on with the next stage. A later call tries it again if the prompt is still open.
@@ -57,7 +57,7 @@ def stage_config(config: GenerateConfig, stage: Stage) -> GenerateConfig:
     )
 
 
-class _Pass:
+class _StageRun:
     """A stage, with what all its tries share."""
 
     def __init__(self, work: Work, stage: Stage, earlier_tries: int) -> None:
@@ -73,13 +73,13 @@ class _Pass:
         self.seconds = 0.0
         """In the engine and its graders, in this call."""
 
-    def origin(self, attempt: int) -> Origin:
-        """What the records of a try say; `attempt` counts from 0."""
-        return Origin(self.stage.mode, self.stage.name, self.earlier_tries + attempt + 1)
+    def origin(self, sample_index: int) -> Origin:
+        """What the records of a try say; `sample_index` counts from 0."""
+        return Origin(self.stage.mode, self.stage.name, self.earlier_tries + sample_index + 1)
 
-    def title(self, attempt: int) -> str:
+    def title(self, sample_index: int) -> str:
         """Names a try."""
-        return f"{self.stage.name}, try {attempt + 1} of {self.stage.tries}"
+        return f"{self.stage.name}, try {sample_index + 1} of {self.stage.tries}"
 
 
 class StagedJob:
@@ -90,10 +90,10 @@ class StagedJob:
         self.work = work
         self.grading: Grading = work.grading
         self.tally = Tally(0, 1)
-        self.passes: list[_Pass] = []
+        self.stage_runs: list[_StageRun] = []
         for stage in work.config.stages:
-            earlier = sum(each.stage.tries for each in self.passes)
-            self.passes.append(_Pass(work, stage, earlier))
+            earlier = sum(each.stage.tries for each in self.stage_runs)
+            self.stage_runs.append(_StageRun(work, stage, earlier))
         self._open: dict[int, str] = {}
         """Rows whose prompt has too few correct completions, and the prompt's content hash."""
         self._correct: Counter[int] = Counter()
@@ -102,14 +102,14 @@ class StagedJob:
     @property
     def seconds(self) -> dict[str, float]:
         """Time of each stage in this call, without the loading of models."""
-        return {each.stage.name: round(each.seconds, 3) for each in self.passes}
+        return {each.stage.name: round(each.seconds, 3) for each in self.stage_runs}
 
     def run(self) -> dict[str, str]:
         """Make the tries that are owed; notes by name."""
         notes = self._notes(self._survey())
         self.work.progress.show_notes(notes)
         self._read_verdicts()
-        for each in self.passes:
+        for each in self.stage_runs:
             for name, text in self._run_stage(each).items():
                 if notes.setdefault(name, text) != text:
                     notes[f"{each.stage.name}, {name}"] = text
@@ -121,11 +121,11 @@ class StagedJob:
         on_rows = work.renderer.row_notes(row for _, row in work.dataset)
         plan = {
             f"stage {each.stage.name}": stage_text(stage_options(each.stage))
-            for each in self.passes
+            for each in self.stage_runs
         }
         texts = [
             text
-            for each in self.passes
+            for each in self.stage_runs
             for text in (*idle_options(each.config), *each.renderer.notes)
         ]
         left_out = f"{ungradable} rows have no answer to grade with, and are left out"
@@ -137,7 +137,7 @@ class StagedJob:
 
         Raises ConfigError where none can.
         """
-        first, ungradable = self.passes[0], 0
+        first, ungradable = self.stage_runs[0], 0
         recorder = Recorder(self.work, self.tally)
         recorder.origin = first.origin(0)
         seen: set[str] = set()
@@ -173,7 +173,7 @@ class StagedJob:
         """Close the prompts that earlier calls have solved; grades what they left ungraded."""
         owners = {
             stage_id(each.stage.name, prompt): row
-            for each in self.passes
+            for each in self.stage_runs
             for row, prompt in self._open.items()
         }
         recorded = sum(identity in owners for identity, _ in self.work.folder.ledger.good)
@@ -188,33 +188,35 @@ class StagedJob:
         kept = {row: each for row, each in self._open.items() if self._correct[row] < wanted}
         self._open = kept
 
-    def _run_stage(self, each: _Pass) -> dict[str, str]:
+    def _run_stage(self, each: _StageRun) -> dict[str, str]:
         """All tries of a stage; the notes of its engine. Loads models only if a try is owed."""
         with ExitStack() as opened:
-            for attempt in range(each.stage.tries):
-                owed = self._owed(each, attempt)
+            for sample_index in range(each.stage.tries):
+                owed = self._owed(each, sample_index)
                 if owed:
-                    self._try(each, attempt, owed, opened)
+                    self._try(each, sample_index, owed, opened)
             notes = {} if each.engine is None else each.engine.notes()
             each.engine = None
         return notes
 
-    def _owed(self, each: _Pass, attempt: int) -> dict[int, Key]:
+    def _owed(self, each: _StageRun, sample_index: int) -> dict[int, Key]:
         """The rows that are owed a try: those whose tries before it are good. Counts them."""
         good, owed = self.work.folder.ledger.good, {}
         for row, prompt in self._open.items():
             identity = stage_id(each.stage.name, prompt)
-            is_next = attempt == 0 or (identity, attempt - 1) in good
-            key = identity, attempt
+            is_next = sample_index == 0 or (identity, sample_index - 1) in good
+            key = identity, sample_index
             if is_next and key not in good and self._take(key):
                 owed[row] = key
         return owed
 
-    def _try(self, each: _Pass, attempt: int, owed: dict[int, Key], opened: ExitStack) -> None:
+    def _try(
+        self, each: _StageRun, sample_index: int, owed: dict[int, Key], opened: ExitStack
+    ) -> None:
         """One more try of the rows that are owed it, and the verdicts on them."""
-        tally = Tally(len(owed), 1, title=each.title(attempt))
+        tally = Tally(len(owed), 1, title=each.title(sample_index))
         recorder = Recorder(self.work, tally, self.tally)
-        recorder.origin = each.origin(attempt)
+        recorder.origin = each.origin(sample_index)
         requests = _requests(each, self.work, owed, recorder)
         first = next(requests, None)
         if first is not None:
@@ -231,7 +233,7 @@ class StagedJob:
             f"{tally.title}: {closed} of {len(owed)} prompts solved, {len(self._open)} are open"
         )
 
-    def _engine(self, each: _Pass, opened: ExitStack) -> Engine:
+    def _engine(self, each: _StageRun, opened: ExitStack) -> Engine:
         """The engine of a stage, open until the stage ends."""
         if each.engine is None:
             self.grading.check()
@@ -252,12 +254,12 @@ class StagedJob:
 
 
 def _requests(
-    each: _Pass, work: Work, owed: dict[int, Key], recorder: Recorder
+    each: _StageRun, work: Work, owed: dict[int, Key], recorder: Recorder
 ) -> Iterator[Request]:
     """Requests for the owed tries; those of rows without prompts fail at once."""
     for row_index, row, rendered in render_rows(each.renderer, work.dataset, owed):
-        identity, attempt = owed[row_index]
+        identity, sample_index = owed[row_index]
         prompt = replace(prompt_of(row_index, row, rendered), id=identity)
-        request = recorder.request(prompt, attempt, rendered)
+        request = recorder.request(prompt, sample_index, rendered)
         if request is not None:
             yield request

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from optimal_sampling.records.run_folder import RunFolder, load
 from optimal_sampling.records.schema import Record
-from optimal_sampling.records.shards import merge
+from optimal_sampling.records.shards import end_of_shards, merge
 from optimal_sampling.records.verdicts import Graded, Verdict, graded_records, load_verdicts
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Record",
     "RunFolder",
     "Verdict",
+    "end_of_shards",
     "graded_records",
     "load",
     "load_verdicts",

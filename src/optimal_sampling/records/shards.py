@@ -18,7 +18,7 @@ from optimal_sampling.records.schema import Key, key_of
 from optimal_sampling.records.store import RecordFile, Scan, read_json, write_atomically
 from optimal_sampling.records.verdicts import VerdictFile, graded_records
 
-__all__ = ["check_partition", "merge"]
+__all__ = ["check_partition", "end_of_shards", "merge"]
 
 
 def check_partition(slices: Sequence[str]) -> None:
@@ -43,6 +43,15 @@ def check_partition(slices: Sequence[str]) -> None:
 
 def _stop(part: slice) -> int:
     return sys.maxsize if part.stop is None else part.stop
+
+
+def end_of_shards(shards: Sequence[str | Path]) -> int | None:
+    """The row before which the slices of run folders end; None where they go on to the last."""
+    options = [read_json(expand_user(shard) / "config.json")["may_differ"] for shard in shards]
+    stops = [parse_slice(each["data_slice"] or "0:").stop for each in options]
+    end = max(sys.maxsize if stop is None else stop for stop in stops)
+    rows = options[0]["num_examples"] or sys.maxsize
+    return None if end >= rows else int(end)
 
 
 def merge(shards: Sequence[str | Path], target: str | Path) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -114,11 +115,8 @@ async def _run(namespace: Any) -> None:
     stopped = False
     with contextlib.closing(listener):
         async with contextlib.AsyncExitStack() as stack:
-            try:
-                with reason_passed_on():
-                    client = await stack.enter_async_context(build_async_engine_client(namespace))
-            except KeyboardInterrupt:
-                _end_at_once()
+            with reason_passed_on(), _ended_by_signals():
+                client = await stack.enter_async_context(build_async_engine_client(namespace))
             shutdown = client.shutdown
 
             def stop(*args: Any, **kwargs: Any) -> None:
@@ -136,11 +134,23 @@ async def _run(namespace: Any) -> None:
         raise EngineError("vLLM's engine ended; the reason is in the lines above")
 
 
-def _end_at_once() -> NoReturn:
-    """End this process and those that it started.
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A signal ends this process at once.
 
-    An engine that is interrupted while it starts leaves sockets on which Python waits at its end.
+    vLLM goes on after a KeyboardInterrupt while its engine starts, and waits ten minutes for it.
     """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: _end_at_once()) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _end_at_once() -> NoReturn:
+    """End this process and those that it started."""
     import psutil
 
     for child in psutil.Process().children(recursive=True):

@@ -106,7 +106,7 @@ class FakeWorker(Worker):
             if self.is_stuck or value != self.run:
                 return False
             self.rounds += 1
-            self.sent.append(Progress(self.rounds))
+            self.sent.append(Progress(self.run, self.rounds))
             self.later(1.0, "round", value)
         elif kind == "die":
             self.is_alive, self.cause = False, value

@@ -85,6 +85,33 @@ def test_a_slow_first_round_is_no_hang():
     assert lines == []
 
 
+class PausedLauncher(FakeLauncher):
+    """Its driver is paused for an hour, once, while its workers go on."""
+
+    paused = False
+
+    def wait(self, workers, seconds):
+        if self.finished > 20 and not self.paused:
+            self.paused = True
+            return super().wait(workers, 0.0) or self.sleep()
+        return super().wait(workers, seconds)
+
+    def sleep(self):
+        self.now += 3600.0
+        return []
+
+
+def test_a_pause_of_the_driver_is_no_slowness_of_its_workers():
+    """Guards: workers killed after Ctrl-Z and `fg`, or a timeout that has become 20 hours."""
+    launcher = PausedLauncher(3)
+    driver = Driver(launcher, Patience())
+    found = list(driver.generate(RUN, requests(100)))
+    assert launcher.paused
+    assert len(found) == 100
+    assert driver.longest_gap < 60
+    assert not any(member.all_failures for member in driver.members)
+
+
 def test_rounds_that_stop_are_a_hang():
     """Guards: a worker that never ends, because its completions take long anyway."""
     behaviour = Behaviour(

@@ -34,7 +34,7 @@ MESSAGES = [
     Submit(7, ()),
     Ready(32, 6, (0, 3), ("mixture",), (), True, {"device": "cpu"}),
     Started(7, 1),
-    Progress(12),
+    Progress(7, 12),
     Broken("it raised E: \ud800", "ModelError"),
 ]
 
@@ -79,12 +79,12 @@ def test_half_a_message_waits_for_the_rest():
     """Guards: a driver that waits for a worker which hangs in the middle of a message."""
     ours, theirs = socket.socketpair()
     end = DriverEnd(ours)
-    data = encode(Progress(3))
+    data = encode(Progress(7, 3))
     framed = len(data).to_bytes(8, "little") + data
     theirs.sendall(framed[:11])
     assert list(end.receive()) == []
     theirs.sendall(framed[11:] + framed)
-    assert list(end.receive()) == [Progress(3), Progress(3)]
+    assert list(end.receive()) == [Progress(7, 3), Progress(7, 3)]
     assert not end.is_closed
     theirs.close()
     assert list(end.receive()) == []

@@ -9,6 +9,7 @@ import socket
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,16 @@ pytestmark = [
 ONE_CPU = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
 
 
+def patient(start):
+    """Start a machine; a second time where Ray gives up, which it does after 30 s."""
+    try:
+        return start()
+    except Exception as error:
+        if "timed out" not in str(error):
+            raise
+    return start()
+
+
 @pytest.fixture(scope="module")
 def machines():
     """A Ray cluster of one machine with one CPU, to which others can be added."""
@@ -46,13 +57,16 @@ def machines():
         from ray.cluster_utils import Cluster as Machines
 
         folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets must be short
+        known = Path("/tmp/ray/ray_current_cluster")  # written, but its folder is not made
+        known.parent.mkdir(exist_ok=True)
         head = {**ONE_CPU, "include_dashboard": False, "temp_dir": folder}
-        made = Machines(initialize_head=True, head_node_args=head)
+        made = patient(lambda: Machines(initialize_head=True, head_node_args=head))
         connection = Cluster(made.address)
         yield made
         connection.close()
         made.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+        known.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +92,7 @@ def open_on(machines, vocabulary, tmp_path_factory):
 @pytest.fixture
 def second(machines):
     """A second machine, for the time of a test."""
-    node = machines.add_node(**ONE_CPU)
+    node = patient(lambda: machines.add_node(**ONE_CPU))
     yield node
     if node in machines.worker_nodes:
         machines.remove_node(node)
@@ -104,7 +118,7 @@ class TestFleetOfRayActors(EngineConformance):
     @pytest.fixture(scope="class")
     @classmethod
     def harness(cls, machines, open_on):
-        node = machines.add_node(**ONE_CPU)
+        node = patient(lambda: machines.add_node(**ONE_CPU))
         tables = ToyEngine.random(MixtureConfig(), context_length=CONTEXT).tables
         with open_on(workers=2) as fleet:
             fleet.driver.open(ready=2)
@@ -136,7 +150,7 @@ def test_machines_that_are_lost_and_that_join(machines, second, open_on):
         )
         for action in (
             lambda: machines.remove_node(second, allow_graceful=False),
-            lambda: [machines.add_node(**ONE_CPU) for _ in range(2)],
+            lambda: [patient(lambda: machines.add_node(**ONE_CPU)) for _ in range(2)],
             lambda: None,
         ):
             start = len(asked)
@@ -204,7 +218,7 @@ def test_a_model_that_a_machine_does_not_have(launch, tmp_path):
 def test_a_machine_lost_at_a_random_moment(machines, open_on, seed):
     """Five runs: 0 lost, 0 repeated, equal to one engine."""
     rng = random.Random(seed)
-    node = machines.add_node(**ONE_CPU)
+    node = patient(lambda: machines.add_node(**ONE_CPU))
     requests = [Request(f"prompt {i}", 0, seed, (1, 2), (3,), 50) for i in range(600)]
     lost_at, done = rng.randrange(1, 500), []
     with open_on(workers=2) as fleet:

@@ -113,6 +113,7 @@ ATTRIBUTES = {
         "kv_cache_config"
     ),
     V2: "block_tables attn_groups model_config vllm_config device kv_cache_config",
+    "vllm.config:ModelConfig": "original_max_model_len",
     "vllm.v1.kv_cache_interface:SlidingWindowSpec": (
         "sliding_window block_size page_size_padded extra_retained_tokens"
     ),

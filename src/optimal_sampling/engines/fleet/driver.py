@@ -204,8 +204,10 @@ class Driver:
         self._start_due()
         alive = [each.worker for each in self.members if each.state in ("starting", "ready")]
         before = self.launcher.clock()
-        news = self.launcher.wait(alive, self._seconds_until_due(before))
-        self._waited += self.launcher.clock() - before
+        asked = self._seconds_until_due(before)
+        news = self.launcher.wait(alive, asked)
+        # A paused driver (Ctrl-Z) returns late, and its workers were not slow meanwhile.
+        self._waited += min(self.launcher.clock() - before, asked + _TICK)
         for worker in news:
             self._hear(self._of[worker])
         if self._waited - self._ticked >= _TICK:
@@ -252,12 +254,12 @@ class Driver:
             member.state, member.facts = "ready", event
             member.heard_at = self._waited
             self._begin_on(member)
+        elif self._run is None or event.run != self._run.number:  # type: ignore[union-attr]
+            return
         elif isinstance(event, Progress):
             if event.rounds > member.rounds:
                 self._note_progress(member)
             member.rounds = event.rounds
-        elif self._run is None or event.run != self._run.number:  # type: ignore[union-attr]
-            return
         elif isinstance(event, Started):
             member.running.add(event.number)
             if not member.counts_rounds and self._knows_timeout:

@@ -102,6 +102,7 @@ class Started:
 class Progress:
     """A sign of life."""
 
+    run: int
     rounds: int
     """Rounds of the engine in this run so far."""
 

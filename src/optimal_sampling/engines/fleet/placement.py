@@ -11,7 +11,14 @@ import psutil
 from optimal_sampling.config import EngineOptions, FleetConfig, ModelConfig
 from optimal_sampling.errors import ConfigError
 
-__all__ = ["Place", "places", "visible_gpus"]
+__all__ = [
+    "CPU_THREADS",
+    "Place",
+    "places",
+    "refuse_one_gpu",
+    "threads",
+    "visible_gpus",
+]
 
 CPU_THREADS = 4  # of a worker on a CPU, where `auto` chooses
 

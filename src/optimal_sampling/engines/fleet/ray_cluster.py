@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from optimal_sampling.errors import ConfigError, MissingDependencyError
+from optimal_sampling.errors import ConfigError, EngineError, MissingDependencyError
 
 __all__ = ["Cluster", "ray_module"]
 
@@ -82,7 +82,7 @@ class Cluster:
         """`address`: `local`, `auto`, or HOST:PORT. `cpus`: of a local cluster.
 
         A connection that the process has already is used, and left open. Raises ConfigError,
-        MissingDependencyError.
+        EngineError, MissingDependencyError.
         """
         self._cleaner: subprocess.Popen[str] | None = None
         if address == "local":
@@ -91,33 +91,42 @@ class Cluster:
         self._is_ours = not self.ray.is_initialized()
         if not self._is_ours:
             return
-        if address == "local":
-            self._start_local(cpus)
-        else:
-            _probe(address, answer_seconds)
-            self._connect(address)
+        try:
+            if address == "local":
+                self._start_local(cpus)
+            else:
+                _probe(address, answer_seconds)
+                self._connect(address)
+        except BaseException:
+            self.close()
+            raise
         # Pages of a node's log, printed over the progress when a node dies; the driver says it too.
         self.ray._private.worker._worker_logs_enabled = False
 
     def _connect(self, address: str, **arguments: Any) -> None:
-        with _own_signals():
-            self.ray.init(address, log_to_driver=False, configure_logging=False, **arguments)
+        try:
+            with _own_signals():
+                self.ray.init(address, log_to_driver=False, configure_logging=False, **arguments)
+        except Exception as error:  # Ray raises any kind, such as Exception after 30 s of load
+            reason = str(error).strip() or type(error).__name__
+            raise EngineError(f"Ray could not be used at {address!r}: {reason}") from error
 
     def _start_local(self, cpus: int | None) -> None:
         folder = _session_folder()
         self._cleaner = _cleaner(folder)
-        before = {each.pid for each in psutil.Process().children(recursive=True)}
-        self._connect(
-            "local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=_STORE_BYTES,
-            _temp_dir=folder,
-        )
-        after = {each.pid for each in psutil.Process().children(recursive=True)}
-        assert self._cleaner.stdin is not None
-        self._cleaner.stdin.write("".join(f"{pid}\n" for pid in after - before))
-        self._cleaner.stdin.flush()
+        before, written = _descendants(), self._cleaner.stdin
+        assert written is not None
+        try:
+            self._connect(
+                "local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=_STORE_BYTES,
+                _temp_dir=folder,
+            )
+        finally:
+            written.write("".join(f"{pid}\n" for pid in _descendants() - before))
+            written.flush()
 
     def resources(self) -> dict[str, float]:
         """What all nodes that are alive have, by Ray's names."""
@@ -145,6 +154,11 @@ def _prepare_local() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # without a token, Ray writes one to the home
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _descendants() -> set[int]:
+    """Numbers of the processes that this one has started, and that those have."""
+    return {each.pid for each in psutil.Process().children(recursive=True)}
 
 
 def _session_folder() -> str:

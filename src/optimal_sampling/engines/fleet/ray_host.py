@@ -57,7 +57,7 @@ class Host:
         """Where this is, and the versions of this package and of Python."""
         return self._place.device, __version__, platform.python_version()
 
-    def start(self, setup: bytes) -> None:
+    def start(self, setup: bytes) -> bool:
         """Start the process, as soon as this machine has room for another that loads."""
         self._slot = _loading_slot()
         message = decode(setup)
@@ -69,6 +69,7 @@ class Host:
         self._worker.start()
         os.unlink(name)  # it is read while it is open, and leaves nothing behind
         self._started.set()
+        return True
 
     def order(self, messages: list[bytes]) -> None:
         """Hand orders to the process, without waiting for it."""

@@ -38,7 +38,7 @@ from optimal_sampling.types import Request
 __all__ = ["Need", "RayLauncher", "ray_launcher"]
 
 _POLL_SECONDS = 10.0  # for which a machine holds back an answer that has nothing in it
-_STOP_SECONDS = 5.0  # for a machine to end a worker before Ray does
+_STOP_SECONDS = 2.0  # for a machine to end a worker before Ray does
 _PLACE_SECONDS = 600.0  # for the cluster to have room for the first worker
 _SAY_SECONDS = 5.0  # without room before it is said
 _GROUPS = {"orders": 1, "events": 1}
@@ -75,7 +75,9 @@ class RayWorker(Worker):
         self._launcher = launcher
         self._ray = launcher.cluster.ray
         self._host: Any = None
+        # references to results of calls, which are still to come
         self._facts: Any = None
+        self._started: Any = None
         self._answer: Any = None
         self._broken: Broken | None = None
         self._death = ""
@@ -87,8 +89,9 @@ class RayWorker(Worker):
 
     @property
     def awaited(self) -> list[Any]:
-        """What Ray will answer: references to the results of calls."""
-        return [each for each in (self._facts, self._answer) if each is not None]
+        """References to what Ray will answer."""
+        calls = (self._facts, self._started, self._answer)
+        return [each for each in calls if each is not None]
 
     def start(self) -> None:
         """As in `Worker`."""
@@ -98,7 +101,7 @@ class RayWorker(Worker):
         actor = self._launcher.actor.options(num_cpus=need.cpus, num_gpus=need.gpus)
         self._host = actor.remote(index, need.cpus, need.gpus)
         self._facts = self._host.facts.remote()
-        self._host.start.remote(encode(self._launcher.setup))
+        self._started = self._host.start.remote(encode(self._launcher.setup))
         self._poll()
 
     def begin(self, run: Run) -> None:
@@ -113,6 +116,7 @@ class RayWorker(Worker):
         """As in `Worker`."""
         if self._broken is None and not self._death:
             self._look_at_facts()
+            self._started = None if self._result(self._started) else self._started
         if self._broken is not None:
             return [self._broken]
         return [] if self._death else [*self._events()]
@@ -129,7 +133,7 @@ class RayWorker(Worker):
         """As in `Worker`."""
         host, self._host = self._host, None
         placed = host is not None and not self.is_waiting and not self._death
-        self._facts = self._answer = None
+        self._facts = self._started = self._answer = None
         if placed:
             self._ray.wait([host.stop.remote()], timeout=_STOP_SECONDS)
         if host is not None:
@@ -190,12 +194,13 @@ class RayWorker(Worker):
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
-            self._facts = self._answer = None
+            self._facts = self._started = self._answer = None
             self._lose(error)
             return None
 
     def _lose(self, error: Exception) -> None:
-        text = str(error)
+        reason = getattr(error, "cause", None)  # what a call raised, where it was that
+        text = f"{type(reason).__name__}: {reason}" if reason else str(error)
         if "No module named 'optimal_sampling" in text or "has no attribute 'Host'" in text:
             self._broken = Broken(
                 "a machine of the cluster does not have this version of optimal-sampling: install "

@@ -20,6 +20,7 @@ from optimal_sampling.engines.fleet.messages import (
     Event,
     Finished,
     Order,
+    Progress,
     Ready,
     Run,
     Setup,
@@ -51,13 +52,16 @@ class EngineServer:
         self._in_flight: dict[Key, list[int]] = {}
         """Numbers of the requests that the engine has; equal requests have one key."""
         self._engine: Engine | None = None
-        self._view: Engine | None = None
+        self._served: tuple[int, Engine | None] = (0, None)
+        """The run that is served, and its view of the engine; read from another thread."""
         self._kv_gib: float | None = None
 
     @property
-    def rounds(self) -> int | None:
-        """Rounds of the engine so far, a sign of progress; None where it counts none."""
-        return self._view.rounds if self._view is not None else None
+    def progress(self) -> Progress | None:
+        """How far the engine is in its run; None where it counts no rounds."""
+        run, view = self._served
+        rounds = view.rounds if view is not None else None
+        return None if rounds is None else Progress(run, rounds)
 
     def deliver(self, order: Order) -> None:
         """Take an order, from any thread."""
@@ -89,9 +93,10 @@ class EngineServer:
         run: Run | None = None
         while True:
             run = self._run_after(run)
-            self._view = self._view_for(run)
+            view = self._view_for(run)
+            self._served = run.number, view
             while self._run is run:
-                self._serve_stream(run, self._view)
+                self._serve_stream(run, view)
 
     def _run_after(self, before: Run | None) -> Run:
         while self._run is None or self._run is before:

