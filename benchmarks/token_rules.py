@@ -7,8 +7,7 @@ The rules choose the student's next token, and the teacher's law is carried over
 - shared strings: a token that both vocabularies have keeps its probability, all others have none;
 - first sub-token: every token has the probability of the first of the teacher's tokens for it.
 
-Each step the teacher reads the text as its own tokenizer splits it. Stock models without caches:
-for small ones.
+Each step the teacher reads the text as its own tokenizer splits it.
 """
 
 from __future__ import annotations
@@ -16,20 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from optimal_sampling import load
 from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, PromptConfig
 from optimal_sampling.distribution import gumbel, keys_tensor, step
-from optimal_sampling.engines.local.loading import load_model
+from optimal_sampling.engines.bytes.engine import ByteEngine
+from optimal_sampling.engines.bytes.run import ByteLoop
 from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.toy_pair.problems import is_correct, synthetic_rows
 from optimal_sampling.types import Mode, Request, prompt_id
-from optimal_sampling.vocabulary import Vocabulary, continued_ids, resolve_model
+from optimal_sampling.vocabulary import Vocabulary, continued_ids
 
 NONE = -1
-CHUNK = 128  # texts that go through a model together
+ROWS = 64  # texts that are drawn together
 
 
 def requests_of(vocabulary: Vocabulary, count: int, tokens: int) -> list[Request]:
@@ -70,58 +71,65 @@ def first_token(vocabulary: Vocabulary, word: bytes) -> int:
     return ids[0] if ids else table.of_id.index(word[:1])
 
 
-@torch.inference_mode()
-def last_logits(model: torch.nn.Module, texts: list[list[int]]) -> Tensor:
-    """Logits after each text, which are padded on the right."""
-    found = []
-    for first in range(0, len(texts), CHUNK):
-        part = texts[first : first + CHUNK]
-        ids = torch.zeros(len(part), max(map(len, part)), dtype=torch.long)
-        for row, text in enumerate(part):
-            ids[row, : len(text)] = torch.tensor(text)
-        logits = model(input_ids=ids).logits
-        found.append(logits[torch.arange(len(part)), [len(text) - 1 for text in part]])
-    return torch.cat(found).float()
+def evaluate(
+    loop: ByteLoop, role: str, prompts: list[tuple[int, ...]], contexts: dict[int, tuple[int, ...]]
+) -> Tensor:
+    """Logits after the contexts; the rows' caches keep what they share with the last ones."""
+    lengths = [len(prompt) + len(contexts.get(row, ())) for row, prompt in enumerate(prompts)]
+    loop.make_room(np.array([lengths, lengths]).T, 1)
+    found: dict[int, Tensor] = {}
+    while len(found) < len(contexts):
+        left = {row: context for row, context in contexts.items() if row not in found}
+        found |= loop.models[role].contexts.evaluate(left)
+    return torch.stack([found[row] for row in contexts]).float()
 
 
-def by_rule(rule: str, vocabulary: Vocabulary, requests: list[Request], models: dict) -> list[str]:
-    """Texts drawn token by token."""
+def by_rule(rule: str, engine: ByteEngine, requests: list[Request]) -> list[str]:
+    """Texts drawn token by token, in groups of ROWS."""
+    groups = [requests[first : first + ROWS] for first in range(0, len(requests), ROWS)]
+    return [text for group in groups for text in group_by_rule(rule, engine, group)]
+
+
+def group_by_rule(rule: str, engine: ByteEngine, requests: list[Request]) -> list[str]:
+    """Texts that are drawn together."""
+    vocabulary, loop = engine.vocabulary, engine.open_loop()
     columns = columns_of(vocabulary, rule)
     student = vocabulary.bytes_by_role["student"]
-    outputs: dict[int, list[int]] = {row: [] for row in range(len(requests))}
-    going = list(outputs)
+    prompts = {role: [r.prompt_ids(role) for r in requests] for role in engine.roles}
+    for role, model in loop.models.items():
+        for row, prompt in enumerate(prompts[role]):
+            model.contexts.place(row, prompt)
+    outputs: dict[int, tuple[int, ...]] = dict.fromkeys(range(len(requests)), ())
+    going = dict(outputs)
     for position in range(requests[0].max_new_tokens):
-        prompts = [requests[row] for row in going]
-        own = [
-            [*r.student_prompt_ids, *outputs[row]] for r, row in zip(prompts, going, strict=True)
-        ]
-        other = [
-            [*r.teacher_prompt_ids, *teacher_ids(vocabulary, student.join(outputs[row]))]
-            for r, row in zip(prompts, going, strict=True)
-        ]
-        student_logits = last_logits(models["student"], own)[:, : student.size]
-        teacher_logits = last_logits(models["teacher"], other)[:, columns.clamp(min=0)]
+        written = {row: teacher_ids(vocabulary, student.join(ids)) for row, ids in going.items()}
+        student_logits = evaluate(loop, "student", prompts["student"], going)[:, : student.size]
+        teacher_logits = evaluate(loop, "teacher", prompts["teacher"], written)
+        teacher_logits = teacher_logits[:, columns.clamp(min=0)]
         teacher_logits = teacher_logits.masked_fill(columns == NONE, -torch.inf)
         places = torch.full((len(going),), position)
-        noise = gumbel(keys_tensor(r.noise_key for r in prompts), places, student.size)
+        keys = keys_tensor(requests[row].noise_key for row in going)
+        noise = gumbel(keys, places, student.size)
         drawn = step(student_logits, teacher_logits, noise, places, MixtureConfig()).token.tolist()
         for row, token in zip(going, drawn, strict=True):
-            outputs[row].append(token)
-        going = [row for row in going if outputs[row][-1] not in student.end_ids]
+            outputs[row] += (token,)
+        going = {r: ids for r, ids in outputs.items() if not student.end_ids & {*ids[-1:]}}
         if not going:
             break
+    loop.close()
     return [student.join(ids).decode(errors="replace") for ids in outputs.values()]
 
 
-def teacher_ids(vocabulary: Vocabulary, text: bytes) -> list[int]:
+def teacher_ids(vocabulary: Vocabulary, text: bytes) -> tuple[int, ...]:
     """The teacher's own tokens of a text."""
     table = vocabulary.bytes_by_role["teacher"]
-    return continued_ids(vocabulary.teacher_tokenizer, table, text.decode(errors="ignore")) or []
+    ids = continued_ids(vocabulary.teacher_tokenizer, table, text.decode(errors="ignore"))
+    return tuple(ids or ())
 
 
 def by_engine(config: ModelConfig, requests: list[Request], mode: Mode) -> list[str]:
     """Texts of the engine: q* of bytes, or one model alone."""
-    with load(config, MixtureConfig(), LocalOptions(batch_size=64), mode) as engine:
+    with load(config, MixtureConfig(), LocalOptions(batch_size=ROWS), mode) as engine:
         done = {c.request.sample_index: c for c in engine.generate(requests)}
         return [
             c.byte_level.text if c.byte_level else engine.vocabulary.decode(c.token_ids)
@@ -141,14 +149,11 @@ def main() -> None:
     vocabulary = Vocabulary.load(options.student, options.teacher, granularity="byte")
     requests = requests_of(vocabulary, options.num_prompts, options.new_tokens)
     answers = [row["answer"] for row in synthetic_rows(1_000_003, options.num_prompts)]
-    models = {
-        role: load_model(resolve_model(getattr(config, role)), config, role)
-        for role in ("student", "teacher")
-    }
+    engine = load(config, MixtureConfig(), LocalOptions(batch_size=ROWS))
     modes: tuple[Mode, ...] = ("student", "teacher", "mixture")
     texts = {f"{mode}, engine": by_engine(config, requests, mode) for mode in modes}
     for rule in ("shared strings", "first sub-token"):
-        texts[rule] = by_rule(rule, vocabulary, requests, models)
+        texts[rule] = by_rule(rule, engine, requests)
     for name, drawn in texts.items():
         hits = [is_correct(text, answer) for text, answer in zip(drawn, answers, strict=True)]
         share = sum(hits) / len(hits)

@@ -238,10 +238,12 @@ def in_pytorch(
     return token, trace_of(solved, token, log_q)
 
 
-def check_mixture(setting: Setting, rows: int) -> Result:
+FREE = MixtureConfig(alpha_min=0.0)
+
+
+def check_mixture(setting: Setting, rows: int, mixture: MixtureConfig = FREE) -> Result:
     """Tokens, alpha and the rest of the trace of a step."""
     student, teacher, keys = logits_of(setting, rows)
-    mixture = MixtureConfig(alpha_min=0.0)
     found = Drawn(*launch.fused_step(student, teacher, keys, keys.position, mixture))
     token, trace = in_pytorch(student, teacher, keys, mixture)
     torch.testing.assert_close(found.trace, trace, rtol=1e-4, atol=1e-4, equal_nan=True)
@@ -334,13 +336,15 @@ CHECKS = {
     "merged_products": check_merged_products,
     "draft": check_draft,
     "mixture": check_mixture,
+    "veto": partial(check_mixture, mixture=MixtureConfig(alpha_method="veto")),
+    "veto_likeliest": partial(check_mixture, mixture=MixtureConfig(alpha_method="veto", top_k=1)),
     "top_k": check_top_k,
     "mixture_sizes": check_mixture_sizes,
     "split_attention": check_split_attention,
     "split_attention_5": partial(check_split_attention, width=5),
     "pass": check_pass,
 }
-UNRECORDED = {"mixture", "draft", "top_k"}
+UNRECORDED = {"mixture", "veto", "veto_likeliest", "draft", "top_k"}
 """Their unfused path waits for the host, so it is no CUDA graph."""
 
 

@@ -36,7 +36,7 @@ def test_launches_per_layer(name, plain):
 
 def test_kernels_on_tiny_shapes():
     """Guards: a script whose first run on a GPU dies of its own mistakes."""
-    checks = ["add_rms_norm", "rotate_with_head_norms", "silu_mul", "draft", "mixture"]
+    checks = ["add_rms_norm", "rotate_with_head_norms", "silu_mul", "draft", "mixture", "veto"]
     checks += ["top_k", "split_attention_5", "pass"]
     command = [sys.executable, str(GPU / "kernels.py"), "--tiny", "--rows", "2", "--only", *checks]
     done = subprocess.run(

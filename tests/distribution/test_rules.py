@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution import NoiseKeys, draft, gumbel, keys_tensor, step
+from optimal_sampling.distribution import NoiseKeys, draft, gumbel, keys_tensor, rules, step
 from optimal_sampling.distribution.naive import kl, log_softmax, naive_step
 from optimal_sampling.types import ALPHA_METHODS, TRACE_FIELDS
 
@@ -171,6 +171,18 @@ def test_a_student_without_the_teachers_support(method, vocab, temperature):
     assert (of["alpha"], of["fallback"], of["vetoed"]) == (1.0, 1.0, 1.0)
     assert (of["kl_student"], of["log_p_student"]) == (math.inf, -math.inf)
     assert (of["log_q"], of["kl_teacher_restricted"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["interleaved", "arithmetic"])
+def test_a_row_of_log_q_has_its_own_bits(name, dtype):
+    """Guards: functions whose vectorised loop and its scalar tail differ in the last bit."""
+    student, teacher, *_ = (x.to(dtype) for x in batch(37, 13))
+    rows = [x.log_softmax(-1) for x in (student, teacher)]
+    together, _ = rules.RULES[name](*rows, RULES[name])
+    for row in range(37):
+        alone, _ = rules.RULES[name](*(x[row : row + 1].clone() for x in rows), RULES[name])
+        assert torch.equal(alone[0], together[row])
 
 
 @pytest.mark.parametrize("mixture", RULES.values(), ids=RULES)

@@ -101,8 +101,7 @@ def _register(rule: Rule) -> Rule:
 def arithmetic(student: Wide, teacher: Wide, mixture: MixtureConfig) -> tuple[Wide, float]:
     """q = a p_teacher + (1 - a) p_student (MiniLLM's teacher-mixed sampling, arXiv 2306.08543)."""
     weight = mixture.arithmetic_weight
-    scores = torch.logaddexp(student + _log(1 - weight), teacher + _log(weight))
-    return scores, 0.0
+    return _log_add(student + _log(1 - weight), teacher + _log(weight)), 0.0
 
 
 @_register
@@ -114,7 +113,7 @@ def interleaved(student: Wide, teacher: Wide, mixture: MixtureConfig) -> tuple[W
     keep = _plausible(teacher, mixture)
     outside = _log_sum_exp(student.masked_fill(keep, MASKED_LOGIT))
     inside = student.masked_fill(~keep, MASKED_LOGIT)
-    scores = torch.logaddexp(inside, teacher + outside.to(teacher.dtype)[:, None])
+    scores = _log_add(inside, teacher + outside.to(teacher.dtype)[:, None])
     return scores, array_of(outside.exp())
 
 
@@ -128,6 +127,13 @@ def _plausible(teacher: Wide, mixture: MixtureConfig) -> Bool[Tensor, "rows voca
 
 def _log(weight: float) -> float:
     return math.log(weight) if weight > 0 else MASKED_LOGIT
+
+
+def _log_add(x: Wide, y: Wide) -> Wide:
+    """log(exp(x) + exp(y)). On a CPU NumPy's: the last bit of torch's depends on the batch."""
+    if uses_numpy(x.device):
+        return torch.from_numpy(np.logaddexp(x.numpy(), y.numpy()))
+    return torch.logaddexp(x, y)
 
 
 def _log_sum_exp(scores: Wide) -> Float[Tensor, " rows"]:

@@ -128,7 +128,11 @@ def _mean_of(column: str, meaning: str) -> Field:
 
 
 def _extreme_alpha(choose: Callable[..., float | None], meaning: str) -> Field:
-    return Field(meaning, lambda s: choose(map(_rounded, _finite(s.trace["alpha"])), default=None))
+    def take(sample: Sample) -> float | None:
+        value = choose(_finite(sample.trace["alpha"]), default=None)
+        return None if value is None else _rounded(value)
+
+    return Field(meaning, take)
 
 
 def _weighted_alpha(sample: Sample) -> float | None:

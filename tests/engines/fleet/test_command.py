@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -25,6 +26,9 @@ def test_the_script_of_older_documents(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(lines(tmp_path)) == 13
     assert "workers: 2 (2 on CPU, 1 thread)" in done.stderr
+    for name in ("worker 0", "worker 1"):
+        assert re.search(rf"^  {name}: CPU, 1 thread, \w+, \d+ in flight", done.stderr, re.M)
+    assert not list(tmp_path.glob("workers*.json"))
 
 
 @pytest.mark.timeout(120)

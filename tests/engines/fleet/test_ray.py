@@ -9,6 +9,7 @@ import socket
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,7 @@ from tests.engines.fleet.engines import CONTEXT, SmallTablesOptions
 pytest.importorskip("ray", reason="needs the extra ray")
 # ray leaves sockets and processes to the end of the interpreter
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.xdist_group("ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
@@ -56,6 +57,8 @@ def machines():
         from ray.cluster_utils import Cluster as Machines
 
         folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets must be short
+        known = Path("/tmp/ray/ray_current_cluster")  # written, but its folder is not made
+        known.parent.mkdir(exist_ok=True)
         head = {**ONE_CPU, "include_dashboard": False, "temp_dir": folder}
         made = patient(lambda: Machines(initialize_head=True, head_node_args=head))
         connection = Cluster(made.address)
@@ -63,6 +66,7 @@ def machines():
         connection.close()
         made.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+        known.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")

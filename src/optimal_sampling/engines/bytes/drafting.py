@@ -23,8 +23,8 @@ from optimal_sampling.engines.bytes.text import TokenizedText
 
 __all__ = ["ByteDrafter"]
 
-_TRIED = 256  # symbols that are drafted before drafts are judged
-_LEAST_ACCEPTED = 0.5
+_TRIED = 128  # symbols that are drafted before drafts are judged
+_LEAST_ACCEPTED = 0.6
 
 End = tuple[tuple[int, ...], int]
 """A context, and of how many of its last tokens laws are needed."""

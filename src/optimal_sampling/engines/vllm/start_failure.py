@@ -17,7 +17,7 @@ from typing import Any
 from optimal_sampling import errors
 from optimal_sampling.errors import ConfigError, EngineError, OptimalSamplingError
 
-__all__ = ["GUARD", "first_line", "reason_passed_on", "reported", "start_error"]
+__all__ = ["GUARD", "first_line", "reason_passed_on", "reported"]
 
 GUARD = "put the code that opens an engine under `if __name__ == '__main__':`"
 
