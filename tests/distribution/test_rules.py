@@ -217,3 +217,15 @@ def test_supports_intersect():
     assert kept(teacher_support_min_p=0.2, teacher_support_top_k=3) == 3
     assert kept(alpha_method="veto", veto_min_p=0.5, teacher_support_min_p=0.2) == 2
     assert kept(alpha_method="veto", veto_min_p=0.2, teacher_support_top_k=3) == 3
+
+
+@pytest.mark.parametrize("vocab", [40, 5000])
+def test_a_support_has_the_precision_of_the_logits(vocab):
+    """Guards: a share of the largest that is rounded to the digits of logits far from 0."""
+    student, _, noise, position = batch(1, vocab)
+    grain = 2.0**-11  # of float32 near 5000
+    teacher = torch.full((1, vocab), -5100.0)
+    teacher[0, :3] = -5000 - grain * torch.tensor([0.0, 200.0, 201.0])
+    mixture = MixtureConfig(alpha_method="veto", veto_min_p=math.exp(-200.6 * grain))
+    kept = step(student, teacher, noise, position, mixture, keep_log_q=True).log_q[0].isfinite()
+    assert kept.nonzero().flatten().tolist() == [0, 1]

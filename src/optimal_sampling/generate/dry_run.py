@@ -183,7 +183,8 @@ def dry_run(config: GenerateConfig, shown: int = 3) -> DryRun:
     if not config.stages:
         notes = input_notes(config, vocabulary, renderer, dataset)
         return _counted(DryRun(config, vocabulary, notes), renderer, dataset, shown)
-    can_grade = grading_source(config, dataset, vocabulary).can_grade
+    source = grading_source(config, dataset, vocabulary)
+    assert source is not None, "GenerateConfig checks it"
     reports = []
     for number, stage in enumerate(config.stages):
         alone = stage_config(config, stage)
@@ -194,7 +195,7 @@ def dry_run(config: GenerateConfig, shown: int = 3) -> DryRun:
         title = f"stage {stage.name}, where every prompt takes all its tries: {text}"
         report = DryRun(replace(alone, data=tries), vocabulary, notes, title)
         is_new = number == 0 or alone.prompt != config.prompt
-        reports.append(_counted(report, own, dataset, shown if is_new else 0, can_grade))
+        reports.append(_counted(report, own, dataset, shown if is_new else 0, source.can_grade))
     first, *first.stages = reports
     if first.ungradable and not first.lengths["student"]:
         raise nothing_to_grade(dataset)
