@@ -155,14 +155,17 @@ def test_drafts_are_within_the_runs_own_truncation(truncation, vocab):
     assert torch.equal(draft(student, keys, mixture), drafted)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("vocab", [5, 5000])
 @pytest.mark.parametrize("method", ALPHA_METHODS)
-def test_a_student_without_the_teachers_support(method, vocab):
+def test_a_student_without_the_teachers_support(method, vocab, temperature):
     """Guards: NaN, or a token of probability 0, where the student has nothing that is plausible."""
     student, teacher, noise, position = batch(2, vocab)
     teacher[:, 1] = 50.0
     student[0, 1] = -math.inf
-    mixture = MixtureConfig(alpha_method=method, teacher_support_min_p=0.9)
+    mixture = MixtureConfig(
+        alpha_method=method, teacher_support_min_p=0.9, temperature=temperature
+    )
     drawn = step(student, teacher, noise, position, mixture)
     of = {name: x[0].item() for name, x in columns(drawn).items()}
     assert drawn.token.tolist() == [1, 1]

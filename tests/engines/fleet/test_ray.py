@@ -31,7 +31,7 @@ from tests.engines.fleet.engines import CONTEXT, SmallTablesOptions
 pytest.importorskip("ray", reason="needs the extra ray")
 # ray leaves sockets and processes to the end of the interpreter
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.xdist_group("ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
