@@ -163,9 +163,7 @@ def test_a_student_without_the_teachers_support(method, vocab, temperature):
     student, teacher, noise, position = batch(2, vocab)
     teacher[:, 1] = 50.0
     student[0, 1] = -math.inf
-    mixture = MixtureConfig(
-        alpha_method=method, teacher_support_min_p=0.9, temperature=temperature
-    )
+    mixture = MixtureConfig(alpha_method=method, teacher_support_min_p=0.9, temperature=temperature)
     drawn = step(student, teacher, noise, position, mixture)
     of = {name: x[0].item() for name, x in columns(drawn).items()}
     assert drawn.token.tolist() == [1, 1]
