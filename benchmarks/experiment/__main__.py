@@ -28,7 +28,7 @@ class Options:
 
     command: tyro.conf.Positional[Literal["run", "tune", "report", "compare"]]
     """`run`: units that are owed; `tune`: the learning rate; `report`: tables and figure;
-    `compare`: whether this folder's accuracies lie within the intervals of --with."""
+    `compare`: whether this folder's accuracies lie within the intervals of --against."""
     output: str = "outputs/experiment"
     """Folder of results. A second call goes on where the first one ended."""
     plan: str = str(DEFAULT_PLAN)
@@ -98,10 +98,10 @@ def _plan(options: Options) -> Plan:
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part]
-    except ValueError:
-        raise ConfigError(f"--seeds must be whole numbers with commas, got {text!r}") from None
+    parts = [part for part in text.split(",") if part]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ConfigError(f"--seeds must be whole numbers from 0 with commas, got {text!r}")
+    return [int(part) for part in parts]
 
 
 def _workers(options: Options) -> int:

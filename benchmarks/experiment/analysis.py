@@ -159,7 +159,10 @@ class Results:
         return fmean(values) if values else None
 
     def judgements(self) -> list[Judgement]:
-        """The criteria of the plan for each candidate that has all its comparisons."""
+        """The criteria of the plan for each candidate that has all its comparisons.
+
+        Each is of all main seeds at least: the interval of fewer is another one.
+        """
         return [each for arm in self.plan.criteria["candidates"] if (each := self._judge(arm))]
 
     def _judge(self, name: str) -> Judgement | None:
@@ -167,8 +170,9 @@ class Results:
         found = {}
         for pair in self.plan.pairs:
             for other in (criteria["default"], criteria["teacher"][arm.sharpness]):
+                seeds = self.of(pair, name).keys() & self.of(pair, other).keys()
                 each = self.difference(pair, name, other, criteria["metric"])
-                if each is None:
+                if each is None or not seeds >= {*self.plan.seeds["main"]}:
                     return None
                 found[pair, other] = each
         return Judgement(name, found)

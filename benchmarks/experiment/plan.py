@@ -7,17 +7,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from optimal_sampling.config import MixtureConfig, PromptConfig
+from optimal_sampling.config import Checked, MixtureConfig, PromptConfig
 from optimal_sampling.errors import ConfigError, RunFolderError, did_you_mean
 from optimal_sampling.generate.recipes import RECIPES, Recipe
 from optimal_sampling.records.store import read_json, write_atomically
 
 __all__ = [
     "DEFAULT_PLAN",
+    "METRICS",
     "SHARPNESS",
     "Arm",
     "Pair",
@@ -37,6 +39,15 @@ SHARPNESS: dict[str, dict[str, float]] = {
     "greedy": {"top_k": 1},
 }
 """How the text is drawn: options of the mixture, which hold in every mode."""
+
+METRICS = {"sampled": "T = 1", "greedy": "greedy"}
+"""Accuracies after training, and what they are called."""
+
+MOST_COUNTED = 35
+"""Most samples of a problem, and tries."""
+
+_SECTIONS = ("problems", "text", "sft", "tuning", "evaluation", "seeds", "criteria")
+_OPTIONAL = ("learning_rate", "trials")  # what `tune` finds
 
 Kind = TypeVar("Kind")
 
@@ -178,7 +189,7 @@ def load_plan(path: Path = DEFAULT_PLAN) -> Plan:
     """The plan of a YAML file. Raises ConfigError."""
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the plan {path}: {error}") from error
     return _plan_of(content, f"plan {path}")
 
@@ -192,18 +203,22 @@ def plan_of_folder(output: Path) -> tuple[Plan, str | None]:
     return _plan_of(found["plan"], str(path)), found["dataset"]
 
 
-def _plan_of(content: Mapping[str, Any], where: str) -> Plan:
+def _plan_of(content: Any, where: str) -> Plan:
+    content = _mapping(content, where)
     arms = {
-        name: _built(Arm, {"name": name, **values}, f"arm {name}")
-        for name, values in content.get("arms", {}).items()
+        name: _built(Arm, {"name": name, **_mapping(values, f"arm {name}")}, f"arm {name}")
+        for name, values in _mapping(content.get("arms", {}), f"{where}, arms").items()
     }
     pairs = {
-        name: _built(Pair, {"name": name, **values}, f"pair {name}")
-        for name, values in content.get("pairs", {}).items()
+        name: _built(Pair, {"name": name, **_mapping(values, f"pair {name}")}, f"pair {name}")
+        for name, values in _mapping(content.get("pairs", {}), f"{where}, pairs").items()
     }
     # the same content as read again from a folder of results, whose keys are texts
     plain = json.loads(json.dumps(content))
     plan = _built(Plan, {**content, "arms": arms, "pairs": pairs, "content": plain}, where)
+    shipped = yaml.safe_load(DEFAULT_PLAN.read_text("utf-8"))
+    for name in _SECTIONS:
+        _check_like(content[name], shipped[name], f"{where}, {name}")
     _check(plan)
     return plan
 
@@ -217,11 +232,23 @@ def _check(plan: Plan) -> None:
             )
         if arm.recipe not in (None, *RECIPES):
             raise ConfigError(f"arm {arm.name}: no recipe {arm.recipe!r}; {', '.join(RECIPES)}")
+        _check_count(arm.tries, f"arm {arm.name}: tries")
+        _check_count(arm.rounds, f"arm {arm.name}: rounds")
         _built(MixtureConfig, arm.mixture_options, f"arm {arm.name}, mixture")
         _built(PromptConfig, arm.prompt, f"arm {arm.name}, prompt")
     if plan.text["grader"] not in ("math", "synthetic"):
         raise ConfigError(f"text.grader must be math or synthetic, got {plan.text['grader']!r}")
+    for name in ("samples", "base_samples", "diversity_samples"):
+        _check_count(plan.evaluation[name], f"evaluation.{name}")
     criteria = plan.criteria
+    if criteria["metric"] not in METRICS:
+        raise ConfigError(f"criteria.metric must be one of {', '.join(METRICS)}")
+    for name in criteria["candidates"]:
+        if plan.arm(name).sharpness not in criteria["teacher"]:
+            raise ConfigError(
+                f"criteria.teacher names no arm for the candidate {name}, which is drawn at "
+                f"{plan.arm(name).sharpness!r}"
+            )
     named = [criteria["default"], *criteria["teacher"].values(), *criteria["candidates"]]
     for name in [*named, *plan.tuning["arms"]]:
         plan.arm(name)
@@ -240,7 +267,61 @@ def _built(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
     ]
     if missing := [name for name in needed if name not in values]:
         raise ConfigError(f"{where}: {', '.join(missing)} is missing")
+    if not issubclass(kind, Checked):
+        hints = get_type_hints(kind)
+        for name, value in values.items():
+            if not _fits(value, hints[name]):
+                wanted = str(hints[name]).removeprefix("typing.")
+                raise ConfigError(f"{where}: {name} must be {wanted}, got {value!r}")
     return kind(**values)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a type, as far as the classes of this file need it."""
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        return value in get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _mapping(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} must be a mapping, as in {DEFAULT_PLAN.name}; got {value!r}")
+    return value
+
+
+def _check_count(value: int, where: str) -> None:
+    """Results keep counts as one character each."""
+    if not 1 <= value <= MOST_COUNTED:
+        raise ConfigError(f"{where} must lie in [1, {MOST_COUNTED}], got {value}")
+
+
+def _check_like(found: object, shipped: object, where: str) -> None:
+    """ConfigError where a section has other names or other types than that of the shipped plan."""
+    if isinstance(shipped, Mapping):
+        values = _mapping(found, where)
+        if where.endswith("criteria.teacher"):
+            return  # by sharpness, of which a plan need not have all
+        for name in values:
+            if name not in shipped:
+                raise ConfigError(f"{where}: unknown name {name!r}{did_you_mean(name, shipped)}")
+        for name, each in shipped.items():
+            if name not in values and name not in _OPTIONAL:
+                raise ConfigError(f"{where}: {name} is missing")
+            if values.get(name) is not None or name not in _OPTIONAL:
+                _check_like(values[name], each, f"{where}.{name}")
+        return
+    kind = type(shipped)
+    if not _fits(found, kind):
+        # YAML takes 1e-3 for a text
+        wanted = {int: "a whole number", float: "a number, such as 0.5 or 1.0e-3"}
+        raise ConfigError(
+            f"{where} must be {wanted.get(kind, f'a {kind.__name__}')}, got {found!r}"
+        )
 
 
 def given_pair(plan: Plan, teacher: str, student: str) -> Plan:

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.experiment import text
 from benchmarks.experiment.analysis import BINS, Results, decoded, encoded
 from benchmarks.experiment.figure import Mark, Panel, svg
-from benchmarks.experiment.plan import SHARPNESS, Arm, plan_of_folder
+from benchmarks.experiment.plan import METRICS, SHARPNESS, Arm, plan_of_folder
 from benchmarks.experiment.streams import Streams
 
 from optimal_sampling.errors import DatasetError
@@ -20,7 +20,6 @@ from optimal_sampling.records.store import read_json, write_atomically
 __all__ = ["collect", "compare", "markdown", "write"]
 
 MODELS = ("student", "teacher")
-_METRICS = {"sampled": "T = 1", "greedy": "greedy"}
 
 
 def collect(output: Path) -> Results:
@@ -69,7 +68,15 @@ def compare(output: Path, against: Path) -> int:
     1 where one does not. Raises DatasetError without a common arm.
     """
     new = collect(output)
-    old = Results(new.plan, read_json(against))
+    data = read_json(against)
+    if not {"plan", "units"} <= {*data}:
+        raise DatasetError(f"{against} is not the data of a report; `report` writes such a file")
+    if data["plan"] != new.plan.digest:
+        print(
+            f"note: {against} was measured with another plan ({data['plan']}, here "
+            f"{new.plan.digest}): a difference may be one of settings"
+        )
+    old = Results(new.plan, data)
     lines = list(_compared(new, old))
     if not lines:
         raise DatasetError(f"{output} and {against} have no trained arm in common")
@@ -83,7 +90,7 @@ def _compared(new: Results, old: Results) -> Iterator[tuple[str, bool]]:
         for arm in new.arms(pair):
             if arm.mode == "none" or not old.of(pair, arm.name):
                 continue
-            for metric, title in _METRICS.items():
+            for metric, title in METRICS.items():
                 seeds = ", ".join(map(str, new.of(pair, arm.name)))
                 value = new.accuracy(pair, arm.name, metric).value
                 before = old.accuracy(pair, arm.name, metric)
@@ -106,14 +113,14 @@ def figure(results: Results) -> str:
             [
                 Mark(
                     _name(arm),
-                    [results.accuracy(pair.name, arm.name, metric) for metric in _METRICS],
+                    [results.accuracy(pair.name, arm.name, metric) for metric in METRICS],
                 )
                 for arm in arms
             ],
         )
         for pair in pairs
     ]
-    return svg(panels, [f"accuracy, {title}" for title in _METRICS.values()])
+    return svg(panels, [f"accuracy, {title}" for title in METRICS.values()])
 
 
 def _is_everywhere(results: Results, arm: Arm) -> bool:
@@ -163,6 +170,10 @@ def _verdict(results: Results) -> str:
         for pair, other in first
     ]
     table = _table(["text", *titles, "confirmed"], rows)
+    judged = {each.arm for each in judgements}
+    left = [_name(plan.arms[name]) for name in plan.criteria["candidates"] if name not in judged]
+    if left:
+        table += f"\nNot judged, as results are missing: {', '.join(left)}.\n"
     return f"{text.verdict(results, [_name(plan.arms[name]) for name in confirmed])}\n{table}"
 
 
@@ -178,7 +189,7 @@ def _accuracies(results: Results, pair: str) -> str:
         ]
         cells.append(_number(results.mean(pair, arm.name, "tokens"), "{:,.0f}"))
         cells.append(_number(_nll(results, pair, arm), "{:.3f}") if drawn or units else "")
-        for metric in _METRICS:
+        for metric in METRICS:
             by_seed = [
                 f"{100 * each:.1f}" for each in results.matrix(pair, arm.name, metric).mean(1)
             ]
@@ -225,7 +236,7 @@ def _differences(results: Results, pair: str) -> str:
             continue
         cells = []
         for other in others:
-            for metric in _METRICS:
+            for metric in METRICS:
                 same = other in (None, arm.name)
                 each = None if same else results.difference(pair, arm.name, other, metric)
                 cells.append("" if each is None else _signed(each))
@@ -233,7 +244,7 @@ def _differences(results: Results, pair: str) -> str:
     titles = [
         f"{metric}, to {other}"
         for other in ("the default", "the teacher")
-        for metric in _METRICS.values()
+        for metric in METRICS.values()
     ]
     return f"**{results.plan.pairs[pair].title}**\n\n{_table(['text', *titles], rows)}"
 
@@ -244,7 +255,7 @@ def _grid_of_sharpness(results: Results, pair: str) -> str:
     for arm in results.arms(pair):
         plain = arm.sharpness and not arm.prompt and arm.rounds == 1 and arm.token_share == 1
         if plain:
-            values = [results.accuracy(pair, arm.name, metric).value for metric in _METRICS]
+            values = [results.accuracy(pair, arm.name, metric).value for metric in METRICS]
             cell = " / ".join(f"{100 * value:.1f}" for value in values)
             found.setdefault(arm.title, {})[arm.sharpness] = cell
     rows = [

@@ -16,7 +16,8 @@ __all__ = [
 ]
 
 NOT_JUDGED = """\
-The criteria of the plan cannot be applied yet: their arms have no results on every pair.
+The criteria of the plan cannot be applied yet: their arms do not have the results of all main
+seeds on every pair.
 """
 
 DIFFERENCES = """\

@@ -21,7 +21,7 @@ from benchmarks.experiment.plan import Plan, Unit
 from benchmarks.experiment.tuning import choose, tune, tuning_units
 from benchmarks.experiment.unit import Experiment
 
-from optimal_sampling.errors import ConfigError, OptimalSamplingError
+from optimal_sampling.errors import ConfigError, OptimalSamplingError, did_you_mean
 
 __all__ = ["Workers"]
 
@@ -64,6 +64,13 @@ class Workers:
 
     def tune(self, arms: Sequence[str] = ()) -> int:
         """Try the learning rates of the plan with its arms, or some of them; say which is best."""
+        tuned = self.plan.tuning["arms"]
+        for name in arms:
+            if name not in tuned:
+                raise ConfigError(
+                    f"the learning rate is not chosen with the arm {name!r}"
+                    f"{did_you_mean(name, tuned)}; the plan names {', '.join(tuned)}"
+                )
         units = [unit for unit in tuning_units(self.experiment) if not arms or unit.arm in arms]
         self._prepare({unit.pair for unit in units})
         trials = []

@@ -142,7 +142,9 @@ def _mixture(records: list[Record]) -> Table:
     means = totals.means()
     table = Table(title="q*, means over all tokens", title_justify="left", show_header=False)
     for name, title in MEANS_SHOWN.items():
-        table.add_row(title, f"{means[name]:.4f}")
+        mean = means[name]
+        if mean is not None:
+            table.add_row(title, f"{mean:.4f}")
     return table
 
 

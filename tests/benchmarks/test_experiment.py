@@ -116,12 +116,64 @@ def test_arms_and_seeds_of_the_command_line():
         ({"title": "x", "mixture": {"alpha_methode": "veto"}}, "alpha_methode"),
         ({"title": "x", "mixture": {"temperature": -1.0}}, "temperature"),
         ({}, "title is missing"),
+        (None, "arm odd must be a mapping"),
+        ({"title": "x", "mode": "techer"}, "mode must be .*'teacher'.*, got 'techer'"),
+        ({"title": "x", "tries": "four"}, "tries must be .*int.*, got 'four'"),
+        ({"title": "x", "tries": 0}, r"tries must lie in \[1, 35\], got 0"),
     ],
 )
 def test_arms_that_cannot_be_run_are_refused(tmp_path, arm, message):
     """Guards: a misspelt option that is found after hours, or never."""
     with pytest.raises(ConfigError, match=message):
         tiny_plan(tmp_path, arms={**tiny()["arms"], "odd": arm})
+
+
+def section(name, **changes):
+    """A section of the tiny plan with other values."""
+    return {name: {**tiny()[name], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ["base"]}, "arms must be a mapping"),
+        ({"text": None}, "text must be .*Mapping"),
+        (section("text", tokns=3), "text: unknown name 'tokns'; did you mean 'tokens'"),
+        (section("text", tokens="many"), "text.tokens must be a whole number, got 'many'"),
+        (section("sft", learning_rate="1e-3"), "learning_rate must be a number, such as"),
+        ({"seeds": {"main": [0], "full": [0]}}, "seeds: extra is missing"),
+        (section("evaluation", samples=40), r"evaluation.samples must lie in \[1, 35\], got 40"),
+        (section("criteria", metric="sample"), "metric must be one of sampled, greedy"),
+        (section("criteria", teacher={"T = 1": "teacher_t1"}), "candidate veto_greedy"),
+    ],
+)
+def test_plans_that_cannot_be_run_are_refused(tmp_path, changes, message):
+    """Guards: a traceback; a mistake that is found when hours of results are reported."""
+    with pytest.raises(ConfigError, match=message):
+        tiny_plan(tmp_path, **changes)
+
+
+def test_a_file_that_is_no_plan_is_refused(tmp_path):
+    """Guards: a traceback for an empty file, a list or a picture."""
+    path = tmp_path / "plan.yaml"
+    for content in (b"", b"- a", b"\xff\xfe\x00"):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"plan\.yaml"):
+            load_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["run", "--seeds=-1"], "--seeds must be whole numbers from 0"),
+        (["tune", "--arms=veto_gredy"], "not chosen with the arm 'veto_gredy'"),
+    ],
+)
+def test_units_that_make_no_sense_are_refused(tmp_path, plan_file, capsys, options, message):
+    """Guards: a traceback, or problems of another stream, for a mistake on the command line."""
+    common = [f"--output={tmp_path / 'results'}", f"--plan={plan_file}", "--workers=1"]
+    assert command.main([*options, *common]) == 2
+    assert message in capsys.readouterr().err
 
 
 def retitled(arms):
@@ -292,6 +344,26 @@ def test_results_by_hand(tmp_path):
     assert replace(judgement, differences=kept).is_confirmed
 
 
+def test_the_criteria_are_for_all_main_seeds(tmp_path):
+    """Guards: a recommendation from one seed of three, whose interval knows no other seed."""
+    whole = fabricated(tmp_path)
+    plan = replace(whole.plan, seeds={**whole.plan.seeds, "main": [0, 1]})
+    assert len(replace(whole, plan=plan).judgements()) == 1
+    one = [each for each in whole.document["units"] if each["seed"] == 0 or each["arm"] == "kl_t1"]
+    results = Results(plan, {**whole.document, "units": one})
+    assert results.judgements() == []
+    assert "cannot be applied yet" in markdown(results, "experiment")
+
+
+def test_candidates_without_results_are_named(tmp_path):
+    """Guards: candidates that nobody has run, among those that are not confirmed."""
+    whole = fabricated(tmp_path)
+    criteria = {**whole.plan.criteria, "candidates": ["veto_greedy", "escalate"]}
+    text = markdown(replace(whole, plan=replace(whole.plan, criteria=criteria)), "experiment")
+    title = whole.plan.arms["escalate"].title
+    assert f"Not judged, as results are missing: {title}" in text
+
+
 def test_the_tables_show_the_results(tmp_path):
     """Guards: a column of another number; a report that claims what is not confirmed."""
     text = markdown(fabricated(tmp_path), "experiment")
@@ -371,6 +443,13 @@ def test_a_tiny_run_from_problems_to_the_report(tmp_path, plan_file, capsys):
     data = docs.parent / "measurements" / "experiment.json"
     assert command.main(["compare", *common[:2], "--against", str(data)]) == 0
     ElementTree.parse(docs.with_suffix(".svg"))
+    capsys.readouterr()
+    data.write_text(json.dumps(json.loads(data.read_text()) | {"plan": "another"}))
+    assert command.main(["compare", *common[:2], "--against", str(data)]) == 0
+    assert "measured with another plan (another, here " in capsys.readouterr().out
+    data.write_text("{}")
+    assert command.main(["compare", *common[:2], "--against", str(data)]) != 0
+    assert "is not the data of a report" in capsys.readouterr().err
 
 
 def cut_short(folder):

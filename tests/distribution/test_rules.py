@@ -155,14 +155,15 @@ def test_drafts_are_within_the_runs_own_truncation(truncation, vocab):
     assert torch.equal(draft(student, keys, mixture), drafted)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("vocab", [5, 5000])
 @pytest.mark.parametrize("method", ALPHA_METHODS)
-def test_a_student_without_the_teachers_support(method, vocab):
+def test_a_student_without_the_teachers_support(method, vocab, temperature):
     """Guards: NaN, or a token of probability 0, where the student has nothing that is plausible."""
     student, teacher, noise, position = batch(2, vocab)
     teacher[:, 1] = 50.0
     student[0, 1] = -math.inf
-    mixture = MixtureConfig(alpha_method=method, teacher_support_min_p=0.9)
+    mixture = MixtureConfig(alpha_method=method, teacher_support_min_p=0.9, temperature=temperature)
     drawn = step(student, teacher, noise, position, mixture)
     of = {name: x[0].item() for name, x in columns(drawn).items()}
     assert drawn.token.tolist() == [1, 1]
@@ -216,3 +217,15 @@ def test_supports_intersect():
     assert kept(teacher_support_min_p=0.2, teacher_support_top_k=3) == 3
     assert kept(alpha_method="veto", veto_min_p=0.5, teacher_support_min_p=0.2) == 2
     assert kept(alpha_method="veto", veto_min_p=0.2, teacher_support_top_k=3) == 3
+
+
+@pytest.mark.parametrize("vocab", [40, 5000])
+def test_a_support_has_the_precision_of_the_logits(vocab):
+    """Guards: a share of the largest that is rounded to the digits of logits far from 0."""
+    student, _, noise, position = batch(1, vocab)
+    grain = 2.0**-11  # of float32 near 5000
+    teacher = torch.full((1, vocab), -5100.0)
+    teacher[0, :3] = -5000 - grain * torch.tensor([0.0, 200.0, 201.0])
+    mixture = MixtureConfig(alpha_method="veto", veto_min_p=math.exp(-200.6 * grain))
+    kept = step(student, teacher, noise, position, mixture, keep_log_q=True).log_q[0].isfinite()
+    assert kept.nonzero().flatten().tolist() == [0, 1]

@@ -296,6 +296,25 @@ def test_a_row_beside_one_with_an_underflow_keeps_its_bits():
     assert_first_row_is_independent(student, teacher, "entropy")
 
 
+@pytest.mark.parametrize("temperature", [0.6, 2.0, 7.0])
+@pytest.mark.parametrize("method", ALPHA_METHODS)
+def test_tokens_that_no_model_has_change_nothing(method, temperature):
+    """Guards: a large vocabulary at a high temperature, whose impossible tokens had a finite
+    log-probability: supports that did not meet met there, with nothing to draw from.
+    """
+    student, teacher, noise, position = batch(4, 40)
+    student[0, :20], teacher[0, 20:] = -INF, -INF
+    student[1, ::2], teacher[2, ::2] = -INF, -INF
+    mixture = replace(bounded(method), temperature=temperature)
+    small = step(student, teacher, noise, position, mixture, keep_log_q=True)
+    padded = [torch.nn.functional.pad(x, (0, 4960), value=-INF) for x in (student, teacher)]
+    wide_noise = torch.nn.functional.pad(noise, (0, 4960))
+    wide = step(*padded, wide_noise, position, mixture, keep_log_q=True)
+    assert torch.equal(wide.token, small.token)
+    torch.testing.assert_close(wide.log_q[:, :40], small.log_q, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(wide.trace, small.trace, atol=1e-3, rtol=1e-3, equal_nan=True)
+
+
 @pytest.mark.parametrize("method", ["fixed", "mirror"])
 def test_a_small_row_beside_one_with_an_underflow_keeps_its_bits(method):
     """Guards: scores that are shifted by their largest in every row where one needs it.

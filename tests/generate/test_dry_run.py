@@ -87,8 +87,11 @@ def test_long_prompts_are_shortened_on_the_screen(job):
 
 def test_stages_are_reported_with_their_prompts(job):
     """Guards: a hint that fails in the last stage, known after the other stages have run."""
-    rows = [{"problem": "1+1=?", "answer": "2"}, {"problem": "2+1=?", "answer": None}]
-    config = replace(job(rows), verify=VerifyConfig(verify="synthetic"))
+    rows = [
+        {"problem": "1+1=?", "answer": "2", "key": "2"},
+        {"problem": "2+1=?", "answer": None, "key": "3"},
+    ]
+    config = replace(job(rows), verify=VerifyConfig(verify="synthetic", reference="key"))
     stages = (
         Stage("own", mode="student", tries=4),
         Stage("teacher", mode="teacher", hint="right"),
@@ -102,6 +105,20 @@ def test_stages_are_reported_with_their_prompts(job):
     assert "=== 2 rows, 0 duplicates (generated once), 1 fail" in teacher
     assert "Reference solution:\n2" in teacher
     assert "for 1 samples" in teacher
+
+
+def test_rows_that_stages_leave_out_are_counted(job):
+    """Guards: a dry run that promises completions of rows that no verdict can close, or that is
+    content with a dataset that the run refuses.
+    """
+    rows = [{"problem": "1+1=?", "answer": "2"}, {"problem": "2+1=?", "answer": None}]
+    config = replace(job(rows), verify=VerifyConfig(verify="synthetic"))
+    config = replace(config, stages=(Stage("own", mode="student", tries=4), Stage("veto")))
+    text = report(config)
+    assert text.count("1 rows have no answer to grade with, and are left out") == 2
+    assert "for 4 samples" in text
+    with pytest.raises(ConfigError, match=r"no row of .* has an answer to grade with"):
+        report(replace(config, data=job(rows[1:]).data))
 
 
 def test_what_runs_is_said_before_any_weights_are_loaded(job):

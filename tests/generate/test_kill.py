@@ -106,13 +106,16 @@ STAGES = """
 
 
 def staged(tmp_path, **options):
-    """Options of a run of stages; a completion is right with a chance of about a third."""
+    """Options of a run of stages: completions that end by themselves, which is about half of them,
+    are right with a chance of a third.
+    """
     stages, grader = tmp_path / "stages.yaml", tmp_path / "own.py"
     stages.write_text(STAGES)
     grader.write_text(
         "def check(completion, reference, row):\n    return sum(map(ord, completion)) % 3 == 0\n"
     )
-    return {"stages": stages, "verify": f"{grader}:check", "verify-workers": 1, **options}
+    grading = {"verify": f"{grader}:check", "verify-workers": 1}
+    return {"stages": stages, "max-new-tokens": 160, **grading, **options}
 
 
 def verdicts(folder):
@@ -126,15 +129,17 @@ def test_kill_and_resume_in_stages(tmp_path):
     before it.
     """
     options = staged(tmp_path)
-    whole = [*COMMAND, *arguments(tmp_path / "whole", 30, **options)]
+    whole = [*COMMAND, *arguments(tmp_path / "whole", 12, **options)]
     subprocess.run(whole, check=True, capture_output=True)
-    command = [*COMMAND, *arguments(tmp_path / "killed", 30, **options)]
+    command = [*COMMAND, *arguments(tmp_path / "killed", 12, **options)]
     kills = kill_until_done(command, tmp_path / "killed", random.Random(5), longest=1.5, most=3)
     assert kills >= 1
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     assert verdicts(tmp_path / "killed") == verdicts(tmp_path / "whole")
     stages = {record["stage"] for record in load(tmp_path / "whole")}
     assert stages == {"own", "kl", "teacher"}
+    solved = list(verdicts(tmp_path / "whole").values()).count("correct")
+    assert 2 < solved < 12  # or the verdicts would have closed nothing
 
 
 @pytest.mark.slow

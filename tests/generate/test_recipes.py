@@ -61,6 +61,16 @@ def test_what_a_stage_does_not_say_is_as_on_the_command_line(stages_file):
     assert cool.mixture == MixtureConfig(temperature=0.5, top_p=0.9)
 
 
+def test_a_stage_may_take_over_another_ones_options(stages_file):
+    """Guards: YAML's merge key, refused as a tag that nobody knows."""
+    path = stages_file(
+        "- &own {name: own, mode: student, temperature: 0.5}\n- {<<: *own, name: more, tries: 2}"
+    )
+    own, more = read_stages(path, MixtureConfig())
+    assert (more.name, more.tries) == ("more", 2)
+    assert (more.mode, more.mixture) == (own.mode, own.mixture)
+
+
 def test_a_file_of_options_may_name_the_stages(tmp_path, stages_file):
     """Guards: `recipe` and `stages` that a file of options does not know."""
     path = tmp_path / "run.yaml"
@@ -87,6 +97,7 @@ def test_a_file_of_options_may_name_the_stages(tmp_path, stages_file):
         ("- name: a\n  hint: yes", "stage 'a': hint must be one of"),
         ("- name: 4", "stage 4: name must be a text, got 4"),
         ("- name: a\n  tries: 2\n  tries: 3", "'tries' is given twice"),
+        ("- name: a\n  top_k: 1\n  top-k: 2", "stage 'a': top_k is given twice"),
         ("- name: a\n  alpha_method: veto\n  alpha_min: 0.2", "alpha_min .0.2. does nothing"),
         ("- name: a\n  alpha_min: 0.9\n  alpha_max: 0.1", "stage 'a': alpha_min .* larger"),
         ("- name: a\n  tries: 3\n  top_k: 1", "all 3 tries are the same text"),

@@ -29,6 +29,7 @@ def hub(tmp_path, monkeypatch):
         return str(shutil.copytree(toy_pair.path(role), tmp_path / revision, dirs_exist_ok=True))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setenv("HF_ENDPOINT", "http://localhost")  # a host that exists
     return asked
 
 

@@ -126,7 +126,10 @@ class OptimalSamplingV1(BatchSampler):
             teacher_system_prompt=teacher_system_prompt,
         )
         models = ModelConfig(
-            teacher=model_teacher, student=model_theta, trust_remote_code=trust_remote_code
+            teacher=model_teacher,
+            student=model_theta,
+            trust_remote_code=trust_remote_code,
+            granularity="token",
         )
         super().__init__(models)
         self._renderer = PromptRenderer(prompts, self.vocabulary)

@@ -115,14 +115,14 @@ def _cost_table(costs: Sequence[dict[str, float]]) -> Table:
     more = ("student passes", "teacher passes", "student lost", "teacher lost", "bytes/CPU s")
     rows = [
         (
-            cost["tolerance"],
+            f"{cost['tolerance']:g}",
             cost["drafts"],
             cost["student_contexts_per_token"],
             cost["teacher_contexts_per_token"],
             cost["student_passes"],
             cost["teacher_passes"],
-            cost["student_lost"],
-            cost["teacher_lost"],
+            f"{cost['student_lost']:.2g}",
+            f"{cost['teacher_lost']:.2g}",
             cost["bytes_per_cpu_second"],
         )
         for cost in costs
@@ -279,8 +279,9 @@ def _variation(one: np.ndarray, other: np.ndarray) -> float:
 def _distance_table(distances: Sequence[dict[str, float]], reference: float) -> Table:
     shares = tuple(f"{share:.0%}" for share in SHARES)
     columns = ("tolerance", "q*: mean", *shares, "largest", "student: mean", "teacher: mean")
-    keys = ("tolerance", "q_mean", *(f"q_{share:g}" for share in SHARES), "q_largest")
-    rows = [tuple(row[key] for key in (*keys, "student_mean", "teacher_mean")) for row in distances]
+    quantiles = (f"q_{share:g}" for share in SHARES)
+    keys = ("tolerance", "q_mean", *quantiles, "q_largest", "student_mean", "teacher_mean")
+    rows = [tuple(f"{row[key]:.2g}" for key in keys) for row in distances]
     title = (
         f"Total variation to tolerance {reference:g} at {distances[0]['prefixes']} prefixes; "
         f"a cover at every byte has {distances[0]['hypotheses_per_byte']:.2f} contexts per byte"

@@ -164,8 +164,9 @@ class Pair(ABC):
         self._last: Moments | None = None
         self._load(student_logits, teacher_logits)
         self._neutralise_bad()
-        keep = teacher_support(self.models[1].to(torch.float32), mixture)
         self._normalise()
+        # of shifted logits: float32 keeps the digits of what lies near the largest
+        keep = teacher_support(self.models[1].to(torch.float32), mixture)
         if keep is not None:
             self._restrict(keep)
         self._intersect_supports()

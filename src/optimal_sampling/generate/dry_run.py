@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -14,10 +14,12 @@ from optimal_sampling.generate.dataset import Dataset
 from optimal_sampling.generate.inputs import (
     grading_source,
     input_notes,
+    nothing_to_grade,
     open_inputs,
     prompt_of,
     render_rows,
     renderer_of,
+    ungradable_note,
 )
 from optimal_sampling.generate.stages import stage_config
 from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
@@ -50,6 +52,8 @@ class DryRun:
     """Tokens of the prompts that would be answered."""
     first: list[tuple[int, RenderedPrompt | str]] = field(default_factory=list)
     """The first rows: index and prompts, or why there are none."""
+    ungradable: int = 0
+    """Rows that stages leave out, as they have no answer to grade with."""
     stages: list[DryRun] = field(default_factory=list)
     """The stages after the first one, as runs of their own with all their tries."""
 
@@ -92,6 +96,8 @@ class DryRun:
         yield f"=== {self.rows} rows, {self.duplicates} duplicates (generated once), {failed} fail"
         for found in sorted(self.failures.values(), key=len, reverse=True):
             yield f"{len(found)} fail, first {found[0]}"
+        if self.ungradable:
+            yield ungradable_note(self.ungradable)
         if self.cut_short:
             yield (
                 f"{self.cut_short} prompts leave less room in a context than "
@@ -177,7 +183,8 @@ def dry_run(config: GenerateConfig, shown: int = 3) -> DryRun:
     if not config.stages:
         notes = input_notes(config, vocabulary, renderer, dataset)
         return _counted(DryRun(config, vocabulary, notes), renderer, dataset, shown)
-    grading_source(config, dataset, vocabulary)
+    source = grading_source(config, dataset, vocabulary)
+    assert source is not None, "GenerateConfig checks it"
     reports = []
     for number, stage in enumerate(config.stages):
         alone = stage_config(config, stage)
@@ -188,12 +195,20 @@ def dry_run(config: GenerateConfig, shown: int = 3) -> DryRun:
         title = f"stage {stage.name}, where every prompt takes all its tries: {text}"
         report = DryRun(replace(alone, data=tries), vocabulary, notes, title)
         is_new = number == 0 or alone.prompt != config.prompt
-        reports.append(_counted(report, own, dataset, shown if is_new else 0))
+        reports.append(_counted(report, own, dataset, shown if is_new else 0, source.can_grade))
     first, *first.stages = reports
+    if first.ungradable and not first.lengths["student"]:
+        raise nothing_to_grade(dataset)
     return first
 
 
-def _counted(result: DryRun, renderer: PromptRenderer, dataset: Dataset, shown: int) -> DryRun:
+def _counted(
+    result: DryRun,
+    renderer: PromptRenderer,
+    dataset: Dataset,
+    shown: int,
+    can_grade: Callable[[Mapping[str, Any]], bool] = lambda row: True,
+) -> DryRun:
     """The report with the rows of the dataset; `shown` of them with their prompts."""
     seen: set[str] = set()
     for index, row, rendered in render_rows(renderer, dataset):
@@ -203,9 +218,11 @@ def _counted(result: DryRun, renderer: PromptRenderer, dataset: Dataset, shown: 
         result.rows += 1
         if identity in seen:
             result.duplicates += 1
-        else:
-            seen.add(identity)
+        elif can_grade(row):
             result.add(index, rendered)
+        else:
+            result.ungradable += 1
+        seen.add(identity)
     return result
 
 

@@ -7,7 +7,7 @@ from datetime import date
 from typing import Any
 
 from optimal_sampling.config import GenerateConfig, MixtureConfig
-from optimal_sampling.errors import OptimalSamplingError, PromptError
+from optimal_sampling.errors import ConfigError, OptimalSamplingError, PromptError
 from optimal_sampling.generate.dataset import Dataset, open_dataset
 from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
 from optimal_sampling.records.run_folder import template_date
@@ -21,11 +21,13 @@ __all__ = [
     "grading_source",
     "idle_options",
     "input_notes",
+    "nothing_to_grade",
     "numbered",
     "open_inputs",
     "prompt_of",
     "render_rows",
     "renderer_of",
+    "ungradable_note",
 ]
 
 _METHOD_OF = {
@@ -81,6 +83,19 @@ def grading_source(
     if grader.path is None or column is not None:
         check_columns(dataset.columns, column)
     return Source(grader, column, lambda: vocabulary.thinking_blocks)
+
+
+def ungradable_note(rows: int) -> str:
+    """What a run of stages says of rows without a reference answer."""
+    return f"{rows} rows have no answer to grade with, and are left out"
+
+
+def nothing_to_grade(dataset: Dataset) -> ConfigError:
+    """The error of a run of stages that would leave out all rows."""
+    return ConfigError(
+        f"no row of {dataset.source.name} has an answer to grade with; name its column with "
+        "--reference"
+    )
 
 
 def input_notes(

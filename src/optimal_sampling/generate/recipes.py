@@ -16,6 +16,7 @@ Recipe = Literal["escalate", "escalate_privileged"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 
 _OWN_TRIES = 4
+_MERGE_TAG = "tag:yaml.org,2002:merge"  # the key `<<`, of an alias whose keys are taken over
 _OWN = [field.name for field in fields(Stage) if field.name != "mixture"]
 _MIXTURE = [field.name for field in fields(MixtureConfig)]
 
@@ -72,6 +73,8 @@ def _stage(path: str | Path, number: int, given: object, mixture: MixtureConfig)
         raise ConfigError(f"{path}: stage {number} has no name, got {given!r}; add `name: ...`")
     place = f"{path}: stage {given['name']!r}"
     options = {str(name).replace("-", "_"): value for name, value in given.items()}
+    for name in _repeated([str(name).replace("-", "_") for name in given]):
+        raise ConfigError(f"{place}: {name} is given twice, with `-` and with `_`")
     for name in options:
         if name not in (*_OWN, *_MIXTURE):
             near = did_you_mean(name, (*_OWN, *_MIXTURE))
@@ -94,7 +97,8 @@ def _read_yaml(path: Path) -> Any:
         """Refuses a key that is given twice, of which YAML would keep the last."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            given = [key for key, _ in node.value if key.tag != _MERGE_TAG]
+            keys = [self.construct_object(key, deep=True) for key in given]
             for key in _repeated(keys):
                 raise ConfigError(f"{path}: {key!r} is given twice{node.start_mark}")
             return super().construct_mapping(node, deep)

@@ -23,13 +23,14 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from optimal_sampling.config import GenerateConfig, Stage
-from optimal_sampling.errors import ConfigError
 from optimal_sampling.generate.inputs import (
     idle_options,
+    nothing_to_grade,
     numbered,
     prompt_of,
     render_rows,
     renderer_of,
+    ungradable_note,
 )
 from optimal_sampling.generate.progress import Tally
 from optimal_sampling.generate.recorder import Origin, Recorder, Work
@@ -128,8 +129,8 @@ class StagedJob:
             for each in self.stage_runs
             for text in (*idle_options(each.config), *each.renderer.notes)
         ]
-        left_out = f"{ungradable} rows have no answer to grade with, and are left out"
-        texts += [*work.vocabulary.notes, *on_rows, *([left_out] if ungradable else [])]
+        left_out = [ungradable_note(ungradable)] if ungradable else []
+        texts += [*work.vocabulary.notes, *on_rows, *left_out]
         return plan | numbered(texts)
 
     def _survey(self) -> int:
@@ -156,10 +157,7 @@ class StagedJob:
                 ungradable += 1
             seen.add(prompt.id)
         if ungradable and not self._open:
-            raise ConfigError(
-                f"no row of {self.work.dataset.source.name} has an answer to grade with; name its "
-                "column with --reference"
-            )
+            raise nothing_to_grade(self.work.dataset)
         return ungradable
 
     def _take(self, key: Key) -> bool:

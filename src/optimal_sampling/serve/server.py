@@ -76,6 +76,8 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
     import uvloop
 
     models = config.models
+    if models.granularity == "byte":
+        raise ConfigError("the server mixes tokens; for bytes use generate --engine local")
     vocabulary = Vocabulary.load(
         models.student, models.teacher, models.trust_remote_code, revisions=models.revisions
     )

@@ -1,4 +1,4 @@
-"""A small teacher and a small student that ship with the package, and their training problems.
+"""A small teacher and two small students that ship with the package, and their training problems.
 
 Every command can be tried with them without a download. Importing this loads no torch.
 """
@@ -15,7 +15,7 @@ NAMES = {
 
 
 def path(name: str) -> Path:
-    """The folder of a shipped model: `toy-teacher` or `toy-student`."""
+    """The folder of a shipped model, by one of NAMES."""
     if name not in NAMES:
         raise KeyError(f"no shipped model is called {name!r}; there are {', '.join(NAMES)}")
     return Path(str(files(__name__))) / NAMES[name]

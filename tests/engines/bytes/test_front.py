@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from optimal_sampling import OptimalSamplingModel, load
+from optimal_sampling import OptimalSamplingModel, OptimalSamplingV1, load
 from optimal_sampling.config import (
     DataConfig,
     GenerateConfig,
@@ -99,6 +99,8 @@ def test_which_engine_and_which_refuse(student_folder):
             load(models, engine=options)
     with pytest.raises(TokenizerMismatchError, match="--granularity byte"):
         load(ModelConfig(student=student_folder, device="cpu", granularity="token"))
+    with pytest.raises(TokenizerMismatchError, match="--engine local"):
+        OptimalSamplingV1("toy-teacher", student_folder)
 
 
 def test_the_class_for_lists_of_prompts(student_folder):

@@ -7,8 +7,9 @@ import pytest
 from scipy import stats
 
 from optimal_sampling.config import MixtureConfig
+from optimal_sampling.engines.bytes import utf8
 from optimal_sampling.engines.bytes.byte_view import END, SYMBOLS
-from optimal_sampling.engines.bytes.mixing import Place, SymbolMixer
+from optimal_sampling.engines.bytes.mixing import NOTHING, Place, SymbolMixer
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import TRACE_FIELDS
 from tests.engines.bytes.tables import LETTERS, STUDENT, TEACHER, TableModel, exact_law, prefixes
@@ -147,6 +148,17 @@ def test_symbols_that_are_not_allowed_have_no_mass():
     symbols, trace = mixer.draw([np.stack([law] * 200)] * 2, places)
     assert set(symbols) == {3, 200}
     assert {row[TRACE_FIELDS.index("log_q")] for row in trace} == {np.float32(-np.log(2))}
+
+
+def test_no_mass_on_what_is_allowed_is_told():
+    """Guards: byte 0 drawn where nothing can be."""
+    law = np.zeros(SYMBOLS)
+    law[65] = 1.0
+    other = np.full(SYMBOLS, 1 / SYMBOLS)
+    place = Place(1, 0, 0, utf8.allowed(utf8.after((), 0xE4)))
+    for laws in ([law, other], [other, law]):
+        symbols, _ = SymbolMixer(FREE, "mixture").draw([x[None] for x in laws], [place])
+        assert symbols == [NOTHING]
 
 
 def test_the_teachers_support_and_the_names_of_the_trace():

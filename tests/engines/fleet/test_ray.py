@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import shutil
 import socket
 import tempfile
@@ -31,7 +32,7 @@ from tests.engines.fleet.engines import CONTEXT, SmallTablesOptions
 pytest.importorskip("ray", reason="needs the extra ray")
 # ray leaves sockets and processes to the end of the interpreter
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.xdist_group("ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
@@ -106,7 +107,7 @@ def plain_tokens(requests):
 
 def endless(asked, until):
     """Requests, noted in a list, until a condition holds."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not until():
         assert time.monotonic() < deadline
         request = Request(f"prompt {len(asked)}", 0, 0, (1, 2), (3,), 50)
@@ -193,7 +194,7 @@ def test_too_few_gpus(launch):
     with pytest.raises(ConfigError, match="had 4 GPUs and 1 CPU for a worker within 6 s"):
         launch(Need(1.0, 4.0), place_seconds=6.0, report=said.append)
     assert said[0].startswith("waits for 4 GPUs and 1 CPU on one machine, for at most 6 s")
-    assert "the cluster has 0 GPUs, 0 of them free and 1 CPUs" in said[0]
+    assert re.search(r"the cluster has 0 GPUs, 0 of them free and \d CPUs", said[0])
 
 
 def test_another_version_on_a_machine(launch):

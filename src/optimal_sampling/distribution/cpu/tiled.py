@@ -162,12 +162,14 @@ class TiledPair(Pair):
         self, block: Block, models: list[Tensor], underflows: bool, scale: float
     ) -> None:
         for x, maximum, kept in zip(models, block.maximum, block.inside, strict=True):
+            # before the scale, which could lift what stands for -inf above MASKED
+            masked = x < MASKED if underflows and scale != 1 else None
             finite = torch.clamp(x, min=MASKED_LOGIT, out=kept) if underflows else x
             torch.sub(finite, maximum, out=kept)
             if scale != 1:
                 kept.mul_(scale)
-                if underflows:
-                    kept.clamp_(min=MASKED_LOGIT)
+            if masked is not None:
+                kept.masked_fill_(masked, MASKED_LOGIT)
         terms = block.both
         if underflows:
             terms = torch.clamp(terms, min=MIN_EXPONENT, out=block.scratch)

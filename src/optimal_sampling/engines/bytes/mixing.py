@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import (
+    Drawn,
     gumbel,
     keys_tensor,
     make_pair,
@@ -25,10 +26,12 @@ from optimal_sampling.engines.bytes.byte_view import SYMBOLS
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import TRACE_FIELDS, Mode
 
-__all__ = ["Place", "SymbolMixer", "TraceRow", "check_mixture"]
+__all__ = ["NOTHING", "Place", "SymbolMixer", "TraceRow", "check_mixture"]
 
 Laws = Float[np.ndarray, "rows symbols"]
 Scores = Float[Tensor, "rows symbols"]
+NOTHING = -1
+"""In place of a symbol, where none can be drawn."""
 TraceRow = tuple[float, ...]
 """In the order of TRACE_FIELDS."""
 
@@ -78,12 +81,15 @@ class SymbolMixer:
     def draw(
         self, laws: Sequence[Laws], places: Sequence[Place]
     ) -> tuple[list[int], list[TraceRow]]:
-        """The symbol of every row and its trace. `laws`: by role, one row each."""
+        """The symbol of every row and its trace. `laws`: by role, one row each.
+
+        NOTHING in rows where a model has no mass on the symbols that are allowed.
+        """
         log_p = [self._log_p(each, places) for each in laws]
         noise = self._noise(places)
         if len(log_p) == 1:
             drawn = single_step(log_p[0], noise, self.mixture, self.mode)
-            return drawn.token.tolist(), _rows(drawn.trace)
+            return _symbols(drawn), _rows(drawn.trace)
         if self._restricts:
             return self._draw_restricted(log_p[0], log_p[1], noise, places)
         return self._draw(log_p[0], log_p[1], noise, places)
@@ -102,7 +108,7 @@ class SymbolMixer:
     ) -> tuple[list[int], list[TraceRow]]:
         tokens_before = torch.tensor([place.token for place in places])
         drawn = step(student, teacher, noise, tokens_before, self.mixture)
-        symbols, trace = drawn.token.tolist(), _rows(drawn.trace)
+        symbols, trace = _symbols(drawn), _rows(drawn.trace)
         for row, place in enumerate(places):
             if place.forced is not None:
                 symbols[row] = place.forced
@@ -132,6 +138,12 @@ class SymbolMixer:
         """Of a given symbol, where the teacher alone draws: alpha is 1."""
         solved = solve(make_pair(student, teacher, self._forced), torch.tensor([0]), self._forced)
         return _rows(trace_of(solved, torch.tensor([symbol])))[0]
+
+
+def _symbols(drawn: Drawn) -> list[int]:
+    bad = drawn.bad_student | drawn.bad_teacher
+    symbols: list[int] = drawn.token.masked_fill(bad, NOTHING).tolist()
+    return symbols
 
 
 def _unrestricted(row: TraceRow, log_mass: float) -> TraceRow:

@@ -15,7 +15,7 @@ import torch
 from optimal_sampling.engines.base import bad_logits_message, prompt_problem
 from optimal_sampling.engines.bytes.contexts import ByteModel
 from optimal_sampling.engines.bytes.drafting import ByteDrafter
-from optimal_sampling.engines.bytes.mixing import SymbolMixer
+from optimal_sampling.engines.bytes.mixing import NOTHING, SymbolMixer
 from optimal_sampling.engines.bytes.row import RowSettings, TextRow
 from optimal_sampling.engines.local.memory import KVMemory, Lengths
 from optimal_sampling.types import Completion, Request
@@ -206,4 +206,7 @@ class ByteLoop:
             symbols, traces = self.mixer.draw(laws, [row.place() for row in ready])
             self.symbols += len(symbols)
             for row, symbol, trace in zip(ready, symbols, traces, strict=True):
-                row.append(symbol, trace)
+                if symbol == NOTHING:
+                    row.fail("a model gives no mass to any byte that keeps the text valid UTF-8")
+                else:
+                    row.append(symbol, trace)

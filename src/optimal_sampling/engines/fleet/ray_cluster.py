@@ -26,6 +26,7 @@ __all__ = ["Cluster", "ray_module"]
 
 _ANSWER_SECONDS = 60.0  # for a cluster to answer; importing Ray takes a part of them
 _PORT_SECONDS = 10.0  # for a connection to its port
+_START_TRIES = 3  # Ray gives up on a local cluster after 30 s, which a busy machine may need
 _STORE_BYTES = 200 * 2**20  # of a local cluster's object store, which completions pass through
 _MOST_LETTERS = 40  # of a folder in which Ray makes sockets, whose paths have a limit
 _PREFIX = "optsamp-ray-"
@@ -112,21 +113,37 @@ class Cluster:
             raise EngineError(f"Ray could not be used at {address!r}: {reason}") from error
 
     def _start_local(self, cpus: int | None) -> None:
-        folder = _session_folder()
-        self._cleaner = _cleaner(folder)
-        before, written = _descendants(), self._cleaner.stdin
-        assert written is not None
-        try:
-            self._connect(
-                "local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=_STORE_BYTES,
-                _temp_dir=folder,
-            )
-        finally:
-            written.write("".join(f"{pid}\n" for pid in _descendants() - before))
-            written.flush()
+        for tries_left in reversed(range(_START_TRIES)):
+            folder = _session_folder()
+            self._cleaner = _cleaner(folder)
+            before = _descendants()
+            try:
+                self._connect(
+                    "local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=_STORE_BYTES,
+                    _temp_dir=folder,
+                )
+                return
+            except EngineError:
+                if not tries_left:
+                    raise
+            finally:
+                self._hand_over(_descendants() - before)
+            self._clean_up()
+
+    def _hand_over(self, started: set[int]) -> None:
+        """Have the cleaner end these processes."""
+        assert self._cleaner is not None
+        assert self._cleaner.stdin is not None
+        self._cleaner.stdin.write("".join(f"{pid}\n" for pid in started))
+        self._cleaner.stdin.flush()
+
+    def _clean_up(self) -> None:
+        if self._cleaner is not None:
+            self._cleaner.communicate()
+            self._cleaner = None
 
     def resources(self) -> dict[str, float]:
         """What all nodes that are alive have, by Ray's names."""
@@ -142,9 +159,7 @@ class Cluster:
             self._is_ours = False
             with _own_signals():
                 self.ray.shutdown()
-        if self._cleaner is not None:
-            self._cleaner.communicate()
-            self._cleaner = None
+        self._clean_up()
 
 
 def _prepare_local() -> None:

@@ -45,7 +45,7 @@ __all__ = ["Need", "RayLauncher", "ray_launcher"]
 _POLL_SECONDS = 10.0  # for which a machine holds back an answer that has nothing in it
 _STOP_SECONDS = 2.0  # for a machine to end a worker before Ray does
 _PLACE_SECONDS = 600.0  # for the cluster to have room for the first worker
-_SAY_SECONDS = 5.0  # without room before it is said
+_SAY_SECONDS = 15.0  # without room before it is said
 _GROUPS = {"orders": 1, "events": 1}
 
 
@@ -291,7 +291,7 @@ class RayLauncher(Launcher):
         now = self.clock()
         self._without_place = self._without_place or now
         waited = now - self._without_place
-        if waited > _SAY_SECONDS and not self._said:
+        if waited > min(_SAY_SECONDS, self._place_seconds / 2) and not self._said:
             self._said = True
             self._report(
                 f"waits for {self.need} on one machine, for at most {self._place_seconds:g} s; "
