@@ -43,7 +43,7 @@ def test_the_class_with_workers(tmp_path, monkeypatch):
     for workers in (None, 2):
         with OptimalSamplingModel(workers=workers, **options) as model:
             outputs.append(model.generate(prompts, max_new_tokens=20, return_logits=True))
-        assert not [*tmp_path.iterdir()]
+        assert not [*tmp_path.glob("fleet-*")]
     one, two = outputs
     assert one.generated_texts == two.generated_texts
     assert one.alpha_values.nan_to_num().equal(two.alpha_values.nan_to_num())

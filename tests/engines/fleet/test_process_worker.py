@@ -98,7 +98,7 @@ def test_too_many_open_files(open_driver):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
     try:
-        with pytest.raises(EngineError, match="could not be started: .*Too many open files"):
+        with pytest.raises(EngineError, match=r"could not be started: .*Too many open files"):
             driver.open()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -107,7 +107,7 @@ def test_too_many_open_files(open_driver):
 def test_a_folder_of_logs_that_cannot_be_made(tmp_path):
     """Guards: a traceback where `logs` of the run folder is a file."""
     (tmp_path / "logs").touch()
-    with pytest.raises(RunFolderError, match="cannot write .*logs.*--output-dir"):
+    with pytest.raises(RunFolderError, match=r"cannot write .*logs.*--output-dir"):
         ProcessLauncher([CPU], SETUP, tmp_path / "logs")
 
 
