@@ -132,6 +132,7 @@ class TestFleetOfRayActors(EngineConformance):
         machines.remove_node(node)
 
 
+@pytest.mark.slow
 def test_machines_that_are_lost_and_that_join(machines, second, open_on):
     """Guards: requests lost with a machine or made twice, and a new machine that nobody uses."""
     asked, done, said = [], [], []
