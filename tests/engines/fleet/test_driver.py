@@ -1,6 +1,7 @@
 """The driver with workers that are simulated: queue, faults, suspects, retirement."""
 
 import time
+from itertools import groupby
 
 import pytest
 
@@ -8,7 +9,7 @@ from optimal_sampling.engines.fleet.driver import Driver
 from optimal_sampling.engines.fleet.messages import Broken
 from optimal_sampling.engines.fleet.supervision import Patience
 from optimal_sampling.errors import EngineError, ModelError
-from tests.engines.fleet.fakes import RUN, Behaviour, FakeLauncher, requests
+from tests.engines.fleet.fakes import RUN, Behaviour, FakeLauncher, FakeWorker, requests
 
 
 def served(launcher, asked, **patience):
@@ -192,6 +193,58 @@ def test_a_machine_that_kills_everything_is_not_the_requests_fault():
     with pytest.raises(EngineError, match=r"5 requests in a row each ended|no worker is left"):
         failed.extend(Driver(launcher).generate(RUN, requests(50)))
     assert len(failed) <= 5
+
+
+class ChangingCluster(FakeLauncher):
+    """Of two machines. It counts a third for 60 s, which is lost, and from 300 s on, when it joins.
+
+    A worker of the third machine waits for its place while there is none.
+    """
+
+    def __init__(self):
+        super().__init__(2, Behaviour(load_seconds=1.0))
+        self.joined = 300.0
+        self.made = []
+
+    @property
+    def size(self):
+        return 2 + (self.now < 60.0 or self.now > self.joined)
+
+    @size.setter
+    def size(self, number):
+        pass
+
+    def worker(self, index):
+        kind = FakeWorker if index < 2 or self.now > self.joined else HomelessWorker
+        self.made.append(kind(index, self))
+        return self.made[-1]
+
+
+class HomelessWorker(FakeWorker):
+    """Its machine is lost, and it waits for a place until it is stopped."""
+
+    is_waiting = True
+
+    def start(self):
+        self.starts += 1
+        self.is_alive = True
+
+
+def test_a_lost_machine_that_is_still_counted():
+    """Guards: a worker that waits to the end for a machine which was counted after its loss, and
+    none for the machine that comes.
+    """
+    launcher, rows = ChangingCluster(), []
+    driver = Driver(launcher, Patience(loads_at_once=3))
+    driver.on_tick = lambda: rows.append([row.name for row in driver.status()])
+    assert len(list(driver.generate(RUN, requests(1500)))) == 1500
+    three = ["worker 0", "worker 1", "worker 2"]
+    assert [names for names, _ in groupby(rows)] == [three, three[:2], three]
+    _, _, homeless, joined = launcher.made
+    assert homeless.starts == 1
+    assert not homeless.is_alive
+    assert driver.members[2].worker is joined
+    assert driver.members[2].tokens > 0
 
 
 def test_few_requests_are_spread():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from itertools import count, islice
 
 from optimal_sampling import errors
 from optimal_sampling.engines.fleet.messages import (
@@ -50,7 +50,7 @@ class Driver:
         """Called about once a second."""
         self.members: list[Supervised] = []
         self._of: dict[Worker, Supervised] = {}
-        self._add_members()
+        self._fit_members()
         self.longest_gap = 0.0
         """Longest time between two signs of progress of a worker, in seconds."""
         self.longest_first: float | None = None
@@ -68,10 +68,21 @@ class Driver:
         self._blamed = 0
         self._last_blame = ""
 
-    def _add_members(self) -> None:
-        """One for each worker of the launcher that has none yet."""
-        for index in range(len(self.members), self.launcher.size):
-            member = Supervised(self.launcher.worker(index))
+    def _fit_members(self) -> None:
+        """As many members as the launcher has places for.
+
+        Where it has fewer than before, those that wait for a place are dropped.
+        """
+        surplus = len(self.members) - self.launcher.size
+        homeless = [each for each in self.members if each.worker.is_waiting]
+        for member in homeless[::-1][: max(0, surplus)]:
+            member.worker.stop()
+            self.members.remove(member)
+            del self._of[member.worker]
+        used = {each.index for each in self.members}
+        free = (index for index in count() if index not in used)
+        for index in islice(free, max(0, -surplus)):
+            member = Supervised(self.launcher.worker(index), index)
             self.members.append(member)
             self._of[member.worker] = member
 
@@ -214,7 +225,7 @@ class Driver:
             self._ticked = self._waited
             self._look_at_all()
             self._check_progress()
-            self._add_members()
+            self._fit_members()
             self.on_tick()
         self._check_sense()
 

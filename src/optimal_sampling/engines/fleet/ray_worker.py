@@ -248,18 +248,19 @@ class RayLauncher(Launcher):
         self._count = count
         self._report = report
         self._place_seconds = place_seconds
-        self._most = 1
         self._without_place: float | None = None
         self._said = False
         make_folder(logs)
 
     @property
     def size(self) -> int:  # type: ignore[override]
-        """Number of workers; it grows with the cluster, and never shrinks."""
+        """Number of workers that the cluster has places for, or that were asked for.
+
+        Ray counts a machine that is lost for some ten seconds more.
+        """
         if self._count is not None:
             return self._count
-        self._most = max(self._most, sum(map(self.need.times, self.cluster.nodes())))
-        return self._most
+        return max(1, sum(map(self.need.times, self.cluster.nodes())))
 
     def worker(self, index: int) -> RayWorker:
         """As in `Launcher`."""

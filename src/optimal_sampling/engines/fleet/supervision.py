@@ -63,6 +63,8 @@ class Supervised:
     """A worker, and what its driver knows of it."""
 
     worker: Worker
+    index: int = 0
+    """The worker's number."""
     state: State = "waiting"
     facts: Ready | None = None
     """Of the engine, since it was loaded."""

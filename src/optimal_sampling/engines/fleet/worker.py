@@ -55,13 +55,13 @@ class Launcher(ABC):
     """Makes the workers of one kind, and waits for them."""
 
     size: int
-    """Number of workers. It may grow while they work."""
+    """Number of workers. It may change while they work, and is at least 1."""
     loads_at_once: int = 2
     """Most workers that load at once: each may need a copy of the weights in the host's memory."""
 
     @abstractmethod
     def worker(self, index: int) -> Worker:
-        """The worker of a number below `size`, not started yet."""
+        """The worker of a number, not started yet. A number is used again once it is free."""
 
     @abstractmethod
     def wait(self, workers: Sequence[Worker], seconds: float) -> Collection[Worker]:
