@@ -38,21 +38,24 @@ def test_a_thousand_workers_that_fail():
     assert time.process_time() - started < 30
 
 
-def test_nobody_is_blamed_for_chance():
+@pytest.mark.parametrize("loses_events", [False, True], ids=["process", "machine"])
+def test_nobody_is_blamed_for_chance(loses_events):
     """Guards: a request that fails because its worker was killed while it had it."""
-    found, lines = served(FakeLauncher(3, Behaviour(death_rate=0.1)), requests(400))
+    behaviour = Behaviour(death_rate=0.1, loses_events=loses_events)
+    found, lines = served(FakeLauncher(3, behaviour), requests(400))
     assert len(found) == 400
     assert len(lines) > 20
     assert not any(completion.error for completion in found.values())
 
 
+@pytest.mark.parametrize("loses_events", [False, True], ids=["process", "machine"])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_requests_that_kill_are_found(workers):
+def test_requests_that_kill_are_found(workers, loses_events):
     """Guards: an innocent request that fails with the guilty one, and a guilty one that takes all
-    workers with it.
+    workers with it, or all machines: those tell nobody what they had begun.
     """
     guilty = frozenset({"prompt 0", "prompt 7", "prompt 8", "prompt 39"})
-    launcher = FakeLauncher(workers, Behaviour(kills=guilty))
+    launcher = FakeLauncher(workers, Behaviour(kills=guilty, loses_events=loses_events))
     found, _ = served(launcher, requests(40))
     assert len(found) == 40
     assert {name for name, completion in found.items() if completion.error} == guilty

@@ -300,7 +300,8 @@ class Driver:
         self._held -= 1
         self._hungry[member] = None
         self._suspects.clear(request)
-        member.failures = self._blamed = 0
+        member.forget_failures()
+        self._blamed = 0
         member.tokens += len(event.token_ids)
         self._finished.append(event.completion(request))
 
@@ -330,6 +331,8 @@ class Driver:
     def _lose(self, member: Supervised, cause: str) -> None:
         """Hand the requests of a dead worker to others, and have it started again."""
         member.worker.stop()
+        if member.worker.has_lost_events:
+            member.running.update(member.held)
         apart = member.apart
         running, others = member.take_all()
         self._held -= len(running) + len(others)
@@ -339,12 +342,10 @@ class Driver:
             self._suspects.hand_back(others)
         else:
             self._returned.extendleft(reversed(others))
-        member.failures += 1
-        member.all_failures += 1
-        member.last_failure = cause
+        member.note_failure(cause, apart=apart)
         if blamed is not None:
             self._blame(blamed, cause)
-            member.failures = 0
+            member.forget_failures()
         self._restart_or_retire(member)
 
     def _blame(self, request: Request, cause: str) -> None:
@@ -356,7 +357,7 @@ class Driver:
 
     def _restart_or_retire(self, member: Supervised) -> None:
         name, cause = _title(member), member.last_failure
-        if member.user_error or member.failures >= self.patience.failures:
+        if member.user_error or self.patience.is_over(member.failures, member.failures_apart):
             member.state = "retired"
             words = member.worker.last_words()
             self.report(

@@ -101,7 +101,7 @@ class RayWorker(Worker):
     def start(self) -> None:
         """As in `Worker`."""
         need, index = self._launcher.need, self._index
-        self._broken, self._death = None, ""
+        self._broken, self._death, self.has_lost_events = None, "", False
         self.device = "no machine yet"
         actor = self._launcher.actor.options(num_cpus=need.cpus, num_gpus=need.gpus)
         self._host = actor.remote(index, need.cpus, need.gpus)
@@ -213,6 +213,7 @@ class RayWorker(Worker):
                 ConfigError.__name__,
             )
             return
+        self.has_lost_events = True
         self._death = f"its machine or its Ray actor was lost: {_sentences(text)[:300]}"
 
 

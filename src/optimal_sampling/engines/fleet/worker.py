@@ -21,6 +21,8 @@ class Worker(ABC):
     """Where it runs, such as `GPU 3`."""
     is_waiting: bool = False
     """It was started, and waits for a place to run at: that it is not ready is no failure."""
+    has_lost_events: bool = False
+    """It died, and what it sent last has not arrived: it may have been running all that it held."""
 
     @abstractmethod
     def start(self) -> None:
