@@ -312,6 +312,7 @@ class Driver:
         for member in self.members:
             if member.state in ("starting", "ready"):
                 self._hear(member)
+                member.worker.tidy()
 
     def _check_progress(self) -> None:
         """Take workers that hang for dead."""

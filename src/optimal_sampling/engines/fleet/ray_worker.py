@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from optimal_sampling.config import EngineOptions, FleetConfig, ModelConfig
+from optimal_sampling.engines.fleet.log_file import keep_short, last_lines
 from optimal_sampling.engines.fleet.messages import (
     Begin,
     Broken,
@@ -32,7 +33,6 @@ from optimal_sampling.engines.fleet.placement import (
     threads,
     threads_asked_for,
 )
-from optimal_sampling.engines.fleet.process_worker import last_lines
 from optimal_sampling.engines.fleet.ray_cluster import Cluster
 from optimal_sampling.engines.fleet.ray_host import Host, Polled
 from optimal_sampling.engines.fleet.worker import Launcher, Worker
@@ -143,6 +143,10 @@ class RayWorker(Worker):
             self._ray.wait([host.stop.remote()], timeout=_STOP_SECONDS)
         if host is not None:
             self._ray.kill(host, no_restart=True)
+
+    def tidy(self) -> None:
+        """As in `Worker`."""
+        keep_short(self.log)
 
     def last_words(self) -> str:
         """As in `Worker`."""

@@ -48,6 +48,9 @@ class Worker(ABC):
     def stop(self) -> None:
         """End the worker, with all processes that it has started. Stopping twice is safe."""
 
+    def tidy(self) -> None:  # noqa: B027 - having nothing to tidy is a valid answer
+        """Keep short what grows while it works. Called about once a second."""
+
     def last_words(self) -> str:
         """Last lines of its log; "" where there are none."""
         return ""
