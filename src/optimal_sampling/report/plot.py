@@ -14,7 +14,7 @@ from optimal_sampling.errors import ConfigError, MissingDependencyError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLORS", "STYLE", "needs_matplotlib", "plot_alpha"]
+__all__ = ["COLORS", "DASHES", "STYLE", "needs_matplotlib", "plot_alpha"]
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers can tell apart."""
