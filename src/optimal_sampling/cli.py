@@ -89,6 +89,13 @@ EXAMPLES = {
   {PROGRAM} status outputs/shard-*""",
     "merge": f"""examples:
   {PROGRAM} merge outputs/shard-0 outputs/shard-1 --output-dir outputs/run""",
+    "report": f"""examples:
+  {PROGRAM} report outputs/run
+  {PROGRAM} report outputs/run outputs/baseline outputs/scores \\
+      --output compare.html --samples 500""",
+    "show": f"""examples:
+  {PROGRAM} show outputs/run
+  {PROGRAM} show outputs/run 17:1 --colour-by kl_student""",
     "export": f"""examples:
   {PROGRAM} export outputs/run --output-dir outputs/sft/os --only correct
   {PROGRAM} export outputs/teacher --kind baseline --max-per-prompt 1 --prefer shortest
@@ -268,6 +275,29 @@ def run_status(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_report(arguments: Sequence[str]) -> int:
+    """The subcommand `report`."""
+    from optimal_sampling.report import ReportOptions
+    from optimal_sampling.report.page import write_report
+
+    options = _parse("report", ReportOptions(), arguments)
+    page = write_report(options)
+    for line in page.lines():
+        print(line)
+    return 0
+
+
+def run_show(arguments: Sequence[str]) -> int:
+    """The subcommand `show`."""
+    from rich.console import Console
+
+    from optimal_sampling.report import ShowOptions
+    from optimal_sampling.report.show import show
+
+    Console().print(show(_parse("show", ShowOptions(), arguments)), soft_wrap=False)
+    return 0
+
+
 def run_merge(arguments: Sequence[str]) -> int:
     """The subcommand `merge`."""
     from optimal_sampling.records import end_of_shards, merge
@@ -383,6 +413,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "evaluate": ("scores of checkpoints on benchmarks of mathematics", run_evaluate),
     "verify": ("grade the completions of run folders: are the answers right?", run_verify),
     "status": ("what run folders hold: good, owed, failed, speed, means", run_status),
+    "report": ("run folders and scores -> one HTML page to look at", run_report),
+    "show": ("one sample of a run folder, its tokens coloured", run_show),
     "merge": ("the run folders of several shards -> one", run_merge),
     "export": ("run folders -> a training set for load_dataset and trl sft", run_export),
     "demo": (

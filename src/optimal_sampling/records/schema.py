@@ -6,7 +6,7 @@
 import json
 import math
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from operator import attrgetter
@@ -197,6 +197,11 @@ def _token_list(column: str, meaning: str) -> Field:
     """A column of the trace, one number per token."""
     meaning = f"{meaning} of every token; absent with `--no-token-lists`"
     return Field(meaning, lambda s: [_rounded(value) for value in s.trace[column]])
+
+
+def _if_any(values: Sequence[float]) -> list[float | None] | None:
+    """The numbers, or None where none is above 0."""
+    return [_rounded(value) for value in values] if any(value > 0 for value in values) else None
 
 
 class Record(TypedDict):
@@ -437,6 +442,14 @@ class Record(TypedDict):
     token_kl_teacher: Annotated[
         NotRequired[list[float | None]], _token_list("kl_teacher", "KL(q ‖ p_teacher)")
     ]
+    token_vetoed: Annotated[
+        NotRequired[list[float | None]],
+        Field(
+            "`vetoed` of every token; absent where it is 0 at all of them, and with "
+            "`--no-token-lists`",
+            lambda s: _if_any(s.trace["vetoed"]),
+        ),
+    ]
 
 
 MAY_BE_ABSENT = (
@@ -450,6 +463,7 @@ MAY_BE_ABSENT = (
     "byte_alpha",
     "byte_kl_student",
     "byte_kl_teacher",
+    "token_vetoed",
 )
 """Fields that are left out where a sample has no value."""
 
