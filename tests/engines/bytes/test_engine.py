@@ -1,5 +1,6 @@
 """The byte engine on tokens of several bytes, against a recomputation without caches."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -37,14 +38,29 @@ def engine(pair_models, tokenizers):
 
 
 @pytest.fixture(scope="module")
-def stock(pair_models):
-    return dict(
-        zip(
-            ("student", "teacher"),
-            (stock_logits(model, model.lm_head.out_features) for model in pair_models),
-            strict=True,
-        )
-    )
+def exact_engine(pair_models, tokenizers):
+    """The same models in float64, where only a mistake makes a difference that can be seen."""
+    doubles = [copy.deepcopy(model).double() for model in pair_models]
+    return byte_engine(doubles, tokenizers, FREE)
+
+
+def stock_of(engine):
+    """By role, each model's own forward pass."""
+    models = {role: runner.model for role, runner in engine.pair.runners.items()}
+    return {
+        role: stock_logits(model, model.lm_head.out_features, "sdpa")
+        for role, model in models.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def stock(engine):
+    return stock_of(engine)
+
+
+@pytest.fixture(scope="module")
+def exact_stock(exact_engine):
+    return stock_of(exact_engine)
 
 
 def drawn(completions):
@@ -102,23 +118,37 @@ class Recomputed:
         return text, rows
 
 
+@pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("tolerance", [0.0005, 0.01])
-def test_texts_and_traces_are_those_of_the_recomputation(engine, stock, tolerance):
+def test_texts_and_traces_are_those_of_the_recomputation(
+    exact_engine, exact_stock, tolerance, drafts
+):
     """Guards: a cache that holds another hypothesis, rows of logits without a token (they are the
-    largest here), a prompt of another row, an end in the middle of a token.
+    largest here), a prompt of another row, an end in the middle of a token, a law made ahead for
+    another context.
     """
-    view = engine.view(options=replace(engine.options, byte_tolerance=tolerance))
+    options = replace(exact_engine.options, byte_tolerance=tolerance, draft_tokens=drafts)
+    view = exact_engine.view(options=options)
     done = list(view.generate(requests()))
     assert {c.finish_reason for c in done} == {"stop", "length"}
+    assert (view.accepted > 0) == (drafts > 0)
     for c in done:
         text = c.byte_level.text.encode()
-        expected, rows = Recomputed(view, stock, c.request).draw(len(text) + 1)
+        expected, rows = Recomputed(view, exact_stock, c.request).draw(len(text) + 1)
         assert expected[: len(text)] == text
         ended = c.finish_reason == "stop"
         assert len(c.byte_level.trace) == len(text) + ended
         for name, column in c.byte_level.trace.columns.items():
             values = [row[TRACE_FIELDS.index(name)] for row in rows[: len(column)]]
-            assert column == pytest.approx(values, rel=1e-5, abs=1e-5, nan_ok=True)
+            assert column == pytest.approx(values, rel=1e-6, abs=1e-6, nan_ok=True)
+
+
+def test_texts_are_those_of_the_recomputation_in_float32(engine, stock):
+    """Guards: as above, in the precision that is used on a CPU."""
+    for c in engine.generate(requests()):
+        text = c.byte_level.text.encode()
+        expected, _ = Recomputed(engine, stock, c.request).draw(len(text) + 1)
+        assert expected[: len(text)] == text
 
 
 def test_texts_do_not_depend_on_the_batch(engine):
@@ -143,29 +173,64 @@ def test_little_memory_changes_nothing(pair_models, tokenizers, engine):
     assert all("raise kv_memory_gib" in c.error for c in tiny.generate(many))
 
 
-def test_cached_contexts_have_the_logits_of_a_recomputation(engine, stock):
-    """Guards: keys and values of tokens that were taken back."""
+PROMPTS_READ = [(97,), (98, 99, 97), (97,) * 9]
+
+
+def walk_of_contexts(runner, steps=40):
+    """Rows whose contexts grow and shrink at random: every context read, and its logits.
+
+    Some passes read the last token of each context, others the last two of all rows.
+    """
     rng = np.random.default_rng(0)
-    runner = engine.pair.runners["teacher"]
     rows = ContextRows(runner, 0, 1000, 3, 64)
-    prompts = [(97,), (98, 99, 97), (97,) * 9]
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(PROMPTS_READ):
         rows.place(row, prompt)
-    rows.cache.make_room(np.full((3, 1), 64), 1)
+    rows.cache.make_room(np.full((3, 1), 64), 2)
     contexts = [()] * 3
-    for step in range(40):
+    for step in range(steps):
         wanted = {}
         for row in range(3):
             kept = contexts[row][: rng.integers(0, len(contexts[row]) + 1)]
             contexts[row] = kept + tuple(rng.integers(95, 262, rng.integers(0, 3)).tolist())
             if rng.random() < 0.7:
                 wanted[row] = contexts[row]
-        found = rows.evaluate(wanted) if wanted else {}
-        assert found.keys() == wanted.keys()
-        for row, logits in found.items():
-            expected = stock["teacher"]([*prompts[row], *wanted[row]])[: len(logits)]
-            assert np.abs(logits.double().numpy() - expected).max() < 1e-5, step
-    assert rows.counts.tokens < 40 * 3 * 2 * 2  # most of the contexts was not read again
+        if step % 4 == 3 and wanted and all(map(len, wanted.values())):
+            counts = {row: 1 + (row + step) % 2 for row in wanted}
+            found = rows.evaluate_ends({row: (wanted[row], counts[row]) for row in wanted})
+            for row, logits in found.items():
+                for place, each in enumerate(logits):
+                    end = len(wanted[row]) - counts[row] + 1 + place
+                    yield (*PROMPTS_READ[row], *wanted[row][:end]), each
+        elif wanted:
+            found = rows.evaluate(wanted)
+            assert found.keys() == wanted.keys()
+            for row, logits in found.items():
+                yield (*PROMPTS_READ[row], *wanted[row]), logits
+    assert rows.counts.tokens < steps * 3 * 2 * 2  # most of the contexts was not read again
+
+
+def largest_difference(engine, stock):
+    """Of the teacher's logits, and the largest of its logits."""
+    difference = scale = 0.0
+    for ids, logits in walk_of_contexts(engine.pair.runners["teacher"]):
+        expected = stock["teacher"](ids)[: len(logits)]
+        difference = max(difference, np.abs(logits.double().numpy() - expected).max())
+        scale = max(scale, np.abs(expected).max())
+    return difference, scale
+
+
+def test_cached_contexts_have_the_logits_of_a_recomputation(exact_engine, exact_stock):
+    """Guards: keys and values of tokens that were taken back, positions shifted by one, logits of
+    another place. In float64 rounding is 1e-14.
+    """
+    difference, _ = largest_difference(exact_engine, exact_stock)
+    assert difference < 1e-12
+
+
+def test_in_float32_they_differ_by_rounding(engine, stock):
+    """Guards: half precision on the way. Logits of 16 have steps of 2e-6, so 1e-6 is of them."""
+    difference, scale = largest_difference(engine, stock)
+    assert difference < 1e-6 * scale
 
 
 def test_ids_are_the_students_own_for_the_text(engine, tokenizers):
