@@ -229,7 +229,7 @@ def _walk(
             }:
                 loop.make_room(_lengths(replays, wanted, role), 1)
                 for row, logits in model.contexts.evaluate(wanted).items():
-                    [law] = model.laws.read(logits[None])
+                    [law] = model.laws.read(logits[None], [wanted[row]])
                     assert law is not None
                     going[row].laws[role][wanted[row]] = law
         for replay in going.values():
