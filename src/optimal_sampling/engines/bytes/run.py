@@ -157,7 +157,7 @@ class ByteLoop:
         if self.drafter is not None and self.choice.drafts:
             self.drafter.run(self.rows, self._has_room)
         self._run_models()
-        self._draw()
+        self.draw()
         if prompts <= _FEW * len(self.rows):
             self.choice.observe(self.symbols - symbols, time.perf_counter() - started)
 
@@ -190,7 +190,7 @@ class ByteLoop:
         for model in self.models.values():
             model.contexts.clear(index)
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
         """Symbols of all rows, until each has ended or waits for a model."""
         while self.draw_symbols():
             pass
