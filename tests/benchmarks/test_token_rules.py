@@ -4,9 +4,9 @@ import json
 
 import pytest
 from benchmarks.token_rules import NONE, Results, columns_of
+from tests.engines.bytes.conftest import byte_vocabulary, small_tokenizer
 
 from optimal_sampling.errors import ConfigError
-from tests.engines.bytes.conftest import byte_vocabulary, small_tokenizer
 
 SETTINGS = {"student": "s", "new_tokens": 9}
 
