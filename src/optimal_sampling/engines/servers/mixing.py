@@ -114,6 +114,19 @@ class ListMixer:
         union = join(lists[0], lists[1], self.vocab_size, self.mixture.temperature)
         return self._draw_mixed(union, place)
 
+    def draft(self, tokens: TokenList, noise_key: int, position: int) -> int:
+        """What one model alone would draw with this noise, of the ids in its list."""
+        inside = tokens.ids < self.vocab_size
+        order = np.argsort(tokens.ids[inside])
+        ids = torch.from_numpy(tokens.ids[inside][order])[None]
+        scores = torch.from_numpy(tokens.log_p[inside][order]).float()[None]
+        scores = scores / self.mixture.temperature
+        if cuts(self.mixture.top_k, self.mixture.top_p):
+            kept = keep_largest(scores, self.mixture.top_k, self.mixture.top_p)
+            scores = scores.masked_fill(~kept, -torch.inf)
+        noise = gumbel(keys_tensor([noise_key]), torch.tensor([position]), ids)
+        return int(ids[0, (scores + noise).argmax(-1)])
+
     def _draw_exactly(self, rows: list[Float32[Tensor, "1 vocab"]], place: NoiseKeys) -> DrawnToken:
         """From whole rows, as every engine does."""
         if len(rows) == 1:
