@@ -109,6 +109,10 @@ EXAMPLES = {
     "serve": f"""examples:
   {PROGRAM} serve --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct
   {PROGRAM} serve --port 9000 --alpha-min 0.3 --draft-tokens 4""",
+    "servers": f"""examples:
+  {PROGRAM} servers --teacher Qwen/Qwen3-14B --student Qwen/Qwen3-4B-Base
+  {PROGRAM} servers --start
+  {PROGRAM} servers --fake""",
     "sft": f"""examples:
   {PROGRAM} sft --dataset_name outputs/export --output_dir outputs/sft --learning_rate 1e-3
   {PROGRAM} sft --model_name_or_path Qwen/Qwen3-1.7B --dataset_name outputs/export \\
@@ -367,6 +371,23 @@ def run_serve(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_servers(arguments: Sequence[str]) -> int:
+    """The subcommand `servers`."""
+    from optimal_sampling.engines.servers.launch import ServersCommand, run_servers
+
+    command = _parse("servers", ServersCommand(), arguments)
+    try:
+        run_servers(
+            command,
+            lambda text: print(text, flush=True),
+            lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: interrupted; no server is left", file=sys.stderr)
+        return 130
+    return 0
+
+
 def run_sft(arguments: Sequence[str]) -> int:
     """The subcommand `sft`."""
     from rich.console import Console
@@ -424,6 +445,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "bench": ("speed and memory on this machine, beside Transformers", run_bench),
     "sft": ("train the student on an exported dataset, with TRL", run_sft),
     "serve": ("an OpenAI-compatible server of q* (needs the extra `vllm`)", run_serve),
+    "servers": ("servers of teacher and student for --engine servers", run_servers),
 }
 """Subcommands: a line of help, and what runs them, which imports what it needs."""
 
