@@ -106,7 +106,7 @@ class ServedModel(ABC):
 
     @abstractmethod
     async def tokenize(self, text: str) -> list[int]:
-        """Ids of a text without special tokens added. Raises ServerError where it is not offered."""
+        """Ids of a text, no special tokens added. Raises ServerError where it is not offered."""
 
     @abstractmethod
     async def detokenize(self, ids: Sequence[int]) -> str:
