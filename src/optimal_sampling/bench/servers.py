@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from optimal_sampling.bench.harness import Report, Timings, interleave, make_table, per_second
@@ -198,7 +197,9 @@ def _show(report: Report, count: int, timings: Timings, rounds: Rounds) -> None:
         }
         report.results.append(dict(row))
         rows.append([name, *[row[column] for column in list(row)[2:-1]]])
-    spread = median(max(each) / min(each) for each in ([s.rate() for s in t] for t in timings.values()))
+    spread = median(
+        max(each) / min(each) for each in ([s.rate() for s in t] for t in timings.values())
+    )
     columns = (
         f"{count} at once",
         "tokens/s",
@@ -207,4 +208,4 @@ def _show(report: Report, count: int, timings: Timings, rounds: Rounds) -> None:
         "tokens per round",
         "bound",
     )
-    report.show(make_table(f"largest / smallest of the repeats {spread:.2f}", columns, rows))
+    report.show(make_table(f"repeats differ by up to a factor of {spread:.2f}", columns, rows))
