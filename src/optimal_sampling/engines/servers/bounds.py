@@ -24,6 +24,7 @@ _ROUNDING = 1e-13
 _GRID = 16
 _ROUNDS = 4
 _PIECES = 16
+_SHRINKS = 0.98  # a round that leaves more of the interval is the last
 
 Numbers: TypeAlias = Float64[np.ndarray, " columns"]
 Flags: TypeAlias = Bool[np.ndarray, " columns"]
@@ -179,8 +180,11 @@ def _bracket(sign: Callable[[Alphas], Alphas], low: float, high: float) -> Range
     first, last = high, low
     for _ in range(_ROUNDS):
         signs = sign(grid)
+        before = right - left
         left = max([left, *grid[signs < 0]])
         right = min([right, *grid[signs > 0]])
+        if right - left > _SHRINKS * before:
+            break
         open_ends = grid[signs == 0]
         first = min([first, *open_ends, right])
         last = max([last, *open_ends, left])
@@ -193,8 +197,9 @@ def _symmetry_sign(box: Box, alphas: Alphas) -> Alphas:
     """Of F', which grows and whose root is alpha of kl_symmetry; lemma 3."""
     lowest = box.student_total[0] - box.teacher_total[1]
     highest = box.student_total[1] - box.teacher_total[0]
-    least, _ = _slope_limits(box, box.teacher + lowest, alphas)
-    _, most = _slope_limits(box, box.teacher + highest, alphas)
+    least, most = _slope_limits(box, box.teacher + lowest, alphas)
+    if highest > lowest:
+        _, most = _slope_limits(box, box.teacher + highest, alphas)
     return _sign(least.sum(-1), most.sum(-1))
 
 

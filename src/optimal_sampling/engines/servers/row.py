@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from optimal_sampling.engines.base import prompt_problem
 from optimal_sampling.engines.servers.drafting import DraftWidth
@@ -30,6 +30,8 @@ from optimal_sampling.types import (
 )
 
 __all__ = ["OnToken", "PairCounts", "ServedPair", "TextRow"]
+
+T = TypeVar("T")
 
 OnToken = Callable[[DrawnToken], bool]
 """Called with every token drawn; True ends the text."""
@@ -167,10 +169,11 @@ class TextRow:
         top_k = self.pair.list_length(role)
         started = time.perf_counter()
         if count == 1:
-            choices = await model.next_tokens(prefix, top_k)
+            choices = await _of(role, model.next_tokens(prefix, top_k))
             drafted = [DraftedToken(_likeliest(choices), choices)]
         else:
-            drafted = await model.draft(prefix, count, top_k, temperature=0.0, seed=0)
+            request = model.draft(prefix, count, top_k, temperature=0.0, seed=0)
+            drafted = await _of(role, request)
         width.observe_drafting(len(drafted), time.perf_counter() - started)
         return drafted
 
@@ -180,9 +183,9 @@ class TextRow:
         top_k = self.pair.list_length(role)
         started = time.perf_counter()
         if tokens:
-            lists = await model.score(self._text(role), tokens, top_k)
+            lists = await _of(role, model.score(self._text(role), tokens, top_k))
         else:
-            lists = [await model.next_tokens(self._text(role), top_k)]
+            lists = [await _of(role, model.next_tokens(self._text(role), top_k))]
         self.pair.width.observe_scoring(len(lists), time.perf_counter() - started)
         return lists
 
@@ -207,8 +210,8 @@ class TextRow:
         return drawn
 
     async def _longer(self, role: str, wanted: _Wanted) -> TokenList:
-        model = self.pair.models[role]
-        return await model.next_tokens(self._text(role), wanted.top_k, sorted(wanted.extra))
+        model, extra = self.pair.models[role], sorted(wanted.extra)
+        return await _of(role, model.next_tokens(self._text(role), wanted.top_k, extra))
 
     def _text(self, role: str) -> list[int]:
         return [*self.request.prompt_ids(role), *self.tokens]
@@ -256,6 +259,14 @@ class _Wanted:
 
 def _likeliest(tokens: TokenList) -> int:
     return int(tokens.ids[tokens.log_p.argmax()])
+
+
+async def _of(role: str, request: Awaitable[T]) -> T:
+    """The answer to a request. Raises ServerError that says whose server failed."""
+    try:
+        return await request
+    except ServerError as failure:
+        raise ServerError(f"the {role}'s {failure}", failure.kind) from failure
 
 
 async def _together(*requests: Awaitable[Any]) -> list[Any]:
