@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from optimal_sampling.api.local import SamplingOutput as SamplingOutput
     from optimal_sampling.api.vllm import OptimalSamplingOutput as OptimalSamplingOutput
     from optimal_sampling.api.vllm import OptimalSamplingV1 as OptimalSamplingV1
+    from optimal_sampling.report.plot import plot_alpha as plot_alpha
 
 _MODULES = {
     "OptimalSamplingModel": "optimal_sampling.api.local",
     "OptimalSamplingOutput": "optimal_sampling.api.vllm",
     "OptimalSamplingV1": "optimal_sampling.api.vllm",
     "SamplingOutput": "optimal_sampling.api.local",
+    "plot_alpha": "optimal_sampling.report.plot",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "__version__",
     "generate",
     "load",
+    "plot_alpha",
 ]
 
 

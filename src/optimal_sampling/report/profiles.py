@@ -14,15 +14,16 @@ from optimal_sampling.records.schema import Record
 __all__ = ["Profiles"]
 
 _POSITIONS = 128  # intervals of positions
-_BINS = 60
+_BINS = 60  # bars of a histogram
+_FINE = 10  # bins of the quantiles per bar: a median of clamped alphas is their bound
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 _DIFFER = 1e-3  # nats: above, KL to one of the models says that they differ
 _EDGES = {
-    "alpha": np.linspace(0, 1, _BINS + 1),
-    "alpha_differ": np.linspace(0, 1, _BINS + 1),
-    "vetoed": np.linspace(0, 1, _BINS + 1),
-    "kl_student": np.concatenate([[0], np.geomspace(1e-5, 20, _BINS)]),
-    "kl_teacher": np.concatenate([[0], np.geomspace(1e-5, 20, _BINS)]),
+    "alpha": np.linspace(0, 1, _BINS * _FINE + 1),
+    "alpha_differ": np.linspace(0, 1, _BINS * _FINE + 1),
+    "vetoed": np.linspace(0, 1, _BINS * _FINE + 1),
+    "kl_student": np.concatenate([[0], np.geomspace(1e-5, 20, _BINS * _FINE)]),
+    "kl_teacher": np.concatenate([[0], np.geomspace(1e-5, 20, _BINS * _FINE)]),
 }
 """Bins of each column. KL: logarithmic, the first of them from 0."""
 
@@ -123,8 +124,8 @@ class _Column:
             "quantiles": [
                 _rounded(_quantile(self.counts[:last], self.edges, each)) for each in _QUANTILES
             ],
-            "edges": _rounded(self.edges),
-            "histogram": self.counts.sum(0).tolist(),
+            "edges": _rounded(self.edges[::_FINE]),
+            "histogram": self.counts.sum(0).reshape(_BINS, _FINE).sum(1).tolist(),
             "total_mean": float(self.sums.sum() / number.sum()),
         }
 
