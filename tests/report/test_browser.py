@@ -16,7 +16,9 @@ from optimal_sampling.report import ReportOptions
 from optimal_sampling.report.page import write_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-HOSTILE = "</script><script>window.hit=1</script></style><style>*{display:none}</style><b onclick=x>"
+HOSTILE = (
+    "</script><script>window.hit=1</script></style><style>*{display:none}</style><b onclick=x>"
+)
 STRANGE = "a\x00\x1b[2J\u202eb\u202c مرحبا 👩‍👩‍👧 end"
 pytestmark = pytest.mark.xdist_group("browser")
 
@@ -33,8 +35,9 @@ def chromium() -> str:
 @pytest.fixture(scope="module")
 def browser():
     path = chromium()
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield running
         running.close()
@@ -107,6 +110,17 @@ def sample(page, index):
     found.evaluate("node => node.scrollIntoView({behavior: 'instant', block: 'center'})")
     found.locator("header").wait_for()
     return found
+
+
+def test_a_missing_browser_is_no_pass(monkeypatch):
+    """Guards: CI that skips these tests for ever, because its machine has no browser."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("OPTIMAL_SAMPLING_REQUIRE_BROWSER", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="apt-get install chromium"):
+        chromium()
+    monkeypatch.setenv("OPTIMAL_SAMPLING_REQUIRE_BROWSER", "1")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"):
+        chromium()
 
 
 def test_it_opens_in_silence(opened):
@@ -209,7 +223,9 @@ def test_colours_and_their_legend(opened):
 
 def test_light_and_dark(opened):
     """Guards: dark text on a dark ground, and a switch that does not."""
-    colours = "(() => { const s = getComputedStyle(document.documentElement); return s.background })()"
+    colours = (
+        "(() => { const s = getComputedStyle(document.documentElement); return s.background })()"
+    )
     light, dark = opened("light").page, opened("dark").page
     assert "253, 253, 252" in light.evaluate(colours)
     assert "19, 20, 22" in dark.evaluate(colours)

@@ -107,7 +107,7 @@ def test_the_ends_of_a_scale():
     blue, orange = colour_of("alpha", {"alpha": 0.0}), colour_of("alpha", {"alpha": 1.0})
     assert blue[2] > blue[0]
     assert orange[0] > orange[2]
-    assert colour_of("acceptance", {"acceptance": 1.0})[3] == 0
+    assert colour_of("acceptance", {"acceptance": 1.0}) is None
     assert colour_of("acceptance", {"acceptance": 0.2})[3] > 0.4
     assert colour_of("kl_student", {"kl_student": 99.0})[3] == colour_of("vetoed", {"vetoed": 1})[3]
     assert all(scale_text(name) for name in METRICS)
@@ -119,6 +119,21 @@ def test_html_is_text(record, reader):
     assert "<script" not in html
     assert "</style" not in html
     assert unescape(re.sub(r"<[^>]*>", "", html)) == HOSTILE
+
+
+def test_a_notebook_shows_the_first_records(tmp_path):
+    """Guards: an iterator that is used up by being shown, and markup of a record's error."""
+    draws = [Draw(HOSTILE), *[Draw(f"{row}", row=row) for row in range(1, 15)]]
+    run = write_run(tmp_path / "run", draws)
+    records = load(run)
+    html = records._repr_html_()
+    assert "the first 10 records" in html
+    assert ("row 9, sample 0" in html, "row 10, sample 0" in html) == (True, False)
+    assert "<script" not in html
+    assert "rgba(214,112,22," in html
+    assert len(list(records)) == 15
+    failed = write_run(tmp_path / "failed", [Draw(error="<b>no</b>")])
+    assert "failed: &lt;b&gt;no" in load(failed, failed=True)._repr_html_()
 
 
 def test_a_terminal_obeys_no_completion(record, reader):
@@ -138,5 +153,5 @@ def test_colours_reach_the_terminal(record, reader):
     text = rich_text(spanned_text(record("1+1"), reader))
     assert text.plain == "1+1"
     grounds = [span.style.bgcolor.triplet for span in text.spans if span.style.bgcolor]
-    assert len(grounds) == 3
-    assert grounds[2].red > grounds[0].red  # alpha grows along the text
+    assert len(grounds) == 2  # alpha is 0.5 at the first token
+    assert grounds[1].red > grounds[0].red

@@ -15,6 +15,7 @@ async function open() {
   const titles = { scores: "Scores", charts: "Along the completion", samples: "Samples" };
   document.getElementById("nav").append(...sections.map((each) => el("a", { href: `#${each.id}` }, titles[each.id])));
   document.documentElement.dataset.ready = "true";
+  performance.mark("ready");
 }
 
 function foot(data) {
