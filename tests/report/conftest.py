@@ -58,7 +58,7 @@ def completion_of(draw: Draw, request: Request) -> Completion:
     values = {"kl_student": 0.5, "kl_teacher": 0.25, "vetoed": 0.0, **draw.values}
     rows = []
     for place in range(len(ids)):
-        row = {name: 0.5 for name in TRACE_FIELDS} | {"alpha": 0.5 + 0.5 * place / len(ids)}
+        row = dict.fromkeys(TRACE_FIELDS, 0.5) | {"alpha": 0.5 + 0.5 * place / len(ids)}
         rows.append(tuple((row | values).values()))
     captured = top_tokens(ids, draw.top) if draw.top else {}
     return Completion(request, ids, "stop", TokenTrace.from_rows(rows), captured=captured)

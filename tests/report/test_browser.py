@@ -16,9 +16,7 @@ from optimal_sampling.report import ReportOptions
 from optimal_sampling.report.page import write_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-HOSTILE = (
-    "</script><script>window.hit=1</script></style><style>*{display:none}</style><b onclick=x>"
-)
+HOSTILE = "</script><script>window.hit=1</script></style><style>*{display:none}</style><b id=x>"
 STRANGE = "a\x00\x1b[2J\u202eb\u202c مرحبا 👩‍👩‍👧 end"
 pytestmark = pytest.mark.xdist_group("browser")
 
@@ -272,7 +270,7 @@ def test_a_failed_sample(opened):
 
 
 def test_a_long_sample_is_shown_in_parts(opened):
-    """Guards: a page that stands still over 30,000 tokens, and a text that is cut without a word."""
+    """Guards: a page that stands still over 30,000 tokens, and a text cut without a word."""
     page = opened().page
     long = sample(page, 7)
     assert long.locator(".t").count() == 3000

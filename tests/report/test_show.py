@@ -49,7 +49,7 @@ def test_top_tokens_are_beside(said, make_run, draw):
     """Guards: the teacher's tokens under the student's name."""
     output = said(make_run("top", [draw("ab", top=2)]))
     line = next(line for line in output.splitlines() if line.split()[:2] == ["0", "a"])
-    assert line.split()[-12:] == "( 60 a 30 a 80 ( 10 a 90 ( 5".split()
+    assert line.split()[-12:] == ["(", "60", "a", "30", "a", "80", "(", "10", "a", "90", "(", "5"]
 
 
 def test_a_failed_sample(said, run):
