@@ -214,7 +214,7 @@ def test_colours_and_their_legend(opened):
     assert (low.strip(), high) == ("t", "t h5")  # alpha 0.5, and 0.5 + 0.5 * 4/6
     page.locator("#colour").select_option("kl_student")
     assert first.get_attribute("class") == "t a2"  # 0.5 of 2 nats in eight levels
-    assert "KL(q ‖ student)" in page.locator(".legend").inner_text()
+    assert "KL(q, student)" in page.locator(".legend").inner_text()
     page.locator("#colour").select_option("")
     assert first.get_attribute("class").strip() == "t"
 

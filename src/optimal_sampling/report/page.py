@@ -131,6 +131,7 @@ class Page:
             "differences": _differences([run["options"] for run in self.runs]),
             "evaluations": [{"name": e.name, **e.summary} for e in self.evaluations],
             "metrics": metrics_data(),
+            "columns": sorted({name for text in self.texts for name in text["columns"]}),
             "samples": self.samples,
             "chunk": _CHUNK,
         }

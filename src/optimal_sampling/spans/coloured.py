@@ -51,8 +51,8 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "alpha": Metric("α", "weight of the teacher", 0.0, 1.0, is_diverging=True),
-    "kl_student": Metric("KL to student", "KL(q ‖ student), nats", 0.0, 2.0),
-    "kl_teacher": Metric("KL to teacher", "KL(q ‖ teacher), nats", 0.0, 2.0),
+    "kl_student": Metric("KL to student", "KL(q, student), nats", 0.0, 2.0),
+    "kl_teacher": Metric("KL to teacher", "KL(q, teacher), nats", 0.0, 2.0),
     "vetoed": Metric("vetoed mass", "student's mass outside of the teacher's support", 0.0, 1.0),
     "log_ratio": Metric(
         "who led", "log p(teacher) − log p(student) of the token drawn", -4.0, 4.0, True

@@ -10,10 +10,12 @@ async function open() {
   }
   const data = await unpack("index");
   const names = [...data.runs, ...data.evaluations].map((each) => each.name).join(", ");
-  const sections = [scoresSection(data), chartsSection(data), samplesSection(data)].filter(Boolean);
+  const [samples, arrange] = samplesSection(data);
+  const sections = [scoresSection(data), chartsSection(data), samples].filter(Boolean);
   page.replaceChildren(el("h1", {}, names), runsSection(data), differencesTable(data) || "", ...sections, foot(data));
   const titles = { scores: "Scores", charts: "Along the completion", samples: "Samples" };
   document.getElementById("nav").append(...sections.map((each) => el("a", { href: `#${each.id}` }, titles[each.id])));
+  await arrange();
   document.documentElement.dataset.ready = "true";
   performance.mark("ready");
 }
