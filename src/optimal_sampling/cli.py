@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -66,6 +67,7 @@ EXIT_CODES = """exit codes:
 Options = TypeVar("Options")
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _UNSET = ("", "null", "~")
+_SAME_WISH = 1.0
 
 EXAMPLES = {
     "generate": f"""examples:
@@ -107,6 +109,10 @@ EXAMPLES = {
     "serve": f"""examples:
   {PROGRAM} serve --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct
   {PROGRAM} serve --port 9000 --alpha-min 0.3 --draft-tokens 4""",
+    "servers": f"""examples:
+  {PROGRAM} servers --teacher Qwen/Qwen3-14B --student Qwen/Qwen3-4B-Base
+  {PROGRAM} servers --start
+  {PROGRAM} servers --fake""",
     "sft": f"""examples:
   {PROGRAM} sft --dataset_name outputs/export --output_dir outputs/sft --learning_rate 1e-3
   {PROGRAM} sft --model_name_or_path Qwen/Qwen3-1.7B --dataset_name outputs/export \\
@@ -365,6 +371,23 @@ def run_serve(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_servers(arguments: Sequence[str]) -> int:
+    """The subcommand `servers`."""
+    from optimal_sampling.engines.servers.launch import ServersCommand, run_servers
+
+    command = _parse("servers", ServersCommand(), arguments)
+    try:
+        run_servers(
+            command,
+            lambda text: print(text, flush=True),
+            lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: interrupted; no server is left", file=sys.stderr)
+        return 130
+    return 0
+
+
 def run_sft(arguments: Sequence[str]) -> int:
     """The subcommand `sft`."""
     from rich.console import Console
@@ -422,6 +445,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "bench": ("speed and memory on this machine, beside Transformers", run_bench),
     "sft": ("train the student on an exported dataset, with TRL", run_sft),
     "serve": ("an OpenAI-compatible server of q* (needs the extra `vllm`)", run_serve),
+    "servers": ("servers of teacher and student for --engine servers", run_servers),
 }
 """Subcommands: a line of help, and what runs them, which imports what it needs."""
 
@@ -664,29 +688,47 @@ def _dry_run(config: GenerateConfig) -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a run in good order; a second one ends it at once."""
+    """Ctrl-C and SIGTERM end a run in good order; a later one ends it at once.
+
+    One that comes within `_SAME_WISH` seconds of the first says the same again: a key that was
+    pressed twice, or a program that passes on what the terminal has sent to all.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM)
+    later: dict[int, Any] = dict.fromkeys(numbers, signal.SIG_DFL)
+    first: list[float] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-        raise KeyboardInterrupt
+        if not first:
+            first.append(time.monotonic())
+            raise KeyboardInterrupt
+        if time.monotonic() - first[0] > _SAME_WISH:
+            # not by `print`, in the middle of which this may be
+            os.write(2, _interrupted("ended at once, and what was on the disk is safe").encode())
+            signal.signal(number, later[number])
+            os.kill(os.getpid(), number)
 
     try:
-        before = [signal.signal(number, interrupt) for number in numbers]
+        before: dict[int, Any] = {each: signal.signal(each, interrupt) for each in numbers}
     except ValueError:  # signals belong to the main thread, and this is another
         yield
         return
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        later.update(before)
+        for number, handler in before.items():
+            if not first:  # else a second key stroke may still come, while the process ends
+                signal.signal(number, handler)
+
+
+def _interrupted(state: str, command: str = "") -> str:
+    """What is said of an interrupted command: what is safe, and how to go on."""
+    command = command or typed_command(sys.orig_argv)
+    return f"\n{PROGRAM}: interrupted; {state}. To go on:\n  {command}\n"
 
 
 def _say_interrupted(state: str, command: str = "") -> None:
-    command = command or typed_command(sys.orig_argv)
-    print(f"\n{PROGRAM}: interrupted; {state}. To go on:\n  {command}", file=sys.stderr)
+    print(_interrupted(state, command), end="", file=sys.stderr)
 
 
 def typed_command(words: Sequence[str]) -> str:

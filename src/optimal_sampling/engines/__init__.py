@@ -55,7 +55,7 @@ def open_engine(
     Raises ModelError, ConfigError, TokenizerMismatchError, MissingDependencyError.
     """
     engine_path = options.engine_class
-    if vocabulary.granularity == "byte" and mode != "student":
+    if vocabulary.granularity_of(mode) == "byte":
         engine_path = options.byte_engine_class
     if not engine_path:
         raise TokenizerMismatchError(

@@ -79,6 +79,7 @@ class Sample:
     raw_text: str | None = None
     """The completion, decoded with its special tokens; None where there is none."""
     mode: Mode = "mixture"
+    granularity: Granularity = "token"
     stage: str = ""
     """Name of the stage; "" in a run without stages."""
     tries: int = 0
@@ -244,7 +245,7 @@ class Record(TypedDict):
         Granularity,
         Field(
             "what was drawn one by one: `token`, or `byte` where the two tokenizers differ",
-            lambda s: "token" if s.completion.byte_level is None else "byte",
+            attrgetter("granularity"),
         ),
     ]
     row_index: Annotated[

@@ -1,6 +1,7 @@
 """Two tokenizers through the doors that users take: `load`, `generate`, `OptimalSamplingModel`."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -66,6 +67,18 @@ def test_generate_takes_such_a_pair_without_further_options(tmp_path, student_fo
         assert record["lost_student"] >= 0
         assert "byte_alpha" not in record
     assert summary.means["lost_student"] is not None
+
+
+def test_failed_completions_say_byte_too(tmp_path, student_folder):
+    """Guards: records of one run that say different things of what was drawn."""
+    rows = [{"problem": "1+1=?"}, {"problem": None}, {"problem": "1+" * 4000}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(run(tmp_path / "run", student_folder), data=DataConfig(dataset=str(data)))
+    generate(config)
+    found = records(tmp_path / "run")
+    assert [record["granularity"] for record in found] == ["byte"] * 3
+    assert sum(bool(record["error"]) for record in found) == 2
 
 
 def test_lists_of_bytes_are_kept_on_request(tmp_path, student_folder):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from optimal_sampling.config import EngineOptions, LocalOptions, MixtureConfig
 from optimal_sampling.engines.bytes.contexts import ByteModel, ContextRows, PassCounts
-from optimal_sampling.engines.bytes.drafting import ByteDrafter
+from optimal_sampling.engines.bytes.drafting import ByteDrafter, MeasuredChoice
 from optimal_sampling.engines.bytes.laws import LawReader
 from optimal_sampling.engines.bytes.mixing import SymbolMixer, check_mixture
 from optimal_sampling.engines.bytes.row import RowSettings
@@ -25,7 +25,8 @@ from optimal_sampling.vocabulary import Vocabulary
 __all__ = ["ByteEngine"]
 
 AUTO_DRAFTS, AUTO_RATIO = 4, 4
-"""`draft_tokens auto`: so many, where the teacher has so many times the student's parameters."""
+"""`draft_tokens auto`: so many, where the teacher has so many times the student's parameters and as
+long as they cost less than none."""
 
 
 def _parameters(model: Any) -> int:
@@ -40,6 +41,7 @@ class ByteEngine(LocalEngine):
     """
 
     captures = frozenset()
+    loop_class: ClassVar[type[ByteLoop]] = ByteLoop
 
     def __init__(
         self,
@@ -109,7 +111,6 @@ class ByteEngine(LocalEngine):
                     self.mixture,
                     restrict=role == "teacher",
                 ),
-                embeddings=rows.runner.embeddings,
             )
             for role, rows in self._context_rows(settings).items()
         }
@@ -117,26 +118,30 @@ class ByteEngine(LocalEngine):
             roles=self.roles,
             tries=self.tries,
             contexts=dict(zip(self.roles, limits.context_lengths, strict=True)),
-            student_text=TokenizedText(
-                self.vocabulary.student_tokenizer, self.vocabulary.bytes_by_role["student"]
-            ),
+            texts=self._texts(),
             end_id=min(self.stop_ids),
             tolerance=self.options.byte_tolerance,
             force_first_token=self.mixture.force_first_token and self.mode == "mixture",
         )
         mixer = SymbolMixer(self.mixture, self.mode)
-        loop = ByteLoop(models, rows, mixer, limits.rows, settings.memory)
+        loop = self.loop_class(models, rows, mixer, settings)
         count = self._drafts_per_round()
         if count:
-            teacher = TokenizedText(
-                self.vocabulary.teacher_tokenizer, self.vocabulary.bytes_by_role["teacher"]
-            )
-            loop.drafter = ByteDrafter(models, mixer, teacher, rows.contexts, count)
-            loop.drafter.adapts = self.options.draft_tokens == "auto"
+            loop.drafter = ByteDrafter(models, mixer, rows.texts["teacher"], rows.contexts, count)
+        if self.options.draft_tokens == "auto":
+            loop.choice = MeasuredChoice()
         return loop
 
+    def _texts(self) -> dict[str, TokenizedText]:
+        tokenizers = {
+            "student": self.vocabulary.student_tokenizer,
+            "teacher": self.vocabulary.teacher_tokenizer,
+        }
+        tables = self.vocabulary.bytes_by_role
+        return {role: TokenizedText(tokenizers[role], tables[role]) for role in tokenizers}
+
     def _drafts_per_round(self) -> int:
-        """`auto`: where a pass of the teacher costs several of the student's."""
+        """`auto`: some, where a pass of the teacher costs several of the student's."""
         if self.mode != "mixture":
             return 0
         if self.options.draft_tokens != "auto":
