@@ -285,7 +285,7 @@ def run_report(arguments: Sequence[str]) -> int:
     from optimal_sampling.report.page import write_report
 
     options = _parse("report", ReportOptions(), arguments)
-    page = write_report(options)
+    page = write_report(options, lambda line: print(line, file=sys.stderr, flush=True))
     for line in page.lines():
         print(line)
     return 0

@@ -10,8 +10,9 @@ import gzip
 import html
 import json
 import re
+import time
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.resources import files
@@ -19,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from optimal_sampling.config import expand_user
+from optimal_sampling.errors import RunFolderError
+from optimal_sampling.records.schema import Record
 from optimal_sampling.records.store import write_atomically
+from optimal_sampling.records.verdicts import Graded
 from optimal_sampling.report.folders import Evaluation, RunSource, open_folders
 from optimal_sampling.report.options import ReportOptions
 from optimal_sampling.report.overview import RunOverview
@@ -32,7 +36,15 @@ __all__ = ["Page", "write_report"]
 
 _CHUNK = 20  # samples that are decompressed together
 _SCRIPTS = ("core", "runs", "charts", "tokens", "card", "samples", "main")
+_SECONDS_BETWEEN_LINES = 5.0
 _LEVEL = 6  # of gzip
+
+
+Say = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    """Say nothing."""
 
 
 @dataclass
@@ -45,33 +57,46 @@ class Page:
     tops: list[Any] = field(default_factory=list)
     evaluations: Sequence[Evaluation] = ()
     path: Path = Path("report.html")
+    unreadable: list[RunFolderError] = field(default_factory=list)
+    """Of the runs without any record that could be read."""
 
-    def add_run(self, run: RunSource, most: int, top: int) -> None:
-        """Read a run once, and keep its counts and the samples that are shown."""
-        overview, selection = RunOverview(), Selection(most)
-        for record, graded in run.records():
-            overview.add(record, graded)
-            selection.add(record, graded)
-        reader, problem = run_reader(run.options)
-        place, chosen = len(self.runs), selection.samples()
-        for record, graded in chosen:
-            text = spanned_text(record, reader, problem)
-            self.samples.append(sample_entry(place, record, graded))
-            self.texts.append(sample_text(record, text, graded))
-            self.tops.append(sample_top(record, text, reader, top))
+    def add_run(self, run: RunSource, options: ReportOptions, say: Say = _silent) -> None:
+        """Read a run once, and keep its counts and the samples that are shown.
+
+        A run that cannot be read, such as one of another schema, is on the page with the reason.
+        """
+        overview, selection, notes = RunOverview(), Selection(options.samples), [*run.notes]
+        try:
+            for record, graded in _counted(run, say):
+                overview.add(record, graded)
+                selection.add(record, graded)
+        except RunFolderError as error:
+            self.unreadable.append(error)
+            notes.append(f"Its records cannot be read: {error}")
+        notes += self._add_samples(run, selection.samples(), options.top)
         self.runs.append(
             {
                 "name": run.name,
                 "path": str(run.path),
                 "options": _options(run.options),
-                "notes": [
-                    *run.notes,
-                    *([f"Tokens are not coloured: {problem}."] if problem else []),
-                ],
-                "shown": len(chosen),
+                "notes": notes,
+                "shown": len(selection.samples()),
                 **overview.data(run),
             }
         )
+
+    def _add_samples(
+        self, run: RunSource, chosen: Sequence[tuple[Record, Graded | None]], top: int
+    ) -> Iterator[str]:
+        """Keep what is shown of samples; why they have no colours, where they have none."""
+        reader, problem = run_reader(run.options)
+        for record, graded in chosen:
+            text = spanned_text(record, reader, problem)
+            self.samples.append(sample_entry(len(self.runs), record, graded))
+            self.texts.append(sample_text(record, text, graded))
+            self.tops.append(sample_top(record, text, reader, top))
+        if problem and chosen:
+            yield f"Tokens are not coloured: {problem}."
 
     def lines(self) -> Iterator[str]:
         """What was written, for the command line."""
@@ -106,6 +131,7 @@ class Page:
             "differences": _differences([run["options"] for run in self.runs]),
             "evaluations": [{"name": e.name, **e.summary} for e in self.evaluations],
             "metrics": metrics_data(),
+            "columns": sorted({name for text in self.texts for name in text["columns"]}),
             "samples": self.samples,
             "chunk": _CHUNK,
         }
@@ -117,14 +143,29 @@ class Page:
                 yield _block(f"tops-{number}", self.tops[part])
 
 
-def write_report(options: ReportOptions) -> Page:
-    """Write the page. Raises ConfigError, RunFolderError, StorageError."""
+def write_report(options: ReportOptions, say: Say = _silent) -> Page:
+    """Write the page. Raises ConfigError, StorageError, and RunFolderError where no run can be
+    read.
+    """
     runs, evaluations = open_folders(options.runs)
     page = Page(evaluations=evaluations, path=expand_user(options.output))
     for run in runs:
-        page.add_run(run, options.samples, options.top)
+        page.add_run(run, options, say)
+    if page.unreadable and len(page.unreadable) == len(runs) and not evaluations:
+        raise page.unreadable[0]
     write_atomically(page.path, page.html())
     return page
+
+
+def _counted(run: RunSource, say: Say) -> Iterator[tuple[Record, Graded | None]]:
+    """The records of a run; says every few seconds how many there were."""
+    started = told = time.monotonic()
+    for count, each in enumerate(run.records(), start=1):
+        yield each
+        now = time.monotonic()
+        if now - told > _SECONDS_BETWEEN_LINES:
+            told = now
+            say(f"{run.name}: {count} records read, {count / (now - started):.0f} a second")
 
 
 def _options(options: Any) -> dict[str, Any]:

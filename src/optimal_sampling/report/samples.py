@@ -44,13 +44,18 @@ def sample_entry(run: int, record: Record, graded: Graded | None) -> list[Any]:
         graded["reference"] if graded else None,
         record["finish_reason"],
         record["n_completion_tokens"],
-        record.get("alpha_weighted") if kept else None,
+        record.get("alpha_weighted") if kept and not _is_constant(record) else None,
         record.get("kl_student") if kept else None,
         record.get("kl_teacher") if kept else None,
         record.get("vetoed") or None,
         record["error"],
         len(record["completion"]),
     ]
+
+
+def _is_constant(record: Record) -> bool:
+    """Whether alpha is 0 at every token, or 1, and says nothing."""
+    return record["alpha_min"] == record["alpha_max"] and record["alpha_min"] in (0.0, 1.0)
 
 
 def sample_text(record: Record, text: SpannedText, graded: Graded | None) -> dict[str, Any]:

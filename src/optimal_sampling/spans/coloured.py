@@ -33,6 +33,7 @@ Colour = tuple[int, int, int, float]
 
 _STUDENT, _TEACHER, _AMOUNT = (44, 110, 187), (214, 112, 22), (122, 72, 178)
 _AGREE = 1e-3  # nats, KL of q to both: below, every alpha gives nearly the same q
+_PALEST = 0.02  # share of a scale below which a colour would not be seen
 _DEEPEST = 0.55  # opacity at the end of a scale, over which text is still legible
 
 
@@ -50,8 +51,8 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "alpha": Metric("α", "weight of the teacher", 0.0, 1.0, is_diverging=True),
-    "kl_student": Metric("KL to student", "KL(q ‖ student), nats", 0.0, 2.0),
-    "kl_teacher": Metric("KL to teacher", "KL(q ‖ teacher), nats", 0.0, 2.0),
+    "kl_student": Metric("KL to student", "KL(q, student), nats", 0.0, 2.0),
+    "kl_teacher": Metric("KL to teacher", "KL(q, teacher), nats", 0.0, 2.0),
     "vetoed": Metric("vetoed mass", "student's mass outside of the teacher's support", 0.0, 1.0),
     "log_ratio": Metric(
         "who led", "log p(teacher) − log p(student) of the token drawn", -4.0, 4.0, True
@@ -186,10 +187,11 @@ def colour_of(name: str, values: Mapping[str, float | None]) -> Colour | None:
     if value is None or (name == "alpha" and _models_agree(values)):
         return None
     share = min(1.0, max(0.0, (value - metric.low) / (metric.high - metric.low)))
-    if not metric.is_diverging:
-        return (*_AMOUNT, _DEEPEST * share)
-    hue = _TEACHER if share > 0.5 else _STUDENT
-    return (*hue, _DEEPEST * abs(2 * share - 1))
+    depth = abs(2 * share - 1) if metric.is_diverging else share
+    if depth < _PALEST:
+        return None
+    hue = (_TEACHER if share > 0.5 else _STUDENT) if metric.is_diverging else _AMOUNT
+    return (*hue, _DEEPEST * depth)
 
 
 def _models_agree(values: Mapping[str, float | None]) -> bool:

@@ -2,9 +2,9 @@
 
 const CHARTS = {
   alpha: { title: "α", of: "weight of the teacher", most: 1 },
-  alpha_differ: { title: "α where the models differ", of: "weight of the teacher, of tokens at which KL(q ‖ student) or KL(q ‖ teacher) is above 0.001", most: 1 },
-  kl_student: { title: "KL to student", of: "KL(q ‖ student), nats", isLogarithmic: true },
-  kl_teacher: { title: "KL to teacher", of: "KL(q ‖ teacher), nats", isLogarithmic: true },
+  alpha_differ: { title: "α where the models differ", of: "weight of the teacher, of tokens at which KL(q, student) or KL(q, teacher) is above 0.001", most: 1 },
+  kl_student: { title: "KL to student", of: "KL(q, student), nats", isLogarithmic: true },
+  kl_teacher: { title: "KL to teacher", of: "KL(q, teacher), nats", isLogarithmic: true },
   vetoed: { title: "Vetoed mass", of: "student’s mass outside of the teacher’s support", most: 1 },
 };
 const SIDES = { left: 40, right: 8, top: 8, bottom: 24 };

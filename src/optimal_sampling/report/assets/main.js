@@ -10,11 +10,14 @@ async function open() {
   }
   const data = await unpack("index");
   const names = [...data.runs, ...data.evaluations].map((each) => each.name).join(", ");
-  const sections = [scoresSection(data), chartsSection(data), samplesSection(data)].filter(Boolean);
+  const [samples, arrange] = samplesSection(data);
+  const sections = [scoresSection(data), chartsSection(data), samples].filter(Boolean);
   page.replaceChildren(el("h1", {}, names), runsSection(data), differencesTable(data) || "", ...sections, foot(data));
   const titles = { scores: "Scores", charts: "Along the completion", samples: "Samples" };
   document.getElementById("nav").append(...sections.map((each) => el("a", { href: `#${each.id}` }, titles[each.id])));
+  await arrange();
   document.documentElement.dataset.ready = "true";
+  performance.mark("ready");
 }
 
 function foot(data) {
@@ -38,12 +41,12 @@ function switchTheme() {
   showTheme();
 }
 
-/** The sample before or after the one that is in the window. */
+/** The sample before or after the one with the focus, or the one at the top of the window. */
 function step(direction) {
   const articles = [...document.querySelectorAll(".sample")];
   const line = 125;
-  const tops = articles.map((article) => article.getBoundingClientRect().top);
-  const here = tops.findLastIndex((top) => top <= line);
+  const focused = articles.indexOf(document.activeElement.closest(".sample"));
+  const here = focused >= 0 ? focused : articles.findLastIndex((article) => article.getBoundingClientRect().top <= line);
   const next = articles[Math.max(0, Math.min(articles.length - 1, here + direction))];
   next?.scrollIntoView({ behavior: "instant", block: "start" });
   setTimeout(() => next?.querySelector(".text")?.focus({ preventScroll: true }), 60);

@@ -20,7 +20,7 @@ function byColumn(name, sign) {
 }
 
 function samplesSection(data) {
-  if (!data.samples.length) return null;
+  if (!data.samples.length) return [null, () => {}];
   const samples = {
     runs: data.runs, metrics: data.metrics, chunk: data.chunk,
     entries: data.samples.map((values, index) => ({ index, ...Object.fromEntries(FIELDS.map((name, n) => [name, values[n]])) })),
@@ -31,8 +31,8 @@ function samplesSection(data) {
   samples.observer = new IntersectionObserver((seen) => seen.forEach((each) => arrive(each, samples)), { rootMargin: `${NEAR}px 0px` });
   listenToTokens(samples.list, samples);
   const section = el("section", { id: "samples" }, el("h2", {}, "Samples"), el("p", { class: "lead" }, chosenText(data.runs)), tools(samples), samples.list);
-  startColour(samples).then(() => arrange(samples));
-  return section;
+  startColour(samples, data.columns);
+  return [section, () => arrange(samples)];
 }
 
 /** Which samples of a larger run the page has. */
@@ -44,16 +44,9 @@ function chosenText(runs) {
   return `${counts}: those whose hash of row and sample number is smallest, the same at every call. ${whole}`;
 }
 
-/** The colours that the first sample with any numbers has. */
-async function startColour(samples) {
-  const first = samples.entries.find((entry) => !entry.error && entry.length);
-  const detail = first ? await detailOf(first.index, samples) : null;
-  const available = new Set(detail ? Object.keys(detail.columns) : []);
-  const others = samples.runs.map((_, run) => samples.entries.find((entry) => entry.run === run && !entry.error && entry.length));
-  for (const entry of others) {
-    if (entry) Object.keys((await detailOf(entry.index, samples)).columns).forEach((name) => available.add(name));
-  }
-  const metrics = samples.metrics.filter((metric) => available.has(metric.name));
+/** What the tokens can be coloured by, and at first are: what led, where that is known, else α. */
+function startColour(samples, columns) {
+  const metrics = samples.metrics.filter((metric) => columns.includes(metric.name));
   samples.colours.replaceChildren(...metrics.map((metric) => el("option", { value: metric.name }, `Colour: ${metric.title}`)), el("option", { value: "" }, "No colour"));
   samples.view.colour = (metrics.find((metric) => metric.name === "log_ratio") || metrics[0])?.name || "";
   samples.colours.value = samples.view.colour;
