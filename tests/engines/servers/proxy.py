@@ -17,8 +17,6 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-STALL = 1.5  # seconds, longer than the deadline of the tests' clients
-
 FAULTS = (
     "reset",
     "idle_cut",
@@ -40,12 +38,13 @@ FAULTS = (
 class Proxy:
     """Passes requests on to `url`. Only completions are broken, and only while `rate` says so."""
 
-    def __init__(self, url, faults=FAULTS, rate=0.0, seed=0, retry_after="0"):
+    def __init__(self, url, faults=FAULTS, rate=0.0, seed=0, retry_after="0", stall=1.5):
         self.target = urlsplit(url).netloc
         self.faults = tuple(faults)
         self.rate = rate
         self.seed = seed
         self.retry_after = retry_after
+        self.stall = stall  # seconds, longer than the deadline of the client
         self.made = Counter()  # faults by name
         self.passed = Counter()  # whole replies by body
         self.seen = Counter()
@@ -188,13 +187,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(503, b"")
 
     def stall(self, content):
-        time.sleep(STALL)
+        time.sleep(self.server.proxy.stall)
         self.drop(abruptly=False)
 
     def slow(self, content):
         self.send(200, content[:1], length=len(content))
         for start in range(1, len(content), 64):
-            time.sleep(STALL * 64 / len(content))
+            time.sleep(self.server.proxy.stall * 64 / len(content))
             self.wfile.write(content[start : start + 64])
             self.wfile.flush()
 

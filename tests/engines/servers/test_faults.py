@@ -178,10 +178,9 @@ def test_servers_of_different_weights_are_refused():
     """Guards: texts drawn from two models in turn."""
 
     async def main():
-        student, teacher = random_tables(SIZE)
-        with FakeServer(FakeModel(student)) as one, FakeServer(FakeModel(teacher)) as two:
-            with pytest.raises(ConfigError, match=two.url):
-                await served(one.url, two.url).__aenter__()
+        one, two = (FakeServer(FakeModel(table)) for table in random_tables(SIZE))
+        with one, two, pytest.raises(ConfigError, match=two.url):
+            await served(one.url, two.url).__aenter__()
 
     run(main)
 

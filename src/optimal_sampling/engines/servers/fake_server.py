@@ -208,6 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as refused:
             status = refused.status
             reply = {"error": {"message": str(refused), "type": "BadRequestError", "code": status}}
+        except Exception as error:  # of a request that has another form
+            status, reply = 500, {"error": {"message": repr(error), "code": 500}}
         content = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

@@ -97,7 +97,7 @@ async def probe(ask: Ask, access: Access, url: str) -> Probed:
     is_llama = card.get("owned_by") == "llamacpp"
     kind = LlamaDialect if is_llama else VllmDialect
     dialect: Dialect = kind(card["id"], names, access.vocab_size)
-    prefix = await _prefix(ask, dialect)
+    prefix = (await _text_ids(ask, dialect))[: max(1, (_context(card) or _PROBE_LENGTH) // 2)]
     facts = _llama_facts(card) if is_llama else await _vllm_facts(ask, card, prefix, url)
     rows = await _rows(ask, dialect, facts, prefix)
     dialect = replace(dialect, rows=rows)
@@ -169,7 +169,14 @@ def _card(reply: Any, wanted: str | None) -> tuple[Mapping[str, Any], frozenset[
     return cards[name], frozenset(names)
 
 
-async def _prefix(ask: Ask, dialect: Dialect) -> list[int]:
+def _context(card: Mapping[str, Any]) -> int | None:
+    """Most tokens of a text, by vLLM's name or by llama.cpp's."""
+    meta = card.get("meta") or {}
+    values = (card.get("max_model_len"), meta.get("n_ctx"), meta.get("n_ctx_train"))
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+async def _text_ids(ask: Ask, dialect: Dialect) -> list[int]:
     """Ids of a text, as the server makes them, repeated to the length of a prompt."""
     try:
         ids = await ask(dialect.tokenize(PROBE_TEXTS[0]))
@@ -182,13 +189,11 @@ async def _prefix(ask: Ask, dialect: Dialect) -> list[int]:
 
 
 def _llama_facts(card: Mapping[str, Any]) -> ServedFacts:
-    meta = card.get("meta") or {}
-    rows = value_of(meta, "n_vocab", int)
-    context = meta.get("n_ctx") or meta.get("n_ctx_train")
+    rows = value_of(value_of(card, "meta", dict), "n_vocab", int)
     return ServedFacts(
         name=card["id"],
         kind=LlamaDialect.kind,
-        context_length=context if isinstance(context, int) else None,
+        context_length=_context(card),
         max_top_k=rows,
         vocab_size=rows,
     )
@@ -198,11 +203,10 @@ async def _vllm_facts(
     ask: Ask, card: Mapping[str, Any], prefix: Sequence[int], url: str
 ) -> ServedFacts:
     kind = "fake" if card.get("owned_by") == "optimal-sampling" else VllmDialect.kind
-    context = card.get("max_model_len")
     return ServedFacts(
         name=card["id"],
         kind=kind,
-        context_length=context if isinstance(context, int) else None,
+        context_length=_context(card),
         max_top_k=await _most_logprobs(ask, card["id"], prefix, url),
         vocab_size=None,
     )

@@ -34,6 +34,8 @@ has the text's prefix in its cache. -1: to the server with the least to do."""
 _MOST_ATTEMPTS = 8
 """Of a request that is answered, but never well. One that is not answered is tried for as long as
 `Access.retry_seconds` says: a server that is started again takes minutes."""
+_FEWEST_ATTEMPTS = 4
+"""However long they take: where a server is slow, requests wait for a place in flight."""
 _SHORTEST_WAIT = 0.1
 _LONGEST_WAIT = 10.0
 _WAIT_FOR_BETTER = 1.0
@@ -215,14 +217,17 @@ class _Retries(Generic[T]):
             return 0.0
         self.tried.clear()
         failure = _failure(state)
-        longest = _LONGEST_WAIT if failure.may_take_long else _WAIT_FOR_BETTER
+        longest = min(_LONGEST_WAIT, self.model.access.retry_seconds / _MOST_ATTEMPTS)
+        if not failure.may_take_long:
+            longest = min(longest, _WAIT_FOR_BETTER)
         return (failure.retry_after or 0.0) + min(longest, float(self.backoff(state)))
 
     def _is_last(self, state: RetryCallState) -> bool:
         failure = _failure(state)
         if failure.may_take_long:
-            elapsed = time.monotonic() - self.started
-            return elapsed + state.upcoming_sleep >= self.model.access.retry_seconds
+            seconds = time.monotonic() - self.started + state.upcoming_sleep
+            has_waited = seconds >= self.model.access.retry_seconds
+            return has_waited and state.attempt_number >= _FEWEST_ATTEMPTS
         return state.attempt_number >= _MOST_ATTEMPTS
 
     def _count(self, state: RetryCallState) -> None:
