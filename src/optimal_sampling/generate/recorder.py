@@ -139,6 +139,7 @@ class Recorder:
             raw_text=raw_text,
             attempts=work.folder.ledger.attempts(key) + 1,
             mode=self.origin.mode,
+            granularity=work.vocabulary.granularity_of(self.origin.mode),
             stage=self.origin.stage,
             tries=self.origin.tries,
         )
