@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from optimal_sampling.config import MixtureConfig
+from optimal_sampling.engines.bytes import utf8
 from optimal_sampling.engines.bytes.byte_view import END, ByteView
 from optimal_sampling.engines.bytes.contexts import ContextRows
 from optimal_sampling.engines.bytes.laws import LawReader
@@ -80,7 +81,8 @@ class Recomputed:
                 engine.vocabulary.bytes_by_role[role],
                 engine.tries[role],
                 engine.mixture,
-                role == "teacher",
+                role,
+                engine.mode,
             )
             for role in engine.roles
         }
@@ -280,7 +282,7 @@ def test_first_token_is_the_teachers(engine, stock):
     many = [Request("forced", j, 3, (97, 98), (97,), 6) for j in range(count)]
     done = list(engine.view(mixture).generate(many))
     reader = LawReader(
-        engine.vocabulary.bytes_by_role["teacher"], engine.tries["teacher"], mixture, True
+        engine.vocabulary.bytes_by_role["teacher"], engine.tries["teacher"], mixture, "teacher"
     )
     [law] = reader.read(torch.from_numpy(stock["teacher"]([97]))[None], [()])
     words = engine.tries["teacher"].words
@@ -338,6 +340,36 @@ def test_one_model_alone_writes_its_own_bytes(engine, stock):
         assert expected[: len(text)] == text
         assert engine.vocabulary.decode(c.token_ids) == c.byte_level.text
         assert c.byte_level.lost.keys() == {"teacher"}
+
+
+def test_what_restricts_one_model_alone(engine, stock):
+    """Guards: the mixture's options acting on one model, its own acting on bytes or not at all."""
+    many = requests(4, samples=2)
+    free = drawn(engine.view(mode="teacher").generate(many))
+    support = MixtureConfig(teacher_support_top_k=1)
+    assert drawn(engine.view(support, mode="teacher").generate(many)) == free
+    for mode in ("teacher", "student"):
+        view = engine.view(MixtureConfig(top_k=1), mode=mode)
+        greedy = drawn(view.generate(many))
+        assert greedy != free
+        for c in view.generate(many):
+            assert set(c.byte_level.trace["log_q"]) == {0}
+        for (prompt, _), found in greedy.items():
+            assert found == greedy[prompt, 0]
+        [request, *_] = many
+        ids = []
+        while len(ids) < 12:
+            logits = stock[mode]([*request.prompt_ids(mode), *ids])
+            table = engine.vocabulary.bytes_by_role[mode]
+            state = utf8.state_of(table.join(ids))
+            known = [
+                i for i, word in enumerate(table.of_id) if word and utf8.can_follow(state, word)
+            ]
+            known += table.end_ids if state == utf8.BETWEEN else ()
+            ids.append(max(known, key=lambda i: logits[i]))
+            if ids[-1] in table.end_ids:
+                break
+        assert greedy[request.key][1].encode().startswith(table.join(ids[:6]))
 
 
 def test_options_without_a_byte_form_are_refused(engine):
