@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.engines.bytes import utf8
@@ -16,6 +17,7 @@ from optimal_sampling.engines.bytes.mixing import Place, SymbolMixer
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import TRACE_FIELDS, Request
 from optimal_sampling.vocabulary import continued_ids
+from optimal_sampling.vocabulary.token_bytes import byte_of_letter
 from tests.engines.bytes.conftest import CONTEXT, byte_engine, small_tokenizer, writing_model
 from tests.engines.conformance import by_key
 from tests.engines.local.conftest import stock_logits
@@ -247,6 +249,29 @@ def test_ids_are_the_students_own_for_the_text(engine, tokenizers):
         assert len(c.trace) == len(c.token_ids)
         assert (c.token_ids[-1] in engine.stop_ids) == (c.finish_reason == "stop")
         assert sum(c.trace["log_q"]) == pytest.approx(sum(c.byte_level.trace["log_q"]), abs=1e-4)
+
+
+def test_ids_where_the_tokenizer_changes_the_text():
+    """Guards: ids of another text than the one that was drawn: this student's tokenizer composes
+    letters and accents.
+    """
+    accented = "e\u0301"
+    letters = {byte: letter for letter, byte in byte_of_letter().items()}
+    word = "".join(letters[byte] for byte in accented.encode())
+    pair = [small_tokenizer((word,)) for _ in range(2)]
+    pair[0].backend_tokenizer.normalizer = normalizers.NFC()
+    models = [writing_model(seed, tokenizer) for seed, tokenizer in enumerate(pair)]
+    for model, tokenizer in zip(models, pair, strict=True):
+        model.lm_head.bias.data[tokenizer.convert_tokens_to_ids(word)] = 4.0
+    engine = byte_engine(models, pair, FREE)
+    changed = 0
+    for c in engine.generate(requests(6, new=7)):
+        ids = [index for index in c.token_ids if index not in engine.stop_ids]
+        assert engine.vocabulary.bytes_by_role["student"].join(ids) == c.byte_level.text.encode()
+        assert len(c.trace) == len(c.token_ids) <= 7
+        assert c.byte_level.canonical == (accented not in c.byte_level.text)
+        changed += not c.byte_level.canonical
+    assert changed > 2
 
 
 def test_fewer_tokens_are_the_first_of_more(engine):

@@ -178,7 +178,7 @@ class ByteEngine(LocalEngine):
     def notes(self) -> dict[str, str]:
         """As in `LocalEngine`, and the forward passes of the latest run."""
         notes = super().notes()
-        notes["granularity"] = "byte: the tokenizers differ"
+        notes["granularity"] = "byte"
         if self.pair.shared:
             notes["weights"] = "the same for student and teacher, loaded once"
         for role, counts in self.counts.items():
