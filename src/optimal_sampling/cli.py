@@ -54,6 +54,9 @@ ALIASES = {
 }
 """Other spellings of options."""
 
+_LISTS = ("vllm", "teacher-url", "student-url")
+"""Options with a list of values, which may be given several times."""
+
 NO_OPS = ("resume", "constraint-to-target")
 """Accepted flags that state the default: runs resume, and teacher-support options restrict."""
 
@@ -132,7 +135,8 @@ class GenerateOptions(GenerateConfig):
 
     engine_name: Annotated[str, tyro.conf.arg(name="engine")] = "local"
     """Where logits come from: `local` runs Transformers models in this process, `vllm` runs both in
-    vLLM (the extra `vllm`), `toy` is two tables, for tests. Each has its own options, shown by
+    vLLM (the extra `vllm`), `servers` asks two servers for lists of likely tokens (the extra
+    `servers`), `toy` is two tables, for tests. Each has its own options, shown by
     `--engine NAME --help`."""
     config: str | None = None
     """YAML file with options by name (`alpha_min: 0.3`); options on the command line win."""
@@ -582,7 +586,9 @@ def _unalias(arguments: Sequence[str]) -> list[str]:
         elif name not in NO_OPS:
             result.append(f"--{ALIASES.get(name, name)}{equals}{value}")
     _check_constraint(arguments, result)
-    return _joined(result, "vllm")
+    for name in _LISTS:
+        result = _joined(result, name)
+    return result
 
 
 def _joined(arguments: Sequence[str], name: str) -> list[str]:

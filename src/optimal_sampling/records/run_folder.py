@@ -67,6 +67,11 @@ MAY_DIFFER = frozenset(
         "ray",
         "gpus_per_worker",
         "worker_timeout",
+        "teacher_url",  # the served models are compared, not where they are
+        "student_url",
+        "teacher_api_key_env",
+        "student_api_key_env",
+        "server_timeout",
     }
 )
 """Options that a later call on the same folder may change.
@@ -86,6 +91,9 @@ GRADED_BY = "graded_by"
 MEANS = tuple(name for name, field in FIELDS.items() if field.is_mean)
 """Fields of a record of which a folder has the mean: over all tokens, or over completions."""
 
+LARGEST = tuple(name for name, field in FIELDS.items() if field.is_largest)
+"""Fields of a record of which a folder has the largest."""
+
 
 _ConfigState = Literal["none", "same", "extended"]
 """Of the `config.json` of a folder: there is none, it has the options of this call, or the options
@@ -99,6 +107,8 @@ class Totals:
     records: int = 0
     tokens: int = 0
     finish_reasons: Counter[str] = field(default_factory=Counter)
+    largest: dict[str, float] = field(default_factory=dict)
+    """Of LARGEST, those that a record has."""
     _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
     _weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
 
@@ -108,6 +118,10 @@ class Totals:
         self.records += 1
         self.tokens += tokens
         self.finish_reasons[record["finish_reason"]] += 1
+        for name in LARGEST:
+            value = record.get(name)
+            if isinstance(value, float):
+                self.largest[name] = max(value, self.largest.get(name, value))
         is_one_model_of_several = "stage" in record and record["mode"] != "mixture"
         for name in MEANS:
             if name == "alpha_mean" and is_one_model_of_several:
@@ -125,14 +139,15 @@ class Totals:
         return self._sums[name] / weight if weight else None
 
     def means(self) -> dict[str, float | None]:
-        """Every mean, and `ess_ratio`: the ratio of the two mean effective sample sizes.
+        """Every mean, each of LARGEST, and `ess_ratio`: the ratio of the two mean effective sample
+        sizes.
 
         (A mean of per-token ratios would be that of a few tokens with tiny denominators.)
         """
         means = {name: self.mean(name) for name in MEANS}
         student, teacher = means["ess_student"], means["ess_teacher"]
         ratio = teacher / student if student and teacher is not None else None
-        return means | {"ess_ratio": ratio}
+        return means | self.largest | {"ess_ratio": ratio}
 
 
 @dataclass
@@ -409,6 +424,8 @@ def _flag(name: str) -> str:
         return "grader and reference answer"
     if name.startswith(("stage ", "number ")):
         return name
+    if name.endswith("_served"):
+        return f"model of the {name.removesuffix('_served')}'s server"
     if name.endswith("_files"):
         return f"content hash of the {name.removesuffix('_files')}'s folder"
     return "--" + name.replace("_", "-")

@@ -108,6 +108,8 @@ class Field:
     """The mean is over completions, each of which has a sum."""
     weight: str = ""
     """Field that is the weight of a token in this mean, beside 1."""
+    is_largest: bool = False
+    """The largest over the tokens of the completion; summaries have that over all."""
 
 
 def _finite(values: Iterable[float]) -> list[float]:
@@ -180,6 +182,19 @@ def _lost(role: str) -> Field:
         return found
 
     return Field(meaning, take, is_mean=True, per_completion=True)
+
+
+def _of_lists(column: str, meaning: str, choose: Callable[..., float] | None = None) -> Field:
+    """The mean over tokens, or what `choose` takes, of what is known of lists of tokens."""
+    meaning = f"engine `servers`: {meaning}; absent with other engines"
+
+    def take(sample: Sample) -> float | None:
+        values = _finite(sample.trace.columns.get(column, ()))
+        if choose is None or not values:
+            return _mean(values)
+        return _rounded(choose(values))
+
+    return Field(meaning, take, is_mean=choose is None, is_largest=choose is max)
 
 
 def _byte_list(column: str, meaning: str) -> Field:
@@ -419,6 +434,25 @@ class Record(TypedDict):
             _top_tokens,
         ),
     ]
+    covered_student: Annotated[
+        NotRequired[float],
+        _of_lists("covered_student", "the student's mass in the lists, mean over tokens"),
+    ]
+    covered_teacher: Annotated[
+        NotRequired[float],
+        _of_lists("covered_teacher", "the teacher's mass in the lists, mean over tokens"),
+    ]
+    tv_bound: Annotated[
+        NotRequired[float],
+        _of_lists(
+            "tv_bound",
+            "bound on the total variation between q of the lists and the exact q, both before "
+            "`--top-k` and `--top-p`, mean over tokens",
+        ),
+    ]
+    tv_bound_max: Annotated[
+        NotRequired[float], _of_lists("tv_bound", "the largest such bound of a token", max)
+    ]
     lost_student: Annotated[NotRequired[float], _lost("student")]
     lost_teacher: Annotated[NotRequired[float], _lost("teacher")]
     canonical_ids: Annotated[
@@ -458,6 +492,10 @@ MAY_BE_ABSENT = (
     "top_tokens",
     "stage",
     "tries",
+    "covered_student",
+    "covered_teacher",
+    "tv_bound",
+    "tv_bound_max",
     "lost_student",
     "lost_teacher",
     "canonical_ids",

@@ -10,15 +10,19 @@ from optimal_sampling.config import (
     DataConfig,
     GenerateConfig,
     LocalOptions,
+    MixtureConfig,
     ModelConfig,
     RunConfig,
+    Stage,
     ToyOptions,
+    VerifyConfig,
     VllmOptions,
 )
 from optimal_sampling.engines.bytes.engine import ByteEngine
 from optimal_sampling.engines.local.engine import LocalEngine
-from optimal_sampling.errors import TokenizerMismatchError
+from optimal_sampling.errors import ConfigError, TokenizerMismatchError
 from optimal_sampling.generate import generate
+from optimal_sampling.generate.dry_run import dry_run
 from optimal_sampling.vocabulary import Vocabulary
 from tests.engines.bytes.conftest import STUDENT_WORDS, small_tokenizer
 from tests.engines.local.conftest import tiny_model
@@ -36,6 +40,10 @@ def student_folder(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+STAGES = (Stage("alone", mode="student"), Stage("cut", mixture=MixtureConfig(top_p=0.9)))
+VERIFY = VerifyConfig(verify="boxed")
 
 
 def run(folder, student, **options):
@@ -114,6 +122,28 @@ def test_which_engine_and_which_refuse(student_folder):
         load(ModelConfig(student=student_folder, device="cpu", granularity="token"))
     with pytest.raises(TokenizerMismatchError, match="--engine local"):
         OptimalSamplingV1("toy-teacher", student_folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"mixture": MixtureConfig(top_p=0.9)}, ConfigError, "teacher_support_top_p"),
+        ({"mixture": MixtureConfig(top_k=5)}, ConfigError, "teacher_support_top_k"),
+        ({"engine": LocalOptions(top_tokens=3)}, ConfigError, "top_tokens"),
+        ({"engine": VllmOptions()}, TokenizerMismatchError, "use the engine local"),
+        ({"engine": ToyOptions()}, TokenizerMismatchError, "use the engine local"),
+        ({"stages": STAGES, "verify": VERIFY}, ConfigError, "teacher_support_top_p"),
+    ],
+)
+def test_refusals_come_first(tmp_path, student_folder, changes, error, said):
+    """Guards: a dry run that finds nothing, models loaded and folders made for a run that cannot
+    be; a stage that is refused after the others have run.
+    """
+    config = replace(run(tmp_path / "run", student_folder), **changes)
+    for call in (generate, dry_run):
+        with pytest.raises(error, match=said):
+            call(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_class_for_lists_of_prompts(student_folder):

@@ -9,7 +9,6 @@ from scipy import stats
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.engines.bytes.byte_view import END, SYMBOLS
 from optimal_sampling.engines.bytes.mixing import Place, SymbolMixer
-from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import TRACE_FIELDS
 from tests.engines.bytes.tables import LETTERS, STUDENT, TEACHER, TableModel, exact_law, prefixes
 
@@ -175,11 +174,3 @@ def test_supports_that_do_not_meet_give_the_teacher():
     assert columns["vetoed"] == (1, 0)
     assert columns["kl_teacher"] == (0, 0)
     assert columns["kl_student"] == (np.inf, 0)
-
-
-@pytest.mark.parametrize("option", ["top_p", "top_k"])
-def test_truncation_after_mixing_is_refused(option):
-    """Guards: tokens' options applied to bytes, where they mean something else."""
-    value = {"top_p": 0.9, "top_k": 5}[option]
-    with pytest.raises(ConfigError, match=f"teacher_support_{option}"):
-        SymbolMixer(MixtureConfig(**{option: value}), "mixture")

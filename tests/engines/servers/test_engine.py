@@ -91,9 +91,8 @@ def test_draws_from_lists_follow_q_of_the_lists(drafts):
     engine = engine_over(
         table_models(12, 0.7), vocab=12, stop_ids=NO_STOP, server_top_k=5, draft_tokens=drafts
     )
-    asked = [Request("chi", j, 1, (3,), (4,), 2) for j in range(900)]
+    asked = [Request("chi", j, 1, (3,), (4,), 1) for j in range(900)]
     done = list(engine.generate(asked))
-    seconds = Counter(c.token_ids[1] for c in done if c.token_ids[0] == 3)
     engine.close()
     first = Counter(c.token_ids[0] for c in done)
     log_q = {c.token_ids[0]: c.trace["log_q"][0] for c in done}
@@ -101,7 +100,6 @@ def test_draws_from_lists_follow_q_of_the_lists(drafts):
     assert stats.chisquare(*paired(first, log_q, 900)).pvalue > 1e-3
     student = dict(enumerate(np.log(softmax(tables["student"][3]))))
     assert stats.chisquare(*paired(first, {t: student[t] for t in log_q}, 900)).pvalue < 1e-6
-    assert len(seconds) > 2
 
 
 def softmax(logits):

@@ -11,14 +11,15 @@ from optimal_sampling.config import EngineOptions, LocalOptions, MixtureConfig
 from optimal_sampling.engines.bytes.contexts import ByteModel, ContextRows, PassCounts
 from optimal_sampling.engines.bytes.drafting import ByteDrafter, MeasuredChoice
 from optimal_sampling.engines.bytes.laws import LawReader
-from optimal_sampling.engines.bytes.mixing import SymbolMixer, check_mixture
+from optimal_sampling.engines.bytes.mixing import SymbolMixer
+from optimal_sampling.engines.bytes.options import check_byte_options
 from optimal_sampling.engines.bytes.row import RowSettings
 from optimal_sampling.engines.bytes.run import ByteLoop
 from optimal_sampling.engines.bytes.text import TokenizedText
 from optimal_sampling.engines.bytes.trie import ByteTrie
 from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
 from optimal_sampling.engines.local.round import RunSettings
-from optimal_sampling.errors import ConfigError, EngineError, ModelError
+from optimal_sampling.errors import EngineError, ModelError
 from optimal_sampling.types import Completion, Mode, Request
 from optimal_sampling.vocabulary import Vocabulary
 
@@ -62,12 +63,7 @@ class ByteEngine(LocalEngine):
         ModelError for a model that cannot forget tokens.
         """
         super()._check_settings(loaded)
-        check_mixture(self.mixture)
-        if self.options.top_tokens:
-            raise ConfigError(
-                "top_tokens keeps the likeliest tokens of both models and of q, and with two "
-                "tokenizers q is a law of bytes: use top_tokens 0"
-            )
+        check_byte_options(self.mixture, self.options)
         for role in self.roles:
             runner = self.pair.runners.get(role)
             if runner is not None and not runner.drafts:

@@ -22,25 +22,14 @@ from optimal_sampling.distribution import (
     trace_of,
 )
 from optimal_sampling.engines.bytes.byte_view import SYMBOLS
-from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import TRACE_FIELDS, Mode
 
-__all__ = ["Place", "SymbolMixer", "TraceRow", "check_mixture"]
+__all__ = ["Place", "SymbolMixer", "TraceRow"]
 
 Laws = Float[np.ndarray, "rows symbols"]
 Scores = Float[Tensor, "rows symbols"]
 TraceRow = tuple[float, ...]
 """In the order of TRACE_FIELDS."""
-
-
-def check_mixture(mixture: MixtureConfig) -> None:
-    """Raise ConfigError for options that cut q of tokens and mean nothing for q of bytes."""
-    for name, off in (("top_p", 1.0), ("top_k", -1)):
-        if getattr(mixture, name) != off:
-            raise ConfigError(
-                f"{name} truncates q after mixing, and with two tokenizers q is a law of bytes, "
-                f"not of tokens: use temperature, or teacher_support_{name} on the teacher's tokens"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +49,6 @@ class SymbolMixer:
     """The mixture of a run: temperature and teacher support are in the laws already."""
 
     def __init__(self, mixture: MixtureConfig, mode: Mode) -> None:
-        check_mixture(mixture)
         self.mode = mode
         self._restricts = replace(mixture, alpha_method="kl_symmetry").has_support
         self.mixture = replace(

@@ -114,7 +114,7 @@ class ProcessWorker(Worker):
             code = self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             return "it closed its socket"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return _ending(code)
 
     def stop(self) -> None:
         """As in `Worker`."""
@@ -138,6 +138,13 @@ class ProcessWorker(Worker):
     def last_words(self) -> str:
         """As in `Worker`."""
         return last_lines(self.log)
+
+
+def _ending(code: int) -> str:
+    """How a process ended, by its exit code, which is negative for a signal."""
+    if code == -signal.SIGKILL:
+        return "killed by SIGKILL (the kernel does that where memory runs out)"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _pair(*stacks: contextlib.ExitStack) -> list[socket.socket]:

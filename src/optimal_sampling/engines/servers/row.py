@@ -33,8 +33,8 @@ __all__ = ["OnToken", "PairCounts", "ServedPair", "TextRow"]
 
 T = TypeVar("T")
 
-OnToken = Callable[[DrawnToken], bool]
-"""Called with every token drawn; True ends the text."""
+OnToken = Callable[[DrawnToken], Awaitable[bool]]
+"""Awaited with every token drawn; True ends the text."""
 
 _WIDENED = 4
 """How many times the tokens of a list to ask for, where its bound is above the tolerance."""
@@ -152,7 +152,7 @@ class TextRow:
         drafted, *scored = await _together(*requests)
         for place, first in enumerate([*path, drafted[0]]):
             drawn = await self._drawn([first.choices, *(lists[place] for lists in scored)])
-            self._append(drawn, first.choices)
+            await self._append(drawn, first.choices)
             if self.reason:
                 return
             if drawn.token != first.token:
@@ -216,12 +216,12 @@ class TextRow:
     def _text(self, role: str) -> list[int]:
         return [*self.request.prompt_ids(role), *self.tokens]
 
-    def _append(self, drawn: DrawnToken, drafter: TokenList) -> None:
+    async def _append(self, drawn: DrawnToken, drafter: TokenList) -> None:
         self.tokens.append(drawn.token)
         self.trace.append(drawn.trace)
         self.pair.count(drawn)
         self.pair.width.observe_token(drawn.token == _likeliest(drafter))
-        asked_to_end = self.on_token is not None and self.on_token(drawn)
+        asked_to_end = self.on_token is not None and await self.on_token(drawn)
         if drawn.token in self.pair.stop_ids or asked_to_end:
             self.reason = "stop"
         elif len(self.tokens) == self.limit:
