@@ -181,7 +181,8 @@ def check_lists(count, most, name, chosen):
     ratio = np.median(bound[seen] / tv[seen]) if seen.any() else np.nan
     print(
         f"{name}, chosen {chosen}: {most} tokens, TV mean {tv.mean():.2e} max {tv.max():.2e}, "
-        f"bound mean {bound.mean():.2e} max {bound.max():.2e}, {seen.sum()} above 1e-3, ratio {ratio:.2f}"
+        f"bound mean {bound.mean():.2e} max {bound.max():.2e}, {seen.sum()} above 1e-3, "
+        f"ratio {ratio:.2f}"
     )
     return seen, ratio
 
