@@ -51,6 +51,9 @@ class Shifted:
     def __call__(self, text, **options):
         return {"input_ids": [byte + 1 for byte in text.encode()]}
 
+    def decode(self, ids):
+        return bytes(token - 1 for token in ids).decode(errors="replace")
+
 
 def config_of(folder, servers, **options):
     given = {"server_retry_seconds": 1.0, **servers, **options}
