@@ -33,6 +33,7 @@ from optimal_sampling.cli import (
 )
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.demo import DemoOptions
+from optimal_sampling.engines.servers.launch import ServersCommand
 from optimal_sampling.evaluate import EvaluateConfig
 from optimal_sampling.records.export import ExportOptions
 from optimal_sampling.records.store import Lock
@@ -278,6 +279,7 @@ def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
         "demo": partial(_parse, "demo", DemoOptions()),
         "bench": partial(parse_bench, program="bench"),
         "serve": partial(_parse, "serve", ServeConfig()),
+        "servers": partial(_parse, "servers", ServersCommand()),
     }
     assert EXAMPLES.keys() == parsers.keys() == COMMANDS.keys()
     for command, text in EXAMPLES.items():

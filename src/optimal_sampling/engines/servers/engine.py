@@ -22,7 +22,14 @@ from optimal_sampling.errors import ConfigError, EngineError, ServerError, Token
 from optimal_sampling.types import Completion, Mode, Request
 from optimal_sampling.vocabulary import Vocabulary
 
-__all__ = ["LoopThread", "ServersEngine", "served_facts", "served_models"]
+__all__ = [
+    "LoopThread",
+    "ServersEngine",
+    "close_models",
+    "served_facts",
+    "served_models",
+    "start_models",
+]
 
 T = TypeVar("T")
 

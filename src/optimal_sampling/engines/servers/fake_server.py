@@ -235,7 +235,9 @@ def _completion(model: FakeModel, body: Mapping[str, Any]) -> dict[str, Any]:
     choices = [_choice(model, body, each) for each in prompts]
     for index, choice in enumerate(choices):
         choice["index"] = index
-    return {"object": "text_completion", "model": model.name, "choices": choices}
+    usage = {"completion_tokens": sum(len(choice["token_ids"]) for choice in choices)}
+    reply = {"object": "text_completion", "model": model.name, "choices": choices}
+    return {**reply, "usage": usage}
 
 
 def _check_logprobs(model: FakeModel, body: Mapping[str, Any]) -> None:

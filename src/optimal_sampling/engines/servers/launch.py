@@ -20,7 +20,7 @@ from optimal_sampling.engines.servers.server_process import ServerProcess, check
 from optimal_sampling.errors import ConfigError, EngineError, MissingDependencyError
 from optimal_sampling.vocabulary import Vocabulary, resolve_model
 
-__all__ = ["ServersCommand", "run_servers", "server_processes", "vllm_server"]
+__all__ = ["ServersCommand", "run_servers", "server_processes", "started", "vllm_server"]
 
 _USED_MEMORY = 0.85
 """Share of a GPU that both servers may fill."""

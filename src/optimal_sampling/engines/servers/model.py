@@ -66,8 +66,9 @@ class ServedFacts:
 class ServedModel(ABC):
     """One model behind one or several servers.
 
-    Every method raises ServerError where a request failed for good, and may be called by many
-    tasks of one event loop at once. A cancelled call gives up its request.
+    Every method raises ServerError where a request failed for good, EngineError where no server of
+    the model answers any more, and may be called by many tasks of one event loop at once. A
+    cancelled call gives up its request.
     """
 
     facts: ServedFacts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Coroutine, Sequence
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ from optimal_sampling.engines.servers.probe import Probed, probe
 from optimal_sampling.engines.servers.replies import with_chosen
 from optimal_sampling.engines.servers.statistics import ServerStatistics
 from optimal_sampling.engines.servers.vllm_api import MOST_CHOSEN_IDS
-from optimal_sampling.errors import ConfigError, ServerError
+from optimal_sampling.errors import ConfigError, EngineError, ServerError
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -64,12 +65,18 @@ _ADVICE = {
 
 
 class ReplicatedModel(ServedModel):
-    """The model at the servers of an `Access`. See `ServedModel`."""
+    """The model at the servers of an `Access`. See `ServedModel`.
+
+    A request fails with EngineError where no server has answered any request for as long as the
+    request was tried: no other could go on.
+    """
 
     def __init__(self, access: Access) -> None:
         self.access = access
         self.statistics = ServerStatistics()
         self._connections: list[Connection] = []
+        self.answered_at = 0.0
+        """When a server has answered last, by `time.monotonic()`."""
         self._resting: dict[str, float] = {}
         self._dialect: Dialect | None = None
 
@@ -84,6 +91,7 @@ class ReplicatedModel(ServedModel):
             _check_same(found[0], other)
         self.facts: ServedFacts = found[0].facts
         self._dialect = found[0].dialect
+        self.statistics.clear()  # what the start has tried is none of the run
 
     async def _probed(self, connection: Connection) -> Probed:
         """What one server offers. Raises ServerError, ConfigError."""
@@ -182,7 +190,7 @@ class _Retries(Generic[T]):
         self.started = time.monotonic()
 
     async def run(self) -> T:
-        """The reply. Raises ServerError."""
+        """The reply. Raises ServerError, and EngineError where all servers are gone."""
         import tenacity
 
         self.backoff = tenacity.wait_random_exponential(_SHORTEST_WAIT, _LONGEST_WAIT)
@@ -199,17 +207,33 @@ class _Retries(Generic[T]):
             return await retrying(self._attempt)
         except AttemptFailed as failure:
             self.model.statistics.failed += 1
-            raise self._for_good(failure, retrying.statistics["attempt_number"]) from failure
+            text = f"server {failure.url}: {failure.kind}: {failure.reason}"
+            message = f"{text}; {_ADVICE[failure.kind]}"
+            if failure.is_down and await self._is_lost():
+                raise EngineError(f"{message}. No server of this model answers") from failure
+            raise ServerError(message, failure.kind) from failure
 
     async def _attempt(self) -> T:
         connection = self.model.next_connection(self.among, self.tried)
         try:
-            return await connection.attempt(self.call)
+            answer = await connection.attempt(self.call)
         except AttemptFailed as failure:
             if failure.is_down:
                 self.model.note_down(connection)
             self.tried.append(connection)
             raise
+        self.model.answered_at = time.monotonic()
+        return answer
+
+    async def _is_lost(self) -> bool:
+        """Whether no server has answered anything since this request began, nor does now."""
+        if self.model.answered_at > self.started:
+            return False
+        for connection in self.among:
+            with contextlib.suppress(AttemptFailed):
+                await connection.attempt(Call("/v1/models", lambda reply: reply))
+                return False
+        return True
 
     def _wait(self, state: RetryCallState) -> float:
         """Seconds until the next attempt: none, where another server was not tried yet."""
@@ -224,6 +248,8 @@ class _Retries(Generic[T]):
 
     def _is_last(self, state: RetryCallState) -> bool:
         failure = _failure(state)
+        if (failure.retry_after or 0.0) > self.model.access.retry_seconds:
+            return True
         if failure.may_take_long:
             seconds = time.monotonic() - self.started + state.upcoming_sleep
             has_waited = seconds >= self.model.access.retry_seconds
@@ -232,15 +258,6 @@ class _Retries(Generic[T]):
 
     def _count(self, state: RetryCallState) -> None:
         self.model.statistics.retries += 1
-
-    def _for_good(self, failure: AttemptFailed, attempts: int) -> ServerError:
-        seconds = time.monotonic() - self.started
-        times = "attempt" if attempts == 1 else "attempts"
-        return ServerError(
-            f"server {failure.url}: {failure.kind}: {failure.reason} "
-            f"({attempts} {times}, {seconds:.1f} s); {_ADVICE[failure.kind]}",
-            failure.kind,
-        )
 
 
 async def _all(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
