@@ -22,6 +22,7 @@ from optimal_sampling.engines.servers.dialect import Call
 from optimal_sampling.engines.servers.engine import ServersEngine
 from optimal_sampling.engines.servers.launch import ServersCommand, server_processes, started
 from optimal_sampling.engines.servers.pool import ClientPool
+from optimal_sampling.engines.servers.replicas import ReplicatedModel
 from optimal_sampling.engines.servers.replies import field
 from optimal_sampling.engines.servers.server_process import ServerProcess, free_port
 from optimal_sampling.engines.servers.statistics import ServerStatistics
@@ -140,10 +141,12 @@ def _drawn(engine: ServersEngine, requests: Sequence[Request]) -> int:
 
 
 def _drawn_in_rounds(engine: ServersEngine, requests: Sequence[Request], rounds: Rounds) -> int:
+    models = [model for model in engine.models.values() if isinstance(model, ReplicatedModel)]
+    for model in models:
+        model.statistics.clear()
     tokens = _drawn(engine, requests)
     rounds.tokens_per_round = tokens / engine.counts.rounds
-    latencies = [model.figures()["latency_p50_ms"] for model in engine.models.values()]
-    rounds.seconds = max(latencies) / 1e3
+    rounds.seconds = max(model.statistics.latencies.percentile(50) for model in models)
     return tokens
 
 
