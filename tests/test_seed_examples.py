@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 
 from optimal_sampling import EnhancedCoordinatorConfig, EnhancedDualVLLMCoordinator
 from optimal_sampling.engines.servers.fake_server import FakeModel, FakeServer, random_tables
@@ -245,15 +247,6 @@ SNIPPETS = {
 """The code, and how many completions its `outputs` has."""
 
 
-class Plot(SimpleNamespace):
-    """Stands for matplotlib: takes any call, and plots only lists of numbers."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *values, **_: [
-            [float(number) for number in each] for each in values if not isinstance(each, str)
-        ]
-
-
 def adapted(code: str) -> str:
     """The shipped pair in place of the models; "cpu" in place of "cuda" where there is none."""
     code = re.sub(r"Qwen/Qwen2.5-(1.5B|7B)-Instruct", "toy-student", code)
@@ -270,16 +263,18 @@ def test_example_runs_as_written(
     if "load_in_4bit" in code and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("4-bit weights need bitsandbytes, which is not installed")
     monkeypatch.chdir(tmp_path)
+    mpl.use("Agg")
     namespace: dict[str, Any] = {
         "torch": torch,
         "OptimalSamplingModel": OptimalSamplingModel,
-        "plt": Plot(),
+        "plt": pyplot,
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "PyTorch finds no CUDA GPU here")
         warnings.filterwarnings(
             "ignore", r"`torch.jit.script", DeprecationWarning
         )  # by bitsandbytes
+        warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")  # plt.show()
         exec(compile(adapted(code), name, "exec"), namespace)
     outputs = namespace["outputs"]
     assert isinstance(outputs, SamplingOutput)
@@ -291,6 +286,21 @@ def test_example_runs_as_written(
     if name == "batch":
         rows = [json.loads(line) for line in Path("outputs.jsonl").read_text().splitlines()]
         assert all(0.5 <= row["alpha_mean"] <= 1 for row in rows)
+    if name == "plot of alpha":
+        check_plot(outputs)
+
+
+def check_plot(outputs: SamplingOutput) -> None:
+    """The figure of the example, drawn by matplotlib, has the alphas of both completions."""
+    axes = pyplot.gca()
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert [*lines] == ["Example 0", "Example 1"]
+    for row, drawn in enumerate(lines.values()):
+        count = outputs.diagnostics["num_tokens"][row]
+        assert [*map(float, drawn[:count])] == outputs.alpha_values[row][:count].tolist()
+        assert not any(math.isfinite(float(x)) for x in drawn[count:])
+    assert axes.get_ylabel() == "Alpha (Teacher Weight)"
+    pyplot.close("all")
 
 
 @pytest.mark.parametrize("name", ["basic_usage", "data_generation"])

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from optimal_sampling.api.vllm import OptimalSamplingOutput as OptimalSamplingOutput
     from optimal_sampling.api.vllm import OptimalSamplingV1 as OptimalSamplingV1
+    from optimal_sampling.report.plot import plot_alpha as plot_alpha
 
 _MODULES = {
     "EnhancedCoordinatorConfig": "optimal_sampling.api.servers",
@@ -32,6 +33,7 @@ _MODULES = {
     "OptimalSamplingOutput": "optimal_sampling.api.vllm",
     "OptimalSamplingV1": "optimal_sampling.api.vllm",
     "SamplingOutput": "optimal_sampling.api.local",
+    "plot_alpha": "optimal_sampling.report.plot",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "__version__",
     "generate",
     "load",
+    "plot_alpha",
 ]
 
 

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -69,6 +70,7 @@ EXIT_CODES = """exit codes:
 Options = TypeVar("Options")
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _UNSET = ("", "null", "~")
+_SAME_WISH = 1.0
 
 EXAMPLES = {
     "generate": f"""examples:
@@ -90,6 +92,13 @@ EXAMPLES = {
   {PROGRAM} status outputs/shard-*""",
     "merge": f"""examples:
   {PROGRAM} merge outputs/shard-0 outputs/shard-1 --output-dir outputs/run""",
+    "report": f"""examples:
+  {PROGRAM} report outputs/run
+  {PROGRAM} report outputs/run outputs/baseline outputs/scores \\
+      --output compare.html --samples 500""",
+    "show": f"""examples:
+  {PROGRAM} show outputs/run
+  {PROGRAM} show outputs/run 17:1 --colour-by kl_student""",
     "export": f"""examples:
   {PROGRAM} export outputs/run --output-dir outputs/sft/os --only correct
   {PROGRAM} export outputs/teacher --kind baseline --max-per-prompt 1 --prefer shortest
@@ -274,6 +283,29 @@ def run_status(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_report(arguments: Sequence[str]) -> int:
+    """The subcommand `report`."""
+    from optimal_sampling.report import ReportOptions
+    from optimal_sampling.report.page import write_report
+
+    options = _parse("report", ReportOptions(), arguments)
+    page = write_report(options, lambda line: print(line, file=sys.stderr, flush=True))
+    for line in page.lines():
+        print(line)
+    return 0
+
+
+def run_show(arguments: Sequence[str]) -> int:
+    """The subcommand `show`."""
+    from rich.console import Console
+
+    from optimal_sampling.report import ShowOptions
+    from optimal_sampling.report.show import show
+
+    Console().print(show(_parse("show", ShowOptions(), arguments)), soft_wrap=False)
+    return 0
+
+
 def run_merge(arguments: Sequence[str]) -> int:
     """The subcommand `merge`."""
     from optimal_sampling.records import end_of_shards, merge
@@ -406,6 +438,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "evaluate": ("scores of checkpoints on benchmarks of mathematics", run_evaluate),
     "verify": ("grade the completions of run folders: are the answers right?", run_verify),
     "status": ("what run folders hold: good, owed, failed, speed, means", run_status),
+    "report": ("run folders and scores -> one HTML page to look at", run_report),
+    "show": ("one sample of a run folder, its tokens coloured", run_show),
     "merge": ("the run folders of several shards -> one", run_merge),
     "export": ("run folders -> a training set for load_dataset and trl sft", run_export),
     "demo": (
@@ -660,29 +694,47 @@ def _dry_run(config: GenerateConfig) -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a run in good order; a second one ends it at once."""
+    """Ctrl-C and SIGTERM end a run in good order; a later one ends it at once.
+
+    One that comes within `_SAME_WISH` seconds of the first says the same again: a key that was
+    pressed twice, or a program that passes on what the terminal has sent to all.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM)
+    later: dict[int, Any] = dict.fromkeys(numbers, signal.SIG_DFL)
+    first: list[float] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-        raise KeyboardInterrupt
+        if not first:
+            first.append(time.monotonic())
+            raise KeyboardInterrupt
+        if time.monotonic() - first[0] > _SAME_WISH:
+            # not by `print`, in the middle of which this may be
+            os.write(2, _interrupted("ended at once, and what was on the disk is safe").encode())
+            signal.signal(number, later[number])
+            os.kill(os.getpid(), number)
 
     try:
-        before = [signal.signal(number, interrupt) for number in numbers]
+        before: dict[int, Any] = {each: signal.signal(each, interrupt) for each in numbers}
     except ValueError:  # signals belong to the main thread, and this is another
         yield
         return
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        later.update(before)
+        for number, handler in before.items():
+            if not first:  # else a second key stroke may still come, while the process ends
+                signal.signal(number, handler)
+
+
+def _interrupted(state: str, command: str = "") -> str:
+    """What is said of an interrupted command: what is safe, and how to go on."""
+    command = command or typed_command(sys.orig_argv)
+    return f"\n{PROGRAM}: interrupted; {state}. To go on:\n  {command}\n"
 
 
 def _say_interrupted(state: str, command: str = "") -> None:
-    command = command or typed_command(sys.orig_argv)
-    print(f"\n{PROGRAM}: interrupted; {state}. To go on:\n  {command}", file=sys.stderr)
+    print(_interrupted(state, command), end="", file=sys.stderr)
 
 
 def typed_command(words: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,6 +28,7 @@ __all__ = [
     "MEANS",
     "TEMPLATE_DATE",
     "Ledger",
+    "Records",
     "RunFolder",
     "Totals",
     "differences",
@@ -70,6 +72,7 @@ MAY_DIFFER = frozenset(
         "teacher_api_key_env",
         "student_api_key_env",
         "server_timeout",
+        "server_retry_seconds",
     }
 )
 """Options that a later call on the same folder may change.
@@ -77,6 +80,8 @@ MAY_DIFFER = frozenset(
 All others change tokens or records; they are compared.
 """
 
+
+_SHOWN_IN_NOTEBOOKS = 10
 
 TEMPLATE_DATE = "template_date"
 """The fact that says on which date a run's chat templates print."""
@@ -269,14 +274,43 @@ def template_date(run: str | Path) -> date:
     return date.fromtimestamp(path.stat().st_mtime)
 
 
-def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
+class Records(Iterator[Record]):
+    """The records that `load` yields. A notebook shows the first of them as coloured text."""
+
+    def __init__(self, run: str | Path, *, failed: bool = False) -> None:
+        self.run = expand_user(run)
+        self._failed = failed
+        self._lines = record_lines(run, failed=failed)
+
+    def __next__(self) -> Record:
+        _, line = next(self._lines)
+        return line.record
+
+    def _repr_html_(self) -> str:
+        from optimal_sampling.spans import page_html, run_reader, spanned_text
+
+        options = read_json(self.run / "config.json").get("compared", {})
+        reader, problem = run_reader(options)
+        lines = islice(record_lines(self.run, failed=self._failed), _SHOWN_IN_NOTEBOOKS)
+        samples = [
+            (_title(line.record), spanned_text(line.record, reader, problem)) for _, line in lines
+        ]
+        return page_html(f"the first {len(samples)} records of {self.run}", samples)
+
+
+def _title(record: Record) -> str:
+    """What tells a record from others."""
+    failure = f", failed: {record['error']}" if record["error"] else ""
+    return f"row {record['row_index']}, sample {record['sample_index']}{failure}"
+
+
+def load(run: str | Path, *, failed: bool = False) -> Records:
     """The good records of a run folder, one per sample, in the order of the files.
 
     With `failed`, also the last record of each sample that never succeeded.
     Reads the files twice and keeps no record in memory. Raises RunFolderError.
     """
-    for _, line in record_lines(run, failed=failed):
-        yield line.record
+    return Records(run, failed=failed)
 
 
 def record_lines(run: str | Path, *, failed: bool = False) -> Iterator[tuple[str, Line]]:

@@ -6,7 +6,7 @@
 import json
 import math
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from operator import attrgetter
@@ -79,6 +79,7 @@ class Sample:
     raw_text: str | None = None
     """The completion, decoded with its special tokens; None where there is none."""
     mode: Mode = "mixture"
+    granularity: Granularity = "token"
     stage: str = ""
     """Name of the stage; "" in a run without stages."""
     tries: int = 0
@@ -214,6 +215,11 @@ def _token_list(column: str, meaning: str) -> Field:
     return Field(meaning, lambda s: [_rounded(value) for value in s.trace[column]])
 
 
+def _if_any(values: Sequence[float]) -> list[float | None] | None:
+    """The numbers, or None where none is above 0."""
+    return [_rounded(value) for value in values] if any(value > 0 for value in values) else None
+
+
 class Record(TypedDict):
     """One line of a file of records: type, meaning and source of each field, in order."""
 
@@ -254,7 +260,7 @@ class Record(TypedDict):
         Granularity,
         Field(
             "what was drawn one by one: `token`, or `byte` where the two tokenizers differ",
-            lambda s: "token" if s.completion.byte_level is None else "byte",
+            attrgetter("granularity"),
         ),
     ]
     row_index: Annotated[
@@ -471,6 +477,14 @@ class Record(TypedDict):
     token_kl_teacher: Annotated[
         NotRequired[list[float | None]], _token_list("kl_teacher", "KL(q ‖ p_teacher)")
     ]
+    token_vetoed: Annotated[
+        NotRequired[list[float | None]],
+        Field(
+            "`vetoed` of every token; absent where it is 0 at all of them, and with "
+            "`--no-token-lists`",
+            lambda s: _if_any(s.trace["vetoed"]),
+        ),
+    ]
 
 
 MAY_BE_ABSENT = (
@@ -488,6 +502,7 @@ MAY_BE_ABSENT = (
     "byte_alpha",
     "byte_kl_student",
     "byte_kl_teacher",
+    "token_vetoed",
 )
 """Fields that are left out where a sample has no value."""
 

@@ -32,6 +32,8 @@ class Behaviour:
     """Workers that cannot load, and what they say."""
     kills: frozenset[str] = frozenset()
     """Requests that end their worker, by id."""
+    loses_events: bool = False
+    """A worker dies with its machine, and tells nobody what it had begun."""
     hangs: frozenset[str] = frozenset()
     """Requests that are never finished, by id; nothing is in this worker from then on."""
     seed: int = 0
@@ -50,7 +52,7 @@ class FakeWorker(Worker):
         self.starts += 1
         self.launcher.note_loading(+1)
         self.life = next(self.launcher.lives)
-        self.is_alive = True
+        self.is_alive, self.has_lost_events = True, False
         if self.index in behaviour.never_loads:
             self.later(1.0, "broken", behaviour.never_loads[self.index])
         elif rng.random() < behaviour.load_failure_rate:
@@ -80,7 +82,8 @@ class FakeWorker(Worker):
         while self.waiting and len(self.running) < behaviour.capacity:
             number, request = self.waiting.pop(0)
             self.running[number] = request
-            self.later(0.0, "send", Started(self.run, number))
+            if not behaviour.loses_events:
+                self.later(0.0, "send", Started(self.run, number))
             seconds = rng.uniform(0, 2 * behaviour.request_seconds)
             if request.id in behaviour.hangs:
                 self.is_stuck = True
@@ -110,6 +113,7 @@ class FakeWorker(Worker):
             self.later(1.0, "round", value)
         elif kind == "die":
             self.is_alive, self.cause = False, value
+            self.has_lost_events = self.launcher.behaviour.loses_events
         else:
             if not isinstance(value, Started):
                 self.launcher.note_loading(-1)
