@@ -37,8 +37,9 @@ MIXTURE = "vLLM's server of q*"
 TEACHER = "the teacher alone"
 _PATIENCE = 600.0
 _LONGEST_REQUEST = 600.0
-_PROMPTS_PER_TEXT = 2
 _FEWEST_PROMPTS = 8
+_MOST_PROMPTS = 64
+"""More where so many texts are drawn at once; otherwise two for each of them."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def run(options: ServersBenchOptions, report: Report) -> None:
         engine = ServersEngine.load(options.models, MixtureConfig(), served, pair.vocabulary)
         with engine:
             for count in options.sequences:
-                prompts = max(_FEWEST_PROMPTS, _PROMPTS_PER_TEXT * count)
+                prompts = max(_FEWEST_PROMPTS, count, min(2 * count, _MOST_PROMPTS))
                 requests = pair.workload(prompts).requests
                 _measure(options, report, engine, urls, (count, requests))
 
