@@ -113,6 +113,17 @@ def test_a_pair_with_two_tokenizers_has_the_students_ids_and_both_tables():
     assert pair.notes[0].startswith("they differ; they are mixed byte by byte")
 
 
+def test_ids_that_a_prompt_may_have():
+    """Guards: the teacher's prompt checked against the size of the student's vocabulary, where its
+    config names none.
+    """
+    student, teacher = make_tokenizer(), make_tokenizer(merges=[("a", "b")], extra_words=["ab"])
+    pair = Vocabulary.of_bytes(tokens(student, "student"), tokens(teacher, "teacher"))
+    assert [pair.rows_of(role) for role in ("student", "teacher")] == [len(student), len(teacher)]
+    padded = Vocabulary.of_bytes(tokens(student, "student"), tokens(teacher, "teacher", rows=999))
+    assert padded.rows_of("teacher") == 999
+
+
 def test_a_model_without_an_end_is_refused():
     """Guards: texts that never end."""
     with pytest.raises(TokenizerMismatchError, match=r"names a token that ends its texts"):

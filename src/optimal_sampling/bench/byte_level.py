@@ -1,7 +1,8 @@
 """Two tokenizers: what the byte level costs, and what its tolerance changes in q*.
 
-The contexts that each model is run on, per token of its own; the same pair with one tokenizer mixed
-as tokens and as bytes; and the total variation of q* to that at tolerance 0.
+The contexts that each model is run on, per token of its own, beside the naive method, which runs it
+on all hypotheses at every byte; the same pair with one tokenizer mixed as tokens and as bytes; and
+the total variation of q* to that at tolerance 0.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +21,21 @@ from rich.table import Table
 from optimal_sampling.bench.harness import Report, Spent, interleave, make_table, per_second
 from optimal_sampling.bench.subcommands import BytesOptions
 from optimal_sampling.bench.workload import ModelPair, Workload
-from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig
+from optimal_sampling.config import DraftTokens, LocalOptions, MixtureConfig, ModelConfig
 from optimal_sampling.distribution import log_q, make_pair, solve
 from optimal_sampling.engines import Engine, load
 from optimal_sampling.engines.bytes.byte_view import ByteView, TokenLaw
+from optimal_sampling.engines.bytes.contexts import ByteModel
 from optimal_sampling.engines.bytes.engine import ByteEngine
+from optimal_sampling.engines.bytes.run import ByteLoop
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import Completion, Granularity, Request
 from optimal_sampling.vocabulary import Vocabulary, continued_ids
 
-__all__ = ["Replay", "run"]
+__all__ = ["CoverEngine", "Replay", "run"]
 
 BATCH = 32
+DRAFTS: tuple[DraftTokens, ...] = (0, 4, "auto")
 SHARES = (0.5, 0.9, 0.99)
 """Quantiles of the total variation that the table shows."""
 
@@ -55,7 +61,10 @@ def run(options: BytesOptions, report: Report) -> None:
     engine = load(models, MixtureConfig(), LocalOptions(batch_size=BATCH, draft_tokens=0))
     assert isinstance(engine, ByteEngine)
     costs = [_cost(engine, workload, tolerance, 0, report) for tolerance in options.tolerances]
-    costs.append(_cost(engine, workload, options.tolerances[0], 4, report))
+    tolerance, *_ = options.tolerances
+    costs += [_cost(engine, workload, tolerance, drafts, report) for drafts in DRAFTS[1:]]
+    naive = CoverEngine(engine.pair, engine.mixture, engine.options, engine.vocabulary)
+    costs.append(_cost(naive, workload, tolerance, 0, report))
     report.results += costs
     report.show(_cost_table(costs))
     report.save()
@@ -69,11 +78,43 @@ def run(options: BytesOptions, report: Report) -> None:
 # what it costs
 
 
+class CoverLoop(ByteLoop):
+    """The naive method: at every byte both models run on all hypotheses of their views again."""
+
+    def draw(self) -> None:
+        """One symbol of every row."""
+        for role, model in self.models.items():
+            self._run_again(role, model)
+        self.draw_symbols()
+
+    def _run_again(self, role: str, model: ByteModel) -> None:
+        """On the hypotheses that are older than the last byte."""
+        free = {i: row for i, row in enumerate(self.rows) if not row.finished and not row.blocked}
+        live = {i: row.views[role].live for i, row in free.items()}
+        for place in count():
+            wanted = {
+                i: found[place].context
+                for i, found in live.items()
+                if place < len(found) and found[place].start < len(free[i].text)
+            }
+            if not any(place < len(found) for found in live.values()):
+                return
+            if wanted:
+                logits = model.contexts.evaluate(wanted)
+                model.laws.read(torch.stack(list(logits.values())), [wanted[i] for i in logits])
+
+
+class CoverEngine(ByteEngine):
+    """The same texts by the naive method."""
+
+    loop_class = CoverLoop
+
+
 def _cost(
-    engine: ByteEngine, workload: Workload, tolerance: float, drafts: int, report: Report
-) -> dict[str, float]:
+    engine: ByteEngine, workload: Workload, tolerance: float, drafts: DraftTokens, report: Report
+) -> dict[str, Any]:
     """Contexts and passes of one run, per token of the model's own."""
-    report.status(f"tolerance {tolerance:g}, {drafts} drafts")
+    report.status(f"tolerance {tolerance:g}, drafts {drafts}")
     options = replace(engine.options, byte_tolerance=tolerance, draft_tokens=drafts)
     view = engine.view(options=options)
     started = Spent.until_now()
@@ -83,7 +124,8 @@ def _cost(
         "student": sum(len(c.token_ids) for c in done),
         "teacher": sum(_teacher_tokens(view, c) for c in done),
     }
-    found: dict[str, float] = {"tolerance": tolerance, "drafts": drafts}
+    is_naive = isinstance(engine, CoverEngine)
+    found: dict[str, Any] = {"tolerance": tolerance, "drafts": drafts, "naive": is_naive}
     for role, counts in view.counts.items():
         found[f"{role}_contexts_per_token"] = counts.contexts / tokens[role]
         found[f"{role}_read_per_token"] = counts.tokens / tokens[role]
@@ -110,11 +152,12 @@ def _teacher_tokens(engine: ByteEngine, completion: Completion) -> int:
     return len(ids) + (completion.finish_reason == "stop")
 
 
-def _cost_table(costs: Sequence[dict[str, float]]) -> Table:
-    columns = ("tolerance", "drafts", "student contexts/token", "teacher contexts/token")
+def _cost_table(costs: Sequence[dict[str, Any]]) -> Table:
+    columns = ("method", "tolerance", "drafts", "student contexts/token", "teacher contexts/token")
     more = ("student passes", "teacher passes", "student lost", "teacher lost", "bytes/CPU s")
     rows = [
         (
+            "cover at every byte" if cost["naive"] else "byte view",
             f"{cost['tolerance']:g}",
             cost["drafts"],
             cost["student_contexts_per_token"],
@@ -229,7 +272,7 @@ def _walk(
             }:
                 loop.make_room(_lengths(replays, wanted, role), 1)
                 for row, logits in model.contexts.evaluate(wanted).items():
-                    [law] = model.laws.read(logits[None])
+                    [law] = model.laws.read(logits[None], [wanted[row]])
                     assert law is not None
                     going[row].laws[role][wanted[row]] = law
         for replay in going.values():
@@ -294,26 +337,29 @@ def _distance_table(distances: Sequence[dict[str, float]], reference: float) -> 
 
 def _compare_levels(options: BytesOptions, report: Report) -> None:
     """The shipped pair, which has one tokenizer, mixed as tokens and as bytes."""
-    engines: dict[str, Engine] = {}
-    for drafts in (0, 4):
-        levels: tuple[Granularity, ...] = ("token", "byte")
-        for level in levels:
-            models = ModelConfig(device=options.models.device, granularity=level)
+    device = options.models.device
+    levels: tuple[Granularity, ...] = ("token", "byte")
+    engines: dict[tuple[Granularity, DraftTokens], Engine] = {}
+    for level in levels:
+        models = ModelConfig(device=device, granularity=level)
+        engine = load(models, MixtureConfig(), LocalOptions(batch_size=BATCH))
+        for drafts in DRAFTS:
             settings = LocalOptions(batch_size=BATCH, draft_tokens=drafts)
-            engines[f"{level}, {drafts} drafts"] = load(models, MixtureConfig(), settings)
-    pair = ModelPair(ModelConfig(device=options.models.device))
-    workload = pair.workload(options.num_prompts)
+            engines[level, drafts] = engine.view(options=settings)
+    workload = ModelPair(ModelConfig(device=device)).workload(options.num_prompts)
 
     def texts(engine: Engine) -> int:
         return sum(1 for _ in engine.generate(workload.requests))
 
-    systems = {name: partial(texts, engine) for name, engine in engines.items()}
+    systems = {f"{level} {drafts}": partial(texts, e) for (level, drafts), e in engines.items()}
     timings = interleave(systems, options.repeats, report.status)
     rates = per_second(timings, "cpu")
     rows = []
-    for name, rate in rates.items():
-        ratio = rates["token" + name.removeprefix("byte").removeprefix("token")] / rate
-        rows.append((name, 1e3 / rate, ratio))
-        report.results.append({"level": name, "cpu_ms_per_text": 1e3 / rate, "to_tokens": ratio})
-    columns = ("level", "CPU ms/text", "time to that of tokens")
+    for level, drafts in engines:
+        rate = rates[f"{level} {drafts}"]
+        ratio = rates[f"token {drafts}"] / rate
+        rows.append((level, drafts, 1e3 / rate, ratio))
+        found = {"cpu_ms_per_text": 1e3 / rate, "to_tokens": ratio}
+        report.results.append({"level": level, "drafts": drafts} | found)
+    columns = ("level", "drafts", "CPU ms/text", "time to that of tokens")
     report.show(make_table(f"The shipped pair at batch {BATCH}", columns, rows))

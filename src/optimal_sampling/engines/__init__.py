@@ -6,11 +6,12 @@ from importlib import import_module
 
 from optimal_sampling.config import EngineOptions, LocalOptions, MixtureConfig, ModelConfig
 from optimal_sampling.engines.base import Engine
+from optimal_sampling.engines.bytes.options import check_byte_options
 from optimal_sampling.errors import ConfigError, TokenizerMismatchError
 from optimal_sampling.types import Mode
 from optimal_sampling.vocabulary import Vocabulary
 
-__all__ = ["Engine", "load", "open_engine"]
+__all__ = ["Engine", "check_pair", "load", "open_engine"]
 
 
 def load(
@@ -54,15 +55,9 @@ def open_engine(
 
     Raises ModelError, ConfigError, TokenizerMismatchError, MissingDependencyError.
     """
-    engine_path = options.engine_class
-    if vocabulary.granularity == "byte" and mode != "student":
-        engine_path = options.byte_engine_class
-    if not engine_path:
-        raise TokenizerMismatchError(
-            f"the engine {options.name} mixes tokens, and student {models.student!r} and teacher "
-            f"{models.teacher!r} have different tokenizers: use the engine local, which mixes them "
-            "byte by byte (docs/tokenizers.md)"
-        )
+    check_pair(options, models, mixture, vocabulary, mode)
+    is_byte = vocabulary.granularity_of(mode) == "byte"
+    engine_path = options.byte_engine_class if is_byte else options.engine_class
     module, name = engine_path.split(":")
     engine_class = getattr(import_module(module), name)
     if mode not in engine_class.modes:
@@ -70,3 +65,25 @@ def open_engine(
         raise ConfigError(f"the engine {options.name} has no mode {mode!r}; it has: {known}")
     engine: Engine = engine_class.load(models, mixture, options, vocabulary, mode)
     return engine
+
+
+def check_pair(
+    options: EngineOptions,
+    models: ModelConfig,
+    mixture: MixtureConfig,
+    vocabulary: Vocabulary,
+    mode: Mode,
+) -> None:
+    """Raise where two tokenizers cannot be mixed so: before models are loaded.
+
+    TokenizerMismatchError for an engine that mixes tokens, ConfigError for options of tokens.
+    """
+    if vocabulary.granularity_of(mode) == "token":
+        return
+    if not options.byte_engine_class:
+        raise TokenizerMismatchError(
+            f"the engine {options.name} mixes tokens, and student {models.student!r} and teacher "
+            f"{models.teacher!r} have different tokenizers: use the engine local, which mixes them "
+            "byte by byte (docs/tokenizers.md)"
+        )
+    check_byte_options(mixture, options, mode)

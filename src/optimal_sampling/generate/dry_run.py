@@ -67,7 +67,7 @@ class DryRun:
         """Why an engine would not take the prompts; "" where it would."""
         known = self.vocabulary
         contexts = [getattr(known, f"{role}_context") for role in self.roles]
-        rows = [getattr(known, f"{role}_rows") or known.size for role in self.roles]
+        rows = [known.rows_of(role) for role in self.roles]
         prompts = [getattr(prompt, f"{role}_ids") for role in self.roles]
         problem = prompt_problem(self.roles, prompts, contexts, rows)
         needed = self.config.run.max_new_tokens

@@ -7,6 +7,7 @@ from datetime import date
 from typing import Any
 
 from optimal_sampling.config import GenerateConfig, MixtureConfig
+from optimal_sampling.engines import check_pair
 from optimal_sampling.errors import ConfigError, OptimalSamplingError, PromptError
 from optimal_sampling.generate.dataset import Dataset, open_dataset
 from optimal_sampling.prompts import PromptRenderer, RenderedPrompt
@@ -45,7 +46,7 @@ _METHOD_OF = {
 
 
 def open_inputs(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRenderer]:
-    """What rows are read from and rendered with."""
+    """What rows are read from and rendered with. Raises as `engines.check_pair` does."""
     dataset = open_dataset(config.data, config.run.seed)
     models = config.models
     vocabulary = Vocabulary.load(
@@ -55,6 +56,9 @@ def open_inputs(config: GenerateConfig) -> tuple[Dataset, Vocabulary, PromptRend
         revisions=models.revisions,
         granularity=models.granularity,
     )
+    stages = [(stage.mixture, stage.mode) for stage in config.stages]
+    for mixture, mode in stages or [(config.mixture, config.run.mode)]:
+        check_pair(config.engine, models, mixture, vocabulary, mode)
     return dataset, vocabulary, renderer_of(config, dataset, vocabulary)
 
 

@@ -52,8 +52,10 @@ class Work:
         with (self.open_with or self._opener())(*arguments) as engine:
             self.progress.show_notes(engine.notes())
             self.progress.workers = engine.workers
-            yield engine
-        self.progress.workers = NO_WORKERS
+            try:
+                yield engine
+            finally:
+                self.progress.workers = NO_WORKERS
 
     def _opener(self) -> OpenEngine:
         """What opens the engine, or the fleet of engines."""
@@ -137,6 +139,7 @@ class Recorder:
             raw_text=raw_text,
             attempts=work.folder.ledger.attempts(key) + 1,
             mode=self.origin.mode,
+            granularity=work.vocabulary.granularity_of(self.origin.mode),
             stage=self.origin.stage,
             tries=self.origin.tries,
         )

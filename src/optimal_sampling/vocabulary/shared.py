@@ -25,7 +25,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from optimal_sampling.errors import TokenizerMismatchError
-from optimal_sampling.types import Granularity
+from optimal_sampling.types import Granularity, Mode
 from optimal_sampling.vocabulary.thinking import KNOWN_BLOCKS, Block, thinking_blocks
 from optimal_sampling.vocabulary.token_bytes import TokenBytes, token_bytes
 from optimal_sampling.vocabulary.tokens import ModelTokens, load_tokens
@@ -151,6 +151,15 @@ class Vocabulary:
     def granularity(self) -> Granularity:
         """What two models with this vocabulary are mixed over."""
         return "byte" if self.bytes_by_role else "token"
+
+    def granularity_of(self, mode: Mode) -> Granularity:
+        """What is drawn in a mode: the student alone has only one tokenizer."""
+        return self.granularity if mode != "student" else "token"
+
+    def rows_of(self, role: str) -> int:
+        """Number of ids that a prompt of `student` or `teacher` may have."""
+        named: int | None = getattr(self, f"{role}_rows")
+        return named or (self.bytes_by_role[role].size if self.bytes_by_role else self.size)
 
     @property
     def logit_rows(self) -> int:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.engines.bytes.drafting import ByteDrafter
+from optimal_sampling.engines.bytes.drafting import MeasuredChoice
 from optimal_sampling.types import Request
 from tests.engines.bytes.conftest import byte_engine, small_tokenizer, writing_model
 from tests.engines.bytes.test_engine import requests
@@ -52,15 +52,48 @@ def test_accepted_drafts_save_passes():
     assert view.accepted > 0.7 * view.drafted
 
 
-def test_drafts_stop_where_too_few_are_drawn():
-    """Guards: drafts that cost more than they save, for the whole run; a count that was asked for
-    and is not kept.
+def rounds_of(choice, plain, drafted, count):
+    """Which rounds draft, where a round of each kind costs so many seconds per symbol."""
+    kinds = []
+    for _ in range(count):
+        kinds.append(choice.drafts)
+        symbols = 40 if choice.drafts else 10
+        choice.observe(symbols, symbols * (drafted if choice.drafts else plain))
+    return kinds
+
+
+@pytest.mark.parametrize(("plain", "drafted", "expected"), [(1.0, 1.1, False), (1.1, 1.0, True)])
+def test_auto_drafts_where_that_costs_less(plain, drafted, expected):
+    """Guards: drafts that go on though they cost more, or stop though they save; a cost per round
+    taken for one per symbol.
     """
-    drafter = ByteDrafter({}, None, None, {}, 4)
-    drafter.drafted = 1000
-    assert drafter.pays(0)
-    drafter.adapts = True
-    assert drafter.pays(600)
-    assert not drafter.pays(400)
-    drafter.drafted = 100
-    assert drafter.pays(0)
+    tried, kept = MeasuredChoice.TRIED, MeasuredChoice.KEPT
+    kinds = rounds_of(MeasuredChoice(), plain, drafted, 2 * tried + kept)
+    assert kinds[: 2 * tried] == [False] * tried + [True] * tried
+    assert kinds[2 * tried :] == [expected] * kept
+
+
+def test_auto_measures_again():
+    """Guards: a choice made once, for texts and batches that change."""
+    choice, tried = MeasuredChoice(), MeasuredChoice.TRIED
+    first = rounds_of(choice, 1.0, 2.0, 2 * tried + MeasuredChoice.KEPT)
+    then = rounds_of(choice, 2.0, 1.0, 2 * tried + 50)
+    assert not any(first[2 * tried :])
+    assert then[: 2 * tried] == [False] * tried + [True] * tried
+    assert all(then[2 * tried :])
+
+
+def test_auto_and_a_count_that_is_asked_for(pair_models, tokenizers):
+    """Guards: a count that was asked for and is not kept; `auto` that tries drafts where a pass of
+    the teacher costs no more than the student's.
+    """
+    engine = byte_engine(pair_models, tokenizers, FREE, draft_tokens="auto")
+    assert engine.open_loop().drafter is None
+    loop = drafting(engine, 2).open_loop()
+    assert loop.drafter.count == 2
+    assert all(rounds_of(loop.choice, 1.0, 2.0, 1000))
+    larger = writing_model(3, tokenizers[1], layers=9, hidden_size=96)
+    assert larger.num_parameters() > 4 * pair_models[0].num_parameters()
+    loop = byte_engine((pair_models[0], larger), tokenizers, draft_tokens="auto").open_loop()
+    assert loop.drafter.count == 4
+    assert isinstance(loop.choice, MeasuredChoice)

@@ -1,23 +1,30 @@
 """Two tokenizers through the doors that users take: `load`, `generate`, `OptimalSamplingModel`."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from optimal_sampling import OptimalSamplingModel, OptimalSamplingV1, load
 from optimal_sampling.config import (
     DataConfig,
+    FleetConfig,
     GenerateConfig,
     LocalOptions,
+    MixtureConfig,
     ModelConfig,
     RunConfig,
+    Stage,
     ToyOptions,
+    VerifyConfig,
     VllmOptions,
 )
 from optimal_sampling.engines.bytes.engine import ByteEngine
 from optimal_sampling.engines.local.engine import LocalEngine
-from optimal_sampling.errors import TokenizerMismatchError
+from optimal_sampling.errors import ConfigError, TokenizerMismatchError
 from optimal_sampling.generate import generate
+from optimal_sampling.generate.dry_run import dry_run
 from optimal_sampling.vocabulary import Vocabulary
 from tests.engines.bytes.conftest import STUDENT_WORDS, small_tokenizer
 from tests.engines.local.conftest import tiny_model
@@ -35,6 +42,10 @@ def student_folder(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+STAGES = (Stage("alone", mode="student"), Stage("cut", mixture=MixtureConfig(top_p=0.9)))
+VERIFY = VerifyConfig(verify="boxed")
 
 
 def run(folder, student, **options):
@@ -68,6 +79,18 @@ def test_generate_takes_such_a_pair_without_further_options(tmp_path, student_fo
     assert summary.means["lost_student"] is not None
 
 
+def test_failed_completions_say_byte_too(tmp_path, student_folder):
+    """Guards: records of one run that say different things of what was drawn."""
+    rows = [{"problem": "1+1=?"}, {"problem": None}, {"problem": "1+" * 4000}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(run(tmp_path / "run", student_folder), data=DataConfig(dataset=str(data)))
+    generate(config)
+    found = records(tmp_path / "run")
+    assert [record["granularity"] for record in found] == ["byte"] * 3
+    assert sum(bool(record["error"]) for record in found) == 2
+
+
 def test_lists_of_bytes_are_kept_on_request(tmp_path, student_folder):
     """Guards: lists that are as long as the tokens."""
     generate(run(tmp_path / "run", student_folder, byte_lists=True))
@@ -88,6 +111,24 @@ def test_one_model_alone(tmp_path, student_folder):
         assert {record["error"] for record in found} == {""}
 
 
+@pytest.mark.slow
+def test_a_fleet_makes_the_same_records(tmp_path, student_folder):
+    """Guards: workers that mix tokens, or whose completions lose what bytes have."""
+    alone = run(tmp_path / "alone", student_folder, byte_lists=True)
+    fleet = replace(
+        run(tmp_path / "fleet", student_folder, byte_lists=True), fleet=FleetConfig(workers=2)
+    )
+    found = []
+    for config in (alone, fleet):
+        generate(config)
+        kept = [
+            {name: value for name, value in record.items() if name not in ("seconds", "checksum")}
+            for record in records(Path(config.run.output_dir))
+        ]
+        found.append({record["id"]: record for record in kept})
+    assert found[0] == found[1]
+
+
 def test_which_engine_and_which_refuse(student_folder):
     """Guards: another engine that mixes ids which mean different things, or says only no."""
     models = ModelConfig(student=student_folder, device="cpu")
@@ -101,6 +142,28 @@ def test_which_engine_and_which_refuse(student_folder):
         load(ModelConfig(student=student_folder, device="cpu", granularity="token"))
     with pytest.raises(TokenizerMismatchError, match="--engine local"):
         OptimalSamplingV1("toy-teacher", student_folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"mixture": MixtureConfig(top_p=0.9)}, ConfigError, "teacher_support_top_p"),
+        ({"mixture": MixtureConfig(top_k=5)}, ConfigError, "teacher_support_top_k"),
+        ({"engine": LocalOptions(top_tokens=3)}, ConfigError, "top_tokens"),
+        ({"engine": VllmOptions()}, TokenizerMismatchError, "use the engine local"),
+        ({"engine": ToyOptions()}, TokenizerMismatchError, "use the engine local"),
+        ({"stages": STAGES, "verify": VERIFY}, ConfigError, "teacher_support_top_p"),
+    ],
+)
+def test_refusals_come_first(tmp_path, student_folder, changes, error, said):
+    """Guards: a dry run that finds nothing, models loaded and folders made for a run that cannot
+    be; a stage that is refused after the others have run.
+    """
+    config = replace(run(tmp_path / "run", student_folder), **changes)
+    for call in (generate, dry_run):
+        with pytest.raises(error, match=said):
+            call(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_class_for_lists_of_prompts(student_folder):

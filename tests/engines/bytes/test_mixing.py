@@ -7,15 +7,12 @@ import pytest
 from scipy import stats
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.engines.bytes import utf8
 from optimal_sampling.engines.bytes.byte_view import END, SYMBOLS
-from optimal_sampling.engines.bytes.mixing import NOTHING, Place, SymbolMixer
-from optimal_sampling.errors import ConfigError
+from optimal_sampling.engines.bytes.mixing import Place, SymbolMixer
 from optimal_sampling.types import TRACE_FIELDS
 from tests.engines.bytes.tables import LETTERS, STUDENT, TEACHER, TableModel, exact_law, prefixes
 
 FREE = MixtureConfig(alpha_min=0.0)
-ALL = np.ones(SYMBOLS, dtype=bool)
 
 
 def mixed(student, teacher, alpha):
@@ -99,7 +96,7 @@ def test_samples_follow_q():
     while texts:
         rows = list(texts)
         laws = [np.stack(x) for x in zip(*(law(texts[row]) for row in rows), strict=True)]
-        places = [Place(row * 2**32 + 7, len(texts[row]), 0, ALL) for row in rows]
+        places = [Place(row * 2**32 + 7, len(texts[row]), 0) for row in rows]
         symbols, _ = mixer.draw(laws, places)
         for row, symbol in zip(rows, symbols, strict=True):
             if symbol == END:
@@ -129,36 +126,13 @@ def test_alpha_is_that_of_the_bisection():
     mixer = SymbolMixer(FREE, "mixture")
     for text in (b"", b"a", b"bc", b"abc", b"caab"):
         laws = [model.view(text).law() for model in pair.models]
-        _, [trace] = mixer.draw([law[None] for law in laws], [Place(1, 0, 0, ALL)])
+        _, [trace] = mixer.draw([law[None] for law in laws], [Place(1, 0, 0)])
         values = dict(zip(TRACE_FIELDS, trace, strict=True))
         q, gap = mixed(*laws, values["alpha"])
         assert abs(gap) < 1e-5
         common = q > 0
         expected = (q[common] * np.log(q[common] / laws[0][common])).sum()
         assert values["kl_student"] == pytest.approx(expected, abs=1e-6)
-
-
-def test_symbols_that_are_not_allowed_have_no_mass():
-    """Guards: text that is no UTF-8, or an end within a character."""
-    law = np.full(SYMBOLS, 1 / SYMBOLS)
-    allowed = np.zeros(SYMBOLS, dtype=bool)
-    allowed[[3, 200]] = True
-    mixer = SymbolMixer(FREE, "mixture")
-    places = [Place(key, 0, 0, allowed) for key in range(200)]
-    symbols, trace = mixer.draw([np.stack([law] * 200)] * 2, places)
-    assert set(symbols) == {3, 200}
-    assert {row[TRACE_FIELDS.index("log_q")] for row in trace} == {np.float32(-np.log(2))}
-
-
-def test_no_mass_on_what_is_allowed_is_told():
-    """Guards: byte 0 drawn where nothing can be."""
-    law = np.zeros(SYMBOLS)
-    law[65] = 1.0
-    other = np.full(SYMBOLS, 1 / SYMBOLS)
-    place = Place(1, 0, 0, utf8.allowed(utf8.after((), 0xE4)))
-    for laws in ([law, other], [other, law]):
-        symbols, _ = SymbolMixer(FREE, "mixture").draw([x[None] for x in laws], [place])
-        assert symbols == [NOTHING]
 
 
 def test_the_teachers_support_and_the_names_of_the_trace():
@@ -170,7 +144,7 @@ def test_the_teachers_support_and_the_names_of_the_trace():
     teacher = np.zeros(SYMBOLS)
     teacher[:9] = rng.dirichlet(np.ones(9))
     mixer = SymbolMixer(MixtureConfig(teacher_support_top_k=4, alpha_min=0.0), "mixture")
-    places = [Place(key, 0, 0, ALL) for key in range(300)]
+    places = [Place(key, 0, 0) for key in range(300)]
     symbols, traces = mixer.draw([np.stack([law] * 300) for law in (student, teacher)], places)
     assert max(symbols) < 9
     values = dict(zip(TRACE_FIELDS, traces[0], strict=True))
@@ -185,9 +159,18 @@ def test_the_teachers_support_and_the_names_of_the_trace():
     assert values["log_p_student"] == pytest.approx(np.log(student[symbols[0]]), abs=1e-5)
 
 
-@pytest.mark.parametrize("option", ["top_p", "top_k"])
-def test_truncation_after_mixing_is_refused(option):
-    """Guards: tokens' options applied to bytes, where they mean something else."""
-    value = {"top_p": 0.9, "top_k": 5}[option]
-    with pytest.raises(ConfigError, match=f"teacher_support_{option}"):
-        SymbolMixer(MixtureConfig(**{option: value}), "mixture")
+def test_supports_that_do_not_meet_give_the_teacher():
+    """Guards: a text that ends in an error where the bytes that are left of the student are none of
+    the teacher's support.
+    """
+    laws = np.zeros((2, 2, SYMBOLS))
+    laws[0, :, 65] = 1.0
+    laws[1, 0, 66] = laws[1, 1, 65] = 1.0
+    mixer = SymbolMixer(MixtureConfig(teacher_support_top_k=1), "mixture")
+    symbols, traces = mixer.draw(list(laws), [Place(1, 0, 0), Place(2, 0, 0)])
+    assert symbols == [66, 65]
+    columns = dict(zip(TRACE_FIELDS, zip(*traces, strict=True), strict=True))
+    assert columns["fallback"] == (1, 0)
+    assert columns["vetoed"] == (1, 0)
+    assert columns["kl_teacher"] == (0, 0)
+    assert columns["kl_student"] == (np.inf, 0)

@@ -68,10 +68,13 @@ def with_options(engine, **options):
     return engine.view(options=replace(engine.options, **options))
 
 
-def stock_logits(model, vocab=VOCAB):
-    """The model's own forward pass, cached: (token ids) -> float64 logits of the next token."""
+def stock_logits(model, vocab=VOCAB, attention="eager"):
+    """The model's own forward pass, cached: (token ids) -> float64 logits of the next token.
+
+    `eager` computes attention's softmax in float32, `sdpa` in the model's own precision.
+    """
     stock = copy.deepcopy(model)
-    stock.set_attn_implementation("eager")
+    stock.set_attn_implementation(attention)
 
     @functools.cache
     def logits(ids):

@@ -206,7 +206,7 @@ class Runs:
         captured = top_of(ids, top) if top else {}
         completion = Completion(request, tuple(ids), draw.reason, trace, captured=captured)
         text, raw = self.vocabulary.decode(ids), self.vocabulary.decode_raw(ids)
-        return Sample(prompt, completion, text, 1, raw, mode, draw.stage, draw.tries)
+        return Sample(prompt, completion, text, 1, raw, mode, stage=draw.stage, tries=draw.tries)
 
     def _grade(self, folder: Path, draws: Sequence[Draw]) -> None:
         verdicts = [draw.verdict for draw in draws]

@@ -30,6 +30,9 @@ def test_a_record_gives_back_its_top_tokens(runs, rows):
         np.testing.assert_array_equal(log_p, np.tile([-0.25, -0.5, -0.75], (len(drawn), 1)))
     with pytest.raises(RunFolderError, match="--top-tokens"):
         read_top_tokens(next(load(runs.make([Draw(0, "a")], rows, "plain"))), "mixture")
+    drawn = next(load(runs.make([Draw(0, "a")], rows, "bytes"))) | {"granularity": "byte"}
+    with pytest.raises(RunFolderError, match="two models with one tokenizer"):
+        read_top_tokens(drawn, "mixture")
 
 
 def test_bytes_per_token(runs, rows):

@@ -6,6 +6,7 @@ laws      logits -> what a view reads
 mixing    one symbol per row from two laws
 utf8      which bytes may follow
 text      the student's tokens of a text
+options   options of tokens that bytes do not have
 row       a request in progress
 contexts  one model over rows of KV memory
 drafting  laws made ahead

@@ -109,6 +109,11 @@ class ByteView:
     # reading
 
     @property
+    def is_dead(self) -> bool:
+        """No hypothesis writes the text."""
+        return not self.live and not self.wanted
+
+    @property
     def log_prefix(self) -> float:
         """log P(text, ...), of the hypotheses that are followed."""
         return _log_sum(h.log_total for h in self.live)
@@ -160,9 +165,18 @@ class ByteView:
         for place in range(birth.start, len(self.text)):
             if found is not None:
                 found = self._moved(found, self.text[place], place + 1, births)
-        if found is not None:
+        if found is not None and found.log_total > _NEVER:
             self.live.append(found)
         self._admit(births)
+
+    def restart(self, context: tuple[int, ...], start: int) -> None:
+        """Follow one sequence of tokens, which writes the first `start` bytes of the text.
+
+        For a text that none of the hypotheses writes any more. `log_prefix` then counts from there.
+        """
+        self.lost += 1.0
+        self.live.clear()
+        self.wanted = [Birth(context, start, 0.0)]
 
     def _moved(
         self, h: Hypothesis, byte: int, position: int, births: list[Birth]
@@ -217,7 +231,7 @@ class ByteView:
         if births:
             # the heaviest comes last: the model's cache then holds what most likely goes on
             self.wanted.sort(key=attrgetter("log_weight"), reverse=True)
-        if not self.live and not self.wanted and self._given_up:
+        if self.is_dead and self._given_up:
             self._take_up()
 
     def _give_up(self, birth: Birth, share: float) -> None:

@@ -166,4 +166,3 @@ class ByteModel:
 
     contexts: ContextRows
     laws: LawReader
-    embeddings: int

@@ -14,17 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from optimal_sampling.engines.bytes import utf8
 from optimal_sampling.engines.bytes.byte_view import END, Birth, ByteView, Hypothesis
 from optimal_sampling.engines.bytes.contexts import ByteModel
 from optimal_sampling.engines.bytes.mixing import Place, SymbolMixer
 from optimal_sampling.engines.bytes.row import TextRow
 from optimal_sampling.engines.bytes.text import TokenizedText
 
-__all__ = ["ByteDrafter"]
-
-_TRIED = 128  # symbols that are drafted before drafts are judged
-_LEAST_ACCEPTED = 0.6
+__all__ = ["ByteDrafter", "DraftChoice", "MeasuredChoice"]
 
 End = tuple[tuple[int, ...], int]
 """A context, and of how many of its last tokens laws are needed."""
@@ -36,7 +32,6 @@ class _Draft:
 
     row: TextRow
     view: ByteView
-    state: utf8.State
     tokens: int
     symbols: list[int] = field(default_factory=list)
     failed: bool = False
@@ -49,13 +44,12 @@ class _Draft:
 
     def place(self) -> Place:
         """Where the next symbol stands."""
-        return Place(self.row.key, len(self.view.text), 0, utf8.allowed(self.state))
+        return Place(self.row.key, len(self.view.text), 0)
 
     def append(self, symbol: int) -> None:
         """The draft goes on."""
         self.symbols.append(symbol)
         if symbol != END:
-            self.state = utf8.after(self.state, symbol)
             self.view.push(symbol)
 
 
@@ -81,15 +75,8 @@ class ByteDrafter:
         self.teacher_text = teacher_text
         self.limits = limits
         self.count = count
-        self.adapts = False
-        """Stop where too few of the drafts are drawn to pay."""
         self.drafted = 0
         """Symbols."""
-
-    def pays(self, accepted: int) -> bool:
-        """Whether to go on, `accepted` of the symbols that were drafted being drawn."""
-        is_known = self.adapts and self.drafted >= _TRIED
-        return not is_known or accepted >= _LEAST_ACCEPTED * self.drafted
 
     def run(self, rows: list[TextRow], make_room: Callable[[int], bool]) -> None:
         """Draft for the rows that have used up theirs. `make_room`: for so many more tokens."""
@@ -110,12 +97,11 @@ class ByteDrafter:
         """The prompts are read, nothing is left of a draft, and the student has room for one."""
         limit = self.limits["student"]
         has_room = limit is None or row.length("student") + self.count < limit
-        read = all(view.evaluations for view in row.views.values())
-        return bool(read and has_room and not row.draft and not row.finished)
+        return bool(row.prompts_are_read and has_room and not row.draft and not row.finished)
 
     def _start(self, row: TextRow) -> _Draft:
         view = row.views["student"].copy()
-        return _Draft(row, view, row.utf8, _longest(view) + self.count)
+        return _Draft(row, view, _longest(view) + self.count)
 
     # the student
 
@@ -141,7 +127,8 @@ class ByteDrafter:
         found = model.contexts.evaluate(wanted)
         if not found:
             return
-        laws = model.laws.read(torch.stack(list(found.values())))
+        contexts = [wanted[index] for index in found]
+        laws = model.laws.read(torch.stack(list(found.values())), contexts)
         for index, law in zip(found, laws, strict=True):
             draft = drafts[index]
             if law is None:
@@ -180,6 +167,60 @@ class ByteDrafter:
         for index, logits in model.contexts.evaluate_ends(wanted).items():
             context, count = wanted[index]
             ends = range(len(context) - count + 1, len(context) + 1)
-            for end, law in zip(ends, model.laws.read(logits), strict=True):
+            contexts = [context[:end] for end in ends]
+            for each, law in zip(contexts, model.laws.read(logits, contexts), strict=True):
                 if law is not None:
-                    rows[index].known["teacher"][context[:end]] = law
+                    rows[index].known["teacher"][each] = law
+
+
+class DraftChoice:
+    """Drafts in every round."""
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the next round drafts."""
+        return True
+
+    def observe(self, symbols: int, seconds: float) -> None:
+        """A round of few prompts has drawn so many symbols in so many seconds."""
+
+
+class MeasuredChoice(DraftChoice):
+    """`auto`: rounds without drafts, rounds with them, then many of the kind that costs less.
+
+    Over and over, as texts and numbers of rows change.
+    """
+
+    TRIED = 12
+    """Measured rounds of each kind. The first two are not counted: laws that were made ahead, and
+    memory that is used for the first time."""
+    KEPT = 300
+    """Rounds of the kind that costs less."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._rounds = 0
+        self._symbols = {False: 0, True: 0}
+        self._seconds = {False: 0.0, True: 0.0}
+
+    @property
+    def drafts(self) -> bool:
+        """As in `DraftChoice`."""
+        if self._rounds < 2 * self.TRIED:
+            return self._rounds >= self.TRIED
+        return self._cost(True) < self._cost(False)
+
+    def _cost(self, drafts: bool) -> float:
+        """Seconds per symbol."""
+        return self._seconds[drafts] / max(1, self._symbols[drafts])
+
+    def observe(self, symbols: int, seconds: float) -> None:
+        """As in `DraftChoice`."""
+        if self._rounds < 2 * self.TRIED and self._rounds % self.TRIED >= 2:
+            self._symbols[self.drafts] += symbols
+            self._seconds[self.drafts] += seconds
+        self._rounds += 1
+        if self._rounds == 2 * self.TRIED + self.KEPT:
+            self._start()

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from optimal_sampling.config import EngineOptions, LocalOptions, MixtureConfig
 from optimal_sampling.engines.bytes.contexts import ByteModel, ContextRows, PassCounts
-from optimal_sampling.engines.bytes.drafting import ByteDrafter
+from optimal_sampling.engines.bytes.drafting import ByteDrafter, MeasuredChoice
 from optimal_sampling.engines.bytes.laws import LawReader
-from optimal_sampling.engines.bytes.mixing import SymbolMixer, check_mixture
+from optimal_sampling.engines.bytes.mixing import SymbolMixer
+from optimal_sampling.engines.bytes.options import check_byte_options
 from optimal_sampling.engines.bytes.row import RowSettings
 from optimal_sampling.engines.bytes.run import ByteLoop
 from optimal_sampling.engines.bytes.text import TokenizedText
 from optimal_sampling.engines.bytes.trie import ByteTrie
 from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
 from optimal_sampling.engines.local.round import RunSettings
-from optimal_sampling.errors import ConfigError, EngineError, ModelError
+from optimal_sampling.errors import EngineError, ModelError
 from optimal_sampling.types import Completion, Mode, Request
 from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["ByteEngine"]
 
 AUTO_DRAFTS, AUTO_RATIO = 4, 4
-"""`draft_tokens auto`: so many, where the teacher has so many times the student's parameters."""
+"""`draft_tokens auto`: so many, where the teacher has so many times the student's parameters and as
+long as they cost less than none."""
 
 
 def _parameters(model: Any) -> int:
@@ -40,6 +42,7 @@ class ByteEngine(LocalEngine):
     """
 
     captures = frozenset()
+    loop_class: ClassVar[type[ByteLoop]] = ByteLoop
 
     def __init__(
         self,
@@ -60,12 +63,7 @@ class ByteEngine(LocalEngine):
         ModelError for a model that cannot forget tokens.
         """
         super()._check_settings(loaded)
-        check_mixture(self.mixture)
-        if self.options.top_tokens:
-            raise ConfigError(
-                "top_tokens keeps the likeliest tokens of both models and of q, and with two "
-                "tokenizers q is a law of bytes: use top_tokens 0"
-            )
+        check_byte_options(self.mixture, self.options, self.mode)
         for role in self.roles:
             runner = self.pair.runners.get(role)
             if runner is not None and not runner.drafts:
@@ -107,9 +105,9 @@ class ByteEngine(LocalEngine):
                     self.vocabulary.bytes_by_role[role],
                     self.tries[role],
                     self.mixture,
-                    restrict=role == "teacher",
+                    role,
+                    self.mode,
                 ),
-                embeddings=rows.runner.embeddings,
             )
             for role, rows in self._context_rows(settings).items()
         }
@@ -117,26 +115,30 @@ class ByteEngine(LocalEngine):
             roles=self.roles,
             tries=self.tries,
             contexts=dict(zip(self.roles, limits.context_lengths, strict=True)),
-            student_text=TokenizedText(
-                self.vocabulary.student_tokenizer, self.vocabulary.bytes_by_role["student"]
-            ),
+            texts=self._texts(),
             end_id=min(self.stop_ids),
             tolerance=self.options.byte_tolerance,
             force_first_token=self.mixture.force_first_token and self.mode == "mixture",
         )
         mixer = SymbolMixer(self.mixture, self.mode)
-        loop = ByteLoop(models, rows, mixer, limits.rows, settings.memory)
+        loop = self.loop_class(models, rows, mixer, settings)
         count = self._drafts_per_round()
         if count:
-            teacher = TokenizedText(
-                self.vocabulary.teacher_tokenizer, self.vocabulary.bytes_by_role["teacher"]
-            )
-            loop.drafter = ByteDrafter(models, mixer, teacher, rows.contexts, count)
-            loop.drafter.adapts = self.options.draft_tokens == "auto"
+            loop.drafter = ByteDrafter(models, mixer, rows.texts["teacher"], rows.contexts, count)
+        if self.options.draft_tokens == "auto":
+            loop.choice = MeasuredChoice()
         return loop
 
+    def _texts(self) -> dict[str, TokenizedText]:
+        tokenizers = {
+            "student": self.vocabulary.student_tokenizer,
+            "teacher": self.vocabulary.teacher_tokenizer,
+        }
+        tables = self.vocabulary.bytes_by_role
+        return {role: TokenizedText(tokenizers[role], tables[role]) for role in tokenizers}
+
     def _drafts_per_round(self) -> int:
-        """`auto`: where a pass of the teacher costs several of the student's."""
+        """`auto`: some, where a pass of the teacher costs several of the student's."""
         if self.mode != "mixture":
             return 0
         if self.options.draft_tokens != "auto":
@@ -176,7 +178,7 @@ class ByteEngine(LocalEngine):
     def notes(self) -> dict[str, str]:
         """As in `LocalEngine`, and the forward passes of the latest run."""
         notes = super().notes()
-        notes["granularity"] = "byte: the tokenizers differ"
+        notes["granularity"] = "byte"
         if self.pair.shared:
             notes["weights"] = "the same for student and teacher, loaded once"
         for role, counts in self.counts.items():

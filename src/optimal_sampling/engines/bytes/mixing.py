@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import (
-    Drawn,
     gumbel,
     keys_tensor,
     make_pair,
@@ -23,27 +22,14 @@ from optimal_sampling.distribution import (
     trace_of,
 )
 from optimal_sampling.engines.bytes.byte_view import SYMBOLS
-from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import TRACE_FIELDS, Mode
 
-__all__ = ["NOTHING", "Place", "SymbolMixer", "TraceRow", "check_mixture"]
+__all__ = ["Place", "SymbolMixer", "TraceRow"]
 
 Laws = Float[np.ndarray, "rows symbols"]
 Scores = Float[Tensor, "rows symbols"]
-NOTHING = -1
-"""In place of a symbol, where none can be drawn."""
 TraceRow = tuple[float, ...]
 """In the order of TRACE_FIELDS."""
-
-
-def check_mixture(mixture: MixtureConfig) -> None:
-    """Raise ConfigError for options that cut q of tokens and mean nothing for q of bytes."""
-    for name, off in (("top_p", 1.0), ("top_k", -1)):
-        if getattr(mixture, name) != off:
-            raise ConfigError(
-                f"{name} truncates q after mixing, and with two tokenizers q is a law of bytes, "
-                f"not of tokens: use temperature, or teacher_support_{name} on the teacher's tokens"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +41,21 @@ class Place:
     """Number of bytes before it."""
     token: int
     """Number of whole student tokens before it."""
-    allowed: Bool[np.ndarray, " symbols"]
-    """Symbols that keep the text valid UTF-8."""
     forced: int | None = None
     """The symbol, where it is known already: a byte of a forced first token."""
 
 
 class SymbolMixer:
-    """The mixture of a run: temperature and teacher support are in the laws already."""
+    """The mixture of a run: temperature and what restricts tokens are in the laws already."""
 
     def __init__(self, mixture: MixtureConfig, mode: Mode) -> None:
-        check_mixture(mixture)
         self.mode = mode
         self._restricts = replace(mixture, alpha_method="kl_symmetry").has_support
         self.mixture = replace(
             mixture,
             temperature=1.0,
+            top_k=-1,
+            top_p=1.0,
             teacher_support_top_k=-1,
             teacher_support_top_p=1.0,
             teacher_support_min_p=None,
@@ -81,23 +66,20 @@ class SymbolMixer:
     def draw(
         self, laws: Sequence[Laws], places: Sequence[Place]
     ) -> tuple[list[int], list[TraceRow]]:
-        """The symbol of every row and its trace. `laws`: by role, one row each.
-
-        NOTHING in rows where a model has no mass on the symbols that are allowed.
-        """
-        log_p = [self._log_p(each, places) for each in laws]
+        """The symbol of every row and its trace. `laws`: by role, one row each, with mass."""
+        log_p = [_logarithms(each) for each in laws]
         noise = self._noise(places)
         if len(log_p) == 1:
             drawn = single_step(log_p[0], noise, self.mixture, self.mode)
-            return _symbols(drawn), _rows(drawn.trace)
+            return drawn.token.tolist(), _rows(drawn.trace)
         if self._restricts:
             return self._draw_restricted(log_p[0], log_p[1], noise, places)
         return self._draw(log_p[0], log_p[1], noise, places)
 
     def draft(self, student: Laws, places: Sequence[Place]) -> list[int]:
         """What the student alone would draw with the noise of these places."""
-        log_p = self._log_p(student, places)
-        return (log_p + self._noise(places)).argmax(-1).tolist()
+        found: list[int] = (_logarithms(student) + self._noise(places)).argmax(-1).tolist()
+        return found
 
     def _noise(self, places: Sequence[Place]) -> Scores:
         bytes_before = torch.tensor([place.byte for place in places])
@@ -108,7 +90,7 @@ class SymbolMixer:
     ) -> tuple[list[int], list[TraceRow]]:
         tokens_before = torch.tensor([place.token for place in places])
         drawn = step(student, teacher, noise, tokens_before, self.mixture)
-        symbols, trace = _symbols(drawn), _rows(drawn.trace)
+        symbols, trace = drawn.token.tolist(), _rows(drawn.trace)
         for row, place in enumerate(places):
             if place.forced is not None:
                 symbols[row] = place.forced
@@ -124,15 +106,12 @@ class SymbolMixer:
         The plain names of the trace are of the unrestricted student, as everywhere.
         """
         inside = student.masked_fill(teacher == -torch.inf, -torch.inf)
+        log_mass = inside.logsumexp(-1)
+        apart = log_mass == -torch.inf  # the supports do not meet: q is the teacher
+        inside = torch.where(apart[:, None], student, inside)
         symbols, trace = self._draw(inside, teacher, noise, places)
-        log_mass = inside.logsumexp(-1).tolist()
-        return symbols, [_unrestricted(*pair) for pair in zip(trace, log_mass, strict=True)]
-
-    def _log_p(self, laws: Laws, places: Sequence[Place]) -> Scores:
-        """Of the symbols that are allowed."""
-        allowed = np.stack([place.allowed for place in places])
-        with np.errstate(divide="ignore"):
-            return torch.from_numpy(np.log(laws * allowed))
+        pairs = zip(trace, log_mass.tolist(), strict=True)
+        return symbols, [_unrestricted(row, log_mass) for row, log_mass in pairs]
 
     def _forced_trace(self, student: Scores, teacher: Scores, symbol: int) -> TraceRow:
         """Of a given symbol, where the teacher alone draws: alpha is 1."""
@@ -140,19 +119,19 @@ class SymbolMixer:
         return _rows(trace_of(solved, torch.tensor([symbol])))[0]
 
 
-def _symbols(drawn: Drawn) -> list[int]:
-    bad = drawn.bad_student | drawn.bad_teacher
-    symbols: list[int] = drawn.token.masked_fill(bad, NOTHING).tolist()
-    return symbols
+def _logarithms(laws: Laws) -> Scores:
+    with np.errstate(divide="ignore"):
+        return torch.from_numpy(np.log(laws))
 
 
 def _unrestricted(row: TraceRow, log_mass: float) -> TraceRow:
     """A trace against the student restricted to a mass -> the same against the whole student."""
     values = dict(zip(TRACE_FIELDS, row, strict=True))
     mass = math.exp(log_mass)
-    values["kl_student"] -= log_mass
-    values["log_p_student"] += log_mass
-    values["ess_student"] *= mass
+    if mass > 0:
+        values["kl_student"] -= log_mass
+        values["log_p_student"] += log_mass
+        values["ess_student"] *= mass
     values["vetoed"] = 1 - mass + mass * values["vetoed"]
     return tuple(values.values())
 

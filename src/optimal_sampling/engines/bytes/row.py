@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from optimal_sampling.distribution import gumbel, keys_tensor
-from optimal_sampling.engines.bytes import utf8
 from optimal_sampling.engines.bytes.byte_view import END, ByteView, TokenLaw
 from optimal_sampling.engines.bytes.mixing import Place, TraceRow
 from optimal_sampling.engines.bytes.text import TokenizedText, token_trace
 from optimal_sampling.engines.bytes.trie import ByteTrie
+from optimal_sampling.engines.bytes.utf8 import whole_characters
 from optimal_sampling.types import ByteLevel, Completion, FinishReason, Request, TokenTrace
 
 __all__ = ["RowSettings", "TextRow"]
@@ -30,7 +30,8 @@ class RowSettings:
     tries: dict[str, ByteTrie]
     contexts: dict[str, int | None]
     """By role, the longest text of its model."""
-    student_text: TokenizedText
+    texts: dict[str, TokenizedText]
+    """Of student and teacher, whichever take part."""
     end_id: int
     """The student's id after a text, where the student has no view that says which."""
     tolerance: float
@@ -57,9 +58,15 @@ class TextRow:
         """Symbols that the student would draw next, for whose contexts laws were made ahead."""
         self.accepted = 0
         """Of all drafts, the symbols that were drawn."""
-        self.utf8: utf8.State = ()
+        self._restarts: dict[str, int] = {}
+        """By role, the bytes of the text when its view was last started again."""
         self._forced: list[int] | None = None if settings.force_first_token else []
         self.key = request.noise_key
+
+    @property
+    def prompts_are_read(self) -> bool:
+        """Every model has given a law after its prompt."""
+        return all(view.evaluations for view in self.views.values())
 
     @property
     def blocked(self) -> bool:
@@ -72,11 +79,26 @@ class TextRow:
         self.settle()
 
     def settle(self) -> None:
-        """Give the views what is known ahead."""
+        """Give the views what is known ahead, and start those again that have died."""
         for role, view in self.views.items():
+            if view.is_dead:
+                self._restart(role, view)
             known = self.known[role]
             while view.wanted and view.wanted[-1].context in known:
                 view.receive(known[view.wanted[-1].context])
+
+    def _restart(self, role: str, view: ByteView) -> None:
+        """No tokens that are followed write the text: go on from those of the tokenizer.
+
+        So it is where the other model alone drew: a forced first token, supports that do not meet.
+        """
+        whole = whole_characters(bytes(self.text))
+        ids = self.settings.texts[role].ids(whole)
+        if ids is None or self._restarts.get(role) == len(self.text):
+            self.fail(f"no tokens of the {role} write the text that was drawn: {self.text!r}")
+            return
+        self._restarts[role] = len(self.text)
+        view.restart(tuple(ids), len(whole))
 
     def wanted(self, role: str) -> tuple[int, ...] | None:
         """The context whose law the view of a model needs next."""
@@ -94,9 +116,7 @@ class TextRow:
         if self._forced is None:
             self._forced = self._first_token()
         forced = self._forced[0] if self._forced else None
-        return Place(
-            self.key, len(self.text), self._tokens_followed(), utf8.allowed(self.utf8), forced
-        )
+        return Place(self.key, len(self.text), self._tokens_followed(), forced)
 
     def append(self, symbol: int, trace: TraceRow) -> None:
         """The text goes on with a symbol, or ends."""
@@ -107,12 +127,11 @@ class TextRow:
             self.finished = "stop"
             return
         self.text.append(symbol)
-        self.utf8 = utf8.after(self.utf8, symbol)
         self._compare_draft(symbol)
         for view in self.views.values():
             view.push(symbol)
         self.settle()
-        if self._context_is_full():
+        if not self.finished and self._context_is_full():
             self.finished = "length"
 
     def _compare_draft(self, symbol: int) -> None:
@@ -126,11 +145,7 @@ class TextRow:
                 known.clear()
 
     def check(self) -> None:
-        """End a row that waits for no model and cannot go on."""
-        for role, view in self.views.items():
-            if not view.live:
-                self.fail(f"no tokens of the {role} write the text that was drawn: {self.text!r}")
-                return
+        """End a row that waits for no model and is long enough."""
         if self._is_long():
             self.finished = "length"
 
@@ -154,7 +169,7 @@ class TextRow:
                 return False
         elif len(self.text) % _BYTES_BETWEEN_COUNTS:
             return False
-        count = self.settings.student_text.count(bytes(self.text))
+        count = self.settings.texts["student"].count(bytes(self.text))
         return count is None or count > most
 
     def _first_token(self) -> list[int]:
@@ -165,12 +180,8 @@ class TextRow:
         noise = gumbel(keys_tensor([self.key]), torch.tensor([0]), ids)[0].numpy()
         with np.errstate(divide="ignore"):
             scores = np.append(law.log_p, np.log(law.end)) + noise
-        for rank in np.argsort(-scores, kind="stable"):
-            if rank == len(trie.ids):
-                return [END]
-            if utf8.begins_a_text(trie.words[rank]):
-                return list(trie.words[rank])
-        return [END]
+        rank = int(scores.argmax())
+        return list(trie.words[rank]) if rank < len(trie.ids) else [END]
 
     # the completion
 
@@ -182,7 +193,7 @@ class TextRow:
     def completion(self) -> Completion:
         """What was drawn, in the student's tokens."""
         assert self.finished is not None
-        most, student = self.request.max_new_tokens, self.settings.student_text
+        most, student = self.request.max_new_tokens, self.settings.texts["student"]
         ids, text, canonical = student.tokens(bytes(self.text), self._followed(), most)
         ended = self.finished == "stop" and len(ids) < most and len(text) == len(self.text)
         reason: FinishReason = "length" if self.finished == "stop" and not ended else self.finished

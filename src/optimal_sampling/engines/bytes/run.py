@@ -6,42 +6,46 @@ When every row waits for a model, each model runs once for all rows that wait fo
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 
-from optimal_sampling.engines.base import bad_logits_message, prompt_problem
+from optimal_sampling.engines.base import bad_logits_message
 from optimal_sampling.engines.bytes.contexts import ByteModel
-from optimal_sampling.engines.bytes.drafting import ByteDrafter
-from optimal_sampling.engines.bytes.mixing import NOTHING, SymbolMixer
+from optimal_sampling.engines.bytes.drafting import ByteDrafter, DraftChoice
+from optimal_sampling.engines.bytes.mixing import SymbolMixer
 from optimal_sampling.engines.bytes.row import RowSettings, TextRow
 from optimal_sampling.engines.local.memory import KVMemory, Lengths
+from optimal_sampling.engines.local.round import RunSettings
 from optimal_sampling.types import Completion, Request
 
 __all__ = ["ByteLoop"]
 
+_FEW = 0.1  # of rows, whose prompts change little in the cost of a round
+
 
 class ByteLoop:
-    """State of one `generate` call. `memory`: bytes for the caches of all models."""
+    """State of one `generate` call."""
 
     def __init__(
         self,
         models: dict[str, ByteModel],
         settings: RowSettings,
         mixer: SymbolMixer,
-        most_rows: int,
-        memory: int,
+        run: RunSettings,
     ) -> None:
         self.models = models
         self.settings = settings
         self.mixer = mixer
         self.drafter: ByteDrafter | None = None
-        self.most_rows = most_rows
+        self.choice = DraftChoice()
+        self.run = run
         caches = [model.contexts.cache for model in models.values()]
         self._caches = caches
-        self.memory = KVMemory([cache.manager for cache in caches], memory)
+        self.memory = KVMemory([cache.manager for cache in caches], run.memory)
         self.rows: list[TextRow] = []
         self.waiting: deque[TextRow] = deque()
         self.rounds = 0
@@ -57,11 +61,7 @@ class ByteLoop:
             yield from self._admit(source)
             if not self.rows:
                 return
-            self.rounds += 1
-            self._yield_memory()
-            self._draft()
-            self._run_models()
-            self._draw()
+            self._run_round()
             for index in reversed(range(len(self.rows))):
                 if self.rows[index].finished:
                     row = self._remove(index)
@@ -80,12 +80,12 @@ class ByteLoop:
 
         The source gives None where no request is waiting now.
         """
-        while len(self.rows) < self.most_rows:
+        while len(self.rows) < self.run.limits.rows:
             if not self.waiting:
                 request = next(source, None)
                 if request is None:
                     return
-                problem = self._problem(request)
+                problem = self.run.problem(request)
                 if problem:
                     yield Completion.failed(request, problem)
                     continue
@@ -98,15 +98,6 @@ class ByteLoop:
             else:
                 self.waiting.popleft().fail(self._memory_message(row))
                 yield row.completion()
-
-    def _problem(self, request: Request) -> str:
-        roles = self.settings.roles
-        return prompt_problem(
-            roles,
-            [request.prompt_ids(role) for role in roles],
-            [self.settings.contexts[role] for role in roles],
-            [self.models[role].embeddings for role in roles],
-        )
 
     def _place(self, row: TextRow) -> None:
         for role, model in self.models.items():
@@ -157,11 +148,18 @@ class ByteLoop:
 
     # what they do
 
-    def _draft(self) -> None:
-        """Make laws ahead, as long as that pays."""
-        accepted = self.accepted + sum(row.accepted for row in self.rows)
-        if self.drafter is not None and self.drafter.pays(accepted):
+    def _run_round(self) -> None:
+        """Every model runs at most once, or as often as drafts need it; rows draw what they can."""
+        started, symbols = time.perf_counter(), self.symbols
+        self.rounds += 1
+        self._yield_memory()
+        prompts = sum(not row.prompts_are_read for row in self.rows)
+        if self.drafter is not None and self.choice.drafts:
             self.drafter.run(self.rows, self._has_room)
+        self._run_models()
+        self.draw()
+        if prompts <= _FEW * len(self.rows):
+            self.choice.observe(self.symbols - symbols, time.perf_counter() - started)
 
     def _run_models(self) -> None:
         """One forward pass of each model that a row waits for."""
@@ -177,7 +175,8 @@ class ByteLoop:
             if not logits:
                 continue
             rows = torch.stack(list(logits.values()))
-            for index, law in zip(logits, model.laws.read(rows), strict=True):
+            laws = model.laws.read(rows, [wanted[index] for index in logits])
+            for index, law in zip(logits, laws, strict=True):
                 if law is None:
                     self._fail(index, role)
                 else:
@@ -191,22 +190,22 @@ class ByteLoop:
         for model in self.models.values():
             model.contexts.clear(index)
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
         """Symbols of all rows, until each has ended or waits for a model."""
-        while True:
-            ready = [row for row in self.rows if not row.finished and not row.blocked]
-            for row in ready:
-                row.check()
-            ready = [row for row in ready if not row.finished]
-            if not ready:
-                return
-            laws = [
-                np.stack([row.views[role].law() for row in ready]) for role in self.settings.roles
-            ]
+        while self.draw_symbols():
+            pass
+
+    def draw_symbols(self) -> int:
+        """One symbol of every row that waits for no model; how many these are."""
+        free = [row for row in self.rows if not row.finished and not row.blocked]
+        for row in free:
+            row.check()
+        ready = [row for row in free if not row.finished]
+        if ready:
+            roles = self.settings.roles
+            laws = [np.stack([row.views[role].law() for row in ready]) for role in roles]
             symbols, traces = self.mixer.draw(laws, [row.place() for row in ready])
-            self.symbols += len(symbols)
             for row, symbol, trace in zip(ready, symbols, traces, strict=True):
-                if symbol == NOTHING:
-                    row.fail("a model gives no mass to any byte that keeps the text valid UTF-8")
-                else:
-                    row.append(symbol, trace)
+                row.append(symbol, trace)
+        self.symbols += len(ready)
+        return len(ready)

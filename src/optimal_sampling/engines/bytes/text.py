@@ -23,7 +23,7 @@ class TokenizedText:
 
     def count(self, text: bytes) -> int | None:
         """Tokens of the whole characters; None where the tokenizer changes the text."""
-        ids = self._ids(whole_characters(text))
+        ids = self.ids(whole_characters(text))
         return None if ids is None else len(ids)
 
     def tokens(
@@ -36,20 +36,21 @@ class TokenizedText:
         """
         text = whole_characters(text)
         while True:
-            ids = self._ids(text)
+            ids = self.ids(text)
             if ids is None:
                 return self._followed(followed, most)
             if len(ids) <= most:
                 return ids, text, True
             text = whole_characters(self.table.join(ids[:most]))
 
-    def _ids(self, text: bytes) -> list[int] | None:
+    def ids(self, text: bytes) -> list[int] | None:
+        """Of a text of whole characters; None where the tokenizer changes it."""
         return continued_ids(self.tokenizer, self.table, text.decode())
 
     def of_characters(self, text: bytes) -> list[int] | None:
         """The ids of the whole characters; None where the text begins within a character."""
         try:
-            return self._ids(whole_characters(text))
+            return self.ids(whole_characters(text))
         except UnicodeDecodeError:
             return None
 

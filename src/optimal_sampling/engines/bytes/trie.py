@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
+
+from optimal_sampling.engines.bytes import utf8
 
 __all__ = ["ROOT", "ByteTrie"]
 
@@ -39,6 +41,7 @@ class ByteTrie:
         ranked = sorted((written, index) for index, written in enumerate(of_id) if written)
         self.words = words = [written for written, _ in ranked]
         self.ids = np.array([index for _, index in ranked], dtype=np.int64)
+        self._following: dict[utf8.State, Bool[np.ndarray, " tokens"]] = {}
         self._build(words)
 
     def _build(self, words: list[bytes]) -> None:
@@ -87,3 +90,13 @@ class ByteTrie:
         """Ranks of the tokens whose bytes are exactly the node's."""
         first = self._first[node]
         return range(first, first + self._ending[node])
+
+    def following(self, state: utf8.State) -> Bool[np.ndarray, " tokens"]:
+        """By rank, whether a text in this state stays valid UTF-8 with the token."""
+        if state not in self._following:
+            found = [
+                state == utf8.BETWEEN if word.isascii() else utf8.can_follow(state, word)
+                for word in self.words
+            ]
+            self._following[state] = np.array(found, dtype=bool)
+        return self._following[state]

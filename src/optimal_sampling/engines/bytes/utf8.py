@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
-
-import numpy as np
-from jaxtyping import Bool
-
-from optimal_sampling.engines.bytes.byte_view import END, SYMBOLS
-
-__all__ = ["after", "allowed", "begins_a_text", "whole_characters"]
+__all__ = ["BETWEEN", "State", "after", "can_follow", "state_of", "whole_characters"]
 
 _Range = tuple[int, int]
 _REST: _Range = (0x80, 0xBF)
@@ -27,34 +20,39 @@ _LEADS: tuple[tuple[_Range, tuple[_Range, ...]], ...] = (
 """First bytes, and the ranges of the bytes after them (table 3-7 of the Unicode standard)."""
 
 State = tuple[_Range, ...]
-"""Ranges of the bytes that are missing from a character; empty between characters."""
+"""Ranges of the bytes that are missing from a character."""
+BETWEEN: State = ()
+"""The state between characters, where a text may end."""
 
 
-def after(state: State, byte: int) -> State:
-    """The state one byte later."""
+def after(state: State, byte: int) -> State | None:
+    """The state one byte later; None where the byte breaks the text."""
     if state:
-        return state[1:]
-    return next(rest for (low, high), rest in _LEADS if low <= byte <= high)
+        low, high = state[0]
+        return state[1:] if low <= byte <= high else None
+    return next((rest for (low, high), rest in _LEADS if low <= byte <= high), None)
 
 
-@cache
-def allowed(state: State) -> Bool[np.ndarray, " symbols"]:
-    """The symbols that keep the text valid: `END` only between characters."""
-    found = np.zeros(SYMBOLS, dtype=bool)
-    for low, high in [state[0]] if state else [lead for lead, _ in _LEADS]:
-        found[low : high + 1] = True
-    found[END] = not state
-    return found
-
-
-def begins_a_text(written: bytes) -> bool:
-    """Whether a valid text can begin with these bytes."""
-    state: State = ()
+def can_follow(state: State, written: bytes) -> bool:
+    """Whether a text in this state stays valid with these bytes."""
     for byte in written:
-        if not allowed(state)[byte]:
+        following = after(state, byte)
+        if following is None:
             return False
-        state = after(state, byte)
+        state = following
     return True
+
+
+def state_of(text: bytes) -> State:
+    """The state at the end of a valid text. Its last three bytes are enough."""
+    tail = text[-3:]
+    for place in reversed(range(len(tail))):
+        if tail[place] >= 0xC0:  # the first byte of the last character
+            state: State = BETWEEN
+            for byte in tail[place:]:
+                state = after(state, byte) or BETWEEN
+            return state
+    return BETWEEN
 
 
 def whole_characters(text: bytes) -> bytes:

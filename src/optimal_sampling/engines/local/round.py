@@ -33,10 +33,12 @@ from optimal_sampling.distribution import (
     single_step,
     step,
 )
+from optimal_sampling.engines.base import prompt_problem
 from optimal_sampling.engines.device import Overlap, Stopwatch, to_device
 from optimal_sampling.engines.local.drafting import DraftPolicy, PerRound
 from optimal_sampling.engines.local.runner import CachedModel
 from optimal_sampling.engines.local.scheduler import Limits, RoundPlan, Sequence
+from optimal_sampling.types import Request
 
 __all__ = ["RoundNoise", "RunSettings", "SampledRound", "Sampler"]
 
@@ -58,6 +60,11 @@ class RunSettings:
     capture: frozenset[str] = frozenset()
     top_tokens: int = 0
     """Of every token, how many of the likeliest are kept."""
+
+    def problem(self, request: Request) -> str:
+        """Why a request cannot be served, "" if it can."""
+        prompts = [request.prompt_ids(role) for role in self.roles]
+        return prompt_problem(self.roles, prompts, self.limits.context_lengths, self.embeddings)
 
     @property
     def keeps_log_q(self) -> bool:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optimal_sampling.distribution import top_tokens
-from optimal_sampling.engines.base import bad_logits_message, prompt_problem
+from optimal_sampling.engines.base import bad_logits_message
 from optimal_sampling.engines.device import HostCopy
 from optimal_sampling.engines.local.drafting import DraftPolicy, Lookup
 from optimal_sampling.engines.local.emission import Drawing, Emission
@@ -119,17 +119,15 @@ class GenerationLoop:
 
     def _admissible(self, requests: Iterable[Request | None]) -> Iterator[Sequence | None]:
         """Requests as sequences, without those that no model's context can hold."""
-        settings = self.settings
-        contexts, embeddings = settings.limits.context_lengths, settings.embeddings
         for request in requests:
             if request is None:
                 yield None
                 continue
-            prompts = {"student": request.student_prompt_ids, "teacher": request.teacher_prompt_ids}
-            sequence = Sequence(request, tuple(prompts[role] for role in settings.roles))
+            prompts = tuple(request.prompt_ids(role) for role in self.settings.roles)
+            sequence = Sequence(request, prompts)
             if self.policy.most:
                 sequence.lookup = Lookup(sequence.prompts)
-            problem = prompt_problem(settings.roles, sequence.prompts, contexts, embeddings)
+            problem = self.settings.problem(request)
             if problem:
                 self.scheduler.rejected.append((sequence, problem))
             else:

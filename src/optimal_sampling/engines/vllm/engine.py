@@ -169,13 +169,11 @@ class VllmEngine(Engine):
     def _problem(self, request: Request) -> str:
         """Why a request cannot be served, "" if it can."""
         roles = ("student", "teacher") if self.mode == "mixture" else (self.mode,)
-        vocabulary = self.vocabulary
-        rows = [getattr(vocabulary, f"{role}_rows") or vocabulary.size for role in roles]
         return prompt_problem(
             roles=roles,
             prompts=[getattr(request, f"{role}_prompt_ids") for role in roles],
             contexts=[self.core.model_config.max_model_len] * len(roles),
-            rows=rows,
+            rows=[self.vocabulary.rows_of(role) for role in roles],
         )
 
     def _add(self, name: str, request: Request) -> _ActiveRequest:

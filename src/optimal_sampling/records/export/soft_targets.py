@@ -27,6 +27,11 @@ def read_top_tokens(record: Record, distribution: str) -> tuple[np.ndarray, np.n
     """
     top = record.get("top_tokens")
     names: list[str] = top["distributions"] if top else []
+    if record.get("granularity") == "byte":
+        raise RunFolderError(
+            f"record {record['id']} was drawn byte by byte, so that q is no law of tokens: soft "
+            "targets need two models with one tokenizer"
+        )
     if top is None or distribution not in names:
         raise RunFolderError(
             f"record {record['id']} has no top tokens of the {distribution} "
