@@ -161,6 +161,19 @@ def test_a_run_of_another_schema_is_named(report, make_run, draw):
         report(old)
 
 
+def test_an_old_record_lacks_some_fields(report, make_run, draw):
+    """Guards: no page for a run of an earlier version, whose records are of the same schema."""
+    run = make_run("run", [draw("1+1=2", "correct")])
+    path = run / "records" / "main.jsonl"
+    record = decode_line(path.read_bytes())
+    newer = "mode granularity ess_student ess_teacher curvature alpha_weighted chernoff vetoed"
+    old = {name: value for name, value in record.items() if name not in newer.split()}
+    path.write_bytes(encode_line(old))
+    index = block(report(run), "index")
+    assert index["runs"][0]["good"] == 1
+    assert "alpha" in index["columns"]
+
+
 def test_scores_of_evaluate(report, make_run, draw, tmp_path):
     """Guards: a folder of scores taken for a run folder."""
     scores = tmp_path / "scores"
