@@ -138,6 +138,8 @@ def test_which_engine_and_which_refuse(student_folder):
     for options in (VllmOptions(), ToyOptions()):
         with pytest.raises(TokenizerMismatchError, match=r"use the engine local.*tokenizers\.md"):
             load(models, engine=options)
+    with pytest.raises(TokenizerMismatchError, match=r"asks for bytes: use the engine local"):
+        load(ModelConfig(device="cpu", granularity="byte"), engine=VllmOptions())
     with pytest.raises(TokenizerMismatchError, match="--granularity byte"):
         load(ModelConfig(student=student_folder, device="cpu", granularity="token"))
     with pytest.raises(TokenizerMismatchError, match="--engine local"):
