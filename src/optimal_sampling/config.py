@@ -35,6 +35,7 @@ __all__ = [
     "PromptConfig",
     "Regrade",
     "RunConfig",
+    "ServersOptions",
     "Stage",
     "ToyOptions",
     "VerifyConfig",
@@ -303,6 +304,9 @@ class EngineOptions(Checked):
     """Options that a loaded engine cannot change."""
     loads_models: ClassVar[bool] = True
     """The engine reads the weights of the two models."""
+    facts_function: ClassVar[str] = ""
+    """`module:function` from the options and a mode to what a run must not change beside its
+    options, by name; empty: nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -442,6 +446,72 @@ def _json_or_text(text: str) -> Any:
 
 
 @dataclass(frozen=True)
+class ServersOptions(EngineOptions):
+    """The engine `servers`: each model behind a server that nobody has to change (needs the extra
+    `servers`). --teacher and --student give the tokenizers."""
+
+    name = "servers"
+    engine_class = "optimal_sampling.engines.servers.engine:ServersEngine"
+    fixed = frozenset(
+        {
+            "teacher_url",
+            "student_url",
+            "teacher_model",
+            "student_model",
+            "teacher_api_key_env",
+            "student_api_key_env",
+            "server_timeout",
+            "server_retry_seconds",
+        }
+    )
+    loads_models = False
+    facts_function = "optimal_sampling.engines.servers.engine:served_facts"
+
+    teacher_url: tuple[str, ...] = ()
+    """Address of the teacher's server, such as http://127.0.0.1:9001; several of the same model
+    share the work."""
+    student_url: tuple[str, ...] = ()
+    """Address of the student's server, or several."""
+    teacher_model: str | None = None
+    """Name of the teacher at its server; unset: the only model that it has."""
+    student_model: str | None = None
+    """Name of the student at its server; unset: the only model that it has."""
+    teacher_api_key_env: str | None = None
+    """Environment variable with the API key of the teacher's server."""
+    student_api_key_env: str | None = None
+    """Environment variable with the API key of the student's server."""
+    server_top_k: int = 20
+    """Likeliest tokens to ask for; -1: the whole vocabulary, which is exact, and slow."""
+    tv_tolerance: float | None = None
+    """Ask for more tokens where q may be further than this from the exact q, in total variation
+    (docs/servers.md); unset: --server-top-k at every token."""
+    draft_tokens: DraftTokens = "auto"
+    """Tokens that the student's server drafts per round; `auto` measures what pays, 0 is one token
+    per round. Never changes what is drawn."""
+    batch_size: int = 32
+    """Most requests in flight at once."""
+    server_timeout: float = 60.0
+    """Seconds after which an answer of a server is no longer waited for."""
+    server_retry_seconds: float = 120.0
+    """Seconds during which a request that a server does not answer is sent again."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_range("tv_tolerance server_timeout server_retry_seconds", 0, above=True)
+        if self.server_top_k != -1 and self.server_top_k < 1:
+            raise ConfigError(
+                f"server_top_k must be -1 (all tokens) or at least 1, got {self.server_top_k}"
+            )
+        for role in ("teacher", "student"):
+            object.__setattr__(self, f"{role}_url", tuple(self.urls(role)))
+
+    def urls(self, role: str) -> list[str]:
+        """Addresses of a role's servers: a list may hold several in one text, with commas."""
+        texts = getattr(self, f"{role}_url")
+        return [url.strip() for text in texts for url in text.split(",") if url.strip()]
+
+
+@dataclass(frozen=True)
 class ToyOptions(EngineOptions):
     """The engine `toy`: two tables of logits, for tests. It has no options."""
 
@@ -451,7 +521,7 @@ class ToyOptions(EngineOptions):
 
 
 ENGINES: dict[str, type[EngineOptions]] = {
-    options.name: options for options in (LocalOptions, VllmOptions, ToyOptions)
+    options.name: options for options in (LocalOptions, VllmOptions, ServersOptions, ToyOptions)
 }
 """All engines, by name."""
 

@@ -10,7 +10,8 @@
     │   ├── RunFolderError        a run folder of another config, in use, or not writable
     │   └── MissingDependencyError  an optional package that the chosen feature needs
     ├── StorageError              the disk refused a write (full, removed, read-only)
-    └── EngineError               an engine could not go on with any request
+    ├── EngineError               an engine could not go on with any request
+    └── ServerError               a model's server did not answer a request; the others go on
 
 A single request that fails raises nothing: its `Completion` has `finish_reason="error"` and
 `error`.
@@ -30,6 +31,7 @@ __all__ = [
     "OptimalSamplingError",
     "PromptError",
     "RunFolderError",
+    "ServerError",
     "StorageError",
     "TokenizerMismatchError",
     "UserError",
@@ -83,6 +85,15 @@ class StorageError(OptimalSamplingError):
 
 class EngineError(OptimalSamplingError):
     """The engine cannot go on."""
+
+
+class ServerError(OptimalSamplingError):
+    """A model's server did not answer a request, after all retries. No key stands in its text."""
+
+    def __init__(self, message: str, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
+        """What went wrong, for counting: `connect`, `timeout`, `status 500`, `malformed` ..."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from optimal_sampling.errors import PromptError
 
 __all__ = [
     "ALPHA_METHODS",
+    "LIST_FIELDS",
     "TRACE_FIELDS",
     "TRACE_TABLE",
     "UNBOUNDED_METHODS",
@@ -101,6 +102,11 @@ TRACE_TABLE = (
 
 TRACE_FIELDS: tuple[str, ...] = tuple(each.name for each in TRACE_TABLE)
 
+LIST_FIELDS = ("covered_student", "covered_teacher", "tv_bound")
+"""What an engine that knows the likeliest tokens alone keeps beside TRACE_FIELDS: the mass of both
+lists, and a bound on the total variation between q of the lists, before top-k and top-p, and the
+exact q."""
+
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
@@ -186,7 +192,8 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class TokenTrace:
-    """Diagnostics of every token of a completion: one tuple of floats per name in TRACE_FIELDS."""
+    """Diagnostics of every token of a completion: one tuple of floats per name in TRACE_FIELDS,
+    and of some engines in LIST_FIELDS too."""
 
     columns: Mapping[str, tuple[float, ...]]
 
@@ -197,10 +204,12 @@ class TokenTrace:
         return len(self.columns["alpha"])
 
     @classmethod
-    def from_rows(cls, rows: list[tuple[float, ...]]) -> TokenTrace:
-        """`rows`: one tuple of len(TRACE_FIELDS) floats per token."""
-        columns = zip(*rows, strict=True) if rows else [()] * len(TRACE_FIELDS)
-        return cls(dict(zip(TRACE_FIELDS, map(tuple, columns), strict=True)))
+    def from_rows(
+        cls, rows: list[tuple[float, ...]], names: Sequence[str] = TRACE_FIELDS
+    ) -> TokenTrace:
+        """`rows`: one tuple of len(names) floats per token."""
+        columns = zip(*rows, strict=True) if rows else [()] * len(names)
+        return cls(dict(zip(names, map(tuple, columns), strict=True)))
 
     @property
     def ess_ratio(self) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import pickle
 import warnings
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
@@ -128,6 +129,25 @@ def test_signatures_are_those_of_the_usage_guide() -> None:
     ]
     assert optimal_sampling_hf.OptimalSamplingModel is OptimalSamplingModel
     assert optimal_sampling_hf.SamplingOutput is SamplingOutput
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_notebook_shows_coloured_text() -> None:
+    """Guards: rows shown with the padding of longer ones, or the texts of others; an output that
+    cannot be pickled any more, or that ends a notebook after it was."""
+    with pytest.warns(UserWarning, match="refused"), make() as model:
+        output = model.generate(["x", "x", "!"])
+    html = output._repr_html_()
+    assert "the first 3 of 3 completions" in html
+    assert html.count("<span") == 1 + 2  # without end tokens
+    assert html.index(">a</span>") < html.index(">b</span>")
+    assert html.count("rgba(44,110,187,") == 1  # alpha 0.25, then twice 0.5: no colour
+    assert "prompt 2: refused" in html
+    arrived = pickle.loads(pickle.dumps(output))
+    assert "no tokenizer" in arrived._repr_html_()
+    with make() as model:
+        bare = model.generate(["x"], return_diagnostics=False, skip_decode=True)
+    assert ">a</span>" in bare._repr_html_()
 
 
 @pytest.mark.usefixtures("scripted")

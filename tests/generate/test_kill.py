@@ -224,16 +224,42 @@ STUBBORN = """
 """
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    """Guards: a command that can only be killed by its number."""
+@pytest.fixture
+def stubborn(tmp_path):
+    """A run that is told to end once, and does not."""
     code = [sys.executable, "-c", textwrap.dedent(STUBBORN), str(tmp_path / "run")]
-    with subprocess.Popen(
-        code, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        for expected in ("generating\n", "stopping\n"):
-            assert process.stdout.readline() == expected
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(code, **pipes) as process:
+        assert process.stdout.readline() == "generating\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "stopping\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_ctrl_c_ends_at_once(stubborn):
+    """Guards: a command that can only be killed by its number, and one that ends without a word."""
+    time.sleep(1.1)  # less is taken for the same wish
+    stubborn.send_signal(signal.SIGINT)
+    assert stubborn.wait(timeout=10) == -signal.SIGINT
+    advice = r"interrupted; ended at once, .* is safe\. To go on:\n  .*python3? -c"
+    assert re.search(advice, stubborn.stderr.read())
+
+
+def test_a_key_that_is_pressed_twice_ends_nothing_at_once(tmp_path):
+    """Guards: two Ctrl-C within some milliseconds, which ended a run without its last words."""
+    folder = tmp_path / "run"
+    command = [*COMMAND, *arguments(folder, 500)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not size(folder):
+            time.sleep(0.02)
+        for _ in range(5):
             process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == -signal.SIGINT
+            time.sleep(0.01)
+        said = process.stderr.read()
+    assert process.returncode in (130, -signal.SIGINT)  # the latter while Python takes itself down
+    assert re.search(r"interrupted; \d+ good records are safe", said)
+    assert "Traceback" not in said
 
 
 FULL_DISK = """

@@ -30,7 +30,7 @@ from optimal_sampling.records import RunFolder, load
 NEWER = ("completion_raw", "mode", "ess_student", "ess_teacher", "curvature", "alpha_weighted")
 NEWER += ("chernoff", "log_p_student", "nll_student", "vetoed", "log_p_student_restricted")
 NEWER += ("kl_student_restricted", "kl_teacher_restricted")
-NEWER += ("granularity",)
+NEWER += ("granularity", "token_vetoed")
 """Fields that version 0.1.0 did not write."""
 
 FOLDERS = Path(__file__).parent / "data" / "run_folders"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from optimal_sampling.errors import RunFolderError
+from optimal_sampling.errors import EngineError, RunFolderError
 from optimal_sampling.generate import folder_status, generate
 from optimal_sampling.generate.progress import LinesProgress, Tally, progress_for
 from optimal_sampling.generate.workers import WorkersFile, status_lines
@@ -51,6 +51,20 @@ def test_a_row_per_worker_on_a_terminal():
     assert shown.count("\n") < 20
     for line in LINES:
         assert line.partition(": ")[2] in shown
+
+
+def test_no_worker_is_shown_of_an_engine_that_was_closed(fake_engine, job):
+    """Guards: rows of stopped workers beside an error, or asked of an engine that has ended."""
+
+    def fail(request):
+        assert list(progress.workers()) == ROWS
+        raise EngineError("the last worker has died")
+
+    progress = LinesProgress(io.StringIO())
+    fake_engine.workers, fake_engine.fails = lambda: ROWS, fail
+    with pytest.raises(EngineError, match="the last worker"):
+        generate(job([{"problem": "1+1=?"}]), progress)
+    assert list(progress.workers()) == []
 
 
 def test_status_shows_the_workers_of_a_run_that_goes(fake_engine, job):

@@ -151,7 +151,7 @@ def test_lines_are_those_of_version_0_1_0():
     records = [record_of(one, token_lists=lists) for one, lists in samples()]
     assert all(record.keys() >= NEWER for record in records)
     lines = [
-        encode_line({name: value for name, value in record.items() if name not in NEWER})
+        encode_line({k: value for k, value in record.items() if k not in {*NEWER, "token_vetoed"}})
         for record in records
     ]
     expected = (HERE / "data" / "lines.jsonl").read_bytes().splitlines(keepends=True)
@@ -176,7 +176,7 @@ def test_every_field_has_its_type(one, lists):
     """Guards: a null, an int or a number where the table promises a text, a float or a list."""
     record = decode_line(encode_line(record_of(one, token_lists=lists)))
     lists_absent = set() if lists else Record.__optional_keys__
-    assert record.keys() == FIELDS.keys() - lists_absent - {*MAY_BE_ABSENT}
+    assert record.keys() - {"token_vetoed"} == FIELDS.keys() - lists_absent - {*MAY_BE_ABSENT}
     wrong = {name: value for name, value in record.items() if not fits(value, TYPES[name])}
     assert not wrong
 
@@ -204,6 +204,18 @@ def test_nan_never_reaches_json():
     assert record["row"]["score"] is None
     assert record_of(sample([nan]))["alpha_mean"] is None
     assert decode_line(encode_line(record)) == record
+
+
+@pytest.mark.parametrize(
+    ("vetoed", "kept"),
+    [((0.0, 0.0), None), ((0.0, 0.25), [0.0, 0.25]), ((math.nan, 0.0), None)],
+)
+def test_vetoed_mass_of_tokens_is_kept_where_there_is_any(vetoed, kept):
+    """Guards: a list of zeros in every record of a run without a support, or a lost list."""
+    column = TRACE_FIELDS.index("vetoed")
+    rows = [tuple(x if i == column else 0.5 for i in range(WIDTH)) for x in vetoed]
+    assert record_of(sample(rows)).get("token_vetoed") == kept
+    assert "token_vetoed" not in record_of(sample(rows), token_lists=False)
 
 
 def test_nll_is_of_the_whole_completion():

@@ -27,6 +27,7 @@ __all__ = [
     "PairOptions",
     "ScalingOptions",
     "SelfDistilOptions",
+    "ServersBenchOptions",
     "Size",
     "SolverOptions",
     "SpeedOptions",
@@ -345,6 +346,34 @@ class FleetOptions(BenchOptions):
 
 
 @dataclass(frozen=True)
+class ServersBenchOptions(BenchOptions):
+    """Two servers, asked per token and in rounds, beside vLLM's server of q* and a teacher's."""
+
+    name = "servers"
+    function = "servers:run"
+    models: ModelConfig = DEFAULT_MODELS
+    sequences: tuple[int, ...] = (1, 16, 64)
+    """Texts at once."""
+    server_top_k: int = 20
+    """Likeliest tokens to ask for."""
+    repeats: int = 3
+    """Counted repeats of every row."""
+    student_url: str | None = None
+    """Server of the student; unset: vLLM's, started here."""
+    teacher_url: str | None = None
+    """Server of the teacher."""
+    mixture_url: str | None = None
+    """Server of q*, `optimal-sampling serve`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.sequences, default=0) < 1:
+            raise ConfigError(f"sequences must be numbers of at least 1, got {self.sequences}")
+        if self.server_top_k < 1:
+            raise ConfigError(f"server_top_k must be at least 1, got {self.server_top_k}")
+
+
+@dataclass(frozen=True)
 class GpuOptions(BenchOptions):
     """A table of large shapes, within a budget of time."""
 
@@ -435,6 +464,7 @@ _KINDS: tuple[type[BenchOptions], ...] = (
     FleetOptions,
     TopTokensOptions,
     BytesOptions,
+    ServersBenchOptions,
     GpuOptions,
 )
 SUBCOMMANDS = {kind.name: kind for kind in _KINDS}

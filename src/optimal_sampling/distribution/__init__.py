@@ -1,6 +1,6 @@
 """The mathematics: two rows of logits and noise in, one token and its diagnostics out."""
 
-from optimal_sampling.distribution.arrays import cuts
+from optimal_sampling.distribution.arrays import cuts, keep_largest
 from optimal_sampling.distribution.gpu.launch import kernel_note, runs_fused, triton_version
 from optimal_sampling.distribution.methods import METHODS
 from optimal_sampling.distribution.mixture import (
@@ -31,6 +31,7 @@ __all__ = [
     "draft",
     "draw",
     "gumbel",
+    "keep_largest",
     "kernel_note",
     "keys_tensor",
     "log_q",

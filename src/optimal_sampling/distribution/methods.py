@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution.arrays import Array, Positions, array_of, at_least, at_most
+from optimal_sampling.distribution.arrays import (
+    Array,
+    Flags,
+    Namespace,
+    Positions,
+    array_of,
+    at_least,
+    at_most,
+)
 from optimal_sampling.distribution.pair import Pair
 from optimal_sampling.distribution.solver import solve_kl_symmetry
 
@@ -19,6 +27,7 @@ Method = Callable[[Pair, Positions, MixtureConfig], Array]
 
 METHODS: dict[str, Method] = {}
 
+_GRID = 20
 _FLAT = 1e-9  # nats; three entropies that differ by less are equal up to rounding
 _NEAREST_ONE = 1 - 2.0**-24  # largest float32 below 1
 
@@ -84,34 +93,81 @@ def ess_balance(pair: Pair, position: Positions, mixture: MixtureConfig) -> Arra
 
 @_register
 def entropy(pair: Pair, position: Positions, mixture: MixtureConfig) -> Array:
-    """argmax of H(q) over [alpha_min, alpha_max]: of a grid, then of ever closer alphas.
+    """argmax of H(q) over [alpha_min, alpha_max], which can have several maxima.
+
+    The two highest tops of a grid are climbed. A maximum narrower than the grid can be missed.
+    """
+    xp = pair.xp
+    low = mixture.alpha_min
+    high = mixture.alpha_max
+    width = (high - low) / _GRID
+    grid = [pair.full(low + width * i) for i in range(_GRID + 1)]
+    heights = [pair.moments(alpha).entropy for alpha in grid]
+    (first, height), (second, below) = _two_tops(pair, grid, heights)
+    best, height = _climb(pair, (first, height), (low, high))
+    has_second = below > -float("inf")
+    if pair.none(has_second):
+        return best
+    other, other_height = _climb(pair, (second, below), (low, high))
+    return xp.where(has_second & (other_height > height + _FLAT), other, best)
+
+
+_Top = tuple[Array, Array]
+"""An alpha and the entropy there."""
+
+
+def _two_tops(pair: Pair, grid: list[Array], heights: list[Array]) -> tuple[_Top, _Top]:
+    """The highest two points of a grid that are no lower than their neighbours.
+
+    -inf as the height of a second that is not there.
+    """
+    xp = pair.xp
+    nothing = pair.full(-float("inf"))
+    first = second = grid[0], nothing
+    for i, (alpha, value) in enumerate(zip(grid, heights, strict=True)):
+        before = heights[i - 1] if i else nothing
+        after = heights[i + 1] if i + 1 < len(grid) else nothing
+        is_top = (value > before) & (value >= after)
+        height = xp.where(is_top, value, nothing)
+        leads = height > first[1]
+        follows = height > second[1]
+        second = _chosen(xp, follows, (alpha, height), second)
+        second = _chosen(xp, leads, first, second)
+        first = _chosen(xp, leads, (alpha, height), first)
+    return first, second
+
+
+def _chosen(xp: Namespace, where: Flags, one: _Top, other: _Top) -> _Top:
+    """Per row one of two points."""
+    return xp.where(where, one[0], other[0]), xp.where(where, one[1], other[1])
+
+
+def _climb(pair: Pair, top: _Top, bounds: tuple[float, float]) -> _Top:
+    """The maximum around a point of the grid, of ever closer alphas.
 
     Then the vertex of the parabola through three of them: to compare values finds a maximum only to
     the root of their precision, 1e-4 of alpha and more.
     """
     xp = pair.xp
-    low = mixture.alpha_min
-    high = mixture.alpha_max
-    steps = 20
-    width = (high - low) / steps
-    best = pair.full(low)
-    height = pair.full(-float("inf"))
-    trials = [pair.full(low + width * i) for i in range(steps + 1)]
-    for _ in range(4):
+    low, high = bounds
+    best, height = top
+    width = (high - low) / _GRID
+    for _ in range(3):
+        trials = [xp.clip(best + width * part, low, high) for part in (-0.6, -0.3, 0.3, 0.6)]
+        width *= 0.4
         for alpha in trials:
             value = pair.moments(alpha).entropy
             better = value > height
             best = xp.where(better, alpha, best)
             height = xp.where(better, value, height)
-        trials = [xp.clip(best + width * part, low, high) for part in (-0.6, -0.3, 0.3, 0.6)]
-        width *= 0.4
+    width *= 0.4
     middle = xp.clip(best, low + width, high - width)
     around = [middle - width, middle, middle + width]
     before, at, after = (pair.moments(alpha).entropy for alpha in around)
     bend = 2 * at - before - after
     curved = bend > _FLAT
     shift = width / 2 * (after - before) / xp.where(curved, bend, 1.0)
-    return xp.where(curved & (abs(shift) <= width), middle + shift, best)
+    return xp.where(curved & (abs(shift) <= width), middle + shift, best), height
 
 
 @_register

@@ -241,16 +241,18 @@ def _make_pair(
     student_logits: Logits,
     teacher_logits: Logits,
     mixture: MixtureConfig,
+    support: Bool[Tensor, "rows vocab"] | None = None,
 ) -> Pair:
     """The class of pair that suits the vocabulary and the device, whatever the number of rows.
 
-    A pair refers to the logits: they must not be changed until the last `trace_of`. ValueError
-    where the two have different shapes.
+    A pair refers to the logits: they must not be changed until the last `trace_of`. `support`:
+    tokens that both models are restricted to, in place of what `mixture` says of these logits.
+    ValueError where the two have different shapes.
     """
     small = student_logits.shape[1] <= MAX_VOCAB
     if small and uses_numpy(student_logits.device):
-        return WholePair(student_logits, teacher_logits, mixture)
-    return TiledPair(student_logits, teacher_logits, mixture)
+        return WholePair(student_logits, teacher_logits, mixture, support)
+    return TiledPair(student_logits, teacher_logits, mixture, support)
 
 
 def _solve(pair: Pair, position: Positions, mixture: MixtureConfig, *, ess: bool = True) -> Solved:

@@ -152,6 +152,7 @@ class Pair(ABC):
         student_logits: Logits,
         teacher_logits: Logits,
         mixture: MixtureConfig,
+        support: Bool[Tensor, "rows vocab"] | None = None,
     ) -> None:
         check_shapes(student_logits, teacher_logits)
         self.rows, self.vocab = student_logits.shape
@@ -165,10 +166,11 @@ class Pair(ABC):
         self._load(student_logits, teacher_logits)
         self._neutralise_bad()
         self._normalise()
-        # of shifted logits: float32 keeps the digits of what lies near the largest
-        keep = teacher_support(self.models[1].to(torch.float32), mixture)
-        if keep is not None:
-            self._restrict(keep)
+        if support is None:
+            # of shifted logits: float32 keeps the digits of what lies near the largest
+            support = teacher_support(self.models[1].to(torch.float32), mixture)
+        if support is not None:
+            self._restrict(support)
         self._intersect_supports()
         self._prepare()
 

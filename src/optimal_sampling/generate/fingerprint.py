@@ -6,17 +6,18 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from optimal_sampling.config import ModelConfig
+from optimal_sampling.config import GenerateConfig, ModelConfig
 from optimal_sampling.errors import DatasetError
 from optimal_sampling.generate.dataset import Dataset
 from optimal_sampling.records.run_folder import RunFolder, load
 from optimal_sampling.records.schema import jsonable, row_id
 from optimal_sampling.vocabulary import resolve_model
 
-__all__ = ["check_rows", "fingerprint", "model_facts"]
+__all__ = ["check_rows", "engine_facts", "fingerprint", "model_facts"]
 
 _SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model")
 # Training changes weights everywhere, so that samples of a file are enough.
@@ -39,6 +40,19 @@ def model_facts(models: ModelConfig) -> dict[str, str]:
         folder = Path(resolve_model(name))
         if folder.is_dir():
             facts[f"{role}_files"] = fingerprint(folder)
+    return facts
+
+
+def engine_facts(config: GenerateConfig) -> dict[str, str]:
+    """What the engine's surroundings must not change, such as the models that servers have.
+
+    Raises ConfigError, EngineError.
+    """
+    if not config.engine.facts_function:
+        return {}
+    module, name = config.engine.facts_function.split(":")
+    mode = "mixture" if config.stages else config.run.mode
+    facts: dict[str, str] = getattr(import_module(module), name)(config.engine, mode)
     return facts
 
 

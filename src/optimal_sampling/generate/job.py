@@ -9,7 +9,7 @@ from itertools import chain
 
 from optimal_sampling.config import GenerateConfig
 from optimal_sampling.errors import ConfigError
-from optimal_sampling.generate.fingerprint import check_rows, model_facts
+from optimal_sampling.generate.fingerprint import check_rows, engine_facts, model_facts
 from optimal_sampling.generate.inputs import (
     grading_source,
     input_notes,
@@ -57,6 +57,7 @@ def generate(
     progress = progress or Progress()
     dataset, vocabulary, renderer = open_inputs(config)
     facts = model_facts(config.models) if config.engine.loads_models else {}
+    facts |= engine_facts(config)
     if renderer.prints_date:
         facts[TEMPLATE_DATE] = renderer.day.isoformat()
     source = grading_source(config, dataset, vocabulary)

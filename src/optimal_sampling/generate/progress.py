@@ -271,6 +271,12 @@ def _mean_lines(
     vetoed = means["vetoed"]
     if vetoed:
         yield "vetoed share of the student's mass", f"{vetoed:.4f}"
+    bound, largest = means.get("tv_bound"), means.get("tv_bound_max")
+    if bound is not None and largest is not None:
+        yield "distance to the exact q at most", f"{bound:.4f} on average, {largest:.4f} at worst"
+    covered = means.get("covered_student"), means.get("covered_teacher")
+    if covered[0] is not None and covered[1] is not None:
+        yield "mass in the lists", f"student {covered[0]:.4f}, teacher {covered[1]:.4f}"
     reasons = (f"{name} {count}" for name, count in sorted(finish_reasons.items()))
     yield "finish reasons", ", ".join(reasons)
 

@@ -52,8 +52,10 @@ class Work:
         with (self.open_with or self._opener())(*arguments) as engine:
             self.progress.show_notes(engine.notes())
             self.progress.workers = engine.workers
-            yield engine
-        self.progress.workers = NO_WORKERS
+            try:
+                yield engine
+            finally:
+                self.progress.workers = NO_WORKERS
 
     def _opener(self) -> OpenEngine:
         """What opens the engine, or the fleet of engines."""

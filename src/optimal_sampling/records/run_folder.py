@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,6 +28,7 @@ __all__ = [
     "MEANS",
     "TEMPLATE_DATE",
     "Ledger",
+    "Records",
     "RunFolder",
     "Totals",
     "differences",
@@ -65,6 +67,12 @@ MAY_DIFFER = frozenset(
         "ray",
         "gpus_per_worker",
         "worker_timeout",
+        "teacher_url",  # the served models are compared, not where they are
+        "student_url",
+        "teacher_api_key_env",
+        "student_api_key_env",
+        "server_timeout",
+        "server_retry_seconds",
     }
 )
 """Options that a later call on the same folder may change.
@@ -72,6 +80,8 @@ MAY_DIFFER = frozenset(
 All others change tokens or records; they are compared.
 """
 
+
+_SHOWN_IN_NOTEBOOKS = 10
 
 TEMPLATE_DATE = "template_date"
 """The fact that says on which date a run's chat templates print."""
@@ -81,6 +91,9 @@ GRADED_BY = "graded_by"
 
 MEANS = tuple(name for name, field in FIELDS.items() if field.is_mean)
 """Fields of a record of which a folder has the mean: over all tokens, or over completions."""
+
+LARGEST = tuple(name for name, field in FIELDS.items() if field.is_largest)
+"""Fields of a record of which a folder has the largest."""
 
 
 _ConfigState = Literal["none", "same", "extended"]
@@ -95,6 +108,8 @@ class Totals:
     records: int = 0
     tokens: int = 0
     finish_reasons: Counter[str] = field(default_factory=Counter)
+    largest: dict[str, float] = field(default_factory=dict)
+    """Of LARGEST, those that a record has."""
     _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
     _weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
 
@@ -104,6 +119,10 @@ class Totals:
         self.records += 1
         self.tokens += tokens
         self.finish_reasons[record["finish_reason"]] += 1
+        for name in LARGEST:
+            value = record.get(name)
+            if isinstance(value, float):
+                self.largest[name] = max(value, self.largest.get(name, value))
         is_one_model_of_several = "stage" in record and record["mode"] != "mixture"
         for name in MEANS:
             if name == "alpha_mean" and is_one_model_of_several:
@@ -121,14 +140,15 @@ class Totals:
         return self._sums[name] / weight if weight else None
 
     def means(self) -> dict[str, float | None]:
-        """Every mean, and `ess_ratio`: the ratio of the two mean effective sample sizes.
+        """Every mean, each of LARGEST, and `ess_ratio`: the ratio of the two mean effective sample
+        sizes.
 
         (A mean of per-token ratios would be that of a few tokens with tiny denominators.)
         """
         means = {name: self.mean(name) for name in MEANS}
         student, teacher = means["ess_student"], means["ess_teacher"]
         ratio = teacher / student if student and teacher is not None else None
-        return means | {"ess_ratio": ratio}
+        return means | self.largest | {"ess_ratio": ratio}
 
 
 @dataclass
@@ -254,14 +274,43 @@ def template_date(run: str | Path) -> date:
     return date.fromtimestamp(path.stat().st_mtime)
 
 
-def load(run: str | Path, *, failed: bool = False) -> Iterator[Record]:
+class Records(Iterator[Record]):
+    """The records that `load` yields. A notebook shows the first of them as coloured text."""
+
+    def __init__(self, run: str | Path, *, failed: bool = False) -> None:
+        self.run = expand_user(run)
+        self._failed = failed
+        self._lines = record_lines(run, failed=failed)
+
+    def __next__(self) -> Record:
+        _, line = next(self._lines)
+        return line.record
+
+    def _repr_html_(self) -> str:
+        from optimal_sampling.spans import page_html, run_reader, spanned_text
+
+        options = read_json(self.run / "config.json").get("compared", {})
+        reader, problem = run_reader(options)
+        lines = islice(record_lines(self.run, failed=self._failed), _SHOWN_IN_NOTEBOOKS)
+        samples = [
+            (_title(line.record), spanned_text(line.record, reader, problem)) for _, line in lines
+        ]
+        return page_html(f"the first {len(samples)} records of {self.run}", samples)
+
+
+def _title(record: Record) -> str:
+    """What tells a record from others."""
+    failure = f", failed: {record['error']}" if record["error"] else ""
+    return f"row {record['row_index']}, sample {record['sample_index']}{failure}"
+
+
+def load(run: str | Path, *, failed: bool = False) -> Records:
     """The good records of a run folder, one per sample, in the order of the files.
 
     With `failed`, also the last record of each sample that never succeeded.
     Reads the files twice and keeps no record in memory. Raises RunFolderError.
     """
-    for _, line in record_lines(run, failed=failed):
-        yield line.record
+    return Records(run, failed=failed)
 
 
 def record_lines(run: str | Path, *, failed: bool = False) -> Iterator[tuple[str, Line]]:
@@ -376,6 +425,8 @@ def _flag(name: str) -> str:
         return "grader and reference answer"
     if name.startswith(("stage ", "number ")):
         return name
+    if name.endswith("_served"):
+        return f"model of the {name.removesuffix('_served')}'s server"
     if name.endswith("_files"):
         return f"content hash of the {name.removesuffix('_files')}'s folder"
     return "--" + name.replace("_", "-")

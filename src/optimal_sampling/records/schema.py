@@ -6,7 +6,7 @@
 import json
 import math
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from operator import attrgetter
@@ -108,6 +108,8 @@ class Field:
     """The mean is over completions, each of which has a sum."""
     weight: str = ""
     """Field that is the weight of a token in this mean, beside 1."""
+    is_largest: bool = False
+    """The largest over the tokens of the completion; summaries have that over all."""
 
 
 def _finite(values: Iterable[float]) -> list[float]:
@@ -182,6 +184,19 @@ def _lost(role: str) -> Field:
     return Field(meaning, take, is_mean=True, per_completion=True)
 
 
+def _of_lists(column: str, meaning: str, choose: Callable[..., float] | None = None) -> Field:
+    """The mean over tokens, or what `choose` takes, of what is known of lists of tokens."""
+    meaning = f"engine `servers`: {meaning}; absent with other engines"
+
+    def take(sample: Sample) -> float | None:
+        values = _finite(sample.trace.columns.get(column, ()))
+        if choose is None or not values:
+            return _mean(values)
+        return _rounded(choose(values))
+
+    return Field(meaning, take, is_mean=choose is None, is_largest=choose is max)
+
+
 def _byte_list(column: str, meaning: str) -> Field:
     """A column of the trace of bytes."""
     meaning = f"two tokenizers: {meaning} of every byte and of the end, with `--byte-lists`"
@@ -198,6 +213,11 @@ def _token_list(column: str, meaning: str) -> Field:
     """A column of the trace, one number per token."""
     meaning = f"{meaning} of every token; absent with `--no-token-lists`"
     return Field(meaning, lambda s: [_rounded(value) for value in s.trace[column]])
+
+
+def _if_any(values: Sequence[float]) -> list[float | None] | None:
+    """The numbers, or None where none is above 0."""
+    return [_rounded(value) for value in values] if any(value > 0 for value in values) else None
 
 
 class Record(TypedDict):
@@ -414,6 +434,25 @@ class Record(TypedDict):
             _top_tokens,
         ),
     ]
+    covered_student: Annotated[
+        NotRequired[float],
+        _of_lists("covered_student", "the student's mass in the lists, mean over tokens"),
+    ]
+    covered_teacher: Annotated[
+        NotRequired[float],
+        _of_lists("covered_teacher", "the teacher's mass in the lists, mean over tokens"),
+    ]
+    tv_bound: Annotated[
+        NotRequired[float],
+        _of_lists(
+            "tv_bound",
+            "bound on the total variation between q of the lists and the exact q, both before "
+            "`--top-k` and `--top-p`, mean over tokens",
+        ),
+    ]
+    tv_bound_max: Annotated[
+        NotRequired[float], _of_lists("tv_bound", "the largest such bound of a token", max)
+    ]
     lost_student: Annotated[NotRequired[float], _lost("student")]
     lost_teacher: Annotated[NotRequired[float], _lost("teacher")]
     canonical_ids: Annotated[
@@ -438,6 +477,14 @@ class Record(TypedDict):
     token_kl_teacher: Annotated[
         NotRequired[list[float | None]], _token_list("kl_teacher", "KL(q ‖ p_teacher)")
     ]
+    token_vetoed: Annotated[
+        NotRequired[list[float | None]],
+        Field(
+            "`vetoed` of every token; absent where it is 0 at all of them, and with "
+            "`--no-token-lists`",
+            lambda s: _if_any(s.trace["vetoed"]),
+        ),
+    ]
 
 
 MAY_BE_ABSENT = (
@@ -445,12 +492,17 @@ MAY_BE_ABSENT = (
     "top_tokens",
     "stage",
     "tries",
+    "covered_student",
+    "covered_teacher",
+    "tv_bound",
+    "tv_bound_max",
     "lost_student",
     "lost_teacher",
     "canonical_ids",
     "byte_alpha",
     "byte_kl_student",
     "byte_kl_teacher",
+    "token_vetoed",
 )
 """Fields that are left out where a sample has no value."""
 

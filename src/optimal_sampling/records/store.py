@@ -25,8 +25,10 @@ __all__ = [
     "Lock",
     "RecordFile",
     "Scan",
+    "damaged_lines",
     "decode_line",
     "disk_error",
+    "is_locked",
     "make_folder",
     "read_json",
     "sync_folder",
@@ -121,7 +123,7 @@ class Lock:
     """
 
     def __init__(self, target: Path) -> None:
-        path = target.with_name(f".{target.name.removesuffix('.jsonl')}.lock")
+        path = _lock_path(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             # Opened for appending, which leaves the holder's name in place.
@@ -146,6 +148,22 @@ class Lock:
     def release(self) -> None:
         """Release the lock. Releasing twice is safe."""
         self._file.close()
+
+
+def is_locked(target: Path) -> bool:
+    """Whether a process writes the file now. Where that cannot be found out, False."""
+    try:
+        with _lock_path(target).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _lock_path(target: Path) -> Path:
+    return target.with_name(f".{target.name.removesuffix('.jsonl')}.lock")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -174,11 +192,24 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
 
 def decode_line(line: bytes) -> Record | None:
     """The record, or None where the line is not byte for byte what `encode_line` wrote."""
-    data, tail = line[:-_TAIL_LENGTH], line[-_TAIL_LENGTH:]
-    if not data or tail != _tail(data):
+    if not _is_whole(line):
         return None
-    record: Record = json.loads(data + b"}")
+    record: Record = json.loads(line[:-_TAIL_LENGTH] + b"}")
     return record
+
+
+def damaged_lines(path: Path) -> int:
+    """Lines of a file, torn ones included, that are not as they were written."""
+    try:
+        with path.open("rb") as file:
+            return sum(not _is_whole(line) for line in file)
+    except OSError as error:
+        raise RunFolderError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _is_whole(line: bytes) -> bool:
+    data, tail = line[:-_TAIL_LENGTH], line[-_TAIL_LENGTH:]
+    return bool(data) and tail == _tail(data)
 
 
 def _tail(data: bytes) -> bytes:

@@ -89,12 +89,12 @@ class FaultyTablesOptions(ToyOptions):
 
 
 class Environment(SmallTables):
-    """The toy engine; prints a variable and ends where there is one, and may leave a child."""
+    """The toy engine; where a variable is set, it prints that and ends, and leaves a child."""
 
     @classmethod
     def load(cls, models, mixture, options, vocabulary, mode="mixture"):
         if text := os.environ["FLEET_TEST"]:
-            if text == "forks" and not os.fork():
+            if not os.fork():
                 time.sleep(1000)
             print(text, flush=True)
             os._exit(9)

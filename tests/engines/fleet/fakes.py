@@ -23,6 +23,8 @@ class Behaviour:
     load_seconds: float = 30.0
     request_seconds: float = 10.0
     """Mean; uniform from nothing to twice that."""
+    slowness: dict[int, float] = field(default_factory=dict)
+    """What the requests of some workers take, in those of the others."""
     first_round_seconds: float | None = None
     """Of an engine that counts rounds, one a second after the first; None: it counts none."""
     death_rate: float = 0.0
@@ -32,6 +34,8 @@ class Behaviour:
     """Workers that cannot load, and what they say."""
     kills: frozenset[str] = frozenset()
     """Requests that end their worker, by id."""
+    loses_events: bool = False
+    """A worker dies with its machine, and tells nobody what it had begun."""
     hangs: frozenset[str] = frozenset()
     """Requests that are never finished, by id; nothing is in this worker from then on."""
     seed: int = 0
@@ -50,7 +54,7 @@ class FakeWorker(Worker):
         self.starts += 1
         self.launcher.note_loading(+1)
         self.life = next(self.launcher.lives)
-        self.is_alive = True
+        self.is_alive, self.has_lost_events = True, False
         if self.index in behaviour.never_loads:
             self.later(1.0, "broken", behaviour.never_loads[self.index])
         elif rng.random() < behaviour.load_failure_rate:
@@ -80,8 +84,10 @@ class FakeWorker(Worker):
         while self.waiting and len(self.running) < behaviour.capacity:
             number, request = self.waiting.pop(0)
             self.running[number] = request
-            self.later(0.0, "send", Started(self.run, number))
+            if not behaviour.loses_events:
+                self.later(0.0, "send", Started(self.run, number))
             seconds = rng.uniform(0, 2 * behaviour.request_seconds)
+            seconds *= behaviour.slowness.get(self.index, 1.0)
             if request.id in behaviour.hangs:
                 self.is_stuck = True
             elif request.id in behaviour.kills or rng.random() < behaviour.death_rate:
@@ -110,6 +116,7 @@ class FakeWorker(Worker):
             self.later(1.0, "round", value)
         elif kind == "die":
             self.is_alive, self.cause = False, value
+            self.has_lost_events = self.launcher.behaviour.loses_events
         else:
             if not isinstance(value, Started):
                 self.launcher.note_loading(-1)

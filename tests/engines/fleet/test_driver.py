@@ -1,6 +1,7 @@
 """The driver with workers that are simulated: queue, faults, suspects, retirement."""
 
 import time
+from itertools import groupby
 
 import pytest
 
@@ -8,7 +9,7 @@ from optimal_sampling.engines.fleet.driver import Driver
 from optimal_sampling.engines.fleet.messages import Broken
 from optimal_sampling.engines.fleet.supervision import Patience
 from optimal_sampling.errors import EngineError, ModelError
-from tests.engines.fleet.fakes import RUN, Behaviour, FakeLauncher, requests
+from tests.engines.fleet.fakes import RUN, Behaviour, FakeLauncher, FakeWorker, requests
 
 
 def served(launcher, asked, **patience):
@@ -37,21 +38,24 @@ def test_a_thousand_workers_that_fail():
     assert time.process_time() - started < 30
 
 
-def test_nobody_is_blamed_for_chance():
+@pytest.mark.parametrize("loses_events", [False, True], ids=["process", "machine"])
+def test_nobody_is_blamed_for_chance(loses_events):
     """Guards: a request that fails because its worker was killed while it had it."""
-    found, lines = served(FakeLauncher(3, Behaviour(death_rate=0.1)), requests(400))
+    behaviour = Behaviour(death_rate=0.1, loses_events=loses_events)
+    found, lines = served(FakeLauncher(3, behaviour), requests(400))
     assert len(found) == 400
     assert len(lines) > 20
     assert not any(completion.error for completion in found.values())
 
 
+@pytest.mark.parametrize("loses_events", [False, True], ids=["process", "machine"])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_requests_that_kill_are_found(workers):
+def test_requests_that_kill_are_found(workers, loses_events):
     """Guards: an innocent request that fails with the guilty one, and a guilty one that takes all
-    workers with it.
+    workers with it, or all machines: those tell nobody what they had begun.
     """
     guilty = frozenset({"prompt 0", "prompt 7", "prompt 8", "prompt 39"})
-    launcher = FakeLauncher(workers, Behaviour(kills=guilty))
+    launcher = FakeLauncher(workers, Behaviour(kills=guilty, loses_events=loses_events))
     found, _ = served(launcher, requests(40))
     assert len(found) == 40
     assert {name for name, completion in found.items() if completion.error} == guilty
@@ -192,6 +196,68 @@ def test_a_machine_that_kills_everything_is_not_the_requests_fault():
     with pytest.raises(EngineError, match=r"5 requests in a row each ended|no worker is left"):
         failed.extend(Driver(launcher).generate(RUN, requests(50)))
     assert len(failed) <= 5
+
+
+def test_a_slow_worker_holds_up_nobody():
+    """Guards: the same share for a worker that is ten times slower, and a long end."""
+    launcher = FakeLauncher(4, Behaviour(load_seconds=0.0, slowness={0: 10.0}))
+    found, _ = served(launcher, requests(2000), loads_at_once=4)
+    assert len(found) == 2000
+    ideal = 2000 * 10.0 / (8 * 3.1)  # of the slow one a tenth
+    longest = 200.0
+    assert launcher.now < ideal + longest
+
+
+class ChangingCluster(FakeLauncher):
+    """Of two machines. It counts a third for 60 s, which is lost, and from 300 s on, when it joins.
+
+    A worker of the third machine waits for its place while there is none.
+    """
+
+    def __init__(self):
+        super().__init__(2, Behaviour(load_seconds=1.0))
+        self.joined = 300.0
+        self.made = []
+
+    @property
+    def size(self):
+        return 2 + (self.now < 60.0 or self.now > self.joined)
+
+    @size.setter
+    def size(self, number):
+        pass
+
+    def worker(self, index):
+        kind = FakeWorker if index < 2 or self.now > self.joined else HomelessWorker
+        self.made.append(kind(index, self))
+        return self.made[-1]
+
+
+class HomelessWorker(FakeWorker):
+    """Its machine is lost, and it waits for a place until it is stopped."""
+
+    is_waiting = True
+
+    def start(self):
+        self.starts += 1
+        self.is_alive = True
+
+
+def test_a_lost_machine_that_is_still_counted():
+    """Guards: a worker that waits to the end for a machine which was counted after its loss, and
+    none for the machine that comes.
+    """
+    launcher, rows = ChangingCluster(), []
+    driver = Driver(launcher, Patience(loads_at_once=3))
+    driver.on_tick = lambda: rows.append([row.name for row in driver.status()])
+    assert len(list(driver.generate(RUN, requests(1500)))) == 1500
+    three = ["worker 0", "worker 1", "worker 2"]
+    assert [names for names, _ in groupby(rows)] == [three, three[:2], three]
+    _, _, homeless, joined = launcher.made
+    assert homeless.starts == 1
+    assert not homeless.is_alive
+    assert driver.members[2].worker is joined
+    assert driver.members[2].tokens > 0
 
 
 def test_few_requests_are_spread():

@@ -72,7 +72,7 @@ def test_a_killed_worker_and_a_killed_driver(tmp_path):
     finish(process)
     wait_for(lambda: are_gone(workers), seconds=20)
     assert 0 < len(lines(folder)) < 200
-    assert finish(start(folder, 200, workers=3)) == 0
+    assert finish(start(folder, 200, workers=1)) == 0
     assert lines(folder) == plain(tmp_path / "plain", 200)
 
 

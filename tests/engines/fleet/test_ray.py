@@ -107,7 +107,7 @@ def plain_tokens(requests):
 
 def endless(asked, until):
     """Requests, noted in a list, until a condition holds."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 120
     while not until():
         assert time.monotonic() < deadline
         request = Request(f"prompt {len(asked)}", 0, 0, (1, 2), (3,), 50)
@@ -128,11 +128,11 @@ class TestFleetOfRayActors(EngineConformance):
                 logits=lambda role, ids: tables[role][ids[-1]].double().numpy(),
                 prompts=[([1, 2], [3]), ([4], [5, 1, 2]), ([2, 2, 2], [2])],
                 context_length=CONTEXT,
+                samples=500,
             )
         machines.remove_node(node)
 
 
-@pytest.mark.slow
 def test_machines_that_are_lost_and_that_join(machines, second, open_on):
     """Guards: requests lost with a machine or made twice, and a new machine that nobody uses."""
     asked, done, said = [], [], []
@@ -192,10 +192,10 @@ def launch(machines, tmp_path):
 def test_too_few_gpus(launch):
     """Guards: a run that waits for ever, and does not say for what."""
     said = []
-    with pytest.raises(ConfigError, match="had 4 GPUs and 1 CPU for a worker within 6 s"):
-        launch(Need(1.0, 4.0), place_seconds=6.0, report=said.append)
-    assert said[0].startswith("waits for 4 GPUs and 1 CPU on one machine, for at most 6 s")
-    assert re.search(r"the cluster has 0 GPUs, 0 of them free and \d CPUs", said[0])
+    with pytest.raises(ConfigError, match="had 4 GPUs and 1 CPU for a worker within 2 s"):
+        launch(Need(1.0, 4.0), place_seconds=2.0, report=said.append)
+    assert said[0].startswith("waits for 4 GPUs and 1 CPU on one machine, for at most 2 s")
+    assert re.search(r"the cluster has 0 GPUs, 0 of them free and 1 CPUs", said[0])
 
 
 def test_another_version_on_a_machine(launch):

@@ -1,9 +1,13 @@
 """The process of a worker."""
 
+import contextlib
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +46,31 @@ def test_a_worker_whose_parent_has_gone_ends():
     """Guards: a worker that lives on because another process holds the driver's socket open."""
     done = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def caught_by(process):
+    """The signals that a process has handlers for, as a mask."""
+    text = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"SigCgt:\s+(\w+)", text)[1], 16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="handlers are read from /proc")
+def test_a_segmentation_fault_is_in_the_log():
+    """Guards: a worker that dies in the code of a library, and nobody knows where."""
+    command = [sys.executable, "-m", "optimal_sampling.engines.fleet.worker_main"]
+    ours, theirs = zip(socket.socketpair(), socket.socketpair(), strict=True)
+    ends = [end.fileno() for end in theirs]
+    with contextlib.ExitStack() as stack:
+        for end in (*ours, *theirs):
+            stack.enter_context(end)
+        child = subprocess.Popen([*command, *map(str, ends)], pass_fds=ends, stderr=subprocess.PIPE)
+        while not caught_by(child) >> (signal.SIGSEGV - 1) & 1:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGSEGV)
+        _, log = child.communicate(timeout=20)
+    assert child.returncode == -signal.SIGSEGV
+    assert b"Segmentation fault" in log
+    assert b"worker_main.py" in log
 
 
 STUCK = """

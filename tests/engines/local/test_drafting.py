@@ -16,6 +16,7 @@ from optimal_sampling.engines.local.drafting import (
     LinearCost,
     Lookup,
     PerRound,
+    Yield,
 )
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.engines.local.round import Sampler
@@ -33,30 +34,41 @@ from tests.engines.local.conftest import (
 from tests.engines.local.test_engine import PROMPTS, same
 
 
-def simulate(acceptance, step, verify, rows=1, rounds=400, sure=None, seed=0):
-    """Rounds with true costs (functions of size, in ms): (policy, tokens per ms, widths)."""
-    rng, policy = random.Random(seed), DraftPolicy()
+def simulate(
+    acceptance, step, verify, rows=1, rounds=400, sure=None, seed=0, plain=None, policy=None
+):
+    """Rounds with true costs (functions of size, in ms): (policy, tokens per ms, widths).
+
+    `plain`: ms of a plain round, where that is another kind; its width is then given as 0.
+    """
+    rng, policy = random.Random(seed), policy or DraftPolicy()
     tokens = time = 0.0
     widths = []
     for _ in range(rounds):
+        if plain is not None and policy.plain_next(rows):
+            policy.observe_plain(rows, plain(rows))
+            tokens, time = tokens + rows, time + plain(rows)
+            widths.append(0)
+            continue
         round_, forced = PerRound(policy, [True] * rows), policy.forced()
-        alive, width, made = [True] * rows, 1, rows
-        outcomes = []
+        alive, width = np.ones(rows, dtype=bool), 1
+        confidences, accepted, tried = [], [], []
         while width <= policy.most and width != forced:
             confidence = np.array([(sure or (lambda r: 0.95))(rng) for _ in range(rows)])
             if not round_.wants(confidence, insist=forced is not None):
                 break
-            outcomes.append(confidence)
+            rates = [acceptance(c) if callable(acceptance) else acceptance for c in confidence]
+            taken = np.array([rng.random() < rate for rate in rates])
+            confidences.append(confidence)
+            accepted.append(taken)
+            tried.append(alive)
+            alive = alive & taken
             width += 1
-        for confidence in outcomes:
-            for row in range(rows):
-                if alive[row]:
-                    ok = rng.random() < (
-                        acceptance(confidence[row]) if callable(acceptance) else acceptance
-                    )
-                    policy.accept.observe(confidence[[row]], np.array([ok]))
-                    made += ok
-                    alive[row] = ok
+        made = rows
+        if width > 1:
+            columns = [np.stack(each, 1) for each in (confidences, accepted, tried)]
+            policy.observe_drafts(*columns)
+            made += int((columns[1] & columns[2]).sum())
         spent = width * step(rows) + verify(width * rows)
         policy.observe_round(width, rows, width * step(rows), verify(width * rows), 0.0)
         tokens, time = tokens + made, time + spent
@@ -97,6 +109,74 @@ def test_auto_reaches_the_longest_draft_and_falls_to_lockstep():
     assert sorted(free)[len(free) // 2] == 17
     useless = simulate(0.05, lambda r: 2.0, lambda m: 4 + m)[2]
     assert sum(w > 1 for w in useless) <= 0.05 * len(useless)
+
+
+H100_STEP, H100_VERIFY, H100_PLAIN = (lambda r: 2.26), (lambda m: 6.2 + 0.0037 * m), 4.74
+"""Milliseconds of Qwen2.5-3B and 1.5B at 32 rows, docs/performance.md: the host's are in verify."""
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize(
+    ("acceptance", "drafts"),
+    [(0.3, False), (0.6, False), (0.75, False), (0.93, True), (0.98, True)],
+)
+def test_auto_takes_lockstep_where_both_models_overlap(acceptance, drafts, rows):
+    """Guards: drafts compared with both models one after the other, where a plain round is less."""
+    arguments = (acceptance, H100_STEP, H100_VERIFY, rows)
+    _, rate, widths = simulate(*arguments, rounds=1500, plain=lambda r: H100_PLAIN)
+    best = max(rows / H100_PLAIN, best_fixed(*arguments))
+    assert (best > rows / H100_PLAIN) == drafts
+    assert rate >= 0.93 * best
+    share = sum(width > 1 for width in widths) / len(widths)
+    assert share > 0.6 if drafts else share < 0.1
+    assert 1 not in widths, "a plain round is never run as one with drafts"
+
+
+def test_auto_goes_over_when_costs_or_acceptance_change():
+    """Guards: a choice that is made once: other rows, a busy host or other texts change it."""
+    policy = DraftPolicy()
+
+    def drafted(acceptance, plain):
+        arguments = (acceptance, H100_STEP, H100_VERIFY, 32)
+        _, _, widths = simulate(*arguments, rounds=1000, plain=lambda r: plain, policy=policy)
+        return sum(width > 1 for width in widths[500:]) / len(widths[500:])
+
+    assert drafted(0.5, H100_PLAIN) < 0.05
+    assert drafted(0.97, H100_PLAIN) > 0.9
+    assert drafted(0.97, 2.0) < 0.05, "plain rounds have become faster"
+    assert drafted(0.97, 9.0) > 0.9, "and slower"
+    assert drafted(0.5, H100_PLAIN) < 0.05
+
+
+def test_auto_without_room_for_drafts_asks_seldom():
+    """Guards: a full memory in which no round is queued ahead, as drafts are to be tried first."""
+    policy, plain = DraftPolicy(), 0
+    for _ in range(100):
+        if policy.plain_next(8):
+            plain += 1
+        else:
+            policy.no_room()
+    assert plain == 80
+
+
+def test_fixed_lengths_are_plain_always_or_never():
+    """Guards: a length that was asked for, left for one that is thought to be faster."""
+    for count in (0, 3):
+        policy = FixedDrafts(count)
+        for _ in range(300):
+            policy.observe_plain(4, 1.0 if count else 100.0)
+            policy.observe_round(count + 1, 4, 5.0, 5.0, 5.0)
+        assert policy.plain_next(4) == (count == 0)
+
+
+def test_looked_up_drafts_count_rows_that_have_none():
+    """Guards: tokens expected of every row, where half of them have nothing to look up."""
+    expected = Yield()
+    has = np.array([[True] * 4, [False] * 4])
+    for _ in range(300):
+        tried = np.array([[True] * 4, [True, False, False, False]])
+        expected.observe(has, tried)
+    assert expected.tokens(5) == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0], abs=0.01)
 
 
 def test_auto_stops_when_the_student_is_unsure():

@@ -9,6 +9,7 @@ process_worker  workers that are processes on this machine
 ray_worker      workers that are Ray actors, and what a cluster has room for
 ray_host        what runs on a machine of the cluster: a process_worker, watched
 ray_cluster     the connection to Ray, or a local cluster
+log_file        what they print
 placement       their GPUs, threads and memory
 channel         their sockets
 messages        what is said, as bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from itertools import count, islice
 
 from optimal_sampling import errors
 from optimal_sampling.engines.fleet.messages import (
@@ -50,7 +50,7 @@ class Driver:
         """Called about once a second."""
         self.members: list[Supervised] = []
         self._of: dict[Worker, Supervised] = {}
-        self._add_members()
+        self._fit_members()
         self.longest_gap = 0.0
         """Longest time between two signs of progress of a worker, in seconds."""
         self.longest_first: float | None = None
@@ -68,10 +68,21 @@ class Driver:
         self._blamed = 0
         self._last_blame = ""
 
-    def _add_members(self) -> None:
-        """One for each worker of the launcher that has none yet."""
-        for index in range(len(self.members), self.launcher.size):
-            member = Supervised(self.launcher.worker(index))
+    def _fit_members(self) -> None:
+        """As many members as the launcher has places for.
+
+        Where it has fewer than before, those that wait for a place are dropped.
+        """
+        surplus = len(self.members) - self.launcher.size
+        homeless = [each for each in self.members if each.worker.is_waiting]
+        for member in homeless[::-1][: max(0, surplus)]:
+            member.worker.stop()
+            self.members.remove(member)
+            del self._of[member.worker]
+        used = {each.index for each in self.members}
+        free = (index for index in count() if index not in used)
+        for index in islice(free, max(0, -surplus)):
+            member = Supervised(self.launcher.worker(index), index)
             self.members.append(member)
             self._of[member.worker] = member
 
@@ -214,7 +225,7 @@ class Driver:
             self._ticked = self._waited
             self._look_at_all()
             self._check_progress()
-            self._add_members()
+            self._fit_members()
             self.on_tick()
         self._check_sense()
 
@@ -289,7 +300,8 @@ class Driver:
         self._held -= 1
         self._hungry[member] = None
         self._suspects.clear(request)
-        member.failures = self._blamed = 0
+        member.forget_failures()
+        self._blamed = 0
         member.tokens += len(event.token_ids)
         self._finished.append(event.completion(request))
 
@@ -300,6 +312,7 @@ class Driver:
         for member in self.members:
             if member.state in ("starting", "ready"):
                 self._hear(member)
+                member.worker.tidy()
 
     def _check_progress(self) -> None:
         """Take workers that hang for dead."""
@@ -319,6 +332,8 @@ class Driver:
     def _lose(self, member: Supervised, cause: str) -> None:
         """Hand the requests of a dead worker to others, and have it started again."""
         member.worker.stop()
+        if member.worker.has_lost_events:
+            member.running.update(member.held)
         apart = member.apart
         running, others = member.take_all()
         self._held -= len(running) + len(others)
@@ -328,12 +343,10 @@ class Driver:
             self._suspects.hand_back(others)
         else:
             self._returned.extendleft(reversed(others))
-        member.failures += 1
-        member.all_failures += 1
-        member.last_failure = cause
+        member.note_failure(cause, apart=apart)
         if blamed is not None:
             self._blame(blamed, cause)
-            member.failures = 0
+            member.forget_failures()
         self._restart_or_retire(member)
 
     def _blame(self, request: Request, cause: str) -> None:
@@ -345,7 +358,7 @@ class Driver:
 
     def _restart_or_retire(self, member: Supervised) -> None:
         name, cause = _title(member), member.last_failure
-        if member.user_error or member.failures >= self.patience.failures:
+        if member.user_error or self.patience.is_over(member.failures, member.failures_apart):
             member.state = "retired"
             words = member.worker.last_words()
             self.report(

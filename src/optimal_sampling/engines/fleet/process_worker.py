@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from optimal_sampling.engines.fleet.channel import DriverEnd
+from optimal_sampling.engines.fleet.log_file import keep_short, last_lines
 from optimal_sampling.engines.fleet.messages import Begin, Event, Run, Setup, Submit
 from optimal_sampling.engines.fleet.placement import Place
 from optimal_sampling.engines.fleet.worker import Launcher, Worker
 from optimal_sampling.records.store import make_folder
 from optimal_sampling.types import Request
 
-__all__ = ["ProcessLauncher", "ProcessWorker", "last_lines"]
+__all__ = ["ProcessLauncher", "ProcessWorker"]
 
 _EXIT_SECONDS = 5.0  # for a process that has closed its socket to end
-_LAST_LINES = 15
-_TAIL_BYTES = 8192
 
 
 class ProcessWorker(Worker):
@@ -115,7 +114,7 @@ class ProcessWorker(Worker):
             code = self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             return "it closed its socket"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return _ending(code)
 
     def stop(self) -> None:
         """As in `Worker`."""
@@ -132,20 +131,20 @@ class ProcessWorker(Worker):
         with contextlib.suppress(subprocess.TimeoutExpired):  # a device may hold it for ever
             process.wait(_EXIT_SECONDS)
 
+    def tidy(self) -> None:
+        """As in `Worker`."""
+        keep_short(self.log)
+
     def last_words(self) -> str:
         """As in `Worker`."""
         return last_lines(self.log)
 
 
-def last_lines(log: Path) -> str:
-    """The last lines of a log, below its name; "" where there is none."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return "\n".join(f"    {line}" for line in [f"{log}:", *lines[-_LAST_LINES:]])
+def _ending(code: int) -> str:
+    """How a process ended, by its exit code, which is negative for a signal."""
+    if code == -signal.SIGKILL:
+        return "killed by SIGKILL (the kernel does that where memory runs out)"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _pair(*stacks: contextlib.ExitStack) -> list[socket.socket]:

@@ -42,7 +42,12 @@ except BaseException as error:
 """Connects in a process of its own: `ray.init` cannot be stopped, and may end its process."""
 
 _CLEAN_UP = """
-import psutil, shutil, sys
+import psutil, shutil, sys, time
+def runs(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 found = []
 for line in sys.stdin:
     try:
@@ -54,7 +59,9 @@ for each in found:
         each.kill()
     except psutil.Error:
         pass
-psutil.wait_procs(found, timeout=5)
+end = time.monotonic() + 5
+while any(map(runs, found)) and time.monotonic() < end:
+    time.sleep(0.02)
 shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
 """Reads numbers of processes until its input ends, with the driver or before; then ends them, and

@@ -17,11 +17,12 @@ import sys
 import tempfile
 import threading
 import time
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import psutil
 
+from optimal_sampling.engines.fleet.log_file import LogTail
 from optimal_sampling.engines.fleet.messages import Setup, decode
 from optimal_sampling.engines.fleet.placement import Place
 from optimal_sampling.engines.fleet.process_worker import ProcessWorker
@@ -31,7 +32,6 @@ __all__ = ["Host", "Polled"]
 
 _LOADS_AT_ONCE = 2  # of one machine; each may need a copy of the weights in its memory
 _SLOT_SECONDS = 0.5  # between two looks for a slot to load in
-_LOG_BYTES = 1 << 16  # most that one answer brings
 
 Polled = tuple[list[bytes], str, bytes]
 """Events, how the worker died ("" while it lives), and what was added to its log."""
@@ -49,7 +49,7 @@ class Host:
         self._orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._wake, self._woken = socket.socketpair()
         self._slot: socket.socket | None = None
-        self._log: BinaryIO | None = None
+        self._log: LogTail | None = None
         for end in (self._wake, self._woken):
             end.setblocking(False)
 
@@ -64,7 +64,7 @@ class Host:
         assert isinstance(message, Setup)
         handle, name = tempfile.mkstemp(prefix="optsamp-worker-")
         os.close(handle)
-        self._log = open(name, "rb")  # noqa: SIM115 - for as long as the process
+        self._log = LogTail(FileIO(name, "r+"))
         self._worker = ProcessWorker(self._index, self._place, message, Path(name))
         self._worker.start()
         os.unlink(name)  # it is read while it is open, and leaves nothing behind
@@ -127,7 +127,7 @@ class Host:
             selector.select(seconds)
 
     def _new_log(self) -> bytes:
-        return self._log.read(_LOG_BYTES) if self._log is not None else b""
+        return self._log.read() if self._log is not None else b""
 
 
 def _place(cpus: float, gpus: float) -> Place:

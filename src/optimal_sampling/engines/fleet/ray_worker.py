@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from optimal_sampling.config import EngineOptions, FleetConfig, ModelConfig
+from optimal_sampling.engines.fleet.log_file import keep_short, last_lines
 from optimal_sampling.engines.fleet.messages import (
     Begin,
     Broken,
@@ -32,7 +33,6 @@ from optimal_sampling.engines.fleet.placement import (
     threads,
     threads_asked_for,
 )
-from optimal_sampling.engines.fleet.process_worker import last_lines
 from optimal_sampling.engines.fleet.ray_cluster import Cluster
 from optimal_sampling.engines.fleet.ray_host import Host, Polled
 from optimal_sampling.engines.fleet.worker import Launcher, Worker
@@ -101,7 +101,7 @@ class RayWorker(Worker):
     def start(self) -> None:
         """As in `Worker`."""
         need, index = self._launcher.need, self._index
-        self._broken, self._death = None, ""
+        self._broken, self._death, self.has_lost_events = None, "", False
         self.device = "no machine yet"
         actor = self._launcher.actor.options(num_cpus=need.cpus, num_gpus=need.gpus)
         self._host = actor.remote(index, need.cpus, need.gpus)
@@ -143,6 +143,10 @@ class RayWorker(Worker):
             self._ray.wait([host.stop.remote()], timeout=_STOP_SECONDS)
         if host is not None:
             self._ray.kill(host, no_restart=True)
+
+    def tidy(self) -> None:
+        """As in `Worker`."""
+        keep_short(self.log)
 
     def last_words(self) -> str:
         """As in `Worker`."""
@@ -213,6 +217,7 @@ class RayWorker(Worker):
                 ConfigError.__name__,
             )
             return
+        self.has_lost_events = True
         self._death = f"its machine or its Ray actor was lost: {_sentences(text)[:300]}"
 
 
@@ -248,18 +253,19 @@ class RayLauncher(Launcher):
         self._count = count
         self._report = report
         self._place_seconds = place_seconds
-        self._most = 1
         self._without_place: float | None = None
         self._said = False
         make_folder(logs)
 
     @property
     def size(self) -> int:  # type: ignore[override]
-        """Number of workers; it grows with the cluster, and never shrinks."""
+        """Number of workers that the cluster has places for, or that were asked for.
+
+        Ray counts a machine that is lost for some ten seconds more.
+        """
         if self._count is not None:
             return self._count
-        self._most = max(self._most, sum(map(self.need.times, self.cluster.nodes())))
-        return self._most
+        return max(1, sum(map(self.need.times, self.cluster.nodes())))
 
     def worker(self, index: int) -> RayWorker:
         """As in `Launcher`."""

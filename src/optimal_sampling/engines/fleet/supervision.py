@@ -38,6 +38,8 @@ class Patience:
     """Most workers that load at once: each may need a copy of the weights in the host's memory."""
     failures: int = 5
     """Failures in a row, without a completion between, after which a worker is retired."""
+    failures_apart: int = 12
+    """The same of those with suspects, whose group was halved: 12 find four requests in a group."""
     backoff: float = 1.0
     """Seconds before the first restart; twice as many before each further one."""
     longest_backoff: float = 60.0
@@ -45,6 +47,10 @@ class Patience:
     def seconds_until_restart(self, failures: int) -> float:
         """After so many failures in a row."""
         return float(min(self.longest_backoff, self.backoff * 2 ** (failures - 1)))
+
+    def is_over(self, failures: int, apart: int) -> bool:
+        """Whether a worker is retired after so many failures in a row, `apart` with suspects."""
+        return failures - apart >= self.failures or apart >= self.failures_apart
 
     def limit(self, longest_gap: float) -> float:
         """Seconds without progress after which a worker hangs."""
@@ -63,6 +69,8 @@ class Supervised:
     """A worker, and what its driver knows of it."""
 
     worker: Worker
+    index: int = 0
+    """The worker's number."""
     state: State = "waiting"
     facts: Ready | None = None
     """Of the engine, since it was loaded."""
@@ -78,6 +86,8 @@ class Supervised:
     """It has made progress since its run began."""
     failures: int = 0
     """In a row."""
+    failures_apart: int = 0
+    """Of these, those with suspects."""
     restart_at: float = 0.0
     """By the launcher's clock."""
     heard_at: float = 0.0
@@ -122,6 +132,17 @@ class Supervised:
         if not self.held:
             self.apart = False
         return request
+
+    def note_failure(self, cause: str, *, apart: bool) -> None:
+        """Count a failure; `apart`: with suspects."""
+        self.failures += 1
+        self.failures_apart += apart
+        self.all_failures += 1
+        self.last_failure = cause
+
+    def forget_failures(self) -> None:
+        """Begin to count anew: it makes progress."""
+        self.failures = self.failures_apart = 0
 
     def status(self, now: float) -> WorkerStatus:
         """As it is shown; `now` by the launcher's clock."""

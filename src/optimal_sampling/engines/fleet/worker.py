@@ -21,6 +21,8 @@ class Worker(ABC):
     """Where it runs, such as `GPU 3`."""
     is_waiting: bool = False
     """It was started, and waits for a place to run at: that it is not ready is no failure."""
+    has_lost_events: bool = False
+    """It died, and what it sent last has not arrived: it may have been running all that it held."""
 
     @abstractmethod
     def start(self) -> None:
@@ -46,6 +48,9 @@ class Worker(ABC):
     def stop(self) -> None:
         """End the worker, with all processes that it has started. Stopping twice is safe."""
 
+    def tidy(self) -> None:  # noqa: B027 - having nothing to tidy is a valid answer
+        """Keep short what grows while it works. Called about once a second."""
+
     def last_words(self) -> str:
         """Last lines of its log; "" where there are none."""
         return ""
@@ -55,13 +60,13 @@ class Launcher(ABC):
     """Makes the workers of one kind, and waits for them."""
 
     size: int
-    """Number of workers. It may grow while they work."""
+    """Number of workers. It may change while they work, and is at least 1."""
     loads_at_once: int = 2
     """Most workers that load at once: each may need a copy of the weights in the host's memory."""
 
     @abstractmethod
     def worker(self, index: int) -> Worker:
-        """The worker of a number below `size`, not started yet."""
+        """The worker of a number, not started yet. A number is used again once it is free."""
 
     @abstractmethod
     def wait(self, workers: Sequence[Worker], seconds: float) -> Collection[Worker]:

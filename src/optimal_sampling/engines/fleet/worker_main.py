@@ -30,6 +30,7 @@ _STUCK = 1200.0  # seconds without a look, after which this process ends itself
 
 def main() -> None:
     """Serve until the driver ends this process."""
+    faulthandler.enable()  # where it was, for a segmentation fault, goes to the log
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
     parent = os.getppid()
     sock, lifeline = (socket.socket(fileno=int(text)) for text in sys.argv[1:3])

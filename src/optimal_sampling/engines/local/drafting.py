@@ -10,12 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-__all__ = ["DraftPolicy", "FixedDrafts", "LinearCost", "Lookup", "PerRound"]
+__all__ = ["DraftPolicy", "FixedDrafts", "LinearCost", "Lookup", "PerRound", "Yield"]
 
 MOST_DRAFTS = 16
 """Longest draft that `auto` considers."""
 FORGET = 0.98
 """Weight of an observation after one more."""
+PROBE_EVERY = 100
+"""Rounds of one kind, with drafts or plain, after which the other kind is tried again."""
+PROBE_WIDTH = 3
+"""Of the round with drafts that is tried: one of the widths of the first rounds."""
+PLAIN_PROBE = 4
+"""Plain rounds that are tried in a row: the first is not queued ahead, and tells nothing."""
 
 
 class LinearCost:
@@ -32,16 +38,33 @@ class LinearCost:
         self._xx = FORGET * self._xx + size * size
         self._xy = FORGET * self._xy + size * seconds
 
-    def __call__(self, size: float) -> float:
-        """Seconds at this size: not negative, and not decreasing in the size."""
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured."""
+        return self._n > 0
+
+    def fade(self) -> None:
+        """Let the measurements count for less beside the next one."""
+        if self._n > 1e-6:  # their mean stays known however old it is
+            self._n, self._x, self._y = FORGET * self._n, FORGET * self._x, FORGET * self._y
+            self._xx, self._xy = FORGET * self._xx, FORGET * self._xy
+
+    def line(self) -> tuple[float, float]:
+        """Seconds at size 0, and per unit of size. Neither is negative."""
         if not self._n:
-            return 0.0
+            return 0.0, 0.0
         mean_x, mean_y = self._x / self._n, self._y / self._n
         spread = self._xx / self._n - mean_x**2
         if spread <= 1e-9 * max(1.0, mean_x**2):
-            return mean_y
-        slope = min(max(0.0, (self._xy / self._n - mean_x * mean_y) / spread), mean_y / mean_x)
-        return mean_y + slope * (size - mean_x)
+            return mean_y, 0.0
+        slope = (self._xy / self._n - mean_x * mean_y) / spread
+        slope = min(max(0.0, slope), mean_y / mean_x)
+        return mean_y - slope * mean_x, slope
+
+    def __call__(self, size: float) -> float:
+        """Seconds at this size."""
+        start, slope = self.line()
+        return start + slope * size
 
 
 class Calibration:
@@ -79,6 +102,42 @@ class Calibration:
         return np.minimum((confidences * self.BINS).astype(np.int64), self.BINS - 1)
 
 
+class Yield:
+    """Expected tokens of a round per row, by its width, from drafts that were tried.
+
+    The first draft of a row is counted apart: where drafts are looked up, many rows have none.
+    """
+
+    FADE = 0.998
+    """Weight of what is known after one round without drafts: acceptance changes slowly."""
+
+    def __init__(self) -> None:
+        self._tried = np.ones(2)
+        self._accepted = np.full(2, 0.7)
+
+    def observe(
+        self, accepted: Bool[np.ndarray, "rows drafts"], tried: Bool[np.ndarray, "rows drafts"]
+    ) -> None:
+        """Add a round. `tried`: all drafts before this one were accepted, and the text went on."""
+        for part, places in enumerate((slice(0, 1), slice(1, None))):
+            counted = tried[:, places]
+            taken = accepted[:, places] & counted
+            self._tried[part] = FORGET * self._tried[part] + counted.sum()
+            self._accepted[part] = FORGET * self._accepted[part] + taken.sum()
+
+    def fade(self) -> None:
+        """Let all of it count for less beside the next round."""
+        self._tried *= self.FADE
+        self._accepted *= self.FADE
+
+    def tokens(self, most: int) -> Float[np.ndarray, " widths"]:
+        """Of rounds of widths 1, ..., `most`."""
+        first, later = self._accepted / self._tried
+        more = first * later ** np.arange(most - 1)
+        expected: Float[np.ndarray, " widths"] = 1 + np.concatenate([[0.0], more.cumsum()])
+        return expected
+
+
 class PerRound:
     """Expected tokens and seconds of one round, while it is being drafted.
 
@@ -114,14 +173,24 @@ class PerRound:
         width = self.drafted + 1
         now = self._policy.seconds(width, self._rows)
         more = self._policy.seconds(width + 1, self._rows)
-        if tokens * now <= self._tokens * more:
+        if tokens * now <= self._tokens * more and not self._first_in_any_case:
             return False
         self._alive, self._tokens = alive, tokens
         return True
 
+    @property
+    def _first_in_any_case(self) -> bool:
+        """The first draft, where this round would be a plain one if none were to be made."""
+        return not self.drafted and self._policy.plain.known
+
 
 class DraftPolicy:
-    """`auto`: measures acceptance and the cost of forward passes, and drafts while that pays."""
+    """`auto`: measures acceptance and the cost of forward passes, and drafts while that pays.
+
+    Where both models run side by side, or a round is queued before the tokens of the one before
+    are known, a *plain* round, which has no drafts, costs less than one draft fewer would save. So
+    its seconds are measured apart, and compared with the best round that has drafts.
+    """
 
     EXPLORE = (5, 1, 9, 3)
     """Widths of the first rounds, in which costs at different sizes are measured."""
@@ -131,41 +200,96 @@ class DraftPolicy:
         self.step = LinearCost()
         self.verify = LinearCost()
         self.rest = LinearCost()
+        self.plain = LinearCost()
+        """Of a whole plain round, by its rows."""
         self.accept = Calibration()
+        self.tokens = Yield()
         self._rounds = 0
-        self._idle = 0
+        self._without_drafts = 0
+        """Rounds since the latest with drafts."""
+        self._without_plain = PROBE_EVERY
+        """Rounds since the latest plain one."""
+        self._plain_due = 0
+        """Rounds that will be plain whatever is known."""
 
     def seconds(self, width: int, rows: int) -> float:
-        """Expected duration of a round."""
+        """Expected duration of a round that is not plain."""
         return width * self.step(rows) + self.verify(width * rows) + self.rest(width * rows)
 
     def forced(self) -> int | None:
         """Width of the next round where it is fixed for measuring; None: draft while it pays.
 
-        After 100 rounds without drafts one draft is made, as otherwise a change of costs or of
+        After PROBE_EVERY rounds without drafts two are made, as otherwise a change of costs or of
         acceptance would not be noticed.
         """
         if self._rounds < len(self.EXPLORE):
             return self.EXPLORE[self._rounds]
-        return 2 if self._idle >= 100 else None
+        return PROBE_WIDTH if self._without_drafts >= PROBE_EVERY else None
+
+    def plain_next(self, rows: int) -> bool:
+        """Whether the next round, of so many rows, is to be a plain one; if so, it is counted."""
+        if not self._plain_due:
+            if self.forced() is not None:
+                return False
+            if self._without_plain >= PROBE_EVERY:
+                self._plain_due = PLAIN_PROBE
+            elif not self._plain_pays(rows):
+                return False
+        self._plain_due = max(0, self._plain_due - 1)
+        self._without_plain = 0
+        self._without_drafts += 1
+        for known in (self.step, self.verify, self.rest, self.tokens):
+            known.fade()
+        return True
+
+    def _plain_pays(self, rows: int) -> bool:
+        """Whether a plain round gives more tokens per second than a round of any width."""
+        if not self.plain.known:
+            return False
+        tokens = self.tokens.tokens(self.most + 1)
+        return bool((tokens * self.plain(rows) <= self._every_width(rows)).all())
+
+    def _every_width(self, rows: int) -> Float[np.ndarray, " widths"]:
+        """`seconds` of widths 1, 2, ..."""
+        start, slope = np.add(self.verify.line(), self.rest.line())
+        spent: Float[np.ndarray, " widths"] = start + np.arange(1, self.most + 2) * (
+            self.step(rows) + slope * rows
+        )
+        return spent
+
+    def no_room(self) -> None:
+        """The next round was to have drafts and has no room for any. Nor will those after it."""
+        self._without_drafts = 0
+        self._plain_due = PLAIN_PROBE
 
     def first_widths(self) -> Sequence[int]:
         """Widths of the first rounds."""
         return self.EXPLORE
 
+    def observe_plain(self, rows: int, seconds: float) -> None:
+        """Seconds of a plain round, from the end of the one before it where it was queued ahead."""
+        self.plain.observe(rows, seconds)
+
     def observe_round(self, width: int, rows: int, step: float, verify: float, rest: float) -> None:
         """Seconds of a round without prompt tokens: all drafter steps, verification, the rest."""
         self._rounds += 1
-        self._idle = self._idle + 1 if width == 1 else 0
+        self._without_plain += 1
+        self._without_drafts = self._without_drafts + 1 if width == 1 else 0
         self.step.observe(rows, step / width)
         self.verify.observe(width * rows, verify)
         self.rest.observe(width * rows, rest)
+        self.plain.fade()
 
     def observe_drafts(
-        self, confidences: Float[np.ndarray, " drafts"], accepted: Bool[np.ndarray, " drafts"]
+        self,
+        confidences: Float[np.ndarray, "rows drafts"],
+        accepted: Bool[np.ndarray, "rows drafts"],
+        tried: Bool[np.ndarray, "rows drafts"],
     ) -> None:
-        """Drafts whose predecessors were all accepted, and whether they were."""
-        self.accept.observe(confidences, accepted)
+        """Whether drafts were accepted. `tried` as in `Yield.observe`; confidence 0: no draft."""
+        self.tokens.observe(accepted, tried)
+        known = tried & (confidences > 0)
+        self.accept.observe(confidences[known], accepted[known])
 
 
 class FixedDrafts(DraftPolicy):
@@ -178,8 +302,15 @@ class FixedDrafts(DraftPolicy):
         """The same width every time."""
         return self.most + 1
 
+    def plain_next(self, rows: int) -> bool:
+        """Every time or never."""
+        return self.most == 0
+
     def observe_drafts(
-        self, confidences: Float[np.ndarray, " drafts"], accepted: Bool[np.ndarray, " drafts"]
+        self,
+        confidences: Float[np.ndarray, "rows drafts"],
+        accepted: Bool[np.ndarray, "rows drafts"],
+        tried: Bool[np.ndarray, "rows drafts"],
     ) -> None:
         """Nothing follows from them."""
 

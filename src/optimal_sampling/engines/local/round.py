@@ -192,8 +192,8 @@ class Sampler:
             last, noise = before.step.token, before.noise.following()
         if len(self.models) == 1:
             return self._with_lookup(plan, rows, noise, last)
-        if self.overlap.works and self.policy.most == 0:
-            # with drafts the policy has to know the seconds of each model
+        if self.overlap.works and plan.width == 1:
+            # where drafts are possible the policy has to know the seconds of each model
             return self._side_by_side(plan, rows, noise, last)
         return self._with_student(plan, rows, noise, last)
 

@@ -51,6 +51,8 @@ class QueuedRound:
     sampled: SampledRound
     packed: HostCopy
     started: float
+    ahead: bool
+    """It was queued before the tokens of the round before it were waited for."""
 
 
 class GenerationLoop:
@@ -69,11 +71,12 @@ class GenerationLoop:
         self.sampler = sampler
         self.counts = DraftCounts()
         self.runs_ahead = (
-            policy.most == 0
-            and all(model.runner.runs_ahead for model in models)
+            all(model.runner.runs_ahead for model in models)
             and not (settings.capture or settings.top_tokens)  # made from logits, after the wait
         )
-        """Whether a round is queued before the tokens of the one before it are waited for."""
+        """Whether a plain round is queued before the tokens of the one before it are waited for."""
+        self._finished = 0.0
+        """When the latest round was."""
         self._is_stop = np.zeros(settings.vocab_size, dtype=bool)
         self._is_stop[[token for token in settings.stop_ids if token < settings.vocab_size]] = True
         self.memory = KVMemory([model.cache.manager for model in models], settings.memory)
@@ -83,7 +86,7 @@ class GenerationLoop:
         """Serve the requests in rounds."""
         source = self._admissible(requests)
         while True:
-            plan = self.scheduler.next_round(source, self.policy.most + 1)
+            plan = self._next_plan(source)
             for sequence, reason in self.scheduler.rejected:
                 yield self._completion(sequence, "error", reason)
             self.scheduler.rejected.clear()
@@ -96,6 +99,23 @@ class GenerationLoop:
         """Free the caches."""
         for model in self.models:
             model.cache.release()
+
+    def _next_plan(self, source: Iterator[Sequence | None]) -> RoundPlan | None:
+        """A round with drafts or a plain one, as the policy wants it."""
+        plain = self._wants_plain()
+        plan = self.scheduler.next_round(source, 1 if plain else self.policy.most + 1)
+        if plan is not None and plan.width == 1 and self._plain_differs and not plain:
+            self.policy.no_room()
+        return plan
+
+    def _wants_plain(self) -> bool:
+        """Whether the next round is to be plain."""
+        return self._plain_differs and self.policy.plain_next(len(self.scheduler.running))
+
+    @property
+    def _plain_differs(self) -> bool:
+        """Whether plain rounds cost less than the steps of one draft fewer would save."""
+        return self.runs_ahead or self.sampler.overlap.works
 
     def _admissible(self, requests: Iterable[Request | None]) -> Iterator[Sequence | None]:
         """Requests as sequences, without those that no model's context can hold."""
@@ -123,11 +143,8 @@ class GenerationLoop:
         queued: QueuedRound | None = self._queue(plan)
         while queued is not None:
             ahead = self._queue_ahead(queued) if self.runs_ahead else None
-            done = self._finish(queued)
+            done = self._finish(queued, ahead)
             self.scheduler.finish(list(done))
-            if ahead is not None:
-                for row in done:
-                    ahead.plan.ready[row] = False
             queued = ahead if ahead is not None and any(ahead.plan.ready) else None
             yield from done.values()
 
@@ -139,29 +156,45 @@ class GenerationLoop:
         self._prepare(plan, rows)
         sampled = self.sampler.sample(plan, rows, before)
         self.counts.rounds += 1
-        return QueuedRound(plan, rows, sampled, HostCopy(sampled.packed()), started)
+        packed = HostCopy(sampled.packed())
+        return QueuedRound(plan, rows, sampled, packed, started, before is not None)
 
     def _queue_ahead(self, queued: QueuedRound) -> QueuedRound | None:
         """The round after this one, where its plan is certain unless a text ends."""
         plan = self.scheduler.following(queued.plan)
-        if plan is None:
+        if plan is None or not self._wants_plain():
             return None
         self.counts.ahead += 1
         return self._queue(plan, queued.sampled)
 
     @torch.inference_mode()
-    def _finish(self, queued: QueuedRound) -> dict[int, Completion]:
-        """Wait for a round's tokens and append them. The texts that end, by row."""
-        plan, rows, sampled = queued.plan, queued.rows, queued.sampled
-        for context, chunks in enumerate(plan.chunks):
+    def _finish(self, queued: QueuedRound, ahead: QueuedRound | None) -> dict[int, Completion]:
+        """Wait for a round's tokens and append them. The texts that end, by row.
+
+        `ahead`: the round that is queued after it, whose rows may not be what they were.
+        """
+        for context, chunks in enumerate(queued.plan.chunks):
             for chunk in chunks:
-                rows[chunk.row].cached[context] += len(chunk.ids)
-        done = self._emit(queued)
-        if self.policy.most and sampled.settled and not any(plan.chunks):
-            drafting, verification = sampled.stopwatch.laps()
-            rest = time.perf_counter() - queued.started - drafting - verification
-            self.policy.observe_round(sampled.width, len(rows), drafting, verification, rest)
+                queued.rows[chunk.row].cached[context] += len(chunk.ids)
+        done = self._emit(queued, ahead)
+        finished = time.perf_counter()
+        if self.policy.most and queued.sampled.settled and not any(queued.plan.chunks):
+            self._observe(queued, finished)
+        self._finished = finished
         return done
+
+    def _observe(self, queued: QueuedRound, finished: float) -> None:
+        """Tell the policy what a round without prompt tokens has cost."""
+        sampled, rows = queued.sampled, len(queued.rows)
+        if queued.plan.width == 1 and self._plain_differs:
+            # after a text has ended others may have used the time
+            if queued.ahead == self.runs_ahead and all(queued.plan.ready):
+                seconds = finished - max(queued.started, self._finished)
+                self.policy.observe_plain(rows, seconds)
+            return
+        drafting, verification = sampled.stopwatch.laps()
+        rest = finished - queued.started - drafting - verification
+        self.policy.observe_round(sampled.width, rows, drafting, verification, rest)
 
     def _prepare(self, plan: RoundPlan, rows: list[Sequence]) -> None:
         """Move rows, and give them room for this round."""
@@ -173,7 +206,7 @@ class GenerationLoop:
 
     # from tensors to completions
 
-    def _emit(self, queued: QueuedRound) -> dict[int, Completion]:
+    def _emit(self, queued: QueuedRound, ahead: QueuedRound | None) -> dict[int, Completion]:
         """Give every ready row its tokens. The copy to the host is the only wait for a GPU."""
         plan, rows, sampled = queued.plan, queued.rows, queued.sampled
         packed = queued.packed.wait().reshape(len(rows), sampled.width, -1)
@@ -191,6 +224,8 @@ class GenerationLoop:
         self._keep_captured(sampled, rows, emission)
         done = {}
         for row, reason in emission.ended.items():
+            if ahead is not None:
+                ahead.plan.ready[row] = False
             error = self._error(rows[row], packed[row]) if reason == "error" else ""
             if not (error and self._recomputes(row, rows[row])):
                 done[row] = self._completion(rows[row], reason, error)
@@ -282,9 +317,8 @@ class GenerationLoop:
         accepted = drawing.accepted
         tried = places < emitted
         self.counts.accepted += int((accepted & (places + 1 < emitted)).sum())
-        confidences = np.stack(sampled.confidences, 1)
-        tried &= confidences > 0
-        self.policy.observe_drafts(confidences[tried], accepted[tried])
+        tried &= np.array(ready)[:, None]
+        self.policy.observe_drafts(np.stack(sampled.confidences, 1), accepted, tried)
 
     def _completion(self, sequence: Sequence, reason: FinishReason, error: str) -> Completion:
         trace = np.frombuffer(sequence.trace, np.float32).reshape(-1, len(TRACE_FIELDS))

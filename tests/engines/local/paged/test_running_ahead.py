@@ -1,10 +1,12 @@
 """Rounds queued before the tokens of the one before are known: the same texts as without."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
 
+from optimal_sampling.engines.local.drafting import DraftPolicy
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.types import Request
 from tests.engines.conformance import by_key
@@ -148,6 +150,136 @@ def test_a_run_given_up_while_a_round_is_queued(models):
             next(stream)
         stream.close()
         assert outcome(engine, requests_of()) == expected
+
+
+class Turns(DraftPolicy):
+    """Five plain rounds after every one with drafts, whatever they cost."""
+
+    left = 0
+
+    def forced(self):
+        return 4
+
+    def plain_next(self, rows):
+        self.left -= self.left > 0
+        return self.left > 0
+
+    def observe_drafts(self, confidences, accepted, tried):
+        self.left = 6
+
+
+class Plain(DraftPolicy):
+    """Could draft, and never does; keeps what plain rounds have cost."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = []
+
+    def plain_next(self, rows):
+        return True
+
+    def observe_plain(self, rows, seconds):
+        self.seconds.append(seconds)
+
+
+def in_turns(models, overlap=False, **options):
+    """An engine that drafts and runs ahead in turns; `overlap`: by the path of a GPU."""
+    engine = paged_engine(*models, ahead=True, draft_tokens="auto", **options)
+    make = engine._new_loop
+
+    def new_loop():
+        loop = make()
+        loop.sampler.overlap.works = overlap
+        return loop
+
+    engine._policy, engine._new_loop = Turns, new_loop
+    return engine
+
+
+def both_kinds(engine):
+    """Whether it drafted and ran ahead."""
+    return engine.draft_counts.drafted > 0 and engine.draft_counts.ahead > 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_drafts_and_rounds_ahead_in_turns_change_nothing(models, overlap, recorded):
+    """Guards: drafts for a text whose last token is not known; noise of another round's width."""
+    for batch_size in (1, 3, 16):
+        options = {"batch_size": batch_size, "recorded": recorded}
+        expected = outcome(paged_engine(*models, draft_tokens=0, **options), requests_of())
+        engine = in_turns(models, overlap, **options)
+        assert outcome(engine, requests_of()) == expected
+        assert both_kinds(engine)
+
+
+def test_looked_up_drafts_and_rounds_ahead_in_turns(models):
+    """Guards: an index of the text that lacks the tokens of plain rounds."""
+    pair = (models[1], models[1])
+    requests = [dataclasses.replace(r, teacher_prompt_ids=(4, 5, 6) * 5) for r in requests_of(8)]
+    expected = outcome(paged_engine(*pair, draft_tokens=0, batch_size=3), requests)
+    engine = in_turns(pair, batch_size=3)
+    assert outcome(engine, requests) == expected
+    assert both_kinds(engine)
+
+
+def test_a_row_that_is_computed_again_forgets_its_round_ahead(models):
+    """Guards: an error, or tokens, of a round ahead over keys that a draft has spoilt."""
+    vocab = dataclasses.replace(vocabulary(), stop_ids=frozenset())
+    options, requests = {"vocab": vocab, "batch_size": 4}, requests_of(6, new=(30,))
+    expected = outcome(paged_engine(*models, draft_tokens=0, **options), requests)
+    engine = in_turns(models, **options)
+    make, calls = engine._new_loop, []
+
+    def new_loop():
+        loop = make()
+        sample = loop.sampler.sample
+
+        def spoiling(plan, rows, before=None):
+            calls.append(before is not None)
+            if sum(calls) == 5 and calls[-1]:
+                cache = loop.models[1].cache
+                for memory in cache.memories():
+                    memory[cache.manager.starts[2]] = torch.nan
+            return sample(plan, rows, before)
+
+        loop.sampler.sample = spoiling
+        return loop
+
+    engine._new_loop = new_loop
+    assert outcome(engine, requests) == expected
+    assert not any(error for _, _, error, _ in expected.values())
+    assert both_kinds(engine)
+
+
+def test_auto_tries_plain_rounds_and_measures_them(models):
+    """Guards: `auto` that never runs ahead; a round's seconds that overlap those of the next."""
+    vocab = dataclasses.replace(vocabulary(), stop_ids=frozenset())
+    requests = requests_of(4, new=(50, 70))
+    options = {"vocab": vocab, "batch_size": 4}
+    expected = outcome(paged_engine(*models, draft_tokens=0, **options), requests)
+    engine = paged_engine(*models, ahead=True, draft_tokens="auto", **options)
+    assert outcome(engine, requests) == expected
+    assert both_kinds(engine)
+    assert engine.loop.policy.plain.known
+
+    engine._policy = Plain
+    started, slept = time.perf_counter(), 0.0
+    for _ in engine.generate(requests):
+        before = time.perf_counter()
+        time.sleep(0.05)
+        slept += time.perf_counter() - before
+    seconds = engine.loop.policy.seconds
+    assert 0 < sum(seconds) <= time.perf_counter() - started - slept
+    assert len(seconds) > engine.draft_counts.rounds / 2
+
+
+def test_auto_captures_without_running_ahead(models):
+    """Guards: logits that the next round has overwritten."""
+    engine = in_turns(models, overlap=True, batch_size=4, top_tokens=2)
+    outcome(engine, requests_of(4))
+    assert engine.draft_counts.drafted > 0
+    assert engine.draft_counts.ahead == 0
 
 
 def test_rounds_with_drafts_or_captures_do_not_run_ahead(models):

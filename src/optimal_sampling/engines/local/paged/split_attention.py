@@ -9,6 +9,8 @@ thread blocks whose results are combined (Flash-Decoding, Dao et al. 2023). Impo
 # mypy: ignore-errors
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,38 @@ MOST_SPLITS = 32
 LOG2_E = 1.4426950408889634
 
 
+class Inputs(NamedTuple):
+    """What is read. (A tuple in Triton has a `values` of its own.)"""
+
+    query: object
+    key: object
+    value: object
+    starts: object
+    used: object
+
+
+class Parts(NamedTuple):
+    """What is written of every part of the keys."""
+
+    output: object
+    """Not normalised."""
+    top: object
+    """The largest score."""
+    total: object
+    """The sum of the weights relative to it."""
+
+
+class Strides(NamedTuple):
+    """From one token to the next, and from one head to the next."""
+
+    query_token: object
+    query_head: object
+    key_token: object
+    key_head: object
+    value_token: object
+    value_head: object
+
+
 def split_count(rows: int, kv_heads: int, max_keys: int) -> int:
     """Thread blocks per row and KV head. A function of shapes, so that a CUDA graph can hold it."""
     wanted = -(-BLOCKS_WANTED // (rows * kv_heads))
@@ -35,6 +69,11 @@ def split_count(rows: int, kv_heads: int, max_keys: int) -> int:
 def warps_for(queries: int) -> int:
     """Enough that the outputs of all queries stay in registers."""
     return 4 if queries <= 32 else 8
+
+
+def stages_for(dim: int) -> int:
+    """Blocks of keys and values that are loaded ahead: as many as shared memory holds."""
+    return 3 if dim <= 128 else 2
 
 
 def split_attention(
@@ -63,18 +102,10 @@ def split_attention(
     padded_dim = max(16, triton.next_power_of_2(dim))
     queries = max(16, triton.next_power_of_2(group * width))
     _attend[rows, kv_heads, splits](
-        query,
-        keys,
-        values,
-        starts,
-        used,
-        partial,
-        weights[0],
-        weights[1],
+        Inputs(query, keys, values, starts, used),
+        Parts(partial, weights[0], weights[1]),
         scale * LOG2_E,
-        *query.stride()[:2],
-        *keys.stride()[:2],
-        *values.stride()[:2],
+        Strides(*query.stride()[:2], *keys.stride()[:2], *values.stride()[:2]),
         WIDTH=width,
         GROUP=group,
         HEADS=heads,
@@ -85,7 +116,7 @@ def split_attention(
         SPLITS=splits,
         WINDOW=window or 0,
         num_warps=warps_for(queries),
-        num_stages=3 if padded_dim <= 128 else 2,
+        num_stages=stages_for(padded_dim),
     )
     return _combined(partial, weights, query.dtype)
 
@@ -111,21 +142,10 @@ def _combined(partial: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 @triton.jit
 def _attend(
-    query,
-    keys,
-    values,
-    starts,
-    used,
-    partial,
-    tops,
-    sums,
+    inputs,
+    parts,
     scale,
-    query_token,
-    query_head,
-    key_token,
-    key_head,
-    value_token,
-    value_head,
+    strides,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
@@ -136,18 +156,13 @@ def _attend(
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """One part of the keys of one row and KV head: unnormalised output, maximum and sum."""
+    """One part of the keys of one row and KV head."""
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    length = tl.load(used + row).to(tl.int32)
-    first = tl.load(starts + row).to(tl.int64)
-    lowest = 0
-    if WINDOW > 0:
-        lowest = tl.maximum(0, length - WIDTH - WINDOW + 1)
-    share = tl.cdiv(tl.cdiv(length - lowest, SPLITS), KEYS) * KEYS
-    begin = lowest + split * share
-    end = tl.minimum(begin + share, length)
+    length = tl.load(inputs.used + row).to(tl.int32)
+    first = tl.load(inputs.starts + row).to(tl.int64)
+    begin, end = _keys_of_part(length, split, WIDTH, KEYS, SPLITS, WINDOW)
 
     m = tl.arange(0, QUERIES)
     column = tl.arange(0, PADDED_DIM)
@@ -155,10 +170,8 @@ def _attend(
     token = row * WIDTH + m % WIDTH
     position = length - WIDTH + m % WIDTH
     real = m < GROUP * WIDTH
-    in_dim = column < DIM
-    query_at = token * query_token + head * query_head
-    q = tl.load(
-        query + query_at[:, None] + column[None], mask=real[:, None] & in_dim[None], other=0.0
+    q = _vectors(
+        inputs.query, token * strides.query_token + head * strides.query_head, column, real, DIM
     )
 
     top = tl.full([QUERIES], -float("inf"), tl.float32)
@@ -168,30 +181,64 @@ def _attend(
         index = start + tl.arange(0, KEYS)
         exists = index < end
         at = first + index
-        loaded = exists[:, None] & in_dim[None]
-        key_at = at * key_token + kv_head * key_head
-        k = tl.load(keys + key_at[:, None] + column[None], mask=loaded, other=0.0)
+        key_at = at * strides.key_token + kv_head * strides.key_head
+        k = _vectors(inputs.key, key_at, column, exists, DIM)
         scores = tl.dot(q, tl.trans(k)) * scale
-        visible = exists[None] & (index[None] <= position[:, None])
-        if WINDOW > 0:
-            visible = visible & (index[None] > position[:, None] - WINDOW)
-        scores = tl.where(visible, scores, -float("inf"))
-        highest = tl.maximum(top, tl.max(scores, 1))
-        finite = tl.where(highest == -float("inf"), 0.0, highest)  # -inf - -inf is NaN
-        p = tl.exp2(scores - finite[:, None])
-        shrink = tl.exp2(top - finite)
-        value_at = at * value_token + kv_head * value_head
-        v = tl.load(values + value_at[:, None] + column[None], mask=loaded, other=0.0)
+        p, shrink, top = _weights(scores, _visible(index, exists, position, WINDOW), top)
+        value_at = at * strides.value_token + kv_head * strides.value_head
+        v = _vectors(inputs.value, value_at, column, exists, DIM)
         total = total * shrink + tl.sum(p, 1)
         output = output * shrink[:, None] + tl.dot(p.to(v.dtype), v)
-        top = highest
 
     part = (token * HEADS + head) * SPLITS + split
-    tl.store(tops + part, top, mask=real)
-    tl.store(sums + part, total, mask=real)
-    tl.store(
-        partial + part[:, None] * DIM + column[None], output, mask=real[:, None] & in_dim[None]
-    )
+    tl.store(parts.top + part, top, mask=real)
+    tl.store(parts.total + part, total, mask=real)
+    mask = real[:, None] & (column < DIM)[None]
+    tl.store(parts.output + part[:, None] * DIM + column[None], output, mask=mask)
+
+
+@triton.jit
+def _keys_of_part(
+    length,
+    split,
+    WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """The first key that a part reads, and the one after its last."""
+    lowest = 0
+    if WINDOW > 0:
+        lowest = tl.maximum(0, length - WIDTH - WINDOW + 1)
+    share = tl.cdiv(tl.cdiv(length - lowest, SPLITS), KEYS) * KEYS
+    begin = lowest + split * share
+    return begin, tl.minimum(begin + share, length)
+
+
+@triton.jit
+def _vectors(source, at, column, exists, DIM: tl.constexpr):
+    """Vectors that begin at these places, padded with zeros; zeros where none exists."""
+    mask = exists[:, None] & (column < DIM)[None]
+    return tl.load(source + at[:, None] + column[None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _visible(index, exists, position, WINDOW: tl.constexpr):
+    """Which keys each query sees."""
+    visible = exists[None] & (index[None] <= position[:, None])
+    if WINDOW > 0:
+        visible = visible & (index[None] > position[:, None] - WINDOW)
+    return visible
+
+
+@triton.jit
+def _weights(scores, visible, top):
+    """Weights relative to the largest score, the factor of those before, and that score."""
+    scores = tl.where(visible, scores, -float("inf"))
+    highest = tl.maximum(top, tl.max(scores, 1))
+    finite = tl.where(highest == -float("inf"), 0.0, highest)  # -inf - -inf is NaN
+    p = tl.exp2(scores - finite[:, None])
+    return p, tl.exp2(top - finite), highest
 
 
 @triton.jit

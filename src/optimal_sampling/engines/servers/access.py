@@ -1,0 +1,99 @@
+"""How the servers of one model are reached: addresses, API key, deadlines. No HTTP."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from optimal_sampling.errors import ConfigError
+
+__all__ = ["Access", "ApiKey", "base_url"]
+
+
+class ApiKey:
+    """A secret that no representation shows. `reveal` gives it."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+
+    def __repr__(self) -> str:
+        return "ApiKey(...)"
+
+    def reveal(self) -> str:
+        """The secret itself."""
+        return self._secret
+
+    def removed_from(self, content: bytes) -> bytes:
+        """A reply without the secret, which a server may repeat in an error."""
+        return content.replace(self._secret.encode(), b"[API key]")
+
+    @classmethod
+    def from_environment(cls, variable: str, environment: Mapping[str, str] = os.environ) -> ApiKey:
+        """The key in an environment variable. Raises ConfigError where there is none."""
+        return cls._checked(environment.get(variable, ""), f"environment variable {variable}")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> ApiKey:
+        """The key in a file, without white space around it. Raises ConfigError."""
+        try:
+            text = Path(path).expanduser().read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the API key file {path}: {error}") from error
+        return cls._checked(text, f"API key file {path}")
+
+    @classmethod
+    def _checked(cls, text: str, place: str) -> ApiKey:
+        secret = text.strip()
+        if not secret:
+            raise ConfigError(f"the {place} holds no API key; set it, or leave the option out")
+        if not secret.isascii() or not secret.isprintable() or " " in secret:
+            raise ConfigError(f"the {place} holds more than one API key: white space or non-ASCII")
+        return cls(secret)
+
+
+@dataclass(frozen=True)
+class Access:
+    """The servers of one model, and how long to try."""
+
+    urls: tuple[str, ...]
+    """Addresses, each of a server of the same model, with or without `/v1`."""
+    model: str | None = None
+    """Name of the model at the server; None: the only one that it has."""
+    key: ApiKey | None = None
+    """Sent as `Authorization: Bearer`."""
+    vocab_size: int | None = None
+    """Number of ids that are no padding, of the tokenizer; None: unknown."""
+    deadline: float = 60.0
+    """Seconds after which an attempt is given up."""
+    retry_seconds: float = 120.0
+    """Seconds during which a request is tried again."""
+    most_in_flight: int = 256
+    """Most requests at one server at once."""
+
+    def __post_init__(self) -> None:
+        if not self.urls:
+            raise ConfigError("no address of a server is given, such as http://127.0.0.1:8000")
+        addresses = [base_url(url) for url in self.urls]
+        if len({*addresses}) < len(addresses):
+            raise ConfigError(f"an address of a server is given twice: {', '.join(addresses)}")
+        object.__setattr__(self, "urls", tuple(addresses))
+
+
+def base_url(url: str) -> str:
+    """The address without `/v1` and slashes at its end. Raises ConfigError."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{url!r} is no address of a server: {error}") from error
+    if parts.username or parts.password:
+        raise ConfigError(
+            f"the address of {parts.hostname} holds a user name or a password, which logs would "
+            "show; give a key by environment variable or file"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+        raise ConfigError(f"{url!r} is no address of a server, such as http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")

@@ -1,0 +1,217 @@
+"""One server over HTTP: single attempts within a deadline, and what kind of failure each was."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from optimal_sampling.engines.servers.access import Access
+from optimal_sampling.engines.servers.dialect import Call
+from optimal_sampling.engines.servers.limit import AdaptiveLimit
+from optimal_sampling.engines.servers.pool import ClientPool
+from optimal_sampling.engines.servers.replies import BadReply, FailureKind, decoded, shown
+from optimal_sampling.engines.servers.statistics import ServerStatistics
+from optimal_sampling.errors import UserError
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["AttemptFailed", "Connection"]
+
+T = TypeVar("T")
+
+_MOST_IDLE_CUTS = 5
+"""In a row; a server that closes more connections is failing."""
+
+_FINAL: frozenset[FailureKind] = frozenset({"tls", "unauthorized", "not_found", "rejected"})
+"""What a further attempt cannot change."""
+_DOWN: frozenset[FailureKind] = frozenset({"refused", "reset", "timeout", "unavailable"})
+"""What other requests to the same server would meet too."""
+_OVERLOAD: frozenset[FailureKind] = frozenset({"timeout", "rate_limited", "unavailable"})
+_OF_STATUS: dict[int, FailureKind] = {
+    401: "unauthorized",
+    403: "unauthorized",
+    404: "not_found",
+    408: "timeout",
+    425: "unavailable",
+    429: "rate_limited",
+    502: "unavailable",
+    503: "unavailable",
+    504: "timeout",
+}
+
+
+class AttemptFailed(Exception):
+    """One attempt of a request failed."""
+
+    def __init__(
+        self, url: str, kind: FailureKind, reason: str, retry_after: float | None = None
+    ) -> None:
+        super().__init__(f"{url}: {kind}: {reason}")
+        self.url = url
+        self.kind = kind
+        self.reason = reason
+        self.retry_after = retry_after
+        """Seconds that the server asks to wait."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether a further attempt would fail likewise."""
+        return self.kind in _FINAL
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the server cannot be used at the moment."""
+        return self.kind in _DOWN
+
+    @property
+    def may_take_long(self) -> bool:
+        """Whether it may pass with time alone, such as that of a restart."""
+        return self.is_down or self.kind == "rate_limited"
+
+
+class _Trace:
+    """What happened to a request on its way, as httpcore tells it."""
+
+    def __init__(self) -> None:
+        self.connected = False
+        self.answered = False
+
+    async def __call__(self, event: str, info: Mapping[str, Any]) -> None:
+        self.connected |= event == "connection.connect_tcp.started"
+        self.answered |= event.endswith("receive_response_headers.complete")
+
+    @property
+    def is_idle_cut(self) -> bool:
+        """An idle connection was used, and was closed before the first byte of a reply."""
+        return not self.connected and not self.answered
+
+
+class Connection:
+    """A server, its limit of requests in flight, and its address. Cancelling closes the socket."""
+
+    def __init__(
+        self, url: str, pool: ClientPool, access: Access, statistics: ServerStatistics
+    ) -> None:
+        self.url = url
+        self.limit = AdaptiveLimit(most=access.most_in_flight)
+        self._pool = pool
+        self._deadline = access.deadline
+        self._key = access.key
+        self._statistics = statistics
+
+    async def attempt(self, call: Call[T]) -> T:
+        """The reply to one request, in one attempt. Raises AttemptFailed."""
+        async with self.limit:
+            started = time.monotonic()
+            try:
+                async with self._pool.client(self.url) as client:
+                    answer = self._read(call, await self._sent(call, client))
+            except AttemptFailed as failure:
+                self._statistics.errors[failure.kind] += 1
+                if failure.kind in _OVERLOAD:
+                    self.limit.overloaded(started)
+                raise
+            self._statistics.answered(time.monotonic() - started)
+            self.limit.answered()
+            return answer
+
+    async def _sent(self, call: Call[Any], client: httpx.AsyncClient) -> httpx.Response:
+        """The whole reply. An idle connection that the server has closed costs no attempt."""
+        import httpx
+
+        for cuts in range(_MOST_IDLE_CUTS + 1):
+            trace = _Trace()
+            request = self._request(call, client, trace)
+            try:
+                async with asyncio.timeout(self._deadline):
+                    return await client.send(request)
+            except TimeoutError as error:
+                reason = f"no whole reply within {self._deadline:g} s"
+                raise self._failed("timeout", reason) from error
+            except httpx.RequestError as error:
+                if trace.is_idle_cut and cuts < _MOST_IDLE_CUTS:
+                    self._statistics.idle_cuts += 1
+                    continue
+                kind = _kind_of(error, trace)
+                raise self._failed(kind, str(error) or type(error).__name__) from error
+        raise AssertionError("the last cut raises")
+
+    def _request(self, call: Call[Any], client: httpx.AsyncClient, trace: _Trace) -> httpx.Request:
+        headers = {"Accept-Encoding": "identity"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key.reveal()}"
+        content = None
+        if call.body is not None:
+            content = json.dumps(call.body, separators=(",", ":")).encode()
+            headers["Content-Type"] = "application/json"
+        method = "GET" if call.body is None else "POST"
+        return client.build_request(
+            method,
+            self.url + call.path,
+            content=content,
+            headers=headers,
+            extensions={"trace": trace},
+        )
+
+    def _read(self, call: Call[T], reply: httpx.Response) -> T:
+        content = self._key.removed_from(reply.content) if self._key else reply.content
+        if reply.status_code != 200:
+            kind = _OF_STATUS.get(reply.status_code)
+            default: FailureKind = "server_error" if reply.status_code >= 500 else "rejected"
+            raise self._failed(
+                kind or default,
+                f"status {reply.status_code} of {call.path}: {_error_text(content)}",
+                _retry_after(reply.headers.get("Retry-After", "")),
+            )
+        try:
+            return call.read(decoded(content))
+        except BadReply as error:
+            raise self._failed(error.kind, f"{call.path}: {error}") from error
+        except UserError:
+            raise
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            reason = f"{call.path}: {type(error).__name__}: {error}"
+            raise self._failed("invalid", reason) from error
+
+    def _failed(
+        self, kind: FailureKind, reason: str, retry_after: float | None = None
+    ) -> AttemptFailed:
+        return AttemptFailed(self.url, kind, reason, retry_after)
+
+
+def _kind_of(error: httpx.RequestError, trace: _Trace) -> FailureKind:
+    import httpx
+
+    if isinstance(error, httpx.ConnectTimeout):
+        return "timeout"
+    if isinstance(error, httpx.ConnectError):
+        return "tls" if "SSL" in str(error) or "certificate" in str(error) else "refused"
+    return "truncated" if trace.answered else "reset"
+
+
+def _error_text(content: bytes) -> str:
+    """The server's own words, of vLLM's and OpenAI's form of errors or another."""
+    try:
+        error = json.loads(content)["error"]
+        return shown(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return shown(content.decode(errors="replace")) or "no reason given"
+
+
+def _retry_after(value: str) -> float | None:
+    """Seconds of a header `Retry-After`: a number or a date."""
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        moment = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())

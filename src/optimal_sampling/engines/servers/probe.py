@@ -1,0 +1,272 @@
+"""What a server offers, and what it costs: asked at the start, by requests like those of a run."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any, Protocol, TypeVar
+
+from optimal_sampling.engines.servers.access import Access
+from optimal_sampling.engines.servers.dialect import Call, Dialect
+from optimal_sampling.engines.servers.llama_api import LlamaDialect
+from optimal_sampling.engines.servers.model import Scoring, ServedFacts, ServedModel, TokenList
+from optimal_sampling.engines.servers.replies import field as value_of
+from optimal_sampling.engines.servers.replies import shown
+from optimal_sampling.engines.servers.vllm_api import VllmDialect
+from optimal_sampling.errors import (
+    ConfigError,
+    ServerError,
+    TokenizerMismatchError,
+    did_you_mean,
+)
+
+__all__ = ["PROBE_TEXTS", "Ask", "Probed", "check_tokenizers", "probe", "scoring_costs"]
+
+T = TypeVar("T")
+
+PROBE_TEXTS = (
+    "The quick brown fox jumps over the lazy dog; then nothing else happened.",
+    "What is 12345 + 6.78?  Two  spaces, a\ttab,\n\na blank line.",
+    "don't DON'T camelCase snake_case f(x) = \\frac{a}{b}^{2}; x_1 != y",
+    "naïve café, 你好，世界, Привет, 1,000,000 \u2014 \U0001f642",
+)
+"""Texts whose ids tell two tokenizers apart."""
+
+_END_TEXTS = (
+    "</s>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<eos>",
+    "<|return|>",
+    "<|end▁of▁sentence|>",
+)
+"""Texts of end tokens. What is one token in the model's tokenizer is tried."""
+
+_FEW = 4
+_MANY = 10**9
+_SCORED = 4
+"""Tokens that are scored to measure a way of scoring."""
+_REPEATS = 3
+_SAME = 0.05
+"""By how much log-probabilities of equal weights may differ, in nats: of half precision."""
+_PROBE_LENGTH = 128
+
+
+class Ask(Protocol):
+    """Sends a call, with retries. Raises ServerError."""
+
+    def __call__(self, call: Call[T]) -> Awaitable[T]:
+        """The reply."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What was found out about one server."""
+
+    url: str
+    facts: ServedFacts
+    dialect: Dialect
+    first: TokenList
+    """The list after `prefix`, to compare servers by."""
+    costs: Mapping[Scoring, float] = field(default_factory=dict)
+    """Seconds in which each way that is offered scores a draft."""
+
+    def difference(self, other: Probed) -> str:
+        """How another server's list differs by more than rounding; "" if it does not."""
+        ours = dict(zip(self.first.ids.tolist(), self.first.log_p.tolist(), strict=True))
+        theirs = zip(other.first.ids.tolist(), other.first.log_p.tolist(), strict=True)
+        pairs = [(token, ours[token], value) for token, value in theirs if token in ours]
+        if len(pairs) < min(2, len(ours)):
+            return "the likeliest tokens of a text are not the same"
+        for token, one, two in pairs:
+            if abs(one - two) > _SAME:
+                return f"the log-probability of token {token} is {one:.3f} and {two:.3f}"
+        return ""
+
+
+async def probe(ask: Ask, access: Access, url: str) -> Probed:
+    """All that a run has to know about one server. Raises ServerError, ConfigError."""
+    card, names = await ask(Call("/v1/models", lambda reply: _card(reply, access.model)))
+    is_llama = card.get("owned_by") == "llamacpp"
+    kind = LlamaDialect if is_llama else VllmDialect
+    dialect: Dialect = kind(card["id"], names, access.vocab_size)
+    prefix = (await _text_ids(ask, dialect))[: max(1, (_context(card) or _PROBE_LENGTH) // 2)]
+    facts = _llama_facts(card) if is_llama else await _vllm_facts(ask, card, prefix, url)
+    rows = await _rows(ask, dialect, facts, prefix)
+    dialect = replace(dialect, rows=rows)
+    most = min(facts.max_top_k, rows or access.vocab_size or facts.max_top_k)
+    first = await ask(dialect.next_tokens(prefix, min(_FEW, most)))
+    facts = replace(
+        facts,
+        max_top_k=most,
+        vocab_size=rows,
+        stop_ids=await _stop_ids(ask, dialect, prefix),
+        can_choose_ids=await _can_choose(ask, dialect, prefix),
+        can_draft=await _offers(ask, dialect.draft(prefix, 2, 1, 0.0, 0)),
+    )
+    costs = await scoring_costs(ask, dialect, prefix, min(20, facts.max_top_k))
+    way = min(costs, key=lambda each: costs[each], default=None)
+    return Probed(url, replace(facts, scoring=way), dialect, first, costs)
+
+
+async def check_tokenizers(models: Mapping[str, ServedModel]) -> None:
+    """Raises TokenizerMismatchError where two served models give a text different ids.
+
+    `models`: by role. Raises ServerError where a server does not tokenize.
+    """
+    for text in PROBE_TEXTS:
+        ids = {role: await model.tokenize(text) for role, model in models.items()}
+        if len({tuple(each) for each in ids.values()}) > 1:
+            given = "; ".join(f"{role}: {shown(each)}" for role, each in ids.items())
+            raise TokenizerMismatchError(
+                f"the tokenizers of the servers differ: of {text!r} they make {given}. "
+                "Both models have to have the same token ids; serve two models of one family"
+            )
+
+
+async def scoring_costs(
+    ask: Ask, dialect: Dialect, prefix: Sequence[int], top_k: int
+) -> dict[Scoring, float]:
+    """Median seconds of each way to score a draft that the server offers."""
+    costs: dict[Scoring, float] = {}
+    draft = [*prefix[:_SCORED]]
+    for way in dialect.scorings:
+        call = dialect.score(prefix, draft, top_k, way)
+        if not await _offers(ask, call):
+            continue
+        seconds = []
+        for _ in range(_REPEATS):
+            started = time.perf_counter()
+            await ask(call)
+            seconds.append(time.perf_counter() - started)
+        costs[way] = median(seconds)
+    return costs
+
+
+def _card(reply: Any, wanted: str | None) -> tuple[Mapping[str, Any], frozenset[str]]:
+    """The model's entry in /v1/models, and all names of it. Raises BadReply, ConfigError."""
+    cards = {value_of(card, "id", str): card for card in value_of(reply, "data", list)}
+    roots = {card.get("root") or name for name, card in cards.items()}
+    if wanted is None and len(roots) != 1:
+        raise ConfigError(
+            f"the server has {len(cards)} models ({shown(', '.join(cards))}); name one of them"
+        )
+    if wanted is not None and wanted not in cards:
+        raise ConfigError(
+            f"the server has no model {wanted!r}{did_you_mean(wanted, cards)}; "
+            f"it has: {shown(', '.join(cards))}"
+        )
+    name = wanted or next(iter(cards))
+    root = cards[name].get("root") or name
+    names = {other for other, card in cards.items() if (card.get("root") or other) == root}
+    return cards[name], frozenset(names)
+
+
+def _context(card: Mapping[str, Any]) -> int | None:
+    """Most tokens of a text, by vLLM's name or by llama.cpp's."""
+    meta = card.get("meta") or {}
+    values = (card.get("max_model_len"), meta.get("n_ctx"), meta.get("n_ctx_train"))
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+async def _text_ids(ask: Ask, dialect: Dialect) -> list[int]:
+    """Ids of a text, as the server makes them, repeated to the length of a prompt."""
+    try:
+        ids = await ask(dialect.tokenize(PROBE_TEXTS[0]))
+    except ServerError as error:
+        if error.kind not in ("not_found", "rejected", "invalid"):
+            raise
+        ids = []
+    ids = ids or [0, 1]
+    return (ids * _PROBE_LENGTH)[:_PROBE_LENGTH]
+
+
+def _llama_facts(card: Mapping[str, Any]) -> ServedFacts:
+    rows = value_of(value_of(card, "meta", dict), "n_vocab", int)
+    return ServedFacts(
+        name=card["id"],
+        kind=LlamaDialect.kind,
+        context_length=_context(card),
+        max_top_k=rows,
+        vocab_size=rows,
+    )
+
+
+async def _vllm_facts(
+    ask: Ask, card: Mapping[str, Any], prefix: Sequence[int], url: str
+) -> ServedFacts:
+    kind = "fake" if card.get("owned_by") == "optimal-sampling" else VllmDialect.kind
+    return ServedFacts(
+        name=card["id"],
+        kind=kind,
+        context_length=_context(card),
+        max_top_k=await _most_logprobs(ask, card["id"], prefix, url),
+        vocab_size=None,
+    )
+
+
+async def _most_logprobs(ask: Ask, name: str, prefix: Sequence[int], url: str) -> int:
+    """The server's --max-logprobs, which it names where too many are asked for."""
+    try:
+        await ask(VllmDialect(name).next_tokens(prefix, _MANY))
+    except ServerError as error:
+        most = re.search(r"max allowed: (\d+)", str(error))
+        if error.kind != "rejected" or most is None:
+            raise ConfigError(
+                f"{url} is no server that gives log-probabilities by token id: asked for more "
+                f"than any server has, it says: {error}"
+            ) from error
+        if int(most[1]) < 1:
+            raise ConfigError(f"{url} gives no log-probabilities: --max-logprobs is 0") from error
+        return int(most[1])
+    raise ConfigError(f"{url} answers a request for {_MANY} log-probabilities")
+
+
+async def _rows(ask: Ask, dialect: Dialect, facts: ServedFacts, prefix: list[int]) -> int | None:
+    """Number of ids with padding, where the server gives lists of all of them."""
+    if facts.vocab_size is not None or facts.max_top_k < (dialect.vocab_size or 1):
+        return facts.vocab_size
+    try:
+        return await ask(dialect.count_rows(prefix))
+    except ServerError as error:
+        if error.kind == "rejected":  # its limit is below its vocabulary
+            return None
+        raise
+
+
+async def _offers(ask: Ask, call: Call[Any]) -> bool:
+    try:
+        await ask(call)
+    except ServerError as error:
+        if error.kind in ("rejected", "not_found", "invalid", "server_error"):
+            return False
+        raise
+    return True
+
+
+async def _can_choose(ask: Ask, dialect: Dialect, prefix: Sequence[int]) -> bool:
+    if isinstance(dialect, LlamaDialect):
+        return False
+    return await _offers(ask, dialect.chosen(prefix, sorted({*prefix})[:2]))
+
+
+async def _stop_ids(ask: Ask, dialect: Dialect, prefix: Sequence[int]) -> frozenset[int]:
+    """Ids at which the server ends a text, among the usual end tokens."""
+    found = set()
+    for text in _END_TEXTS:
+        try:
+            ids = await ask(dialect.tokenize(text))
+        except ServerError as error:
+            if error.kind in ("not_found", "rejected", "invalid"):
+                return frozenset()
+            raise
+        if len(ids) == 1 and await ask(dialect.ends_text(prefix, ids[0])):
+            found.add(ids[0])
+    return frozenset(found)

@@ -1,0 +1,293 @@
+"""A model behind one or several servers: retries, load balancing, fail-over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine, Sequence
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from optimal_sampling.engines.servers.access import Access
+from optimal_sampling.engines.servers.connection import AttemptFailed, Connection
+from optimal_sampling.engines.servers.dialect import Call, Dialect
+from optimal_sampling.engines.servers.model import DraftedToken, ServedFacts, ServedModel, TokenList
+from optimal_sampling.engines.servers.pool import ClientPool
+from optimal_sampling.engines.servers.probe import Probed, probe
+from optimal_sampling.engines.servers.replies import with_chosen
+from optimal_sampling.engines.servers.statistics import ServerStatistics
+from optimal_sampling.engines.servers.vllm_api import MOST_CHOSEN_IDS
+from optimal_sampling.errors import ConfigError, EngineError, ServerError
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+__all__ = ["AFFINITY", "ReplicatedModel"]
+
+T = TypeVar("T")
+
+AFFINITY: ContextVar[int] = ContextVar("AFFINITY", default=-1)
+"""Requests of a text have the same number, and go to the same server while it has room: the server
+has the text's prefix in its cache. -1: to the server with the least to do."""
+
+_MOST_ATTEMPTS = 8
+"""Of a request that is answered, but never well. One that is not answered is tried for as long as
+`Access.retry_seconds` says: a server that is started again takes minutes."""
+_FEWEST_ATTEMPTS = 4
+"""However long they take: where a server is slow, requests wait for a place in flight."""
+_SHORTEST_WAIT = 0.1
+_LONGEST_WAIT = 10.0
+_WAIT_FOR_BETTER = 1.0
+"""Longest, after a reply that was bad."""
+_REST = 1.0
+"""Seconds in which a server that did not answer is left alone, where there are others."""
+_MORE_LOAD = 0.5
+"""How much more load a text's own server may have than the one with the least."""
+
+_ADVICE = {
+    "refused": "is the server running, and is the address right?",
+    "tls": "the server's certificate is not accepted; is https right, and its name?",
+    "reset": "does the server crash? Its log says why",
+    "timeout": "the server is too slow or hangs; give it longer (--server-timeout)",
+    "rate_limited": "the server wants fewer requests; lower --batch-size",
+    "unavailable": "the server says that it cannot serve at the moment; see its log",
+    "server_error": "the server has an error of its own; see its log",
+    "truncated": "the server or a proxy breaks off its replies; see its log",
+    "malformed": "is it the server's own address, and no other service?",
+    "invalid": "is it one of the servers that docs/servers.md names?",
+    "wrong_model": "another model is served at this address; start the right one",
+    "not_found": "the server does not know this path or model; see /v1/models",
+    "unauthorized": "give its API key by environment variable or file",
+    "rejected": "the server does not take this request",
+}
+
+
+class ReplicatedModel(ServedModel):
+    """The model at the servers of an `Access`. See `ServedModel`.
+
+    A request fails with EngineError where no server has answered any request for as long as the
+    request was tried: no other could go on.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self.access = access
+        self.statistics = ServerStatistics()
+        self._connections: list[Connection] = []
+        self.answered_at = 0.0
+        """When a server has answered last, by `time.monotonic()`."""
+        self._resting: dict[str, float] = {}
+        self._dialect: Dialect | None = None
+
+    async def start(self) -> None:
+        """As in `ServedModel`. All servers have to answer, and to serve the same model."""
+        self._pool = ClientPool()
+        self._connections = [
+            Connection(url, self._pool, self.access, self.statistics) for url in self.access.urls
+        ]
+        found = [await self._probed(connection) for connection in self._connections]
+        for other in found[1:]:
+            _check_same(found[0], other)
+        self.facts: ServedFacts = found[0].facts
+        self._dialect = found[0].dialect
+        self.statistics.clear()  # what the start has tried is none of the run
+
+    async def _probed(self, connection: Connection) -> Probed:
+        """What one server offers. Raises ServerError, ConfigError."""
+        return await probe(partial(self._retried, among=[connection]), self.access, connection.url)
+
+    async def next_tokens(
+        self, prefix: Sequence[int], top_k: int, extra_ids: Sequence[int] = ()
+    ) -> TokenList:
+        """As in `ServedModel`. The extra ids are asked for at the same time, by other requests."""
+        likeliest = self.dialect.next_tokens(prefix, top_k)
+        if not (extra_ids and self.facts.can_choose_ids):
+            return await self._retried(likeliest)
+        wanted = sorted({*extra_ids})
+        parts = [
+            wanted[start : start + MOST_CHOSEN_IDS]
+            for start in range(0, len(wanted), MOST_CHOSEN_IDS)
+        ]
+        chosen = [self._retried(self.dialect.chosen(prefix, part)) for part in parts]
+        listing = asyncio.create_task(self._retried(likeliest))
+        try:
+            values = await _all(chosen)
+            listed = await listing
+        finally:
+            listing.cancel()
+        return with_chosen(listed, {token: each for part in values for token, each in part.items()})
+
+    async def draft(
+        self, prefix: Sequence[int], count: int, top_k: int, temperature: float, seed: int
+    ) -> list[DraftedToken]:
+        """As in `ServedModel`."""
+        return await self._retried(self.dialect.draft(prefix, count, top_k, temperature, seed))
+
+    async def score(
+        self, prefix: Sequence[int], continuation: Sequence[int], top_k: int
+    ) -> list[TokenList]:
+        """As in `ServedModel`."""
+        assert self.facts.scoring is not None
+        way = self.facts.scoring
+        return await self._retried(self.dialect.score(prefix, continuation, top_k, way))
+
+    async def tokenize(self, text: str) -> list[int]:
+        """As in `ServedModel`."""
+        return await self._retried(self.dialect.tokenize(text))
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """As in `ServedModel`."""
+        return await self._retried(self.dialect.detokenize(ids))
+
+    def figures(self) -> dict[str, float]:
+        """As in `ServedModel`."""
+        return self.statistics.figures()
+
+    async def aclose(self) -> None:
+        """As in `ServedModel`."""
+        if self._connections:
+            await self._pool.aclose()
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the servers are asked. After `start`."""
+        assert self._dialect is not None, "start() has not been called"
+        return self._dialect
+
+    async def _retried(self, call: Call[T], among: Sequence[Connection] = ()) -> T:
+        """The reply to a request, at whichever server gives it. Raises ServerError."""
+        return await _Retries(self, call, among or self._connections).run()
+
+    def next_connection(
+        self, among: Sequence[Connection], tried: Sequence[Connection]
+    ) -> Connection:
+        """The server for the next attempt: one that was not tried, that answers, with room."""
+        now = time.monotonic()
+        rest = [each for each in among if each not in tried] or [*among]
+        well = [each for each in rest if self._resting.get(each.url, 0.0) <= now] or rest
+        idlest = min(well, key=lambda each: each.limit.load)
+        number = AFFINITY.get()
+        if number < 0:
+            return idlest
+        own = among[number % len(among)]
+        has_room = own.limit.load <= idlest.limit.load + _MORE_LOAD
+        return own if own in well and has_room else idlest
+
+    def note_down(self, connection: Connection) -> None:
+        """Leave a server alone for a while."""
+        self._resting[connection.url] = time.monotonic() + _REST
+
+
+class _Retries(Generic[T]):
+    """The attempts of one request."""
+
+    def __init__(self, model: ReplicatedModel, call: Call[T], among: Sequence[Connection]) -> None:
+        self.model = model
+        self.call = call
+        self.among = among
+        self.tried: list[Connection] = []
+        self.started = time.monotonic()
+
+    async def run(self) -> T:
+        """The reply. Raises ServerError, and EngineError where all servers are gone."""
+        import tenacity
+
+        self.backoff = tenacity.wait_random_exponential(_SHORTEST_WAIT, _LONGEST_WAIT)
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(
+                lambda error: isinstance(error, AttemptFailed) and not error.is_final
+            ),
+            wait=self._wait,
+            stop=self._is_last,
+            before_sleep=self._count,
+            reraise=True,
+        )
+        try:
+            return await retrying(self._attempt)
+        except AttemptFailed as failure:
+            self.model.statistics.failed += 1
+            text = f"server {failure.url}: {failure.kind}: {failure.reason}"
+            message = f"{text}; {_ADVICE[failure.kind]}"
+            if failure.is_down and await self._is_lost():
+                raise EngineError(f"{message}. No server of this model answers") from failure
+            raise ServerError(message, failure.kind) from failure
+
+    async def _attempt(self) -> T:
+        connection = self.model.next_connection(self.among, self.tried)
+        try:
+            answer = await connection.attempt(self.call)
+        except AttemptFailed as failure:
+            if failure.is_down:
+                self.model.note_down(connection)
+            self.tried.append(connection)
+            raise
+        self.model.answered_at = time.monotonic()
+        return answer
+
+    async def _is_lost(self) -> bool:
+        """Whether no server has answered anything since this request began, nor does now."""
+        if self.model.answered_at > self.started:
+            return False
+        for connection in self.among:
+            with contextlib.suppress(AttemptFailed):
+                await connection.attempt(Call("/v1/models", lambda reply: reply))
+                return False
+        return True
+
+    def _wait(self, state: RetryCallState) -> float:
+        """Seconds until the next attempt: none, where another server was not tried yet."""
+        if len({*self.tried}) < len(self.among):
+            return 0.0
+        self.tried.clear()
+        failure = _failure(state)
+        longest = min(_LONGEST_WAIT, self.model.access.retry_seconds / _MOST_ATTEMPTS)
+        if not failure.may_take_long:
+            longest = min(longest, _WAIT_FOR_BETTER)
+        return (failure.retry_after or 0.0) + min(longest, float(self.backoff(state)))
+
+    def _is_last(self, state: RetryCallState) -> bool:
+        failure = _failure(state)
+        if (failure.retry_after or 0.0) > self.model.access.retry_seconds:
+            return True
+        if failure.may_take_long:
+            seconds = time.monotonic() - self.started + state.upcoming_sleep
+            has_waited = seconds >= self.model.access.retry_seconds
+            return has_waited and state.attempt_number >= _FEWEST_ATTEMPTS
+        return state.attempt_number >= _MOST_ATTEMPTS
+
+    def _count(self, state: RetryCallState) -> None:
+        self.model.statistics.retries += 1
+
+
+async def _all(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of requests that are in flight at once. Where one fails, none stays."""
+    tasks = [asyncio.create_task(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _failure(state: RetryCallState) -> AttemptFailed:
+    assert state.outcome is not None
+    failure = state.outcome.exception()
+    assert isinstance(failure, AttemptFailed)
+    return failure
+
+
+def _check_same(first: Probed, other: Probed) -> None:
+    """Raises ConfigError where two servers do not serve the same model."""
+    for name in ("kind", "name", "context_length", "max_top_k", "vocab_size"):
+        one, two = getattr(first.facts, name), getattr(other.facts, name)
+        if one != two:
+            raise ConfigError(
+                f"servers of one model differ: {name} is {one} at {first.url} "
+                f"and {two} at {other.url}"
+            )
+    if difference := first.difference(other):
+        raise ConfigError(
+            f"servers of one model differ: {difference} at {first.url} and {other.url}; "
+            "do they have the same weights?"
+        )

@@ -1,0 +1,292 @@
+"""One completion from two servers, in rounds that ask both at once.
+
+In a round one server, the drafter, is asked for the next list and drafts on from there; the other
+gives the lists of what was drafted in the round before. The drafter is the student, or the only
+model. A path is what the drafter alone would draw with the text's noise, as far as its likeliest
+tokens led there. Tokens are drawn from the lists of both models and the noise, path or no path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from optimal_sampling.engines.base import prompt_problem
+from optimal_sampling.engines.servers.drafting import DraftWidth
+from optimal_sampling.engines.servers.mixing import DrawnToken, ListMixer
+from optimal_sampling.engines.servers.model import DraftedToken, ServedModel, TokenList
+from optimal_sampling.engines.servers.replicas import AFFINITY
+from optimal_sampling.errors import ServerError
+from optimal_sampling.types import (
+    LIST_FIELDS,
+    TRACE_FIELDS,
+    Completion,
+    FinishReason,
+    Request,
+    TokenTrace,
+)
+
+__all__ = ["OnToken", "PairCounts", "ServedPair", "TextRow"]
+
+T = TypeVar("T")
+
+OnToken = Callable[[DrawnToken], Awaitable[bool]]
+"""Awaited with every token drawn; True ends the text."""
+
+_WIDENED = 4
+"""How many times the tokens of a list to ask for, where its bound is above the tolerance."""
+
+
+@dataclass(slots=True)
+class PairCounts:
+    """Counts of the latest `generate` call."""
+
+    rounds: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    """Tokens of paths."""
+    accepted: int = 0
+    """Of these, drawn."""
+    asked_again: int = 0
+    """Tokens for which longer lists were asked for."""
+    above: int = 0
+    """Tokens whose bound is above the tolerance all the same."""
+    bounds: float = 0.0
+    """Sum over the tokens."""
+    largest_bound: float = 0.0
+
+    @property
+    def mean_bound(self) -> float:
+        """Mean over the tokens."""
+        return self.bounds / self.tokens if self.tokens else 0.0
+
+
+@dataclass(slots=True)
+class ServedPair:
+    """Two served models, or one, and how to draw from them."""
+
+    models: Mapping[str, ServedModel]
+    """By role, the drafter first. Started."""
+    mixer: ListMixer
+    top_k: int
+    tolerance: float | None
+    """Bound above which longer lists are asked for."""
+    stop_ids: frozenset[int]
+    contexts: Mapping[str, int | None]
+    """By role, most tokens of a text."""
+    rows: Mapping[str, int]
+    """By role, ids that prompts may have lie below."""
+    width: DraftWidth
+    counts: PairCounts = field(default_factory=PairCounts)
+
+    def problem(self, request: Request) -> str:
+        """Why a request cannot be served; "" if it can."""
+        return prompt_problem(
+            list(self.models),
+            [request.prompt_ids(role) for role in self.models],
+            [self.contexts[role] for role in self.models],
+            [self.rows[role] for role in self.models],
+        )
+
+    def list_length(self, role: str) -> int:
+        """Tokens of a list that are asked for at first."""
+        most = self.models[role].facts.max_top_k
+        return most if self.top_k < 0 else min(self.top_k, most)
+
+    def count(self, drawn: DrawnToken) -> None:
+        """Count a token that was drawn."""
+        self.counts.tokens += 1
+        self.counts.bounds += drawn.bound
+        self.counts.largest_bound = max(self.counts.largest_bound, drawn.bound)
+
+    async def complete(self, request: Request, on_token: OnToken | None = None) -> Completion:
+        """The completion of a request, which may be a failed one."""
+        problem = self.problem(request)
+        if problem:
+            return Completion.failed(request, problem)
+        return await TextRow(request, self, on_token).complete()
+
+
+class TextRow:
+    """A request in progress."""
+
+    def __init__(self, request: Request, pair: ServedPair, on_token: OnToken | None = None) -> None:
+        self.request = request
+        self.pair = pair
+        self.on_token = on_token
+        self.tokens: list[int] = []
+        self.trace: list[tuple[float, ...]] = []
+        self.path: list[DraftedToken] = []
+        self.reason: FinishReason | Literal[""] = ""
+        rooms = [
+            context - len(request.prompt_ids(role))
+            for role, context in pair.contexts.items()
+            if context is not None
+        ]
+        self.limit = min([request.max_new_tokens, *rooms])
+
+    async def complete(self) -> Completion:
+        """All rounds, until the text ends or a server does not answer."""
+        started = time.perf_counter()
+        AFFINITY.set(self.request.noise_key)
+        error = ""
+        try:
+            while not self.reason:
+                await self._round()
+        except ServerError as failure:
+            self.reason, error = "error", str(failure)
+        trace = TokenTrace.from_rows(self.trace, TRACE_FIELDS + LIST_FIELDS)
+        seconds = time.perf_counter() - started
+        assert self.reason
+        return Completion(self.request, tuple(self.tokens), self.reason, trace, error, seconds)
+
+    async def _round(self) -> None:
+        """Ask the servers, and draw as far as the lists reach."""
+        self.pair.counts.rounds += 1
+        path = self.path
+        drafter, *others = self.pair.models
+        requests = [self._draft(drafter), *map(self._score, others)]
+        drafted, *scored = await _together(*requests)
+        for place, first in enumerate([*path, drafted[0]]):
+            drawn = await self._drawn([first.choices, *(lists[place] for lists in scored)])
+            await self._append(drawn, first.choices)
+            if self.reason:
+                return
+            if drawn.token != first.token:
+                self.path = []
+                return
+            self.pair.counts.accepted += place < len(path)
+        self.path = self._path(drafted[1:])
+
+    async def _draft(self, role: str) -> list[DraftedToken]:
+        """What the drafter finds likeliest after the path, with its lists; at least one token."""
+        model, width = self.pair.models[role], self.pair.width
+        prefix = [*self._text(role), *(each.token for each in self.path)]
+        count = min(width.choose(), self.limit - len(self.tokens) - len(self.path))
+        top_k = self.pair.list_length(role)
+        started = time.perf_counter()
+        if count == 1:
+            choices = await _of(role, model.next_tokens(prefix, top_k))
+            drafted = [DraftedToken(_likeliest(choices), choices)]
+        else:
+            request = model.draft(prefix, count, top_k, temperature=0.0, seed=0)
+            drafted = await _of(role, request)
+        width.observe_drafting(len(drafted), time.perf_counter() - started)
+        return drafted
+
+    async def _score(self, role: str) -> list[TokenList]:
+        """The lists of every token of the path, and of the one after it."""
+        model, tokens = self.pair.models[role], [each.token for each in self.path]
+        top_k = self.pair.list_length(role)
+        started = time.perf_counter()
+        if tokens:
+            lists = await _of(role, model.score(self._text(role), tokens, top_k))
+        else:
+            lists = [await _of(role, model.next_tokens(self._text(role), top_k))]
+        self.pair.width.observe_scoring(len(lists), time.perf_counter() - started)
+        return lists
+
+    async def _drawn(self, lists: Sequence[TokenList]) -> DrawnToken:
+        """A token; from longer lists where the bound is above the tolerance."""
+        pair, tolerance = self.pair, self.pair.tolerance
+        drawn = pair.mixer.draw(lists, self.request.noise_key, len(self.tokens))
+        if tolerance is None or drawn.bound <= tolerance:
+            return drawn
+        pair.counts.asked_again += 1
+        wanted = {role: _Wanted(pair.list_length(role)) for role in pair.models}
+        while drawn.bound > tolerance:
+            if not _grow(pair.models, wanted, drawn.missing):
+                pair.counts.above += 1
+                break
+            lists = await _together(*(self._longer(role, wanted[role]) for role in pair.models))
+            drawn = pair.mixer.draw(lists, self.request.noise_key, len(self.tokens))
+        return drawn
+
+    async def _longer(self, role: str, wanted: _Wanted) -> TokenList:
+        model, extra = self.pair.models[role], sorted(wanted.extra)
+        return await _of(role, model.next_tokens(self._text(role), wanted.top_k, extra))
+
+    def _text(self, role: str) -> list[int]:
+        return [*self.request.prompt_ids(role), *self.tokens]
+
+    async def _append(self, drawn: DrawnToken, drafter: TokenList) -> None:
+        self.tokens.append(drawn.token)
+        self.trace.append(drawn.trace)
+        self.pair.count(drawn)
+        self.pair.width.observe_token(drawn.token == _likeliest(drafter))
+        asked_to_end = self.on_token is not None and await self.on_token(drawn)
+        if drawn.token in self.pair.stop_ids or asked_to_end:
+            self.reason = "stop"
+        elif len(self.tokens) == self.limit:
+            self.reason = "length"
+
+    def _path(self, drafted: Sequence[DraftedToken]) -> list[DraftedToken]:
+        """What the drafter alone would draw, as far as it drafted that."""
+        path: list[DraftedToken] = []
+        room = self.limit - len(self.tokens) - 1
+        for each in drafted[:room]:
+            position = len(self.tokens) + len(path)
+            token = self.pair.mixer.draft(each.choices, self.request.noise_key, position)
+            path.append(DraftedToken(token, each.choices))
+            if token != each.token or token in self.pair.stop_ids:
+                break
+        self.pair.counts.drafted += len(path)
+        return path
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """What a list has to hold."""
+
+    top_k: int
+    extra: set[int] = field(default_factory=set)
+
+
+def _grow(
+    models: Mapping[str, ServedModel],
+    wanted: Mapping[str, _Wanted],
+    missing: Sequence[Sequence[int]],
+) -> bool:
+    """Want more of the models; False where they have no more.
+
+    First the ids that stand in the other list alone: a few numbers, which say more than the many
+    that a longer list adds.
+    """
+    has_grown = False
+    for (role, model), ids in zip(models.items(), missing, strict=True):
+        new = {*ids} - wanted[role].extra
+        if model.facts.can_choose_ids and new:
+            wanted[role].extra |= new
+            has_grown = True
+    if has_grown:
+        return True
+    for role, model in models.items():
+        top_k = min(_WIDENED * wanted[role].top_k, model.facts.max_top_k)
+        has_grown = has_grown or top_k > wanted[role].top_k
+        wanted[role].top_k = top_k
+    return has_grown
+
+
+def _likeliest(tokens: TokenList) -> int:
+    return int(tokens.ids[tokens.log_p.argmax()])
+
+
+async def _of(role: str, request: Awaitable[T]) -> T:
+    """The answer to a request. Raises ServerError that says whose server failed."""
+    try:
+        return await request
+    except ServerError as failure:
+        raise ServerError(f"the {role}'s {failure}", failure.kind) from failure
+
+
+async def _together(*requests: Awaitable[Any]) -> list[Any]:
+    """The answers of requests in flight at once; where one fails, the others are given up."""
+    tasks = [asyncio.ensure_future(request) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
