@@ -51,13 +51,14 @@ function textOf(detail, metric, metrics, marks) {
     for (let place = from; place < to; place++) spans.append(tokenSpan(detail, place, metric, metrics, marks));
     node.append(spans);
   };
-  const most = detail.unit === "none" ? detail.pieces.length : Math.min(LONGEST, detail.pieces.length);
+  const most = detail.unit === "none" || detail.isWhole ? detail.pieces.length : Math.min(LONGEST, detail.pieces.length);
   add(0, most);
   if (most === detail.pieces.length) {
     if (end) node.append(end);
     return [node];
   }
   const rest = el("button", { type: "button", class: "rest", onclick: () => {
+    detail.isWhole = true; // also in another colour
     add(most, detail.pieces.length);
     if (end) node.append(end);
     rest.remove();
