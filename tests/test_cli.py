@@ -37,6 +37,7 @@ from optimal_sampling.engines.servers.launch import ServersCommand
 from optimal_sampling.evaluate import EvaluateConfig
 from optimal_sampling.records.export import ExportOptions
 from optimal_sampling.records.store import Lock
+from optimal_sampling.report import ReportOptions, ShowOptions
 from optimal_sampling.serve import ServeConfig
 from optimal_sampling.train import parse_sft
 
@@ -273,6 +274,8 @@ def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
         "evaluate": partial(_parse, "evaluate", EvaluateConfig()),
         "verify": partial(_parse, "verify", VerifyCommand()),
         "status": partial(_parse, "status", StatusOptions()),
+        "report": partial(_parse, "report", ReportOptions()),
+        "show": partial(_parse, "show", ShowOptions()),
         "merge": partial(_parse, "merge", MergeOptions()),
         "export": partial(_parse, "export", ExportOptions()),
         "sft": partial(parse_sft, program="sft"),

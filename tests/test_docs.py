@@ -178,7 +178,7 @@ def test_commands_are_in_marked_blocks():
 
 RECORD = """
 command_not_found_handle() {
-    printf '%s\\0' "$@" >> "$TO"; printf '\\n\\0' >> "$TO"
+    printf '%s\\0' "$@" $'\\n' >> "$TO"  # in one write, as background jobs write too
 }
 PATH=/nowhere
 set -eu
