@@ -274,8 +274,6 @@ def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
         "evaluate": partial(_parse, "evaluate", EvaluateConfig()),
         "verify": partial(_parse, "verify", VerifyCommand()),
         "status": partial(_parse, "status", StatusOptions()),
-        "report": partial(_parse, "report", ReportOptions()),
-        "show": partial(_parse, "show", ShowOptions()),
         "merge": partial(_parse, "merge", MergeOptions()),
         "export": partial(_parse, "export", ExportOptions()),
         "sft": partial(parse_sft, program="sft"),
@@ -283,6 +281,8 @@ def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
         "bench": partial(parse_bench, program="bench"),
         "serve": partial(_parse, "serve", ServeConfig()),
         "servers": partial(_parse, "servers", ServersCommand()),
+        "report": partial(_parse, "report", ReportOptions()),
+        "show": partial(_parse, "show", ShowOptions()),
     }
     assert EXAMPLES.keys() == parsers.keys() == COMMANDS.keys()
     for command, text in EXAMPLES.items():

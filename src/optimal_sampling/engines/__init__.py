@@ -86,4 +86,4 @@ def check_pair(
             f"{models.teacher!r} have different tokenizers: use the engine local, which mixes them "
             "byte by byte (docs/tokenizers.md)"
         )
-    check_byte_options(mixture, options)
+    check_byte_options(mixture, options, mode)

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from optimal_sampling import OptimalSamplingModel, OptimalSamplingV1, load
 from optimal_sampling.config import (
     DataConfig,
+    FleetConfig,
     GenerateConfig,
     LocalOptions,
     MixtureConfig,
@@ -107,6 +109,24 @@ def test_one_model_alone(tmp_path, student_folder):
         found = records(tmp_path / mode)
         assert {record["granularity"] for record in found} == {granularity}
         assert {record["error"] for record in found} == {""}
+
+
+@pytest.mark.slow
+def test_a_fleet_makes_the_same_records(tmp_path, student_folder):
+    """Guards: workers that mix tokens, or whose completions lose what bytes have."""
+    alone = run(tmp_path / "alone", student_folder, byte_lists=True)
+    fleet = replace(
+        run(tmp_path / "fleet", student_folder, byte_lists=True), fleet=FleetConfig(workers=2)
+    )
+    found = []
+    for config in (alone, fleet):
+        generate(config)
+        kept = [
+            {name: value for name, value in record.items() if name not in ("seconds", "checksum")}
+            for record in records(Path(config.run.output_dir))
+        ]
+        found.append({record["id"]: record for record in kept})
+    assert found[0] == found[1]
 
 
 def test_which_engine_and_which_refuse(student_folder):
