@@ -84,7 +84,7 @@ class EnhancedCoordinatorConfig:
     """Most prompts in progress at once."""
     request_timeout: float = 60.0
     """Seconds after which an answer is no longer waited for."""
-    retry_seconds: float = 120.0
+    retry_seconds: float = 300.0
     """Seconds during which a request that a server does not answer is sent again."""
 
     def __post_init__(self) -> None:
