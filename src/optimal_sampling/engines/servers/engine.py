@@ -25,6 +25,7 @@ from optimal_sampling.vocabulary import Vocabulary
 __all__ = [
     "LoopThread",
     "ServersEngine",
+    "check_text",
     "close_models",
     "served_facts",
     "served_models",
@@ -96,7 +97,7 @@ async def start_models(models: Mapping[str, ServedModel]) -> None:
     await asyncio.gather(*tasks.values(), return_exceptions=True)
     for role, task in tasks.items():
         error = task.exception()
-        if isinstance(error, ServerError):
+        if isinstance(error, ServerError | EngineError):
             raise EngineError(f"the {role}'s {error}") from error
         if error is not None:
             raise error
