@@ -81,7 +81,7 @@ def figures_text(figures: Mapping[str, float]) -> str:
     for name, value in figures.items():
         title = name.removesuffix("_ms").replace("_", " ")
         if name.endswith("_ms"):
-            parts.append(f"{title} {value:.3g} ms")
+            parts.append(f"{title} {value:,.0f} ms" if value >= 10 else f"{title} {value:.2g} ms")
         elif value:
             parts.append(f"{title} {value:,.0f}")
     return ", ".join(parts)
