@@ -461,6 +461,7 @@ class ServersOptions(EngineOptions):
             "teacher_api_key_env",
             "student_api_key_env",
             "server_timeout",
+            "server_retry_seconds",
         }
     )
     loads_models = False
@@ -491,10 +492,12 @@ class ServersOptions(EngineOptions):
     """Most requests in flight at once."""
     server_timeout: float = 60.0
     """Seconds after which an answer of a server is no longer waited for."""
+    server_retry_seconds: float = 120.0
+    """Seconds during which a request that a server does not answer is sent again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_range("tv_tolerance server_timeout", 0, above=True)
+        self._check_range("tv_tolerance server_timeout server_retry_seconds", 0, above=True)
         if self.server_top_k != -1 and self.server_top_k < 1:
             raise ConfigError(
                 f"server_top_k must be -1 (all tokens) or at least 1, got {self.server_top_k}"

@@ -28,8 +28,8 @@ __all__ = ["CoordinatorResult", "EnhancedCoordinatorConfig", "EnhancedDualVLLMCo
 
 _UNKNOWN_VOCABULARY = 1 << 31
 _HISTORIES = {
-    "kl_theta_history": "kl_student",
-    "kl_t_history": "kl_teacher",
+    "kl_theta_history": "kl_student_restricted",
+    "kl_t_history": "kl_teacher_restricted",
     "ess_theta_history": "ess_student",
     "ess_t_history": "ess_teacher",
     "entropy_history": "entropy",
@@ -76,6 +76,8 @@ class EnhancedCoordinatorConfig:
     """Most prompts in progress at once."""
     request_timeout: float = 60.0
     """Seconds after which an answer is no longer waited for."""
+    retry_seconds: float = 120.0
+    """Seconds during which a request that a server does not answer is sent again."""
 
     def __post_init__(self) -> None:
         check_mixture(self.mixture)
@@ -128,6 +130,7 @@ class EnhancedCoordinatorConfig:
             draft_tokens=self.draft_tokens,
             batch_size=self.max_concurrent_requests,
             server_timeout=self.request_timeout,
+            server_retry_seconds=self.retry_seconds,
         )
 
 
@@ -150,9 +153,10 @@ class CoordinatorResult:
     error: str = ""
     """Why the prompt failed."""
     kl_theta_history: list[float] = field(default_factory=list)
-    """KL(q || p_theta), nats. This and all below with `return_diagnostics`."""
+    """KL(q || p_theta), nats, with p_theta restricted to the teacher's nucleus where both are. This
+    and all below with `return_diagnostics`."""
     kl_t_history: list[float] = field(default_factory=list)
-    """KL(q || p_t), nats."""
+    """KL(q || p_t), likewise."""
     ess_theta_history: list[float] = field(default_factory=list)
     ess_t_history: list[float] = field(default_factory=list)
     ess_ratio_history: list[float] = field(default_factory=list)

@@ -22,6 +22,7 @@ from optimal_sampling.engines.servers.dialect import Call
 from optimal_sampling.engines.servers.engine import ServersEngine
 from optimal_sampling.engines.servers.launch import ServersCommand, server_processes, started
 from optimal_sampling.engines.servers.pool import ClientPool
+from optimal_sampling.engines.servers.replicas import ReplicatedModel
 from optimal_sampling.engines.servers.replies import field
 from optimal_sampling.engines.servers.server_process import ServerProcess, free_port
 from optimal_sampling.engines.servers.statistics import ServerStatistics
@@ -36,8 +37,9 @@ MIXTURE = "vLLM's server of q*"
 TEACHER = "the teacher alone"
 _PATIENCE = 600.0
 _LONGEST_REQUEST = 600.0
-_PROMPTS_PER_TEXT = 2
 _FEWEST_PROMPTS = 8
+_MOST_PROMPTS = 64
+"""More where so many texts are drawn at once; otherwise two for each of them."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def run(options: ServersBenchOptions, report: Report) -> None:
         engine = ServersEngine.load(options.models, MixtureConfig(), served, pair.vocabulary)
         with engine:
             for count in options.sequences:
-                prompts = max(_FEWEST_PROMPTS, _PROMPTS_PER_TEXT * count)
+                prompts = max(_FEWEST_PROMPTS, count, min(2 * count, _MOST_PROMPTS))
                 requests = pair.workload(prompts).requests
                 _measure(options, report, engine, urls, (count, requests))
 
@@ -140,10 +142,12 @@ def _drawn(engine: ServersEngine, requests: Sequence[Request]) -> int:
 
 
 def _drawn_in_rounds(engine: ServersEngine, requests: Sequence[Request], rounds: Rounds) -> int:
+    models = [model for model in engine.models.values() if isinstance(model, ReplicatedModel)]
+    for model in models:
+        model.statistics.clear()
     tokens = _drawn(engine, requests)
     rounds.tokens_per_round = tokens / engine.counts.rounds
-    latencies = [model.figures()["latency_p50_ms"] for model in engine.models.values()]
-    rounds.seconds = max(latencies) / 1e3
+    rounds.seconds = max(model.statistics.latencies.percentile(50) for model in models)
     return tokens
 
 

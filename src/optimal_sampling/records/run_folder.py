@@ -72,6 +72,7 @@ MAY_DIFFER = frozenset(
         "teacher_api_key_env",
         "student_api_key_env",
         "server_timeout",
+        "server_retry_seconds",
     }
 )
 """Options that a later call on the same folder may change.

@@ -90,7 +90,7 @@ def proxies(urls, **options):
 def failures(figures):
     """Attempts that failed because of a fault."""
     names = [name for name in figures if name.startswith("errors_") or name == "idle_cuts"]
-    return sum(figures[name] for name in names if name != "errors_rejected")  # the probe's own
+    return sum(figures[name] for name in names)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,9 @@ def test_texts_through_faults(count, at_once):
     made = {role: proxy.made for role, proxy in broken.items()}
     print(count, "texts;", figures, made)
     for role, each in figures.items():
-        assert failures(each) >= made[role].total() > each["requests"] / 40
+        assert (
+            failures(each) >= made[role].total() > each["requests"] / 40
+        )  # a half was asked before
 
 
 def test_a_text_that_fails_for_good_says_why():

@@ -60,6 +60,7 @@ BAD_VLLM = {
     "texts in place of ids": changed(GOOD_VLLM, *TOP, 0, value={"!": -0.2, "a": -2, "b": -3}),
     "a short list": changed(GOOD_VLLM, *TOP, 0, value={"token_id:1": -0.5}),
     "a text as number": changed(GOOD_VLLM, *TOP, 0, "token_id:41", value="-0.25"),
+    "a huge id": changed(GOOD_VLLM, *TOP, 0, f"token_id:{10**30}", value=-9.0),
     "NaN": changed(GOOD_VLLM, *TOP, 0, "token_id:41", value=float("nan")),
     "a probability above 1": changed(GOOD_VLLM, *TOP, 0, "token_id:41", value=0.5),
     "logits": changed(
@@ -103,7 +104,15 @@ def test_chosen_ids_have_to_be_there():
 
 @pytest.mark.parametrize(
     "content",
-    [b'{"choices": [', b"<html>", b"", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": 1, "a": 2}'],
+    [
+        b'{"choices": [',
+        b"[" * 9999,
+        b"<html>",
+        b"",
+        b'{"a": NaN}',
+        b'{"a": Infinity}',
+        b'{"a": 1, "a": 2}',
+    ],
 )
 def test_json_that_is_broken_is_refused(content):
     """Guards: half a reply, NaN, and a name that occurs twice, of which json keeps the last."""

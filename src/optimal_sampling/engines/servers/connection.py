@@ -16,6 +16,7 @@ from optimal_sampling.engines.servers.limit import AdaptiveLimit
 from optimal_sampling.engines.servers.pool import ClientPool
 from optimal_sampling.engines.servers.replies import BadReply, FailureKind, decoded, shown
 from optimal_sampling.engines.servers.statistics import ServerStatistics
+from optimal_sampling.errors import UserError
 
 if TYPE_CHECKING:
     import httpx
@@ -172,6 +173,11 @@ class Connection:
             return call.read(decoded(content))
         except BadReply as error:
             raise self._failed(error.kind, f"{call.path}: {error}") from error
+        except UserError:
+            raise
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            reason = f"{call.path}: {type(error).__name__}: {error}"
+            raise self._failed("invalid", reason) from error
 
     def _failed(
         self, kind: FailureKind, reason: str, retry_after: float | None = None

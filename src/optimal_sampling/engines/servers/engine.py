@@ -84,6 +84,7 @@ def served_models(
             key=None if variable is None else ApiKey.from_environment(variable),
             vocab_size=vocab_size,
             deadline=options.server_timeout,
+            retry_seconds=options.server_retry_seconds,
         )
         models[role] = ReplicatedModel(access)
     return models

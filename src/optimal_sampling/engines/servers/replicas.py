@@ -91,6 +91,7 @@ class ReplicatedModel(ServedModel):
             _check_same(found[0], other)
         self.facts: ServedFacts = found[0].facts
         self._dialect = found[0].dialect
+        self.statistics.clear()  # what the start has tried is none of the run
 
     async def _probed(self, connection: Connection) -> Probed:
         """What one server offers. Raises ServerError, ConfigError."""

@@ -44,6 +44,7 @@ T = TypeVar("T")
 _SHOWN = 200
 _LOWEST = -9999.0
 """What vLLM writes for -inf."""
+_MOST_IDS = 1 << 31
 _SLACK = 1e-3
 """By how much rounding may lift a sum of probabilities above 1."""
 
@@ -67,7 +68,7 @@ def decoded(content: bytes) -> Any:
     """The JSON of a reply. Raises BadReply, also for NaN and for names that occur twice."""
     try:
         return json.loads(content, object_pairs_hook=_distinct, parse_constant=_no_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         text = shown(content[:_SHOWN].decode(errors="replace"))
         raise BadReply(f"the reply is no JSON ({error}): {text!r}", "malformed") from error
 
@@ -114,6 +115,8 @@ def token_list(
     `vocab_size` on are padding and left out. `rows`: number of ids with padding, where all were
     asked for; what is left is then normalised.
     """
+    if not all(0 <= token < _MOST_IDS for token in log_p):
+        raise BadReply(f"token ids of a list: {shown([*log_p])}")
     ids = np.fromiter(log_p, np.int64, len(log_p))
     values = np.array([_checked(each) for each in log_p.values()], np.float64)
     order = np.lexsort((ids, -values))

@@ -198,11 +198,7 @@ class TextRow:
         pair.counts.asked_again += 1
         wanted = {role: _Wanted(pair.list_length(role)) for role in pair.models}
         while drawn.bound > tolerance:
-            grown = [
-                wanted[role].grow(model, missing)
-                for (role, model), missing in zip(pair.models.items(), drawn.missing, strict=True)
-            ]
-            if not any(grown):
+            if not _grow(pair.models, wanted, drawn.missing):
                 pair.counts.above += 1
                 break
             lists = await _together(*(self._longer(role, wanted[role]) for role in pair.models))
@@ -248,13 +244,30 @@ class _Wanted:
     top_k: int
     extra: set[int] = field(default_factory=set)
 
-    def grow(self, model: ServedModel, missing: Sequence[int]) -> bool:
-        """Ask for more of a model; False where it has no more."""
-        top_k = min(_WIDENED * self.top_k, model.facts.max_top_k)
-        extra = self.extra | {*missing} if model.facts.can_choose_ids else self.extra
-        has_grown = (top_k, extra) != (self.top_k, self.extra)
-        self.top_k, self.extra = top_k, extra
-        return has_grown
+
+def _grow(
+    models: Mapping[str, ServedModel],
+    wanted: Mapping[str, _Wanted],
+    missing: Sequence[Sequence[int]],
+) -> bool:
+    """Want more of the models; False where they have no more.
+
+    First the ids that stand in the other list alone: a few numbers, which say more than the many
+    that a longer list adds.
+    """
+    has_grown = False
+    for (role, model), ids in zip(models.items(), missing, strict=True):
+        new = {*ids} - wanted[role].extra
+        if model.facts.can_choose_ids and new:
+            wanted[role].extra |= new
+            has_grown = True
+    if has_grown:
+        return True
+    for role, model in models.items():
+        top_k = min(_WIDENED * wanted[role].top_k, model.facts.max_top_k)
+        has_grown = has_grown or top_k > wanted[role].top_k
+        wanted[role].top_k = top_k
+    return has_grown
 
 
 def _likeliest(tokens: TokenList) -> int:

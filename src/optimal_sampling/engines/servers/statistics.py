@@ -50,6 +50,10 @@ class ServerStatistics:
     latencies: Latencies = field(default_factory=Latencies)
     """Of attempts that were answered, waiting for a place among those in flight left out."""
 
+    def clear(self) -> None:
+        """Count from zero."""
+        vars(self).update(vars(ServerStatistics()))
+
     def answered(self, seconds: float) -> None:
         """Count a request that was answered."""
         self.requests += 1

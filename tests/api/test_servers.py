@@ -1,0 +1,202 @@
+"""`EnhancedDualVLLMCoordinator` over two fake servers."""
+
+import asyncio
+import warnings
+
+import numpy as np
+import pytest
+
+from optimal_sampling.api.servers import EnhancedCoordinatorConfig, EnhancedDualVLLMCoordinator
+from optimal_sampling.engines.servers.fake_server import FakeModel, FakeServer, random_tables
+from optimal_sampling.errors import (
+    ConfigError,
+    EngineError,
+    ServerError,
+    TokenizerMismatchError,
+)
+
+PROMPTS = ["one", "two", "three", "one"]
+
+
+@pytest.fixture(scope="module")
+def urls():
+    student, teacher = random_tables(30)
+    with FakeServer(FakeModel(student)) as theta, FakeServer(FakeModel(teacher)) as t:
+        yield {"theta_url": theta.url, "t_url": t.url}
+
+
+def run(work, **options):
+    """What an async function of a coordinator gives."""
+
+    async def main():
+        config = EnhancedCoordinatorConfig(**options)
+        async with EnhancedDualVLLMCoordinator(config) as coordinator:
+            return await work(coordinator)
+
+    return asyncio.run(main())
+
+
+def batch(*prompts, **options):
+    return lambda each: each.generate_batch_dual_prompts(*prompts, **options)
+
+
+def test_results_have_a_number_per_token(urls):
+    """Guards: histories that are short, that stay empty, or that are of another row."""
+    results = run(batch(PROMPTS, max_tokens=15, return_diagnostics=True), **urls)
+    assert len(results) == 4
+    for each in results:
+        histories = [value for name, value in vars(each).items() if name.endswith("_history")]
+        assert len(histories) == 10
+        assert {len(history) for history in histories} == {each.num_tokens}
+        assert each.alpha_history[0] == 1.0
+        assert max(each.alpha_history[1:], default=0.5) < 1.0
+        gaps = np.subtract(each.kl_theta_history, each.kl_t_history)
+        assert np.abs(gaps[1:]).max(initial=0) < 1e-4
+        assert each.error == ""
+    assert results[0].generated_ids != results[3].generated_ids
+    short = run(batch(PROMPTS, max_tokens=15), **urls)
+    assert [each.generated_ids for each in short] == [each.generated_ids for each in results]
+    assert short[0].alpha_history == results[0].alpha_history
+    assert short[0].kl_t_history == []
+
+
+def test_each_model_sees_its_own_prompt(urls):
+    """Guards: one prompt that is sent to both servers."""
+    same = run(batch(["ab"], max_tokens=20), **urls)
+    dual = run(batch(["ab"], ["ab!"], max_tokens=20), **urls)
+    swapped = run(batch(["ab!"], ["ab"], max_tokens=20), **urls)
+    alphas = [each[0].alpha_history for each in (same, dual, swapped)]
+    assert len({tuple(history) for history in alphas}) == 3
+    with pytest.raises(ConfigError, match="1 prompts but 2 prompts_t"):
+        run(batch(["ab"], ["a", "b"]), **urls)
+
+
+def test_presets_change_what_is_drawn(urls):
+    """Guards: a constraint that is not applied."""
+    found = {}
+    for name in ("conservative", "exploratory"):
+        config = getattr(EnhancedCoordinatorConfig, name)(**urls)
+        results = run(batch(PROMPTS, max_tokens=25, return_diagnostics=True), **vars(config))
+        found[name] = np.mean([x for each in results for x in each.entropy_history])
+    assert found["conservative"] < found["exploratory"]
+    assert EnhancedCoordinatorConfig() == EnhancedCoordinatorConfig.balanced()
+    assert EnhancedCoordinatorConfig.conservative(top_k=5).top_k == 5
+
+
+def test_a_stop_string_ends_the_text_before_it(urls):
+    """Guards: text that goes on, or that keeps the stop string."""
+    [whole] = run(batch(["ab"], max_tokens=40), **urls)
+    middle = whole.generated_text[3:5]
+    [cut] = run(batch(["ab"], max_tokens=40, stop=[middle, "zzzz"]), **urls)
+    assert cut.generated_text == whole.generated_text.partition(middle)[0]
+    assert cut.finish_reason == "stop"
+    assert cut.num_tokens < whole.num_tokens
+    assert cut.generated_ids == whole.generated_ids[: cut.num_tokens]
+
+
+def test_a_stream_gives_the_text_of_the_batch(urls):
+    """Guards: pieces that are lost, repeated, or contain a part of the stop string."""
+
+    async def both(coordinator):
+        async def streamed(**options):
+            stream = coordinator.generate_stream("ab", max_tokens=40, **options)
+            return [piece async for piece in stream]
+
+        [whole] = await coordinator.generate_batch_dual_prompts(["ab"], max_tokens=40)
+        stop = whole.generated_text[5:8]
+        return whole.generated_text, stop, await streamed(), await streamed(stop=stop)
+
+    whole, stop, pieces, cut = run(both, **urls)
+    assert "".join(pieces) == whole
+    assert len(pieces) > 5
+    assert "".join(cut) == whole.partition(stop)[0]
+
+
+def test_leaving_a_stream_gives_it_up(urls):
+    """Guards: a text that is generated to its end for nobody."""
+
+    async def work(coordinator):
+        stream = coordinator.generate_stream("ab", max_tokens=4000)
+        async for _ in stream:
+            break
+        await stream.aclose()
+        before = coordinator.get_statistics()["tokens"]
+        await asyncio.sleep(0.2)
+        return before, coordinator.get_statistics()["tokens"]
+
+    student, teacher = random_tables(30)
+    endless = {"stop_ids": frozenset()}
+    with (
+        FakeServer(FakeModel(student, **endless)) as theta,
+        FakeServer(FakeModel(teacher, **endless)) as t,
+    ):
+        before, after = run(work, theta_url=theta.url, t_url=t.url)
+    assert before == after < 4000
+
+
+def test_statistics_count_requests_and_tokens(urls):
+    """Guards: statistics that are not of this coordinator."""
+
+    async def work(coordinator):
+        results = await coordinator.generate_batch_dual_prompts(PROMPTS, max_tokens=10)
+        return sum(each.num_tokens for each in results), coordinator.get_statistics()
+
+    tokens, found = run(work, **urls)
+    assert (found["prompts"], found["failed_prompts"], found["success_rate"]) == (4, 0, 1.0)
+    assert found["tokens"] == tokens
+    assert found["rounds"] <= tokens
+    assert found["theta"]["requests"] > found["rounds"]
+    assert 0 <= found["tv_bound_mean"] <= found["tv_bound_max"] <= 1
+
+
+def test_a_failed_prompt_leaves_the_others(urls):
+    """Guards: one long prompt that ends the batch, a cause that is lost."""
+    with pytest.warns(UserWarning, match="1 of 2 prompts failed; prompt 1: the student's prompt"):
+        results = run(batch(["ab", "a" * 5000], max_tokens=5), **urls)
+    assert [bool(each.error) for each in results] == [False, True]
+    assert results[1].finish_reason == "error"
+
+    async def stream(coordinator):
+        return [piece async for piece in coordinator.generate_stream("a" * 5000)]
+
+    with pytest.raises(ServerError, match="5000 tokens, and its context holds 4096"):
+        run(stream, **urls)
+
+
+def test_what_cannot_run_is_refused(urls):
+    """Guards: a traceback from within, a wrong option that is ignored."""
+    with pytest.raises(ConfigError, match="must be an EnhancedCoordinatorConfig"):
+        EnhancedDualVLLMCoordinator({"theta_url": "x"})
+    with pytest.raises(ConfigError, match="interleaved"):
+        EnhancedCoordinatorConfig(alpha_method="interleaved")
+    with pytest.raises(ConfigError, match="server_top_k"):
+        EnhancedCoordinatorConfig(top_k=0)
+    idle = EnhancedDualVLLMCoordinator(EnhancedCoordinatorConfig(**urls))
+    with pytest.raises(EngineError, match="not connected"):
+        asyncio.run(idle.generate_batch_dual_prompts(["a"]))
+    student, _ = random_tables(20)
+    with FakeServer(FakeModel(student)) as other, pytest.raises(TokenizerMismatchError):
+        run(batch(["a"]), theta_url=other.url, t_url=urls["t_url"])
+
+
+def test_a_server_that_is_not_there_is_named(urls, unused_port):
+    """Guards: a start that waits for ever, or does not say which server."""
+    url = f"http://127.0.0.1:{unused_port}"
+    with pytest.raises(EngineError, match=f"the teacher's server {url}"):
+        run(batch(["a"]), theta_url=urls["theta_url"], t_url=url, retry_seconds=0.2)
+
+
+@pytest.fixture
+def unused_port():
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_no_warning_without_a_failure(urls):
+    """Guards: warnings of a run that went well."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(batch(["a"], max_tokens=3), **urls)
