@@ -492,7 +492,7 @@ class ServersOptions(EngineOptions):
     """Most requests in flight at once."""
     server_timeout: float = 60.0
     """Seconds after which an answer of a server is no longer waited for."""
-    server_retry_seconds: float = 120.0
+    server_retry_seconds: float = 300.0
     """Seconds during which a request that a server does not answer is sent again."""
 
     def __post_init__(self) -> None:
