@@ -210,7 +210,7 @@ function header(entry, samples) {
 function promptOf(detail) {
   const first = detail.student || detail.teacher;
   if (!first) return "";
-  const part = (title, text) => [el("h4", { class: title.toLowerCase() }, title), el("pre", { dir: "auto" }, marked(text, false))];
+  const part = (title, text) => [el("h4", { class: title.toLowerCase() }, title), el("pre", {}, marked(text, false))];
   return el("details", { class: "prompt" }, el("summary", {}, first.slice(0, 300).replace(/\s+/g, " ")),
     detail.teacher ? [part("Student", detail.student), part("Teacher", detail.teacher)] : part("Both", detail.student));
 }
