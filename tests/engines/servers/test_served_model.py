@@ -13,7 +13,7 @@ from optimal_sampling.engines.servers.access import Access, ApiKey, base_url
 from optimal_sampling.engines.servers.limit import AdaptiveLimit
 from optimal_sampling.engines.servers.probe import PROBE_TEXTS, best_scoring, check_tokenizers
 from optimal_sampling.engines.servers.replicas import AFFINITY
-from optimal_sampling.engines.servers.statistics import Latencies
+from optimal_sampling.engines.servers.statistics import Latencies, ServerStatistics, figures_text
 from optimal_sampling.errors import ConfigError, ServerError, TokenizerMismatchError
 from tests.engines.servers.serving import SIZE, fake, run, served
 
@@ -260,6 +260,16 @@ def test_percentiles():
         latencies.add(number / 1000)
     for percent in (50, 90, 99):
         assert latencies.percentile(percent) == pytest.approx(percent / 100, rel=0.03)
+
+
+def test_figures_in_a_line():
+    """Guards: counts that a line of the summary rounds or writes as 1.2e+05."""
+    statistics = ServerStatistics(requests=123_456, retries=3)
+    statistics.errors["timeout"] = 3
+    statistics.latencies.add(0.0345)
+    text = figures_text(statistics.figures())
+    assert text.startswith("requests 123,456, retries 3, errors timeout 3, latency p50 34")
+    assert text.endswith(" ms")
 
 
 def test_importing_needs_no_httpx():
