@@ -75,6 +75,15 @@ def adversarial(rng, k=20):
     return tuple(np.log(row) for row in rows)
 
 
+def zeros(rng):
+    """Half of the ids impossible for each model; alpha near 1, where little keeps them out."""
+    rows = [3 * rng.standard_normal(VOCAB), 0.1 * rng.standard_normal(VOCAB)]
+    rows[1][:3] += 12
+    for row in rows:
+        row[3:][rng.random(VOCAB - 3) < 0.5] = -np.inf
+    return tuple(rows)
+
+
 KINDS = (language, flat, unequal, disjoint, adversarial)
 
 
@@ -215,3 +224,16 @@ def test_a_rule_without_bound_is_refused():
     rows = [normalised(row) for row in flat(np.random.default_rng(0))]
     with pytest.raises(ValueError, match="no bound is known for alpha_method interleaved"):
         of_lists(lists_of(rows, 20, True), MixtureConfig(alpha_method="interleaved"))
+
+
+@pytest.mark.parametrize("alpha", [0.998, 0.9999])
+def test_an_impossible_id_has_no_weight_near_alpha_one(alpha):
+    """Guards: log 0 as a number whose (1 - alpha)-fold is no log 0, so the student's impossible
+    ids were drawn."""
+    mixture = MixtureConfig(alpha_method="fixed", fixed_alpha=alpha)
+    rng = np.random.default_rng(0)
+    rows = [normalised(row) for row in zeros(rng)]
+    q, bound = of_lists(lists_of(rows, 200, True), mixture)
+    truth = exact(*rows, mixture)[0]
+    assert q[np.isneginf(rows[0])].max() == 0
+    assert np.abs(q - truth).sum() / 2 <= bound + ROUNDING

@@ -21,6 +21,7 @@ __all__ = ["Box", "alpha_interval", "box_of", "total_variation_bound"]
 
 _INSIDE = 1e-9  # of alpha: the ends of [0, 1] are no mixtures
 _ROUNDING = 1e-13
+_TINY = 1e-200  # in place of a sum of weights that is 0
 _GRID = 16
 _ROUNDS = 4
 _PIECES = 16
@@ -305,7 +306,7 @@ def _least_known(box: Box, exact: Flags, low: Alphas, high: Alphas) -> Alphas:
     middle = (low + high) / 2
     student, teacher = box.student[exact], box.teacher[exact]
     weight = _weights(student, teacher, middle).sum(-1)
-    slope = _psi(student, teacher, middle).sum(-1) / np.maximum(weight, math.exp(NEVER / 20))
+    slope = _psi(student, teacher, middle).sum(-1) / np.maximum(weight, _TINY)
     least: Alphas = weight * np.exp(-np.abs(slope) * (high - low) / 2)
     return least
 

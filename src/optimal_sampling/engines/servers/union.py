@@ -19,8 +19,8 @@ __all__ = ["NEVER", "ROLES", "Side", "Support", "Union", "find_support", "join",
 
 ROLES = ("student", "teacher")
 
-NEVER = -1e4
-"""Stands for log 0: its multiples by 0 are 0, and its exponential too."""
+NEVER = -1e12
+"""Stands for log 0: its multiples by 0 are 0, and exp((1 - alpha) NEVER) is 0 for alpha near 1."""
 
 _LEAST_MASS = 1e-12  # of the tail, where rounding leaves none
 _GUESS = 0.25  # of the most that an id outside of a list can have: what is taken for it
