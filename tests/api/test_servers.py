@@ -229,3 +229,14 @@ def test_no_warning_without_a_failure(urls):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(batch(["a"], max_tokens=3), **urls)
+
+
+@pytest.mark.parametrize("given", [{"max_tokens": 0}, {"max_tokens": "5"}, {"seed": "a"}])
+def test_a_stream_checks_what_it_is_given(urls, given):
+    """Guards: a stream that takes what the batch refuses."""
+
+    async def stream(coordinator):
+        return [piece async for piece in coordinator.generate_stream("ab", **given)]
+
+    with pytest.raises(ConfigError, match=next(iter(given))):
+        run(stream, **urls)

@@ -377,7 +377,10 @@ class EnhancedDualVLLMCoordinator:
 
         Leaving the loop gives the rest up. Raises ConfigError, ServerError where the prompt fails.
         """
-        [job] = _numbered([prompt_theta], [prompt_theta if prompt_t is None else prompt_t], seed)
+        teachers = None if prompt_t is None else [prompt_t]
+        student, teacher = prompt_lists([prompt_theta], teachers, "prompt_t")
+        [job] = _numbered(student, teacher, whole_number("seed", seed))
+        length = whole_number("max_tokens", max_tokens, least=1)
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         _ = self.pair
         text = _Text(self._coder, _listed("stop", stop))
@@ -391,7 +394,7 @@ class EnhancedDualVLLMCoordinator:
             sent = len(settled)
             return has_ended
 
-        work = asyncio.ensure_future(self._completed(job, max_tokens, text, on_token))
+        work = asyncio.ensure_future(self._completed(job, length, text, on_token))
         work.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             while (piece := await pieces.get()) is not None:

@@ -6,7 +6,6 @@ models, U the union of the lists, w = s^(1-alpha) t^alpha, Z the sum of w, psi =
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
