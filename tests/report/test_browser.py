@@ -49,7 +49,7 @@ def file(tmp_path_factory):
     draws[1].verdict = "wrong"
     draws[3] = Draw(HOSTILE, "wrong", row=3, top=3)
     draws[4] = Draw(STRANGE, "no_answer", row=4)
-    draws[5] = Draw(error="the prompt is <b>too long</b>", row=5)
+    draws[5] = Draw("", error="the prompt is <b>too long</b>", row=5)
     draws[6] = Draw("one\ntwo  three 🙂\tfour", "correct", row=6, top=3)
     draws[7] = Draw("7 " * 2500, "correct", row=7)
     draws[8] = Draw("x\u202eabc", "correct", row=8)

@@ -3,8 +3,8 @@
 const KEYS = [
   ["j", "next sample"],
   ["k", "previous sample"],
-  ["← →", "tokens of a text"],
-  ["Esc", "leave a text"],
+  ["← →", "tokens of a text, positions of a chart"],
+  ["Esc", "close the card"],
   ["/", "search"],
   ["c", "another colour"],
   ["d", "light or dark"],
