@@ -310,7 +310,7 @@ def test_strange_characters_are_shown(opened):
     page = opened().page
     text = sample(page, 4).locator(".text")
     marks = text.locator(".w.control").evaluate_all("all => all.map((each) => each.dataset.m)")
-    assert marks == ["␀", "␛", "‹202E›", "‹202C›"]
+    assert marks == ["NUL", "ESC", "‹202E›", "‹202C›"]
     assert "مرحبا" in text.inner_text()
     assert text.evaluate("node => getComputedStyle(node).unicodeBidi") == "plaintext"
     assert "👩‍👩‍👧" in text.evaluate("node => node.textContent")
