@@ -4,14 +4,11 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from optimal_sampling.bench.subcommands import GpuOptions
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[1] / "benchmarks" / "gpu"
@@ -87,21 +84,3 @@ def test_busy_and_idle_time_of_kernels_that_overlap(round_profile):
 def test_the_programs_of_the_mixture_are_known_by_name(round_profile):
     """Guards: a mixture whose time is counted as that of the layers."""
     assert {round_profile.kind_of(name) for name in ("mix", "finish", "draft")} == {"mixture"}
-
-
-def test_documented_commands_have_their_options():
-    """Guards: a first command on a rented GPU that is refused."""
-    text = (HERE.parents[1] / "docs" / "performance.md").read_text()
-    block = text.split("### What to run on a GPU")[1].split("```")[1]
-    commands = [line for line in block.splitlines() if line.startswith("python3")]
-    assert len(commands) == 7
-    for command in commands:
-        asked = re.findall(r"--([a-z-]+)", command)
-        script = re.search(r"benchmarks/\S+\.py", command)
-        if script:
-            source = (HERE.parents[1] / script[0]).read_text()
-            assert all(f'"--{option}"' in source for option in asked), command
-        else:
-            options = {option.replace("-", "_") for option in asked}
-            assert options <= set(GpuOptions.__dataclass_fields__), command
-            GpuOptions(budget=float(re.search(r"--budget (\d+)", command)[1]))
