@@ -37,6 +37,7 @@ from optimal_sampling.engines.servers.launch import ServersCommand
 from optimal_sampling.evaluate import EvaluateConfig
 from optimal_sampling.records.export import ExportOptions
 from optimal_sampling.records.store import Lock
+from optimal_sampling.report import ReportOptions, ShowOptions
 from optimal_sampling.serve import ServeConfig
 from optimal_sampling.train import parse_sft
 
@@ -280,6 +281,8 @@ def test_help_ends_with_examples(capsys, tmp_path, monkeypatch):
         "bench": partial(parse_bench, program="bench"),
         "serve": partial(_parse, "serve", ServeConfig()),
         "servers": partial(_parse, "servers", ServersCommand()),
+        "report": partial(_parse, "report", ReportOptions()),
+        "show": partial(_parse, "show", ShowOptions()),
     }
     assert EXAMPLES.keys() == parsers.keys() == COMMANDS.keys()
     for command, text in EXAMPLES.items():

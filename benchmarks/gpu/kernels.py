@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench, do_bench_cudagraph
 
+from mixture_check import RULES
 from optimal_sampling.bench.architectures import ARCHITECTURES, Architecture
 from optimal_sampling.config import MixtureConfig, ModelConfig
 from optimal_sampling.distribution.arrays import keep_largest, keep_top_k
@@ -336,15 +337,14 @@ CHECKS = {
     "merged_products": check_merged_products,
     "draft": check_draft,
     "mixture": check_mixture,
-    "veto": partial(check_mixture, mixture=MixtureConfig(alpha_method="veto")),
-    "veto_likeliest": partial(check_mixture, mixture=MixtureConfig(alpha_method="veto", top_k=1)),
+    **{f"mixture_{name}": partial(check_mixture, mixture=rule) for name, rule in RULES.items()},
     "top_k": check_top_k,
     "mixture_sizes": check_mixture_sizes,
     "split_attention": check_split_attention,
     "split_attention_5": partial(check_split_attention, width=5),
     "pass": check_pass,
 }
-UNRECORDED = {"mixture", "veto", "veto_likeliest", "draft", "top_k"}
+UNRECORDED = {name for name in CHECKS if name.startswith("mixture")} | {"draft", "top_k"}
 """Their unfused path waits for the host, so it is no CUDA graph."""
 
 

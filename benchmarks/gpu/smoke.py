@@ -24,7 +24,7 @@ import torch
 
 from attention_check import CASES, TINY_CASES, Heads, largest_error
 from forward_check import Pass, check_overlap, check_replay
-from mixture_check import check_rows
+from mixture_check import RULES, check_rows
 from optimal_sampling.bench.architectures import RandomPair
 from optimal_sampling.bench.harness import hardware
 from optimal_sampling.bench.workload import Variant
@@ -145,6 +145,16 @@ class Smoke:
                 check_rows(rows, self.scale.vocab, self.device, dtype)
         return f"{self.scale.rows} rows of {self.scale.vocab}"
 
+    @torch.inference_mode()
+    def rules(self) -> str:
+        """Veto, support and the likeliest token in the fused programs, against PyTorch's path."""
+        if not self.gpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise Skipped("the fused programs need a GPU, or TRITON_INTERPRET=1")
+        rows = self.scale.rows[1]
+        for mixture in RULES.values():
+            check_rows(rows, self.scale.vocab, self.device, self.dtype, mixture)
+        return f"{rows} rows: {', '.join(RULES)}"
+
     def load(self) -> str:
         """Both models with random weights, and what will run."""
         notes = self.pair.loaded().notes()
@@ -183,7 +193,9 @@ class Smoke:
             variant = Variant(draft_tokens=drafts, acceptance=0.9)
             recorder = self.pair.engine(workload, scale.batch, variant).record(workload.requests)
             assert recorder.whole.tokens == scale.batch * scale.tokens
-            found.append(f"drafts {drafts}: {recorder.whole.rate():.0f} tokens/s")
+            rate, counts = recorder.whole.rate(), recorder.loop.counts
+            ahead = f"{counts.ahead} of {counts.rounds} rounds ahead"
+            found.append(f"drafts {drafts}: {rate:.0f} tokens/s, {ahead}")
         recordings = self.pair.loaded().pair.recorded_graphs
         assert not (recordings and recordings.off), recordings
         return ", ".join(found) + f" (with recording); {recordings}"
@@ -240,6 +252,7 @@ def run_checks(smoke: Smoke) -> bool:
         smoke.versions,
         smoke.attention,
         smoke.mixture,
+        smoke.rules,
         smoke.load,
         smoke.replay,
         smoke.overlap,

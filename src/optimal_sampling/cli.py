@@ -287,12 +287,27 @@ def run_report(arguments: Sequence[str]) -> int:
     """The subcommand `report`."""
     from optimal_sampling.report import ReportOptions
     from optimal_sampling.report.page import write_report
+    from optimal_sampling.report.plot import needs_matplotlib
 
     options = _parse("report", ReportOptions(), arguments)
+    if options.figures is not None:
+        needs_matplotlib("--figures")
     page = write_report(options, lambda line: print(line, file=sys.stderr, flush=True))
     for line in page.lines():
         print(line)
+    if options.figures is not None:
+        _write_figures(options.runs, options.figures)
     return 0
+
+
+def _write_figures(runs: Sequence[str], folder: str) -> None:
+    from optimal_sampling.report.figures import write_figures
+
+    paths = [Path(_checked_path(run)) for run in runs]
+    files = write_figures(
+        paths, Path(_checked_path(folder)), note=lambda line: print(line, file=sys.stderr)
+    )
+    print(" ".join(map(str, files)))
 
 
 def run_show(arguments: Sequence[str]) -> int:

@@ -655,6 +655,11 @@ class FleetConfig(Checked):
         """Whether there are workers beside this process."""
         return self.workers is not None or self.ray is not None
 
+    @property
+    def has_other_machines(self) -> bool:
+        """Whether workers may be on other machines than the driver."""
+        return self.ray not in (None, "local")
+
     def _check_ray(self, address: str) -> None:
         if address not in ("local", "auto") and not re.fullmatch(r"[^\s/]+:\d+", address):
             raise ConfigError(

@@ -36,7 +36,8 @@ def test_launches_per_layer(name, plain):
 
 def test_kernels_on_tiny_shapes():
     """Guards: a script whose first run on a GPU dies of its own mistakes."""
-    checks = ["add_rms_norm", "rotate_with_head_norms", "silu_mul", "draft", "mixture", "veto"]
+    checks = ["add_rms_norm", "rotate_with_head_norms", "silu_mul", "draft", "mixture"]
+    checks += ["mixture_veto", "mixture_min_p", "mixture_likeliest", "mixture_all_three"]
     checks += ["top_k", "split_attention_5", "pass"]
     command = [sys.executable, str(GPU / "kernels.py"), "--tiny", "--rows", "2", "--only", *checks]
     done = subprocess.run(
@@ -48,6 +49,7 @@ def test_kernels_on_tiny_shapes():
 
 def test_one_failed_check_does_not_hide_the_others(monkeypatch):
     """Guards: a traceback that ends a run on a rented GPU."""
+    monkeypatch.syspath_prepend(str(GPU))
     kernels = module_of("kernels")
 
     def fails(setting, rows):

@@ -120,6 +120,16 @@ def test_a_run_without_token_lists_is_said(tmp_path):
     assert {path.stem for path in files} == {"lengths"}
 
 
+def test_the_command_writes_the_page_and_the_figures(runs, tmp_path, capsys):
+    """Guards: an option that is parsed and forgotten."""
+    page, folder = tmp_path / "page.html", tmp_path / "figures"
+    words = ["report", str(runs[0]), "--output", str(page), "--figures", str(folder)]
+    assert main(words) == 0
+    assert page.exists()
+    assert {path.stem for path in folder.iterdir()} == {*NAMES}
+    assert str(folder / "alpha.pdf") in capsys.readouterr().out
+
+
 def test_what_cannot_be_drawn_or_written(runs, tmp_path):
     """Guards: a traceback for a wrong folder."""
     with pytest.raises(ConfigError):

@@ -107,6 +107,17 @@ def test_what_is_beside_a_token(report, make_run, draw):
     assert top["texts"][top["drawn"][0]] == "a"
 
 
+def test_a_record_of_30000_tokens(report, make_run, draw):
+    """Guards: a time that grows with the square of the length, and numbers lost on the way."""
+    text = "1234567890" * 3000
+    page = report(make_run("run", [draw(text)]))
+    [found] = block(page, "texts-0")
+    assert "".join(found["pieces"]) == text
+    assert len(found["columns"]["alpha"]) == 30_000
+    [run] = block(page, "index")["runs"]
+    assert sum(run["profiles"]["alpha"]["n"]) == 30_001
+
+
 def test_a_run_without_top_tokens_has_none(report, make_run, draw):
     """Guards: empty blocks, 100 bytes for every twenty samples."""
     page = report(make_run("run", [draw()]))
@@ -159,6 +170,19 @@ def test_a_run_of_another_schema_is_named(report, make_run, draw):
     assert "schema 0" in " ".join(second["notes"])
     with pytest.raises(RunFolderError, match="schema 0"):
         report(old)
+
+
+def test_an_old_record_lacks_some_fields(report, make_run, draw):
+    """Guards: no page for a run of an earlier version, whose records are of the same schema."""
+    run = make_run("run", [draw("1+1=2", "correct")])
+    path = run / "records" / "main.jsonl"
+    record = decode_line(path.read_bytes())
+    newer = "mode granularity ess_student ess_teacher curvature alpha_weighted chernoff vetoed"
+    old = {name: value for name, value in record.items() if name not in newer.split()}
+    path.write_bytes(encode_line(old))
+    index = block(report(run), "index")
+    assert index["runs"][0]["good"] == 1
+    assert "alpha" in index["columns"]
 
 
 def test_scores_of_evaluate(report, make_run, draw, tmp_path):

@@ -149,7 +149,8 @@ class Cell:
         part = "" if self.complete else ", as the time was up"
         bound = f", {self.rate / self.roofline:.0%} of the roofline" if self.roofline else ""
         rate = f"{self.rate:.0f} tokens per second"
-        return f"{self.task}: {rate}{bound} ({self.tokens} tokens{part})"
+        ahead = f"; {self.engine['ahead']}" if "ahead" in self.engine else ""
+        return f"{self.task}: {rate}{bound} ({self.tokens} tokens{part}){ahead}"
 
 
 class Pairs:

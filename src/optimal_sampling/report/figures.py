@@ -59,12 +59,15 @@ class _Run:
 
 
 def write_figures(
-    run_folders: Sequence[Path], output_dir: Path, formats: Sequence[str] = FORMATS
+    run_folders: Sequence[Path],
+    output_dir: Path,
+    formats: Sequence[str] = FORMATS,
+    note: Callable[[str], None] = warnings.warn,
 ) -> list[Path]:
     """Write alpha, its histogram, divergences and lengths, with all runs in each; the files.
 
     Curves along the position end where fewer than FEWEST completions go on. A figure of which no
-    run has the numbers is left out, with a warning. Raises ConfigError, RunFolderError,
+    run has the numbers is left out, and `note` is told. Raises ConfigError, RunFolderError,
     StorageError, MissingDependencyError.
     """
     needs_matplotlib("--figures")
@@ -80,7 +83,7 @@ def write_figures(
         for name, draw in _FIGURES.items():
             figure = draw(runs)
             if figure is None:
-                warnings.warn(_missing(name), stacklevel=2)
+                note(_missing(name))
                 continue
             files += [_save(figure, output_dir / f"{name}.{kind}") for kind in formats]
     return files

@@ -33,10 +33,16 @@ class ReportOptions(Checked):
     """Most likeliest tokens per distribution and token on the page, where the run kept them
     (`generate --top-tokens`)."""
 
+    figures: str | None = None
+    """Folder for figures as SVG, PDF and PNG, all runs in each: alpha along the position and its
+    histogram, divergences, lengths (needs the extra `plot`)."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_range("samples top", 0)
         self._check_path("output")
+        if self.figures is not None:
+            self._check_path("figures")
 
 
 @dataclass(frozen=True)

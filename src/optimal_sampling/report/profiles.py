@@ -65,7 +65,7 @@ def _values(record: Record) -> dict[str, Values]:
         for name, column in lists.items()
         if isinstance(column, list) and column
     }
-    if record["mode"] != "mixture":
+    if record.get("mode", "mixture") != "mixture":
         found.pop("alpha", None)  # 0 or 1 by definition
     kls = [found[name] for name in ("kl_student", "kl_teacher") if name in found]
     if "alpha" in found and len(kls) == 2:

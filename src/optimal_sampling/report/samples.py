@@ -32,7 +32,7 @@ _SHARES = 10_000  # the scale of the probabilities of top tokens
 
 def sample_entry(run: int, record: Record, graded: Graded | None) -> list[Any]:
     """What filters, sorting and the line above a sample need. `report.js` has the names."""
-    kept = record["mode"] == "mixture"
+    kept = record.get("mode", "mixture") == "mixture"  # absent in old records
     return [
         run,
         record["row_index"],

@@ -14,13 +14,14 @@ Transformers is imported when a tokenizer is loaded.
 from optimal_sampling.vocabulary.hub_access import hub_problem
 from optimal_sampling.vocabulary.shared import Vocabulary
 from optimal_sampling.vocabulary.token_bytes import TokenBytes, continued_ids
-from optimal_sampling.vocabulary.tokens import ModelTokens, load_tokens, resolve_model
+from optimal_sampling.vocabulary.tokens import ModelTokens, fetch_model, load_tokens, resolve_model
 
 __all__ = [
     "ModelTokens",
     "TokenBytes",
     "Vocabulary",
     "continued_ids",
+    "fetch_model",
     "hub_problem",
     "load_tokens",
     "resolve_model",

@@ -17,7 +17,7 @@ from optimal_sampling.vocabulary.hub_access import hub_problem
 from optimal_sampling.vocabulary.model_folder import check_model_folder
 from optimal_sampling.vocabulary.turn_end import turn_end
 
-__all__ = ["ModelTokens", "load_tokens", "resolve_model"]
+__all__ = ["ModelTokens", "fetch_model", "load_tokens", "resolve_model"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -30,6 +30,9 @@ _CONTEXT_NAMES = (
 )
 _UNUSED_FILES = ["*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth"]
 """Of a hub model: other forms of its weights than safetensors."""
+_WEIGHTS = ["*.safetensors"]
+_SECOND_COPIES = ["consolidated*.safetensors", "original/*"]
+"""Of a hub model: its weights once more, for other programs."""
 _TOKENIZER_PACKAGES = ("sentencepiece", "protobuf", "tiktoken")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -81,15 +84,28 @@ def resolve_model(name: str, revision: str | None = None, *, weights: bool = Fal
         return found
     if found != name or Path(found).is_dir():
         raise ModelError(f"model {name!r} is a folder, which has no revision {revision!r}")
+    return _download(name, revision, _UNUSED_FILES if weights else [*_UNUSED_FILES, *_WEIGHTS])
+
+
+def fetch_model(name: str, revision: str | None = None) -> None:
+    """Download what of a hub model is not here yet, weights included; nothing for a folder.
+
+    Raises ModelError.
+    """
+    found = resolve_model(name, revision, weights=True)
+    if not Path(found).is_dir():
+        _download(name, None, [*_UNUSED_FILES, *_SECOND_COPIES])
+
+
+def _download(name: str, revision: str | None, unused: list[str]) -> str:
+    """The folder of a hub model, but for files of some patterns. Raises ModelError."""
     from huggingface_hub import snapshot_download
 
-    unused = _UNUSED_FILES if weights else [*_UNUSED_FILES, "*.safetensors"]
     try:
         return snapshot_download(name, revision=revision, ignore_patterns=unused)
     except Exception as error:  # of the hub, the network or the disk: any class
-        raise ModelError(
-            f"cannot download revision {revision!r} of model {name!r}: {_reason(error)}"
-        ) from error
+        what = f"model {name!r}" if revision is None else f"revision {revision!r} of model {name!r}"
+        raise ModelError(f"cannot download {what}: {_reason(error)}") from error
 
 
 def _resolve_name(name: str) -> str:

@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 
 from optimal_sampling.config import MixtureConfig
+from optimal_sampling.engines.bytes import utf8
 from optimal_sampling.engines.bytes.byte_view import END, ByteView
 from optimal_sampling.engines.bytes.contexts import ContextRows
 from optimal_sampling.engines.bytes.laws import LawReader
@@ -15,6 +17,7 @@ from optimal_sampling.engines.bytes.mixing import Place, SymbolMixer
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import TRACE_FIELDS, Request
 from optimal_sampling.vocabulary import continued_ids
+from optimal_sampling.vocabulary.token_bytes import byte_of_letter
 from tests.engines.bytes.conftest import CONTEXT, byte_engine, small_tokenizer, writing_model
 from tests.engines.conformance import by_key
 from tests.engines.local.conftest import stock_logits
@@ -80,7 +83,8 @@ class Recomputed:
                 engine.vocabulary.bytes_by_role[role],
                 engine.tries[role],
                 engine.mixture,
-                role == "teacher",
+                role,
+                engine.mode,
             )
             for role in engine.roles
         }
@@ -247,6 +251,29 @@ def test_ids_are_the_students_own_for_the_text(engine, tokenizers):
         assert sum(c.trace["log_q"]) == pytest.approx(sum(c.byte_level.trace["log_q"]), abs=1e-4)
 
 
+def test_ids_where_the_tokenizer_changes_the_text():
+    """Guards: ids of another text than the one that was drawn: this student's tokenizer composes
+    letters and accents.
+    """
+    accented = "e\u0301"
+    letters = {byte: letter for letter, byte in byte_of_letter().items()}
+    word = "".join(letters[byte] for byte in accented.encode())
+    pair = [small_tokenizer((word,)) for _ in range(2)]
+    pair[0].backend_tokenizer.normalizer = normalizers.NFC()
+    models = [writing_model(seed, tokenizer) for seed, tokenizer in enumerate(pair)]
+    for model, tokenizer in zip(models, pair, strict=True):
+        model.lm_head.bias.data[tokenizer.convert_tokens_to_ids(word)] = 4.0
+    engine = byte_engine(models, pair, FREE)
+    changed = 0
+    for c in engine.generate(requests(6, new=7)):
+        ids = [index for index in c.token_ids if index not in engine.stop_ids]
+        assert engine.vocabulary.bytes_by_role["student"].join(ids) == c.byte_level.text.encode()
+        assert len(c.trace) == len(c.token_ids) <= 7
+        assert c.byte_level.canonical == (accented not in c.byte_level.text)
+        changed += not c.byte_level.canonical
+    assert changed > 2
+
+
 def test_fewer_tokens_are_the_first_of_more(engine):
     """Guards: a last token that is cut because the text ended within it. Where later bytes change
     how earlier ones are split, the texts agree all the same.
@@ -280,7 +307,7 @@ def test_first_token_is_the_teachers(engine, stock):
     many = [Request("forced", j, 3, (97, 98), (97,), 6) for j in range(count)]
     done = list(engine.view(mixture).generate(many))
     reader = LawReader(
-        engine.vocabulary.bytes_by_role["teacher"], engine.tries["teacher"], mixture, True
+        engine.vocabulary.bytes_by_role["teacher"], engine.tries["teacher"], mixture, "teacher"
     )
     [law] = reader.read(torch.from_numpy(stock["teacher"]([97]))[None], [()])
     words = engine.tries["teacher"].words
@@ -338,6 +365,36 @@ def test_one_model_alone_writes_its_own_bytes(engine, stock):
         assert expected[: len(text)] == text
         assert engine.vocabulary.decode(c.token_ids) == c.byte_level.text
         assert c.byte_level.lost.keys() == {"teacher"}
+
+
+def test_what_restricts_one_model_alone(engine, stock):
+    """Guards: the mixture's options acting on one model, its own acting on bytes or not at all."""
+    many = requests(4, samples=2)
+    free = drawn(engine.view(mode="teacher").generate(many))
+    support = MixtureConfig(teacher_support_top_k=1)
+    assert drawn(engine.view(support, mode="teacher").generate(many)) == free
+    for mode in ("teacher", "student"):
+        view = engine.view(MixtureConfig(top_k=1), mode=mode)
+        greedy = drawn(view.generate(many))
+        assert greedy != free
+        for c in view.generate(many):
+            assert set(c.byte_level.trace["log_q"]) == {0}
+        for (prompt, _), found in greedy.items():
+            assert found == greedy[prompt, 0]
+        [request, *_] = many
+        ids = []
+        while len(ids) < 12:
+            logits = stock[mode]([*request.prompt_ids(mode), *ids])
+            table = engine.vocabulary.bytes_by_role[mode]
+            state = utf8.state_of(table.join(ids))
+            known = [
+                i for i, word in enumerate(table.of_id) if word and utf8.can_follow(state, word)
+            ]
+            known += table.end_ids if state == utf8.BETWEEN else ()
+            ids.append(max(known, key=lambda i: logits[i]))
+            if ids[-1] in table.end_ids:
+                break
+        assert greedy[request.key][1].encode().startswith(table.join(ids[:6]))
 
 
 def test_options_without_a_byte_form_are_refused(engine):

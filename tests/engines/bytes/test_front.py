@@ -2,17 +2,20 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from optimal_sampling import OptimalSamplingModel, OptimalSamplingV1, load
 from optimal_sampling.config import (
     DataConfig,
+    FleetConfig,
     GenerateConfig,
     LocalOptions,
     MixtureConfig,
     ModelConfig,
     RunConfig,
+    ServersOptions,
     Stage,
     ToyOptions,
     VerifyConfig,
@@ -43,6 +46,7 @@ def student_folder(tmp_path_factory):
 
 
 STAGES = (Stage("alone", mode="student"), Stage("cut", mixture=MixtureConfig(top_p=0.9)))
+SERVERS = ServersOptions(teacher_url=("http://127.0.0.1:1",), student_url=("http://127.0.0.1:2",))
 VERIFY = VerifyConfig(verify="boxed")
 
 
@@ -109,6 +113,24 @@ def test_one_model_alone(tmp_path, student_folder):
         assert {record["error"] for record in found} == {""}
 
 
+@pytest.mark.slow
+def test_a_fleet_makes_the_same_records(tmp_path, student_folder):
+    """Guards: workers that mix tokens, or whose completions lose what bytes have."""
+    alone = run(tmp_path / "alone", student_folder, byte_lists=True)
+    fleet = replace(
+        run(tmp_path / "fleet", student_folder, byte_lists=True), fleet=FleetConfig(workers=2)
+    )
+    found = []
+    for config in (alone, fleet):
+        generate(config)
+        kept = [
+            {name: value for name, value in record.items() if name not in ("seconds", "checksum")}
+            for record in records(Path(config.run.output_dir))
+        ]
+        found.append({record["id"]: record for record in kept})
+    assert found[0] == found[1]
+
+
 def test_which_engine_and_which_refuse(student_folder):
     """Guards: another engine that mixes ids which mean different things, or says only no."""
     models = ModelConfig(student=student_folder, device="cpu")
@@ -118,6 +140,8 @@ def test_which_engine_and_which_refuse(student_folder):
     for options in (VllmOptions(), ToyOptions()):
         with pytest.raises(TokenizerMismatchError, match=r"use the engine local.*tokenizers\.md"):
             load(models, engine=options)
+    with pytest.raises(TokenizerMismatchError, match=r"asks for bytes: use the engine local"):
+        load(ModelConfig(device="cpu", granularity="byte"), engine=VllmOptions())
     with pytest.raises(TokenizerMismatchError, match="--granularity byte"):
         load(ModelConfig(student=student_folder, device="cpu", granularity="token"))
     with pytest.raises(TokenizerMismatchError, match="--engine local"):
@@ -132,6 +156,7 @@ def test_which_engine_and_which_refuse(student_folder):
         ({"engine": LocalOptions(top_tokens=3)}, ConfigError, "top_tokens"),
         ({"engine": VllmOptions()}, TokenizerMismatchError, "use the engine local"),
         ({"engine": ToyOptions()}, TokenizerMismatchError, "use the engine local"),
+        ({"engine": SERVERS}, TokenizerMismatchError, "servers mixes tokens.*use the engine local"),
         ({"stages": STAGES, "verify": VERIFY}, ConfigError, "teacher_support_top_p"),
     ],
 )

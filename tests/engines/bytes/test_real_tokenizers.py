@@ -92,7 +92,7 @@ def test_the_end_has_the_mass_of_all_end_tokens():
     """Guards: one of two end tokens, control tokens that keep their mass, padded rows counted."""
     table = TokenBytes((b"a", None, b"b", None, None), frozenset({1, 3}))
     logits = torch.tensor([[0.3, 1.0, -0.5, 0.1, 9.0, 50.0]])
-    reader = LawReader(table, ByteTrie(table.of_id), MixtureConfig(temperature=0.5), False)
+    reader = LawReader(table, ByteTrie(table.of_id), MixtureConfig(temperature=0.5), "student")
     [law] = reader.read(logits, [()])
     p = torch.tensor([0.3, 1.0, -0.5, 0.1]).double().div(0.5).softmax(0)
     assert law.end == pytest.approx(float(p[1] + p[3]), abs=1e-7)
@@ -107,7 +107,7 @@ def test_tokens_that_break_a_character_have_no_mass():
     words = (b"a", b"\xe2", b"\x82", b"\x82\xac", b"\x82\xac\xac", b"\xac", b"\xe2\x82a", None)
     table = TokenBytes(words, frozenset({7}))
     trie = ByteTrie(words)
-    reader = LawReader(table, trie, MixtureConfig(), False)
+    reader = LawReader(table, trie, MixtureConfig(), "student")
     contexts = [(), (0, 1), (1, 2), (1, 3), (0, 1, 2)]
     logits = torch.arange(8.0).repeat(5, 1)
     laws = reader.read(logits, contexts)
@@ -118,7 +118,7 @@ def test_tokens_that_break_a_character_have_no_mass():
         assert law.end == pytest.approx(p[7], abs=1e-12)
         assert np.exp(law.log_p).tolist() == pytest.approx([p[i] for i in trie.ids], abs=1e-12)
     cut = TokenBytes((b"a", b"\xe2", None), frozenset({2}))
-    [law] = LawReader(cut, ByteTrie(cut.of_id), MixtureConfig(), False).read(logits[:1], [(1,)])
+    [law] = LawReader(cut, ByteTrie(cut.of_id), MixtureConfig(), "student").read(logits[:1], [(1,)])
     assert (law.end, law.sums.tolist()) == (0, [0, 0, 0])
 
 

@@ -23,6 +23,8 @@ class Behaviour:
     load_seconds: float = 30.0
     request_seconds: float = 10.0
     """Mean; uniform from nothing to twice that."""
+    slowness: dict[int, float] = field(default_factory=dict)
+    """What the requests of some workers take, in those of the others."""
     first_round_seconds: float | None = None
     """Of an engine that counts rounds, one a second after the first; None: it counts none."""
     death_rate: float = 0.0
@@ -85,6 +87,7 @@ class FakeWorker(Worker):
             if not behaviour.loses_events:
                 self.later(0.0, "send", Started(self.run, number))
             seconds = rng.uniform(0, 2 * behaviour.request_seconds)
+            seconds *= behaviour.slowness.get(self.index, 1.0)
             if request.id in behaviour.hangs:
                 self.is_stuck = True
             elif request.id in behaviour.kills or rng.random() < behaviour.death_rate:

@@ -198,6 +198,16 @@ def test_a_machine_that_kills_everything_is_not_the_requests_fault():
     assert len(failed) <= 5
 
 
+def test_a_slow_worker_holds_up_nobody():
+    """Guards: the same share for a worker that is ten times slower, and a long end."""
+    launcher = FakeLauncher(4, Behaviour(load_seconds=0.0, slowness={0: 10.0}))
+    found, _ = served(launcher, requests(2000), loads_at_once=4)
+    assert len(found) == 2000
+    ideal = 2000 * 10.0 / (8 * 3.1)  # of the slow one a tenth
+    longest = 200.0
+    assert launcher.now < ideal + longest
+
+
 class ChangingCluster(FakeLauncher):
     """Of two machines. It counts a third for 60 s, which is lost, and from 300 s on, when it joins.
 

@@ -13,16 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from optimal_sampling.config import FleetConfig, LocalOptions, MixtureConfig, ModelConfig
 from optimal_sampling.engines.fleet import FleetEngine, open_fleet
 from optimal_sampling.engines.fleet.driver import Driver
 from optimal_sampling.engines.fleet.messages import Setup
 from optimal_sampling.engines.fleet.ray_cluster import Cluster
-from optimal_sampling.engines.fleet.ray_worker import Need, RayLauncher
+from optimal_sampling.engines.fleet.ray_worker import Need, RayLauncher, _check_precision
 from optimal_sampling.engines.fleet.supervision import Patience
 from optimal_sampling.engines.toy import ToyEngine
 from optimal_sampling.errors import ConfigError, ModelError
+from optimal_sampling.generate.fingerprint import model_facts
 from optimal_sampling.types import Request
 from optimal_sampling.version import __version__
 from tests.engines.conformance import EngineConformance, Harness
@@ -196,6 +198,20 @@ def test_too_few_gpus(launch):
         launch(Need(1.0, 4.0), place_seconds=2.0, report=said.append)
     assert said[0].startswith("waits for 4 GPUs and 1 CPU on one machine, for at most 2 s")
     assert re.search(r"the cluster has 0 GPUs, 0 of them free and 1 CPUs", said[0])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the driver is a machine without a GPU")
+def test_workers_with_gpus_of_a_driver_without(tmp_path):
+    """Guards: records of bfloat16 that say float32, because the driver has no GPU."""
+    setup = Setup(ModelConfig(), MixtureConfig(), LocalOptions(), "mixture", __version__)
+    with pytest.raises(ConfigError, match=r"no GPU and the workers have GPUs.*--device cuda"):
+        _check_precision(Need(1.0, 1.0), setup)
+    _check_precision(Need(1.0, 0.0), setup)
+    for models in (ModelConfig(device="cuda"), ModelConfig(dtype="bfloat16")):
+        _check_precision(Need(1.0, 1.0), replace(setup, models=models))
+    with pytest.raises(ConfigError, match="finds no CUDA GPU here"):
+        model_facts(ModelConfig(device="cuda"))
+    assert model_facts(ModelConfig(device="cuda"), elsewhere=True)["precision"] == "bfloat16"
 
 
 def test_another_version_on_a_machine(launch):

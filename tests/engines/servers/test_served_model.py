@@ -284,3 +284,23 @@ def test_importing_needs_no_httpx():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "MissingDependencyError" in done.stderr.splitlines()[-1]
     assert "pip install '.[servers]'" in done.stderr
+
+
+def test_a_request_that_is_given_up_leaves_its_connection_to_nobody():
+    """Guards: a client whose only connection counts as in use, so that the next request waits until
+    its deadline.
+    """
+
+    async def main():
+        with fake() as server:
+            async with served(server.url) as model:
+                for step in range(60):
+                    task = asyncio.create_task(model.next_tokens([step % 5], 3))
+                    await asyncio.sleep(step * 1e-4)
+                    task.cancel()
+                    await model.next_tokens([1], 3)
+                return model.statistics
+
+    statistics = run(main)
+    assert statistics.errors == {}
+    assert statistics.retries == 0

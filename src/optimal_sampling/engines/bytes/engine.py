@@ -63,7 +63,7 @@ class ByteEngine(LocalEngine):
         ModelError for a model that cannot forget tokens.
         """
         super()._check_settings(loaded)
-        check_byte_options(self.mixture, self.options)
+        check_byte_options(self.mixture, self.options, self.mode)
         for role in self.roles:
             runner = self.pair.runners.get(role)
             if runner is not None and not runner.drafts:
@@ -105,7 +105,8 @@ class ByteEngine(LocalEngine):
                     self.vocabulary.bytes_by_role[role],
                     self.tries[role],
                     self.mixture,
-                    restrict=role == "teacher",
+                    role,
+                    self.mode,
                 ),
             )
             for role, rows in self._context_rows(settings).items()
@@ -177,7 +178,7 @@ class ByteEngine(LocalEngine):
     def notes(self) -> dict[str, str]:
         """As in `LocalEngine`, and the forward passes of the latest run."""
         notes = super().notes()
-        notes["granularity"] = "byte: the tokenizers differ"
+        notes["granularity"] = "byte"
         if self.pair.shared:
             notes["weights"] = "the same for student and teacher, loaded once"
         for role, counts in self.counts.items():

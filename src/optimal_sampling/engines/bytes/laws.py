@@ -18,29 +18,35 @@ from optimal_sampling.distribution import teacher_support
 from optimal_sampling.engines.bytes import utf8
 from optimal_sampling.engines.bytes.byte_view import TokenLaw
 from optimal_sampling.engines.bytes.trie import ByteTrie
+from optimal_sampling.types import Mode
 from optimal_sampling.vocabulary.token_bytes import TokenBytes
 
 __all__ = ["LawReader"]
 
 
 class LawReader:
-    """`restrict`: the role is the teacher's, to whose token law `teacher_support_*` apply.
+    """In a mixture `teacher_support_*` restrict the teacher's tokens; where one model draws alone,
+    `top_p` and `top_k` restrict its own.
 
     Ids without bytes that do not end a text are left out, and so are tokens after which the text
     is no valid UTF-8; the others are normalised.
     """
 
     def __init__(
-        self, table: TokenBytes, trie: ByteTrie, mixture: MixtureConfig, restrict: bool
+        self,
+        table: TokenBytes,
+        trie: ByteTrie,
+        mixture: MixtureConfig,
+        role: str,
+        mode: Mode = "mixture",
     ) -> None:
         self.temperature = mixture.temperature
         self.table = table
         self.trie = trie
         self.end_ids = sorted(table.end_ids)
         self._columns = torch.from_numpy(np.concatenate([trie.ids, self.end_ids]).astype(np.int64))
-        # the support of `veto` is one of bytes
-        self._mixture = replace(mixture, alpha_method="kl_symmetry")
-        self._restrict = restrict
+        self._support = _support(mixture, mode)
+        self._restrict = role == "teacher" or mode != "mixture"
         self._valid: dict[utf8.State, Bool[Tensor, " columns"]] = {}
 
     @torch.no_grad()
@@ -56,7 +62,7 @@ class LawReader:
         keep = torch.stack([self._kept(context) for context in contexts]).to(logits.device)
         scores = scores.masked_fill(~keep, -torch.inf)
         if self._restrict:
-            inside = teacher_support(scores.to(torch.float32), self._mixture)
+            inside = teacher_support(scores.to(torch.float32), self._support)
             keep = keep if inside is None else keep & inside
             scores = scores.masked_fill(~keep, -torch.inf)
         log_p = scores.log_softmax(-1).masked_fill(~keep, -torch.inf)
@@ -83,3 +89,14 @@ class LawReader:
             return TokenLaw(log_p, sums, 0.0)
         end_id = self.end_ids[int(ends.argmax())]
         return TokenLaw(log_p, sums, float(np.exp(ends).sum()), end_id)
+
+
+def _support(mixture: MixtureConfig, mode: Mode) -> MixtureConfig:
+    """What `teacher_support` reads: the options that restrict a model's tokens."""
+    if mode == "mixture":
+        return replace(mixture, alpha_method="kl_symmetry")  # the support of `veto` is one of bytes
+    return MixtureConfig(
+        temperature=mixture.temperature,
+        teacher_support_top_k=mixture.top_k,
+        teacher_support_top_p=mixture.top_p,
+    )

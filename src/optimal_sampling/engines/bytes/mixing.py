@@ -46,7 +46,7 @@ class Place:
 
 
 class SymbolMixer:
-    """The mixture of a run: temperature and teacher support are in the laws already."""
+    """The mixture of a run: temperature and what restricts tokens are in the laws already."""
 
     def __init__(self, mixture: MixtureConfig, mode: Mode) -> None:
         self.mode = mode
@@ -54,6 +54,8 @@ class SymbolMixer:
         self.mixture = replace(
             mixture,
             temperature=1.0,
+            top_k=-1,
+            top_p=1.0,
             teacher_support_top_k=-1,
             teacher_support_top_p=1.0,
             teacher_support_min_p=None,

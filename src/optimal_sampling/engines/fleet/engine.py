@@ -25,7 +25,7 @@ from optimal_sampling.engines.fleet.worker import Launcher
 from optimal_sampling.errors import EngineError
 from optimal_sampling.types import Completion, Mode, Request, WorkerStatus
 from optimal_sampling.version import __version__
-from optimal_sampling.vocabulary import Vocabulary, resolve_model
+from optimal_sampling.vocabulary import Vocabulary, fetch_model
 
 __all__ = ["FleetEngine", "open_fleet"]
 
@@ -128,10 +128,9 @@ def open_fleet(
         launcher = _launcher(setup, fleet, logs or cast(Path, temporary), report)
         patience = Patience(timeout=fleet.worker_timeout, loads_at_once=launcher.loads_at_once)
         driver = Driver(launcher, patience, report)
-        if options.loads_models:
+        if options.loads_models and not fleet.has_other_machines:
             for role in ("student", "teacher") if mode == "mixture" else (mode,):
-                revision = getattr(models, f"{role}_revision")
-                resolve_model(getattr(models, role), revision, weights=True)  # fetched once, here
+                fetch_model(getattr(models, role), getattr(models, f"{role}_revision"))
         driver.open()
         return FleetEngine(driver, setup, vocabulary, temporary)
     except BaseException:

@@ -340,6 +340,7 @@ def ray_launcher(
     try:
         need = _need(setup.models, setup.options, fleet, cluster, count)
         _check_sharing(need, setup.options)
+        _check_precision(need, setup)
         setup = replace(setup, models=_absolute(setup.models))
         return RayLauncher(cluster, need, setup, logs, count, report)
     except BaseException:
@@ -387,6 +388,25 @@ def _check_sharing(need: Need, options: EngineOptions) -> None:
         raise ConfigError(
             f"with gpus_per_worker {need.gpus:g} several workers share a GPU: say how much of "
             f"its memory they may take ({flags})"
+        )
+
+
+def _check_precision(need: Need, setup: Setup) -> None:
+    """Raise ConfigError where `auto` stands for one precision here, and for another on workers.
+
+    The records say that of this machine.
+    """
+    models = setup.models
+    if not setup.options.loads_models or (models.dtype, models.device) != ("auto", "auto"):
+        return
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if has_gpu != bool(need.gpus):
+        here, there = ("a GPU", "have none") if has_gpu else ("no GPU", "have GPUs")
+        raise ConfigError(
+            f"this machine has {here} and the workers {there}, so that their precision differs "
+            f"where it is chosen for them: use --device {'cuda' if need.gpus else 'cpu'}"
         )
 
 

@@ -39,7 +39,8 @@ function cardParts(detail, place, values, { start, number, top }, samples) {
 
 function valueText(metric, value) {
   if (metric.name === "log_ratio") return `${short(Math.abs(value))} ${value < 0 ? "student" : "teacher"}`;
-  if (metric.name === "vetoed" || metric.name === "acceptance") return percent(value);
+  if (metric.name === "vetoed") return percent(value);
+  if (metric.name === "acceptance") return `≥ ${percent(value)}`; // of the tokens that are kept
   return short(value);
 }
 

@@ -14,7 +14,7 @@ function runBlock(run, i, isOneOfMany) {
     run.notes.map((note) => el("p", { class: "note" }, note)),
     el("dl", { class: "figures" }, figures(run).map(([title, value, under]) =>
       el("div", {}, el("dt", {}, title), el("dd", {}, value, under ? el("small", {}, under) : null)))),
-    verdictBar(run), errorLines(run), moreOf(run));
+    verdictBar(run), stageTable(run), errorLines(run), moreOf(run));
 }
 
 /** Which models, and what was drawn from. */
@@ -81,7 +81,7 @@ function moreOf(run) {
     ["folder", run.path],
   ];
   return el("details", { class: "more" }, el("summary", {}, "Means, speed, options"),
-    stageTable(run), el("h3", {}, "The run"), facingTable(facts),
+    el("h3", {}, "The run"), facingTable(facts),
     el("h3", {}, "Options"), facingTable(Object.entries(run.options).map(([name, value]) => [optionName(name), shown(value)])));
 }
 
@@ -96,7 +96,7 @@ function facingTable(rows) {
 function stageTable(run) {
   if (!run.stages.length) return null;
   const columns = ["prompts", "tries", "solved", "student_tokens", "teacher_tokens"];
-  return el("div", {}, el("h3", {}, "Stages"), el("div", { class: "scroll" }, el("table", {},
+  return el("div", { class: "stages" }, el("div", { class: "scroll" }, el("table", {},
     el("tr", {}, ["stage", ...columns].map((name, i) => el("th", { class: i ? "n" : null }, name.replace("_", "’s ")))),
     run.stages.map((stage) => el("tr", {}, el("td", {}, stage.name), columns.map((name) => el("td", { class: "n" }, count(stage[name]))))))));
 }

@@ -44,11 +44,15 @@ function chosenText(runs) {
   return `${counts}: those whose hash of row and sample number is smallest, the same at every call. ${whole}`;
 }
 
-/** What the tokens can be coloured by, and at first are: what led, where that is known, else α. */
+/** What the tokens can be coloured by, and at first are: who led, where that is known, else α, or KL to the student where
+ * most alphas are at their bounds. */
 function startColour(samples, columns) {
   const metrics = samples.metrics.filter((metric) => columns.includes(metric.name));
   samples.colours.replaceChildren(...metrics.map((metric) => el("option", { value: metric.name }, `Colour: ${metric.title}`)), el("option", { value: "" }, "No colour"));
-  samples.view.colour = (metrics.find((metric) => metric.name === "log_ratio") || metrics[0])?.name || "";
+  const isClamped = samples.runs.every((run) => !(new Map(run.means).get("clamped share") < 0.5));
+  const wanted = ["log_ratio", isClamped ? "kl_student" : "alpha"];
+  const first = wanted.map((name) => metrics.find((metric) => metric.name === name)).find(Boolean) || metrics[0];
+  samples.view.colour = first ? first.name : "";
   samples.colours.value = samples.view.colour;
   recolour(samples);
 }
@@ -206,7 +210,7 @@ function header(entry, samples) {
 function promptOf(detail) {
   const first = detail.student || detail.teacher;
   if (!first) return "";
-  const part = (title, text) => [el("h4", { class: title.toLowerCase() }, title), el("pre", { dir: "auto" }, marked(text, false))];
+  const part = (title, text) => [el("h4", { class: title.toLowerCase() }, title), el("pre", {}, marked(text, false))];
   return el("details", { class: "prompt" }, el("summary", {}, first.slice(0, 300).replace(/\s+/g, " ")),
     detail.teacher ? [part("Student", detail.student), part("Teacher", detail.teacher)] : part("Both", detail.student));
 }

@@ -44,18 +44,21 @@ function extents(detail) {
 
 /** The text of a sample, a span per piece. Copied, it is the text. */
 function textOf(detail, metric, metrics, marks) {
-  const node = el("div", { class: "text", dir: "auto", tabindex: 0, role: "group", "aria-label": "Completion; arrow keys go from token to token" });
+  const node = el("div", { class: "text", tabindex: 0, role: "group", "aria-label": "Completion; arrow keys go from token to token" });
   const end = detail.end ? el("span", { class: "t end", tabindex: -1, "data-place": -1 }, detail.end) : null;
   const add = (from, to) => {
-    for (let place = from; place < to; place++) node.append(tokenSpan(detail, place, metric, metrics, marks));
+    const spans = document.createDocumentFragment();
+    for (let place = from; place < to; place++) spans.append(tokenSpan(detail, place, metric, metrics, marks));
+    node.append(spans);
   };
-  const most = detail.unit === "none" ? detail.pieces.length : Math.min(LONGEST, detail.pieces.length);
+  const most = detail.unit === "none" || detail.isWhole ? detail.pieces.length : Math.min(LONGEST, detail.pieces.length);
   add(0, most);
   if (most === detail.pieces.length) {
     if (end) node.append(end);
     return [node];
   }
   const rest = el("button", { type: "button", class: "rest", onclick: () => {
+    detail.isWhole = true; // also in another colour
     add(most, detail.pieces.length);
     if (end) node.append(end);
     rest.remove();
