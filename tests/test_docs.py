@@ -342,6 +342,7 @@ def run_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.xdist_group("docs")  # in the order of the pages: some go on from others
 @pytest.mark.parametrize("block", names([b for b in RUN_BLOCKS if b.language in SHELLS]))
 def test_commands_run(block, run_folder, tmp_path, monkeypatch, capsys):
     """Guards: a command that parses and then fails."""

@@ -134,6 +134,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def exists(name: str) -> bool:
+    """Whether the installed Transformers has the family of this name or variant."""
+    family, _ = VARIANTS.get(name, (name, {}))
+    return family in CONFIG_MAPPING
+
+
 def config_of(name: str) -> tuple[Any, Any]:
     """(model class, configuration at its published size) of a family or a variant."""
     family, changes = VARIANTS.get(name, (name, {}))

@@ -12,11 +12,11 @@ from optimal_sampling.engines.device import Overlap
 from optimal_sampling.engines.local import round as round_module
 from optimal_sampling.engines.local.drafting import (
     DraftPolicy,
+    ExpectedTokens,
     FixedDrafts,
     LinearCost,
     Lookup,
     PerRound,
-    Yield,
 )
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.engines.local.round import Sampler
@@ -171,12 +171,12 @@ def test_fixed_lengths_are_plain_always_or_never():
 
 def test_looked_up_drafts_count_rows_that_have_none():
     """Guards: tokens expected of every row, where half of them have nothing to look up."""
-    expected = Yield()
+    expected = ExpectedTokens()
     has = np.array([[True] * 4, [False] * 4])
     for _ in range(300):
         tried = np.array([[True] * 4, [True, False, False, False]])
         expected.observe(has, tried)
-    assert expected.tokens(5) == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0], abs=0.01)
+    assert expected.by_width(5) == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0], abs=0.01)
 
 
 def test_auto_stops_when_the_student_is_unsure():

@@ -133,6 +133,8 @@ def growing(model, batching, late=2):
 def test_rows_of_all_lengths_go_together(name):
     """Guards: rows whose state, positions or mask know of the filler before them, a window that
     counts it, and a batch that is none."""
+    if not families.exists(name):
+        pytest.skip(f"Transformers {transformers.__version__} has no {name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         small = SmallCopy(*families.config_of(name), "")
@@ -176,7 +178,16 @@ def test_a_state_that_has_read_filler_is_found(name, monkeypatch):
         assert small.check_own_cache() == "merged"
 
 
-@pytest.mark.parametrize("name", ["bart", "roformer", "phimoe (LongRoPE and windows)"])
+wrong_in_5_17 = pytest.mark.skipif(
+    transformers.__version__.startswith("5.17."),
+    reason="its own cache gives other logits than none, and it is refused",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["bart", pytest.param("roformer", marks=wrong_in_5_17), "phimoe (LongRoPE and windows)"],
+)
 def test_positions_that_count_filler_are_found(name):
     """Guards: positions taken from the length of the cache, and rotary factors that the longest
     row of a batch chooses."""

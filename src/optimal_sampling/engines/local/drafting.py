@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-__all__ = ["DraftPolicy", "FixedDrafts", "LinearCost", "Lookup", "PerRound", "Yield"]
+__all__ = ["DraftPolicy", "ExpectedTokens", "FixedDrafts", "LinearCost", "Lookup", "PerRound"]
 
 MOST_DRAFTS = 16
 """Longest draft that `auto` considers."""
@@ -102,8 +102,8 @@ class Calibration:
         return np.minimum((confidences * self.BINS).astype(np.int64), self.BINS - 1)
 
 
-class Yield:
-    """Expected tokens of a round per row, by its width, from drafts that were tried.
+class ExpectedTokens:
+    """Tokens of a round per row, by its width, from how many drafts were accepted.
 
     The first draft of a row is counted apart: where drafts are looked up, many rows have none.
     """
@@ -130,7 +130,7 @@ class Yield:
         self._tried *= self.FADE
         self._accepted *= self.FADE
 
-    def tokens(self, most: int) -> Float[np.ndarray, " widths"]:
+    def by_width(self, most: int) -> Float[np.ndarray, " widths"]:
         """Of rounds of widths 1, ..., `most`."""
         first, later = self._accepted / self._tried
         more = first * later ** np.arange(most - 1)
@@ -180,16 +180,16 @@ class PerRound:
 
     @property
     def _first_in_any_case(self) -> bool:
-        """The first draft, where this round would be a plain one if none were to be made."""
+        """Whether this is the first draft, of a round that would be plain if none paid."""
         return not self.drafted and self._policy.plain.known
 
 
 class DraftPolicy:
     """`auto`: measures acceptance and the cost of forward passes, and drafts while that pays.
 
-    Where both models run side by side, or a round is queued before the tokens of the one before
-    are known, a *plain* round, which has no drafts, costs less than one draft fewer would save. So
-    its seconds are measured apart, and compared with the best round that has drafts.
+    A *plain* round has no drafts. Where both models run side by side in it, or it is queued before
+    the tokens of the round before are known, it costs less than its forward passes one after the
+    other. Then its seconds are measured apart, and compared with the best round that has drafts.
     """
 
     EXPLORE = (5, 1, 9, 3)
@@ -203,7 +203,7 @@ class DraftPolicy:
         self.plain = LinearCost()
         """Of a whole plain round, by its rows."""
         self.accept = Calibration()
-        self.tokens = Yield()
+        self.tokens = ExpectedTokens()
         self._rounds = 0
         self._without_drafts = 0
         """Rounds since the latest with drafts."""
@@ -246,7 +246,7 @@ class DraftPolicy:
         """Whether a plain round gives more tokens per second than a round of any width."""
         if not self.plain.known:
             return False
-        tokens = self.tokens.tokens(self.most + 1)
+        tokens = self.tokens.by_width(self.most + 1)
         return bool((tokens * self.plain(rows) <= self._every_width(rows)).all())
 
     def _every_width(self, rows: int) -> Float[np.ndarray, " widths"]:
@@ -258,7 +258,7 @@ class DraftPolicy:
         return spent
 
     def no_room(self) -> None:
-        """The next round was to have drafts and has no room for any. Nor will those after it."""
+        """A round was to have drafts and has no room for any: the next few are plain."""
         self._without_drafts = 0
         self._plain_due = PLAIN_PROBE
 
@@ -286,7 +286,7 @@ class DraftPolicy:
         accepted: Bool[np.ndarray, "rows drafts"],
         tried: Bool[np.ndarray, "rows drafts"],
     ) -> None:
-        """Whether drafts were accepted. `tried` as in `Yield.observe`; confidence 0: no draft."""
+        """Add a round. `tried` as in `ExpectedTokens.observe`; confidence 0: there was no draft."""
         self.tokens.observe(accepted, tried)
         known = tried & (confidences > 0)
         self.accept.observe(confidences[known], accepted[known])

@@ -114,7 +114,7 @@ class GenerationLoop:
 
     @property
     def _plain_differs(self) -> bool:
-        """Whether plain rounds cost less than the steps of one draft fewer would save."""
+        """Whether a plain round runs in another way than a round with drafts."""
         return self.runs_ahead or self.sampler.overlap.works
 
     def _admissible(self, requests: Iterable[Request | None]) -> Iterator[Sequence | None]:
