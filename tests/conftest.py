@@ -1,6 +1,8 @@
-"""For all tests: how Hypothesis searches."""
+"""For all tests: how Hypothesis searches, and which tests share a worker."""
 
 import contextlib
+
+import pytest
 
 with contextlib.suppress(ImportError):  # the environment of the vLLM tests has no hypothesis
     from hypothesis import HealthCheck, settings
@@ -14,3 +16,15 @@ with contextlib.suppress(ImportError):  # the environment of the vLLM tests has 
     # `make test-slow`: new examples every time, and 20 times as many
     settings.register_profile("search", settings.get_profile("busy"), max_examples=2_000)
     settings.load_profile("fixed")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Make groups of `--dist loadgroup` work with pytest 9.2.
+
+    pytest-xdist 3.8 appends a test's group to `_nodeid`, which that pytest does not read any more.
+    """
+    for item in items:
+        with_group = vars(item).get("_nodeid")
+        if with_group is not None and hasattr(item, "_id"):
+            item._id = type(item._id).parse(with_group)

@@ -88,7 +88,7 @@ def test_every_engine_of_the_list_can_be_imported():
 def test_an_unknown_engine_lists_the_engines():
     """Guards: a KeyError for a misspelt engine."""
     with pytest.raises(
-        ConfigError, match="did you mean 'local'\\?; the engines are: local, vllm, toy"
+        ConfigError, match="did you mean 'local'\\?; the engines are: local, vllm, servers, toy"
     ):
         engine_options("locl")
 

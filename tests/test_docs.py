@@ -174,11 +174,17 @@ def test_commands_are_in_marked_blocks():
     for page, text in PROSE.items():
         found = re.findall(r"\n\n {4}(?:optimal-sampling|python|pip|make) .*", text)
         assert found == [], page.name
+    for block in BLOCKS:
+        if block.language not in (*SHELLS, "python", "json", "yaml"):
+            found = re.findall(
+                r"^(?:optimal-sampling|python3?|pip|make|export) .*", block.text, re.M
+            )
+            assert found == [], f"{block.name}: say ```sh and what it needs"
 
 
 RECORD = """
 command_not_found_handle() {
-    printf '%s\\0' "$@" >> "$TO"; printf '\\n\\0' >> "$TO"
+    printf '%s\\0' "$@" $'\\n' >> "$TO"  # in one write, as background jobs write too
 }
 PATH=/nowhere
 set -eu
@@ -265,7 +271,7 @@ def check_command(words: list[str], parse: Any) -> None:
         }
         assert rest[0] == "install"
         assert extras <= project["optional-dependencies"].keys()
-    elif program == "python" and rest[0] != "-c":
+    elif program in ("python", "python3") and rest[0] != "-c":
         check_script(rest)
     else:
         assert program in KNOWN_PROGRAMS or (ROOT / program).exists(), program
@@ -336,6 +342,7 @@ def run_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.xdist_group("docs")  # in the order of the pages: some go on from others
 @pytest.mark.parametrize("block", names([b for b in RUN_BLOCKS if b.language in SHELLS]))
 def test_commands_run(block, run_folder, tmp_path, monkeypatch, capsys):
     """Guards: a command that parses and then fails."""

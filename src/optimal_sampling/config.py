@@ -492,7 +492,7 @@ class ServersOptions(EngineOptions):
     """Most requests in flight at once."""
     server_timeout: float = 60.0
     """Seconds after which an answer of a server is no longer waited for."""
-    server_retry_seconds: float = 120.0
+    server_retry_seconds: float = 300.0
     """Seconds during which a request that a server does not answer is sent again."""
 
     def __post_init__(self) -> None:
@@ -654,6 +654,11 @@ class FleetConfig(Checked):
     def is_used(self) -> bool:
         """Whether there are workers beside this process."""
         return self.workers is not None or self.ray is not None
+
+    @property
+    def has_other_machines(self) -> bool:
+        """Whether workers may be on other machines than the driver."""
+        return self.ray not in (None, "local")
 
     def _check_ray(self, address: str) -> None:
         if address not in ("local", "auto") and not re.fullmatch(r"[^\s/]+:\d+", address):

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from optimal_sampling.api.servers import EnhancedCoordinatorConfig, EnhancedDualVLLMCoordinator
 from optimal_sampling.engines.servers.fake_server import FakeModel, FakeServer, random_tables
@@ -14,6 +15,7 @@ from optimal_sampling.errors import (
     ServerError,
     TokenizerMismatchError,
 )
+from optimal_sampling.vocabulary import resolve_model
 
 PROMPTS = ["one", "two", "three", "one"]
 
@@ -132,6 +134,33 @@ def test_leaving_a_stream_gives_it_up(urls):
     ):
         before, after = run(work, theta_url=theta.url, t_url=t.url)
     assert before == after < 4000
+
+
+def test_a_tokenizer_encodes_in_place_of_the_servers(models_of_the_pair):
+    """Guards: a tokenizer that is given and not used, or not compared with the servers'."""
+
+    async def work(coordinator):
+        for model in coordinator.pair.models.values():
+            model.tokenize = model.detokenize = None
+        return await coordinator.generate_batch_dual_prompts(["2 + 2 = "], max_tokens=9, stop="x")
+
+    with (
+        FakeServer(models_of_the_pair[0]) as theta,
+        FakeServer(models_of_the_pair[1]) as t,
+        FakeServer(FakeModel(random_tables(30)[0])) as other,
+    ):
+        where = {"theta_url": theta.url, "tokenizer": "toy-student"}
+        [result] = run(work, t_url=t.url, **where)
+        assert result.error == ""
+        assert result.num_tokens >= 1
+        with pytest.raises(TokenizerMismatchError, match="the teacher's server makes other"):
+            run(work, t_url=other.url, **where)
+
+
+@pytest.fixture(scope="module")
+def models_of_the_pair():
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("toy-student"))
+    return [FakeModel(table, tokenizer=tokenizer) for table in random_tables(264)]
 
 
 def test_statistics_count_requests_and_tokens(urls):

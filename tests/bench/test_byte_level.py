@@ -36,6 +36,7 @@ def test_all_that_the_subcommand_reports():
         tolerances=(0.01,),
         prefixes=12,
         replay_bytes=6,
+        compared_prompts=1,
         repeats=1,
     )
     report = Report()

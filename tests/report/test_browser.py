@@ -260,6 +260,7 @@ def test_strange_characters_are_shown(opened):
     marks = text.locator(".w.control").evaluate_all("all => all.map((each) => each.dataset.m)")
     assert marks == ["␀", "␛", "‹202E›", "‹202C›"]
     assert "مرحبا" in text.inner_text()
+    assert text.evaluate("node => getComputedStyle(node).unicodeBidi") == "plaintext"
     assert "👩‍👩‍👧" in text.evaluate("node => node.textContent")
 
 
@@ -276,6 +277,8 @@ def test_a_long_sample_is_shown_in_parts(opened):
     assert long.locator(".t").count() == 3000
     long.get_by_role("button", name="Show the other 2,000 tokens").click()
     assert long.locator(".t").count() == 5001  # and the end
+    page.keyboard.press("c")
+    assert long.locator(".t").count() == 5001
 
 
 def test_samples_are_made_as_they_are_scrolled_to(opened):

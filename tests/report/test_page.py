@@ -107,6 +107,17 @@ def test_what_is_beside_a_token(report, make_run, draw):
     assert top["texts"][top["drawn"][0]] == "a"
 
 
+def test_a_record_of_30000_tokens(report, make_run, draw):
+    """Guards: a time that grows with the square of the length, and numbers lost on the way."""
+    text = "1234567890" * 3000
+    page = report(make_run("run", [draw(text)]))
+    [found] = block(page, "texts-0")
+    assert "".join(found["pieces"]) == text
+    assert len(found["columns"]["alpha"]) == 30_000
+    [run] = block(page, "index")["runs"]
+    assert sum(run["profiles"]["alpha"]["n"]) == 30_001
+
+
 def test_a_run_without_top_tokens_has_none(report, make_run, draw):
     """Guards: empty blocks, 100 bytes for every twenty samples."""
     page = report(make_run("run", [draw()]))

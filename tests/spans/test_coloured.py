@@ -134,6 +134,9 @@ def test_a_notebook_shows_the_first_records(tmp_path):
     assert len(list(records)) == 15
     failed = write_run(tmp_path / "failed", [Draw(error="<b>no</b>")])
     assert "failed: &lt;b&gt;no" in load(failed, failed=True)._repr_html_()
+    assert "holds no records" in load(tmp_path)._repr_html_()
+    (failed / "config.json").unlink()
+    assert "not coloured" in load(failed, failed=True)._repr_html_()
 
 
 def test_a_terminal_obeys_no_completion(record, reader):

@@ -9,20 +9,26 @@ import asyncio
 import math
 import warnings
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from optimal_sampling.api.batch import prompt_lists, whole_number
 from optimal_sampling.config import DraftTokens, MixtureConfig, ServersOptions
 from optimal_sampling.engines.servers.drafting import DraftWidth
-from optimal_sampling.engines.servers.engine import close_models, served_models, start_models
+from optimal_sampling.engines.servers.engine import (
+    check_text,
+    close_models,
+    served_models,
+    start_models,
+)
 from optimal_sampling.engines.servers.mixing import DrawnToken, ListMixer, check_mixture
 from optimal_sampling.engines.servers.model import ServedModel
 from optimal_sampling.engines.servers.probe import check_tokenizers
 from optimal_sampling.engines.servers.row import OnToken, ServedPair
 from optimal_sampling.errors import ConfigError, EngineError, ServerError
 from optimal_sampling.types import AlphaMethod, Completion, Request, prompt_id
+from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["CoordinatorResult", "EnhancedCoordinatorConfig", "EnhancedDualVLLMCoordinator"]
 
@@ -63,6 +69,8 @@ class EnhancedCoordinatorConfig:
     alpha_min: float = 0.0
     alpha_max: float = 1.0
     temperature: float = 1.0
+    tokenizer: str | None = None
+    """Folder or hub id of both models' tokenizer; None: the servers encode and decode."""
     theta_model: str | None = None
     """Name at the server; None: the only model that it has."""
     t_model: str | None = None
@@ -76,7 +84,7 @@ class EnhancedCoordinatorConfig:
     """Most prompts in progress at once."""
     request_timeout: float = 60.0
     """Seconds after which an answer is no longer waited for."""
-    retry_seconds: float = 120.0
+    retry_seconds: float = 300.0
     """Seconds during which a request that a server does not answer is sent again."""
 
     def __post_init__(self) -> None:
@@ -179,12 +187,46 @@ class CoordinatorResult:
         return len(self.generated_ids)
 
 
+class _Coder:
+    """Texts to ids and back, by a tokenizer or by the servers; and the ids that end a text."""
+
+    def __init__(self, models: Mapping[str, ServedModel], tokenizer: str | None) -> None:
+        self.models = models
+        self.vocabulary = Vocabulary.load(tokenizer, tokenizer) if tokenizer else None
+        self.stop_ids: frozenset[int] = frozenset()
+        self.size = _UNKNOWN_VOCABULARY
+
+    async def start(self) -> None:
+        """Compare the tokenizers of a started pair. Raises TokenizerMismatchError, ServerError."""
+        facts = [model.facts for model in self.models.values()]
+        if self.vocabulary is not None:
+            await check_text(self.models, self.vocabulary)
+            self.stop_ids, self.size = self.vocabulary.stop_ids, self.vocabulary.size
+            return
+        await check_tokenizers(self.models)
+        self.stop_ids = frozenset().union(*(each.stop_ids for each in facts))
+        self.size = min([each.vocab_size for each in facts if each.vocab_size] or [self.size])
+
+    async def encode(self, role: str, text: str) -> tuple[int, ...]:
+        """Ids of a prompt."""
+        if self.vocabulary is None:
+            return tuple(await self.models[role].tokenize(text))
+        tokenizer = self.vocabulary.student_tokenizer
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    async def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+        if self.vocabulary is None:
+            return await self.models["teacher"].detokenize(ids)
+        return self.vocabulary.decode(ids)
+
+
 class _Text:
     """The text of a completion in progress, cut at stop strings."""
 
-    def __init__(self, model: ServedModel, stop_ids: frozenset[int], stop: Sequence[str]) -> None:
-        self.model = model
-        self.stop_ids = stop_ids
+    def __init__(self, coder: _Coder, stop: Sequence[str]) -> None:
+        self.coder = coder
+        self.stop_ids = coder.stop_ids
         self.stop = stop
         self.ids: list[int] = []
         self.text = ""
@@ -198,7 +240,7 @@ class _Text:
     async def set(self, ids: Sequence[int]) -> None:
         """All tokens."""
         self.ids = [token for token in ids if token not in self.stop_ids]
-        text = await self.model.detokenize(self.ids) if self.ids else ""
+        text = await self.coder.decode(self.ids) if self.ids else ""
         places = [text.find(stop) for stop in self.stop if stop in text]
         self.has_ended = bool(places) or len(self.ids) < len(ids)
         self.text = text[: min(places)] if places else text
@@ -243,8 +285,9 @@ class EnhancedDualVLLMCoordinator:
         options = self.config.options
         self._models = served_models(options, "mixture")
         try:
+            self._coder = _Coder(self._models, self.config.tokenizer)
             await start_models(self._models)
-            await check_tokenizers(self._models)
+            await self._coder.start()
         except ServerError as error:
             await self.close()
             raise EngineError(
@@ -257,17 +300,16 @@ class EnhancedDualVLLMCoordinator:
 
     def _new_pair(self, options: ServersOptions) -> ServedPair:
         student, teacher = self._models["student"].facts, self._models["teacher"].facts
-        sizes = [each for each in (student.vocab_size, teacher.vocab_size) if each is not None]
-        size = min(sizes, default=_UNKNOWN_VOCABULARY)
+        coder = self._coder
         can_draft = student.can_draft and teacher.scoring is not None
         return ServedPair(
             models=self._models,
-            mixer=ListMixer(self.config.mixture, "mixture", size),
+            mixer=ListMixer(self.config.mixture, "mixture", coder.size),
             top_k=options.server_top_k,
             tolerance=options.tv_tolerance,
-            stop_ids=student.stop_ids | teacher.stop_ids,
+            stop_ids=coder.stop_ids,
             contexts={"student": student.context_length, "teacher": teacher.context_length},
-            rows=dict.fromkeys(self._models, size),
+            rows=dict.fromkeys(self._models, coder.size),
             width=DraftWidth(options.draft_tokens, can_draft),
         )
 
@@ -303,12 +345,13 @@ class EnhancedDualVLLMCoordinator:
         student, teacher = prompt_lists(prompts_theta, prompts_t, "prompts_t")
         jobs = _numbered(student, teacher, whole_number("seed", seed))
         length = whole_number("max_tokens", max_tokens, least=1)
-        stops, pair = _listed("stop", stop), self.pair
+        stops = _listed("stop", stop)
+        _ = self.pair
         room = asyncio.Semaphore(self.config.max_concurrent_requests)
 
         async def completed(job: _Job) -> CoordinatorResult:
             async with room:
-                text = _Text(pair.models["teacher"], pair.stop_ids, stops)
+                text = _Text(self._coder, stops)
                 on_token = text.take if stops else None
                 return await self._completed(job, length, text, on_token)
 
@@ -336,7 +379,8 @@ class EnhancedDualVLLMCoordinator:
         """
         [job] = _numbered([prompt_theta], [prompt_theta if prompt_t is None else prompt_t], seed)
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        text = _Text(self.pair.models["teacher"], self.pair.stop_ids, _listed("stop", stop))
+        _ = self.pair
+        text = _Text(self._coder, _listed("stop", stop))
         sent = 0
 
         async def on_token(drawn: DrawnToken) -> bool:
@@ -389,7 +433,7 @@ class EnhancedDualVLLMCoordinator:
     ) -> CoordinatorResult:
         """One prompt from text to text."""
         try:
-            ids = [await self._encoded(role, prompt) for role, prompt in job.prompts.items()]
+            ids = [await self._coder.encode(*each) for each in job.prompts.items()]
             request = Request(job.id, job.sample_index, job.seed, ids[0], ids[1], length)
             done = await self.pair.complete(request, on_token)
             if on_token is None:
@@ -397,9 +441,6 @@ class EnhancedDualVLLMCoordinator:
         except ServerError as failure:
             return CoordinatorResult("", [], [], "error", str(failure))
         return _result(done, text.text)
-
-    async def _encoded(self, role: str, prompt: str) -> tuple[int, ...]:
-        return tuple(await self.pair.models[role].tokenize(prompt))
 
 
 @dataclass(frozen=True)

@@ -346,7 +346,7 @@ def _compare_levels(options: BytesOptions, report: Report) -> None:
         for drafts in DRAFTS:
             settings = LocalOptions(batch_size=BATCH, draft_tokens=drafts)
             engines[level, drafts] = engine.view(options=settings)
-    workload = ModelPair(ModelConfig(device=device)).workload(options.num_prompts)
+    workload = ModelPair(ModelConfig(device=device)).workload(options.compared_prompts)
 
     def texts(engine: Engine) -> int:
         return sum(1 for _ in engine.generate(workload.requests))

@@ -42,6 +42,7 @@ COUNTS = (
     "num_prompts",
     "prefixes",
     "replay_bytes",
+    "compared_prompts",
     "repeats",
     "prompt_tokens",
     "new_tokens",
@@ -442,6 +443,8 @@ class BytesOptions(BenchOptions):
     with the text."""
     replay_bytes: int = 10
     """Bytes of every text that are compared."""
+    compared_prompts: int = 16
+    """Problems of the comparison with tokens."""
     repeats: int = 3
     """Counted repeats of the comparison with tokens."""
 

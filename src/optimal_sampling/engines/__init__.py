@@ -81,9 +81,11 @@ def check_pair(
     if vocabulary.granularity_of(mode) == "token":
         return
     if not options.byte_engine_class:
+        why = f"student {models.student!r} and teacher {models.teacher!r} have different tokenizers"
+        if models.granularity == "byte":
+            why = "granularity byte asks for bytes"
         raise TokenizerMismatchError(
-            f"the engine {options.name} mixes tokens, and student {models.student!r} and teacher "
-            f"{models.teacher!r} have different tokenizers: use the engine local, which mixes them "
-            "byte by byte (docs/tokenizers.md)"
+            f"the engine {options.name} mixes tokens, and {why}: use the engine local, which mixes "
+            "models byte by byte (docs/tokenizers.md)"
         )
     check_byte_options(mixture, options, mode)

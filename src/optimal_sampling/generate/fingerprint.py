@@ -26,15 +26,19 @@ _SAMPLES = 8
 _COMPARED_ROWS = 100  # most rows that are compared by column
 
 
-def model_facts(models: ModelConfig) -> dict[str, str]:
+def model_facts(models: ModelConfig, *, elsewhere: bool = False) -> dict[str, str]:
     """The precision of the weights, and a hash of the files of each model that is a folder.
 
-    The content of a hub id is taken as fixed.
+    The content of a hub id is taken as fixed. `elsewhere`: models are loaded on other machines, so
+    that a GPU that was asked for need not be here.
     """
-    # torch is loaded here
+    import torch
+
     from optimal_sampling.engines.device import resolve_device, resolve_dtype
 
-    dtype = resolve_dtype(models.dtype, resolve_device(models.device))
+    is_remote = elsewhere and models.device == "cuda"
+    device = torch.device("cuda") if is_remote else resolve_device(models.device)
+    dtype = resolve_dtype(models.dtype, device)
     facts = {"precision": str(dtype).removeprefix("torch.")}
     for role, name in (("student", models.student), ("teacher", models.teacher)):
         folder = Path(resolve_model(name))

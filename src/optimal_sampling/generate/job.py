@@ -56,7 +56,8 @@ def generate(
         )
     progress = progress or Progress()
     dataset, vocabulary, renderer = open_inputs(config)
-    facts = model_facts(config.models) if config.engine.loads_models else {}
+    elsewhere = config.fleet.has_other_machines
+    facts = model_facts(config.models, elsewhere=elsewhere) if config.engine.loads_models else {}
     facts |= engine_facts(config)
     if renderer.prints_date:
         facts[TEMPLATE_DATE] = renderer.day.isoformat()

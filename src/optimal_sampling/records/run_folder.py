@@ -289,13 +289,23 @@ class Records(Iterator[Record]):
     def _repr_html_(self) -> str:
         from optimal_sampling.spans import page_html, run_reader, spanned_text
 
-        options = read_json(self.run / "config.json").get("compared", {})
-        reader, problem = run_reader(options)
-        lines = islice(record_lines(self.run, failed=self._failed), _SHOWN_IN_NOTEBOOKS)
-        samples = [
-            (_title(line.record), spanned_text(line.record, reader, problem)) for _, line in lines
-        ]
+        try:
+            reader, problem = run_reader(_options_of(self.run))
+            lines = islice(record_lines(self.run, failed=self._failed), _SHOWN_IN_NOTEBOOKS)
+            records = [line.record for _, line in lines]
+        except RunFolderError as error:
+            return page_html(str(error), [])
+        samples = [(_title(each), spanned_text(each, reader, problem)) for each in records]
         return page_html(f"the first {len(samples)} records of {self.run}", samples)
+
+
+def _options_of(run: Path) -> dict[str, Any]:
+    """What all calls on a folder share; empty where its config cannot be read."""
+    try:
+        options = read_json(run / "config.json").get("compared")
+    except RunFolderError:
+        return {}
+    return options if isinstance(options, dict) else {}
 
 
 def _title(record: Record) -> str:

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self, TypedDict, cast, get_args, get_type_hints
+from typing import (
+    Annotated,
+    BinaryIO,
+    Literal,
+    NamedTuple,
+    Self,
+    TypedDict,
+    cast,
+    get_args,
+    get_type_hints,
+)
 
 from optimal_sampling.config import expand_user
 from optimal_sampling.records.run_folder import record_lines
 from optimal_sampling.records.schema import Key, Record, key_of
-from optimal_sampling.records.store import RecordFile, Scan
+from optimal_sampling.records.store import RecordFile, Scan, decode_line
 
 __all__ = [
     "MEANINGS",
@@ -156,16 +167,30 @@ def graded_records(
 ) -> Iterator[tuple[Record, Graded | None]]:
     """The records of a run folder that `load` yields, each with its verdict.
 
-    The last verdict counts, and none that is about another record of the same identity.
-    Raises RunFolderError.
+    The last verdict counts, and none that is about another record of the same identity. Keeps the
+    places of the verdicts in memory, not the verdicts. Raises RunFolderError.
     """
-    found: dict[tuple[Key, str], Graded] = {}
-    for path in sorted((expand_user(run) / "verdicts").glob("*.jsonl")):
-        for graded in _verdicts(Scan(path)):
-            key = graded["id"], graded["sample_index"]
-            found[key, graded["record"]] = graded
-    for _, line in record_lines(run, failed=failed):
-        yield line.record, found.get((key_of(line.record), line.checksum))
+    paths = sorted((expand_user(run) / "verdicts").glob("*.jsonl"))
+    places: dict[str, tuple[int, int]] = {}
+    for number, path in enumerate(paths):
+        for line in Scan(path).lines():
+            places[cast(Graded, line.record)["record"]] = number, line.start
+    with ExitStack() as opened:
+        files = [opened.enter_context(path.open("rb")) for path in paths]
+        for _, line in record_lines(run, failed=failed):
+            number, start = places.get(line.checksum, (-1, 0))
+            graded = _verdict_at(files[number], start) if number >= 0 else None
+            is_own = graded is not None and _key_of(graded) == key_of(line.record)
+            yield line.record, graded if is_own else None
+
+
+def _verdict_at(file: BinaryIO, start: int) -> Graded | None:
+    file.seek(start)
+    return cast(Graded | None, decode_line(file.readline()))
+
+
+def _key_of(graded: Graded) -> Key:
+    return graded["id"], graded["sample_index"]
 
 
 def load_verdicts(run: str | Path) -> dict[Key, Graded]:

@@ -35,7 +35,19 @@ from optimal_sampling.version import __version__
 __all__ = ["Page", "write_report"]
 
 _CHUNK = 20  # samples that are decompressed together
-_SCRIPTS = ("core", "runs", "charts", "tokens", "card", "samples", "main")
+_SCRIPTS = (
+    "core",
+    "runs",
+    "scores",
+    "shapes",
+    "charts",
+    "tokens",
+    "card",
+    "search",
+    "sample",
+    "samples",
+    "main",
+)
 _SECONDS_BETWEEN_LINES = 5.0
 _LEVEL = 6  # of gzip
 

@@ -15,11 +15,12 @@ _MUTED = "opacity:.65;font-size:.9em"
 
 def page_html(title: str, samples: Iterable[tuple[str, SpannedText]], metric: str = "alpha") -> str:
     """Samples below each other, each a line about it and its text."""
-    parts = [f'<div style="{_MUTED}">{_escaped(title)}; {_legend(metric)}</div>']
+    parts = []
     for about, text in samples:
         parts.append(f'<div style="{_MUTED};margin-top:.9em">{_escaped(about)}</div>')
         parts.append(f'<div dir="auto" style="{_TEXT}">{spans_html(text, metric)}</div>')
-    return "".join(parts)
+    legend = f"; {_legend(metric)}" if parts else ""
+    return "".join([f'<div style="{_MUTED}">{_escaped(title)}{legend}</div>', *parts])
 
 
 def spans_html(text: SpannedText, metric: str = "alpha") -> str:

@@ -129,8 +129,9 @@ class Vocabulary:
         no bytes.
         """
         tables = {"student": _table(student), "teacher": _table(teacher)}
-        why = why.partition(":")[0] or "as asked"
-        note = f"{why}; they are mixed byte by byte (docs/tokenizers.md)"
+        why = why.partition(":")[0]
+        models = f"{why}; they" if why else "as asked, the two models"
+        note = f"{models} are mixed byte by byte (docs/tokenizers.md)"
         stop_ids = tables["student"].end_ids
         size = tables["student"].size
         return cls(

@@ -15,6 +15,7 @@ from optimal_sampling.config import (
     MixtureConfig,
     ModelConfig,
     RunConfig,
+    ServersOptions,
     Stage,
     ToyOptions,
     VerifyConfig,
@@ -45,6 +46,7 @@ def student_folder(tmp_path_factory):
 
 
 STAGES = (Stage("alone", mode="student"), Stage("cut", mixture=MixtureConfig(top_p=0.9)))
+SERVERS = ServersOptions(teacher_url=("http://127.0.0.1:1",), student_url=("http://127.0.0.1:2",))
 VERIFY = VerifyConfig(verify="boxed")
 
 
@@ -138,6 +140,8 @@ def test_which_engine_and_which_refuse(student_folder):
     for options in (VllmOptions(), ToyOptions()):
         with pytest.raises(TokenizerMismatchError, match=r"use the engine local.*tokenizers\.md"):
             load(models, engine=options)
+    with pytest.raises(TokenizerMismatchError, match=r"asks for bytes: use the engine local"):
+        load(ModelConfig(device="cpu", granularity="byte"), engine=VllmOptions())
     with pytest.raises(TokenizerMismatchError, match="--granularity byte"):
         load(ModelConfig(student=student_folder, device="cpu", granularity="token"))
     with pytest.raises(TokenizerMismatchError, match="--engine local"):
@@ -152,6 +156,7 @@ def test_which_engine_and_which_refuse(student_folder):
         ({"engine": LocalOptions(top_tokens=3)}, ConfigError, "top_tokens"),
         ({"engine": VllmOptions()}, TokenizerMismatchError, "use the engine local"),
         ({"engine": ToyOptions()}, TokenizerMismatchError, "use the engine local"),
+        ({"engine": SERVERS}, TokenizerMismatchError, "servers mixes tokens.*use the engine local"),
         ({"stages": STAGES, "verify": VERIFY}, ConfigError, "teacher_support_top_p"),
     ],
 )

@@ -11,18 +11,21 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from optimal_sampling.config import FleetConfig, LocalOptions, MixtureConfig, ModelConfig
 from optimal_sampling.engines.fleet import FleetEngine, open_fleet
 from optimal_sampling.engines.fleet.driver import Driver
 from optimal_sampling.engines.fleet.messages import Setup
 from optimal_sampling.engines.fleet.ray_cluster import Cluster
-from optimal_sampling.engines.fleet.ray_worker import Need, RayLauncher
+from optimal_sampling.engines.fleet.ray_worker import Need, RayLauncher, _check_precision
 from optimal_sampling.engines.fleet.supervision import Patience
 from optimal_sampling.engines.toy import ToyEngine
 from optimal_sampling.errors import ConfigError, ModelError
+from optimal_sampling.generate.fingerprint import model_facts
 from optimal_sampling.types import Request
 from optimal_sampling.version import __version__
 from tests.engines.conformance import EngineConformance, Harness
@@ -196,6 +199,57 @@ def test_too_few_gpus(launch):
         launch(Need(1.0, 4.0), place_seconds=2.0, report=said.append)
     assert said[0].startswith("waits for 4 GPUs and 1 CPU on one machine, for at most 2 s")
     assert re.search(r"the cluster has 0 GPUs, 0 of them free and 1 CPUs", said[0])
+
+
+class HeadlessCluster:
+    """A cluster of four CPUs whose head answers now and then; without it, its calls wait."""
+
+    ray = SimpleNamespace(remote=lambda **options: lambda actor: actor)
+
+    def __init__(self, answers):
+        self.answers = iter(answers)
+
+    def head_answers(self):
+        self.has_head = next(self.answers)
+        return self.has_head
+
+    def nodes(self):
+        assert self.has_head
+        return [{"CPU": 4.0}]
+
+
+def test_the_head_of_the_cluster_is_lost(tmp_path, machines):
+    """Guards: a driver that waits for the head in the middle of its work, and a command that Ray
+    ends without a word about what is safe.
+    """
+    assert Cluster(machines.address).head_answers()
+    said, sizes, now = [], [], iter(range(0, 100, 2))
+    setup = Setup(ModelConfig(), MixtureConfig(), SmallTablesOptions(), "mixture", __version__)
+    cluster = HeadlessCluster([True, False, False, True])
+    launcher = RayLauncher(cluster, Need(1.0, 0.0), setup, tmp_path, report=said.append)
+    launcher.clock = lambda: next(now)
+    for _ in range(4):
+        launcher.wait([], 0.0)
+        sizes.append(launcher.size)
+    assert sizes == [4, 4, 4, 4]
+    assert [line.split(". ")[0] for line in said] == [
+        "the head of the Ray cluster does not answer",
+        "the head of the Ray cluster answers again",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the driver is a machine without a GPU")
+def test_workers_with_gpus_of_a_driver_without(tmp_path):
+    """Guards: records of bfloat16 that say float32, because the driver has no GPU."""
+    setup = Setup(ModelConfig(), MixtureConfig(), LocalOptions(), "mixture", __version__)
+    with pytest.raises(ConfigError, match=r"no GPU and the workers have GPUs.*--device cuda"):
+        _check_precision(Need(1.0, 1.0), setup)
+    _check_precision(Need(1.0, 0.0), setup)
+    for models in (ModelConfig(device="cuda"), ModelConfig(dtype="bfloat16")):
+        _check_precision(Need(1.0, 1.0), replace(setup, models=models))
+    with pytest.raises(ConfigError, match="finds no CUDA GPU here"):
+        model_facts(ModelConfig(device="cuda"))
+    assert model_facts(ModelConfig(device="cuda"), elsewhere=True)["precision"] == "bfloat16"
 
 
 def test_another_version_on_a_machine(launch):

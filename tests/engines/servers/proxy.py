@@ -38,7 +38,7 @@ FAULTS = (
 class Proxy:
     """Passes requests on to `url`. Only completions are broken, and only while `rate` says so."""
 
-    def __init__(self, url, faults=FAULTS, rate=0.0, seed=0, retry_after="0", stall=1.5):
+    def __init__(self, url, faults=FAULTS, rate=0.0, seed=0, retry_after="0", stall=3.0):
         self.target = urlsplit(url).netloc
         self.faults = tuple(faults)
         self.rate = rate

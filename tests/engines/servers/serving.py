@@ -18,7 +18,7 @@ def fake(**options):
 @contextlib.asynccontextmanager
 async def served(*urls, **options):
     """A started model behind servers; deadlines are short."""
-    given = {"vocab_size": SIZE, "deadline": 0.6, "retry_seconds": 20.0, **options}
+    given = {"vocab_size": SIZE, "deadline": 2.0, "retry_seconds": 20.0, **options}
     model = ReplicatedModel(Access(urls, **given))
     try:
         await model.start()

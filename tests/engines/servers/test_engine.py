@@ -9,7 +9,13 @@ import pytest
 from scipy import stats
 
 from optimal_sampling.config import MixtureConfig, ServersOptions, ToyOptions
-from optimal_sampling.engines.servers.engine import LoopThread, ServersEngine
+from optimal_sampling.engines.servers.engine import (
+    LoopThread,
+    ServersEngine,
+    served_models,
+    start_models,
+)
+from optimal_sampling.engines.servers.fake_server import FakeModel, FakeServer
 from optimal_sampling.engines.servers.table_model import LogitsModel, TableModel
 from optimal_sampling.engines.toy import ToyEngine
 from optimal_sampling.errors import ConfigError, EngineError, ServerError
@@ -79,6 +85,36 @@ class TestDrafts(Suite):
     """Several tokens per round."""
 
     draft_tokens = 4
+
+
+@pytest.mark.slow
+class TestFakeServers(EngineConformance):
+    """Over HTTP, with drafts."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def harness(cls):
+        tables = tables_of()
+        limits = {"max_logprobs": -1, "context_length": 64}
+        with (
+            FakeServer(FakeModel(tables["student"], **limits)) as student,
+            FakeServer(FakeModel(tables["teacher"], **limits)) as teacher,
+        ):
+            options = ServersOptions(student_url=(student.url,), teacher_url=(teacher.url,))
+            models, thread = served_models(options, "mixture", 6), LoopThread()
+            thread.run(start_models(models))
+            given = replace(options, server_top_k=-1, draft_tokens=2)
+            engine = ServersEngine(models, MixtureConfig(), given, thread, 6, frozenset({0}))
+            yield Harness(
+                open=lambda mixture, batch_size: engine.view(
+                    mixture, options=replace(engine.options, batch_size=batch_size)
+                ),
+                logits=lambda role, ids: tables[role][ids[-1]],
+                prompts=PROMPTS,
+                context_length=64,
+                samples=900,
+            )
+            engine.close()
 
 
 del Suite

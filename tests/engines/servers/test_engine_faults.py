@@ -56,7 +56,7 @@ def started(*ports):
 @contextlib.contextmanager
 def engine_at(urls, batch_size=64, top_k=5, **given):
     """The engine over models behind addresses, by role."""
-    access = {"vocab_size": SIZE, "deadline": 0.8, "retry_seconds": 30.0, **given}
+    access = {"vocab_size": SIZE, "deadline": 2.0, "retry_seconds": 30.0, **given}
     models = {role: ReplicatedModel(Access((url,), **access)) for role, url in urls.items()}
     thread = LoopThread()
     thread.run(start_models(models))
@@ -99,9 +99,9 @@ def failures(figures):
 def test_texts_through_faults(count, at_once):
     """Guards: a text that is lost, comes twice, or has other tokens, at 10% of faults."""
     asked = requests(count)
-    with fake_pair() as urls, proxies(urls, stall=3.0) as broken:
+    with fake_pair() as urls, proxies(urls) as broken:
         behind = {role: proxy.url for role, proxy in broken.items()}
-        with engine_at(behind, at_once, deadline=2.0) as engine:
+        with engine_at(behind, at_once) as engine:
             expected = tokens_of(engine.generate(asked))
             for proxy in broken.values():
                 proxy.rate = 0.1

@@ -173,6 +173,7 @@ def check_lists(count, most, name, chosen):
         "free": MixtureConfig(alpha_min=0.0, temperature=1.0),
         "clamped": MixtureConfig(),
         "hot": MixtureConfig(temperature=1.3),
+        "fixed": MixtureConfig(alpha_method="fixed"),
     }[name]
     tv, bound = measure_lists(count, most, mixture, 20, chosen).T
     assert len(tv) == most
@@ -195,7 +196,7 @@ def test_every_token_is_within_the_bound(name, chosen):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chosen", [False, True])
-@pytest.mark.parametrize("name", ["free", "clamped", "hot"])
+@pytest.mark.parametrize("name", ["free", "clamped", "hot", "fixed"])
 def test_every_one_of_5000_tokens_is_within_the_bound(name, chosen):
     """Guards: a bound that rare rows violate, and one that says nothing."""
     seen, ratio = check_lists(200, 5000, name, chosen)

@@ -164,8 +164,11 @@ def test_replies_of_llama_cpp_are_read():
     assert (found.ids.tolist(), found.log_p.tolist()) == ([41, 51], [-0.25, -2.25])
     drafted = LLAMA.draft([49], 3, 2, 0.0, 0).read(GOOD_LLAMA)
     assert [each.token for each in drafted] == [41]
-    lists = LLAMA.score([49], [41, 51], 2, "prompts").read([GOOD_LLAMA] * 3)
+    replies = [{**GOOD_LLAMA, "index": place} for place in range(3)]
+    lists = LLAMA.score([49], [41, 51], 2, "prompts").read(replies)
     assert [each.listed for each in lists] == [2, 2, 2]
+    with pytest.raises(BadReply, match="order"):
+        LLAMA.score([49], [41, 51], 2, "prompts").read(replies[::-1])
     assert not LLAMA.ends_text([49], 41).read(GOOD_LLAMA)
     assert LLAMA.ends_text([49], 41).read({**GOOD_LLAMA, "stop_type": "eos"})
 

@@ -11,9 +11,9 @@ import pytest
 
 from optimal_sampling.engines.servers.access import Access, ApiKey, base_url
 from optimal_sampling.engines.servers.limit import AdaptiveLimit
-from optimal_sampling.engines.servers.probe import PROBE_TEXTS, check_tokenizers
+from optimal_sampling.engines.servers.probe import PROBE_TEXTS, best_scoring, check_tokenizers
 from optimal_sampling.engines.servers.replicas import AFFINITY
-from optimal_sampling.engines.servers.statistics import Latencies
+from optimal_sampling.engines.servers.statistics import Latencies, ServerStatistics, figures_text
 from optimal_sampling.errors import ConfigError, ServerError, TokenizerMismatchError
 from tests.engines.servers.serving import SIZE, fake, run, served
 
@@ -68,6 +68,14 @@ def test_all_ways_of_scoring_are_one(way):
                     assert found.log_p[:4].tolist() == expected.log_p.tolist()
 
     run(main)
+
+
+def test_the_way_of_scoring_that_is_taken():
+    """Guards: a way that is fast on a short probe, and scores every long prompt again."""
+    assert best_scoring({"prompts": 2.0, "prompt_logprobs": 1.5, "echo": 1.2}) == "prompts"
+    assert best_scoring({"prompts": 2.0, "prompt_logprobs": 1.5, "echo": 0.9}) == "echo"
+    assert best_scoring({"echo": 0.9}) == "echo"
+    assert best_scoring({}) is None
 
 
 def test_facts_are_found():
@@ -254,6 +262,16 @@ def test_percentiles():
         assert latencies.percentile(percent) == pytest.approx(percent / 100, rel=0.03)
 
 
+def test_figures_in_a_line():
+    """Guards: counts that a line of the summary rounds or writes as 1.2e+05."""
+    statistics = ServerStatistics(requests=123_456, retries=3)
+    statistics.errors["timeout"] = 3
+    statistics.latencies.add(0.0345)
+    text = figures_text(statistics.figures())
+    assert text.startswith("requests 123,456, retries 3, errors timeout 3, latency p50 3")
+    assert text.endswith(" ms")
+
+
 def test_importing_needs_no_httpx():
     """Guards: an ImportError with a traceback where the extra is not installed."""
     code = (
@@ -266,3 +284,23 @@ def test_importing_needs_no_httpx():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "MissingDependencyError" in done.stderr.splitlines()[-1]
     assert "pip install '.[servers]'" in done.stderr
+
+
+def test_a_request_that_is_given_up_leaves_its_connection_to_nobody():
+    """Guards: a client whose only connection counts as in use, so that the next request waits until
+    its deadline.
+    """
+
+    async def main():
+        with fake() as server:
+            async with served(server.url) as model:
+                for step in range(60):
+                    task = asyncio.create_task(model.next_tokens([step % 5], 3))
+                    await asyncio.sleep(step * 1e-4)
+                    task.cancel()
+                    await model.next_tokens([1], 3)
+                return model.statistics
+
+    statistics = run(main)
+    assert statistics.errors == {}
+    assert statistics.retries == 0

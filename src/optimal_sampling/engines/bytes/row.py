@@ -81,11 +81,14 @@ class TextRow:
     def settle(self) -> None:
         """Give the views what is known ahead, and start those again that have died."""
         for role, view in self.views.items():
-            if view.is_dead:
-                self._restart(role, view)
             known = self.known[role]
-            while view.wanted and view.wanted[-1].context in known:
-                view.receive(known[view.wanted[-1].context])
+            while not self.finished:
+                if view.is_dead:
+                    self._restart(role, view)
+                elif view.wanted and view.wanted[-1].context in known:
+                    view.receive(known[view.wanted[-1].context])
+                else:
+                    break
 
     def _restart(self, role: str, view: ByteView) -> None:
         """No tokens that are followed write the text: go on from those of the tokenizer.

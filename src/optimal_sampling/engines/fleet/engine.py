@@ -128,7 +128,7 @@ def open_fleet(
         launcher = _launcher(setup, fleet, logs or cast(Path, temporary), report)
         patience = Patience(timeout=fleet.worker_timeout, loads_at_once=launcher.loads_at_once)
         driver = Driver(launcher, patience, report)
-        if options.loads_models and fleet.ray in (None, "local"):  # else other machines load them
+        if options.loads_models and not fleet.has_other_machines:
             for role in ("student", "teacher") if mode == "mixture" else (mode,):
                 fetch_model(getattr(models, role), getattr(models, f"{role}_revision"))
         driver.open()

@@ -26,6 +26,7 @@ __all__ = ["Cluster", "ray_module"]
 
 _ANSWER_SECONDS = 60.0  # for a cluster to answer; importing Ray takes a part of them
 _PORT_SECONDS = 10.0  # for a connection to its port
+_HEAD_SECONDS = 2.0  # the same, while a run goes
 _START_TRIES = 3  # Ray gives up on a local cluster after 30 s, which a busy machine may need
 _STORE_BYTES = 200 * 2**20  # of a local cluster's object store, which completions pass through
 _MOST_LETTERS = 40  # of a folder in which Ray makes sockets, whose paths have a limit
@@ -151,6 +152,18 @@ class Cluster:
         if self._cleaner is not None:
             self._cleaner.communicate()
             self._cleaner = None
+
+    def head_answers(self) -> bool:
+        """Whether the head's server takes connections. Without it, Ray's own calls wait.
+
+        Where it stays away for a minute, Ray ends this process.
+        """
+        host, _, port = self.ray.get_runtime_context().gcs_address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _HEAD_SECONDS).close()
+        except OSError:
+            return False
+        return True
 
     def resources(self) -> dict[str, float]:
         """What all nodes that are alive have, by Ray's names."""

@@ -45,6 +45,7 @@ __all__ = ["Need", "RayLauncher", "ray_launcher"]
 _POLL_SECONDS = 10.0  # for which a machine holds back an answer that has nothing in it
 _STOP_SECONDS = 2.0  # for a machine to end a worker before Ray does
 _PLACE_SECONDS = 600.0  # for the cluster to have room for the first worker
+_LOOK_SECONDS = 1.0  # between two looks whether the head is there
 _SAY_SECONDS = 15.0  # without room before it is said
 _GROUPS = {"orders": 1, "events": 1}
 
@@ -251,6 +252,8 @@ class RayLauncher(Launcher):
         )(Host)
         self._logs = logs
         self._count = count
+        self._size = count or 1
+        self._has_head, self._looked_at = True, -_LOOK_SECONDS
         self._report = report
         self._place_seconds = place_seconds
         self._without_place: float | None = None
@@ -263,9 +266,9 @@ class RayLauncher(Launcher):
 
         Ray counts a machine that is lost for some ten seconds more.
         """
-        if self._count is not None:
-            return self._count
-        return max(1, sum(map(self.need.times, self.cluster.nodes())))
+        if self._count is None and self._has_head:
+            self._size = max(1, sum(map(self.need.times, self.cluster.nodes())))
+        return self._size
 
     def worker(self, index: int) -> RayWorker:
         """As in `Launcher`."""
@@ -273,6 +276,7 @@ class RayLauncher(Launcher):
 
     def wait(self, workers: Sequence[Worker], seconds: float) -> Collection[Worker]:
         """As in `Launcher`."""
+        self._look_for_head()
         ours = [worker for worker in workers if isinstance(worker, RayWorker)]
         awaited = {reference: worker for worker in ours for reference in worker.awaited}
         if not awaited:
@@ -288,6 +292,21 @@ class RayLauncher(Launcher):
     def close(self) -> None:
         """As in `Launcher`."""
         self.cluster.close()
+
+    def _look_for_head(self) -> None:
+        """Say when the head of the cluster is gone, or back; once a second at most."""
+        now = self.clock()
+        if now - self._looked_at < _LOOK_SECONDS:
+            return
+        had, self._has_head = self._has_head, self.cluster.head_answers()
+        self._looked_at = self.clock()
+        if had and not self._has_head:
+            self._report(
+                "the head of the Ray cluster does not answer. If it stays away for a minute, Ray "
+                "ends this command: what is finished is on the disk, and the same command goes on"
+            )
+        elif self._has_head and not had:
+            self._report("the head of the Ray cluster answers again")
 
     def _without_places(self, workers: Sequence[RayWorker]) -> Collection[RayWorker]:
         """All workers, told to give up, where none has had a place for too long."""
@@ -340,6 +359,7 @@ def ray_launcher(
     try:
         need = _need(setup.models, setup.options, fleet, cluster, count)
         _check_sharing(need, setup.options)
+        _check_precision(need, setup)
         setup = replace(setup, models=_absolute(setup.models))
         return RayLauncher(cluster, need, setup, logs, count, report)
     except BaseException:
@@ -387,6 +407,25 @@ def _check_sharing(need: Need, options: EngineOptions) -> None:
         raise ConfigError(
             f"with gpus_per_worker {need.gpus:g} several workers share a GPU: say how much of "
             f"its memory they may take ({flags})"
+        )
+
+
+def _check_precision(need: Need, setup: Setup) -> None:
+    """Raise ConfigError where `auto` stands for one precision here, and for another on workers.
+
+    The records say that of this machine.
+    """
+    models = setup.models
+    if not setup.options.loads_models or (models.dtype, models.device) != ("auto", "auto"):
+        return
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if has_gpu != bool(need.gpus):
+        here, there = ("a GPU", "have none") if has_gpu else ("no GPU", "have GPUs")
+        raise ConfigError(
+            f"this machine has {here} and the workers {there}, so that their precision differs "
+            f"where it is chosen for them: use --device {'cuda' if need.gpus else 'cpu'}"
         )
 
 

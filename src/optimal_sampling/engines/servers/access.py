@@ -68,8 +68,8 @@ class Access:
     """Number of ids that are no padding, of the tokenizer; None: unknown."""
     deadline: float = 60.0
     """Seconds after which an attempt is given up."""
-    retry_seconds: float = 120.0
-    """Seconds during which a request is tried again."""
+    retry_seconds: float = 300.0
+    """Seconds during which a request is tried again; a server with a large model starts in that."""
     most_in_flight: int = 256
     """Most requests at one server at once."""
 

@@ -18,6 +18,7 @@ from optimal_sampling.engines.servers.model import ServedModel
 from optimal_sampling.engines.servers.probe import PROBE_TEXTS
 from optimal_sampling.engines.servers.replicas import ReplicatedModel
 from optimal_sampling.engines.servers.row import PairCounts, ServedPair
+from optimal_sampling.engines.servers.statistics import figures_text
 from optimal_sampling.errors import ConfigError, EngineError, ServerError, TokenizerMismatchError
 from optimal_sampling.types import Completion, Mode, Request
 from optimal_sampling.vocabulary import Vocabulary
@@ -25,6 +26,7 @@ from optimal_sampling.vocabulary import Vocabulary
 __all__ = [
     "LoopThread",
     "ServersEngine",
+    "check_text",
     "close_models",
     "served_facts",
     "served_models",
@@ -96,7 +98,7 @@ async def start_models(models: Mapping[str, ServedModel]) -> None:
     await asyncio.gather(*tasks.values(), return_exceptions=True)
     for role, task in tasks.items():
         error = task.exception()
-        if isinstance(error, ServerError):
+        if isinstance(error, ServerError | EngineError):
             raise EngineError(f"the {role}'s {error}") from error
         if error is not None:
             raise error
@@ -330,9 +332,8 @@ class ServersEngine(Engine):
         for role in self.roles:
             model = self.models[role]
             notes[f"{role}_server"] = f"{fact_text(model)} ({model.facts.kind})"
-            figures = [f"{name} {value:.4g}" for name, value in model.figures().items()]
             if self.counts.rounds:
-                notes[f"{role}_requests"] = ", ".join(figures)
+                notes[f"{role}_requests"] = figures_text(model.figures())
         return notes | self._count_notes()
 
     def _count_notes(self) -> dict[str, str]:

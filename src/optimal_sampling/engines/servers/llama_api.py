@@ -62,6 +62,8 @@ class LlamaDialect(Dialect):
             replies = reply if isinstance(reply, list) else [reply]
             if len(replies) != len(prompts):
                 raise BadReply(f"asked for {len(prompts)} completions, got {len(replies)}")
+            if [field(each, "index", int) for each in replies] != [*range(len(prompts))]:
+                raise BadReply("completions in another order than their prompts")
             return [self._lists(each, 1, top_k)[0] for each in replies]
 
         return Call(_PATH, read, self._body(prompts, 1, top_k))

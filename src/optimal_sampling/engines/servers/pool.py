@@ -48,17 +48,24 @@ class ClientPool:
 
     @asynccontextmanager
     async def client(self, url: str) -> AsyncIterator[httpx.AsyncClient]:
-        """A client that nobody else uses, for a server."""
+        """A client that nobody else uses, for a server.
+
+        After a request that was given up or failed it is closed: httpcore may still count its
+        connection as in use, and the next request would wait for it.
+        """
         free = self._free.setdefault(url, [])
         client = free.pop() if free else self._open()
         try:
             yield client
-        finally:
-            free.append(client)
+        except BaseException:
+            self._all.remove(client)
+            await client.aclose()
+            raise
+        free.append(client)
 
     async def aclose(self) -> None:
         """Close all connections. Requests in flight fail."""
-        for client in self._all:
+        for client in [*self._all]:
             await client.aclose()
 
     def _open(self) -> httpx.AsyncClient:

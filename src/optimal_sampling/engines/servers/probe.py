@@ -23,7 +23,15 @@ from optimal_sampling.errors import (
     did_you_mean,
 )
 
-__all__ = ["PROBE_TEXTS", "Ask", "Probed", "check_tokenizers", "probe", "scoring_costs"]
+__all__ = [
+    "PROBE_TEXTS",
+    "Ask",
+    "Probed",
+    "best_scoring",
+    "check_tokenizers",
+    "probe",
+    "scoring_costs",
+]
 
 T = TypeVar("T")
 
@@ -112,8 +120,14 @@ async def probe(ask: Ask, access: Access, url: str) -> Probed:
         can_draft=await _offers(ask, dialect.draft(prefix, 2, 1, 0.0, 0)),
     )
     costs = await scoring_costs(ask, dialect, prefix, min(20, facts.max_top_k))
-    way = min(costs, key=lambda each: costs[each], default=None)
-    return Probed(url, replace(facts, scoring=way), dialect, first, costs)
+    return Probed(url, replace(facts, scoring=best_scoring(costs)), dialect, first, costs)
+
+
+def best_scoring(costs: Mapping[Scoring, float]) -> Scoring | None:
+    """The way of scoring to take. `prompts` unless another takes less than half as long: the others
+    score the whole prompt in every round, and prompts are longer than the probe."""
+    weighted = {way: cost * (1 if way == "prompts" else 2) for way, cost in costs.items()}
+    return min(weighted, key=lambda way: weighted[way], default=None)
 
 
 async def check_tokenizers(models: Mapping[str, ServedModel]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Latencies", "ServerStatistics"]
+__all__ = ["Latencies", "ServerStatistics", "figures_text"]
 
 _STEP = math.log(1.05)
 _SHORTEST = 1e-5  # seconds
@@ -72,3 +73,15 @@ class ServerStatistics:
             for percent in (50, 90, 99):
                 figures[f"latency_p{percent}_ms"] = 1e3 * self.latencies.percentile(percent)
         return figures
+
+
+def figures_text(figures: Mapping[str, float]) -> str:
+    """The figures of a served model in a line. Counts of zero are left out."""
+    parts = []
+    for name, value in figures.items():
+        title = name.removesuffix("_ms").replace("_", " ")
+        if name.endswith("_ms"):
+            parts.append(f"{title} {value:,.0f} ms" if value >= 10 else f"{title} {value:.2g} ms")
+        elif value:
+            parts.append(f"{title} {value:,.0f}")
+    return ", ".join(parts)

@@ -13,7 +13,10 @@ async function showCard(span, samples) {
   const top = await topOf(index, samples);
   if (card.span !== span || !span.isConnected) return; // the pointer has gone on
   const values = valuesOf(detail, place, samples.metrics);
-  const [start, number] = place < 0 ? [detail.pieces.length ? extents(detail).at(-1)[0] + extents(detail).at(-1)[1] : 0, 1] : extents(detail)[place];
+  const [start, number] =
+    place < 0
+      ? [detail.pieces.length ? extents(detail).at(-1)[0] + extents(detail).at(-1)[1] : 0, 1]
+      : extents(detail)[place];
   card.replaceChildren(...cardParts(detail, place, values, { start, number, top }, samples));
   card.hidden = false;
   placeCard(card, span);
@@ -27,18 +30,44 @@ async function topOf(index, samples) {
 function cardParts(detail, place, values, { start, number, top }, samples) {
   const text = place < 0 ? detail.end : detail.pieces[place];
   const unit = detail.unit === "byte" ? "byte" : "token";
-  const where = number > 1 ? `${unit}s ${start + 1}–${start + number}, means` : `${unit} ${start + 1}`;
-  const facts = samples.metrics.filter((metric) => values[metric.name] !== undefined && values[metric.name] !== null);
+  const where =
+    number > 1 ? `${unit}s ${start + 1}–${start + number}, means` : `${unit} ${start + 1}`;
+  const facts = samples.metrics.filter(
+    (metric) => values[metric.name] !== undefined && values[metric.name] !== null,
+  );
   return [
-    el("div", { class: "token" }, el("b", {}, marked(text, true)), el("span", { class: "soft" }, where)),
+    el(
+      "div",
+      { class: "token" },
+      el("b", {}, marked(text, true)),
+      el("span", { class: "soft" }, where),
+    ),
     values.alpha !== undefined && values.alpha !== null ? lever(values.alpha) : null,
-    el("dl", {}, facts.map((metric) => el("div", {}, el("dt", {}, metric.title), el("dd", {}, valueText(metric, values[metric.name]))))),
-    top ? el("div", {}, [...Array(number).keys()].slice(0, 4).map((n) => topColumns(top, start + n))) : null,
+    el(
+      "dl",
+      {},
+      facts.map((metric) =>
+        el(
+          "div",
+          {},
+          el("dt", {}, metric.title),
+          el("dd", {}, valueText(metric, values[metric.name])),
+        ),
+      ),
+    ),
+    top
+      ? el(
+          "div",
+          {},
+          [...Array(number).keys()].slice(0, 4).map((n) => topColumns(top, start + n)),
+        )
+      : null,
   ].filter(Boolean);
 }
 
 function valueText(metric, value) {
-  if (metric.name === "log_ratio") return `${short(Math.abs(value))} ${value < 0 ? "student" : "teacher"}`;
+  if (metric.name === "log_ratio")
+    return `${short(Math.abs(value))} ${value < 0 ? "student" : "teacher"}`;
   if (metric.name === "vetoed") return percent(value);
   if (metric.name === "acceptance") return `≥ ${percent(value)}`; // of the tokens that are kept
   return short(value);
@@ -54,12 +83,24 @@ function lever(alpha) {
 /** What each would have said: the likeliest tokens of student, q* and teacher. */
 function topColumns(top, token) {
   const names = Object.keys(ROLES).filter((name) => top.distributions.includes(name));
-  return el("div", { class: "tops", "--n": names.length }, names.map((name) => {
-    const first = (token * top.distributions.length + top.distributions.indexOf(name)) * top.k;
-    const ranks = [...Array(top.k).keys()].filter((rank) => top.shares[first + rank] > 0);
-    return el("div", { class: `of-${name}` }, el("h4", {}, ROLES[name]),
-      el("ol", {}, ranks.map((rank) => topLine(top, first + rank, token))));
-  }));
+  return el(
+    "div",
+    { class: "tops", "--n": names.length },
+    names.map((name) => {
+      const first = (token * top.distributions.length + top.distributions.indexOf(name)) * top.k;
+      const ranks = [...Array(top.k).keys()].filter((rank) => top.shares[first + rank] > 0);
+      return el(
+        "div",
+        { class: `of-${name}` },
+        el("h4", {}, ROLES[name]),
+        el(
+          "ol",
+          {},
+          ranks.map((rank) => topLine(top, first + rank, token)),
+        ),
+      );
+    }),
+  );
 }
 
 function topLine(top, at, token) {
@@ -67,8 +108,13 @@ function topLine(top, at, token) {
   const bar = el("i");
   bar.style.width = `${100 * share}%`;
   const isDrawn = top.places[at] === top.drawn[token];
-  return el("li", { class: isDrawn ? "drawn" : null, "aria-label": isDrawn ? "drawn" : null }, bar,
-    el("code", {}, marked(top.texts[top.places[at]], true)), el("span", {}, share < 0.001 ? "< 0.1%" : percent(share)));
+  return el(
+    "li",
+    { class: isDrawn ? "drawn" : null, "aria-label": isDrawn ? "drawn" : null },
+    bar,
+    el("code", {}, marked(top.texts[top.places[at]], true)),
+    el("span", {}, share < 0.001 ? "< 0.1%" : percent(share)),
+  );
 }
 
 function placeCard(card, span) {
@@ -86,7 +132,8 @@ function placeCard(card, span) {
 function followToken() {
   const card = document.getElementById("card");
   if (!card.span || card.hidden) return;
-  if (card.span === document.activeElement || card.span.matches(":hover")) placeCard(card, card.span);
+  if (card.span === document.activeElement || card.span.matches(":hover"))
+    placeCard(card, card.span);
   else hideCard();
 }
 

@@ -13,7 +13,8 @@ function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (name.startsWith("--")) node.style.setProperty(name, value); // the policy allows no style attribute
+    else if (name.startsWith("--"))
+      node.style.setProperty(name, value); // the policy allows no style attribute
     else node.setAttribute(name, value === true ? "" : value);
   }
   node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
@@ -42,7 +43,8 @@ function bytesOf(base64) {
   return bytes;
 }
 
-const count = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en-US"));
+const count = (value) =>
+  value === null || value === undefined ? "–" : value.toLocaleString("en-US");
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;
 const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
 

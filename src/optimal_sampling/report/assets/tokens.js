@@ -16,14 +16,22 @@ function shade(metric, values) {
 }
 
 function modelsAgree({ kl_student: student, kl_teacher: teacher }) {
-  return student !== undefined && teacher !== undefined && student !== null && teacher !== null && student < AGREE && teacher < AGREE;
+  return (
+    student !== undefined &&
+    teacher !== undefined &&
+    student !== null &&
+    teacher !== null &&
+    student < AGREE &&
+    teacher < AGREE
+  );
 }
 
 /** The diagnostics of a piece by name, not scaled. */
 function valuesOf(detail, place, metrics) {
   const found = {};
   for (const metric of metrics) {
-    const value = place < 0 ? detail.end_values?.[metric.name] : detail.columns[metric.name]?.[place];
+    const value =
+      place < 0 ? detail.end_values?.[metric.name] : detail.columns[metric.name]?.[place];
     if (value !== undefined) found[metric.name] = value === null ? null : value / metric.scale;
   }
   return found;
@@ -44,22 +52,44 @@ function extents(detail) {
 
 /** The text of a sample, a span per piece. Copied, it is the text. */
 function textOf(detail, metric, metrics, marks) {
-  const node = el("div", { class: "text", dir: "auto", tabindex: 0, role: "group", "aria-label": "Completion; arrow keys go from token to token" });
-  const end = detail.end ? el("span", { class: "t end", tabindex: -1, "data-place": -1 }, detail.end) : null;
+  const node = el("div", {
+    class: "text",
+    tabindex: 0,
+    role: "group",
+    "aria-label": "Completion; arrow keys go from token to token",
+  });
+  const end = detail.end
+    ? el("span", { class: "t end", tabindex: -1, "data-place": -1 }, detail.end)
+    : null;
   const add = (from, to) => {
-    for (let place = from; place < to; place++) node.append(tokenSpan(detail, place, metric, metrics, marks));
+    const spans = document.createDocumentFragment();
+    for (let place = from; place < to; place++)
+      spans.append(tokenSpan(detail, place, metric, metrics, marks));
+    node.append(spans);
   };
-  const most = detail.unit === "none" ? detail.pieces.length : Math.min(LONGEST, detail.pieces.length);
+  const most =
+    detail.unit === "none" || detail.isWhole
+      ? detail.pieces.length
+      : Math.min(LONGEST, detail.pieces.length);
   add(0, most);
   if (most === detail.pieces.length) {
     if (end) node.append(end);
     return [node];
   }
-  const rest = el("button", { type: "button", class: "rest", onclick: () => {
-    add(most, detail.pieces.length);
-    if (end) node.append(end);
-    rest.remove();
-  } }, `Show the other ${count(detail.pieces.length - most)} tokens`);
+  const rest = el(
+    "button",
+    {
+      type: "button",
+      class: "rest",
+      onclick: () => {
+        detail.isWhole = true; // also in another colour
+        add(most, detail.pieces.length);
+        if (end) node.append(end);
+        rest.remove();
+      },
+    },
+    `Show the other ${count(detail.pieces.length - most)} tokens`,
+  );
   return [node, rest];
 }
 
@@ -70,7 +100,8 @@ function tokenSpan(detail, place, metric, metrics, marks) {
   return el("span", { class: `t ${kind}`, tabindex: -1, "data-place": place }, marked(text, marks));
 }
 
-const SPECIAL = /[ \t\n\u00a0\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/;
+const SPECIAL =
+  /[ \t\n\u00a0\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/;
 const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/;
 const SPACES = { " ": "·", "\u00a0": "°", "\t": "→", "\n": "↵" };
 
@@ -94,18 +125,35 @@ function marked(text, marks) {
 function controlMark(character) {
   if (SPACES[character] || !HIDDEN.test(character) || character === "\u200d") return "";
   const code = character.codePointAt(0);
-  return code < 32 ? String.fromCodePoint(0x2400 + code) : `‹${code.toString(16).toUpperCase().padStart(4, "0")}›`;
+  return code < 32
+    ? String.fromCodePoint(0x2400 + code)
+    : `‹${code.toString(16).toUpperCase().padStart(4, "0")}›`;
 }
 
 function legend(metric) {
   if (!metric) return [el("span", {}, "These samples have no numbers per token.")];
   const steps = [...Array(2 * LEVELS + 1).keys()].map((n) => n / (2 * LEVELS));
-  const shades = steps.map((share) => el("i", { class: shade(metric, { [metric.name]: metric.low + share * (metric.high - metric.low) }) }));
+  const shades = steps.map((share) =>
+    el("i", {
+      class: shade(metric, { [metric.name]: metric.low + share * (metric.high - metric.low) }),
+    }),
+  );
   const [low, high] = [metric.low, metric.high].map((value) => String(value).replace("-", "−"));
-  const ends = metric.name === "alpha" ? ["0 student", "teacher 1"] : metric.name === "log_ratio" ? [`${low} student`, `teacher ${high}`] : [low, metric.low > metric.high ? high : `${high} and more`];
+  const ends =
+    metric.name === "alpha"
+      ? ["0 student", "teacher 1"]
+      : metric.name === "log_ratio"
+        ? [`${low} student`, `teacher ${high}`]
+        : [low, metric.low > metric.high ? high : `${high} and more`];
   return [
-    el("span", {}, metric.meaning), el("span", {}, ends[0]),
-    el("span", { class: "scale", role: "img", "aria-label": `Scale from ${ends[0]} to ${ends[1]}` }, shades), el("span", {}, ends[1]),
+    el("span", {}, metric.meaning),
+    el("span", {}, ends[0]),
+    el(
+      "span",
+      { class: "scale", role: "img", "aria-label": `Scale from ${ends[0]} to ${ends[1]}` },
+      shades,
+    ),
+    el("span", {}, ends[1]),
     metric.name === "alpha" ? el("span", {}, "no colour: ½, or the models agree") : null,
   ].filter(Boolean);
 }
