@@ -45,6 +45,8 @@ def test_the_demo_shows_what_it_promises(tmp_path):
     shown = first.stdout.partition("Generations")[2]
     assert sum(record["row"]["problem"] in shown for record in records) == 3
     assert f"12 records in {file}" in first.stdout
+    assert first.stdout.endswith(f"optimal-sampling report {folder}\n")
+    assert {record["top_tokens"]["k"] for record in records} == {5}
     file.write_bytes(b"".join(reversed(file.read_bytes().splitlines(keepends=True))))
     again = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
     assert again.returncode == 0

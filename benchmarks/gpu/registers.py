@@ -33,7 +33,7 @@ REGISTERS, WARPS, BLOCKS = 65_536, 64, 32
 SHARED = {80: 164 * 1024, 90: 228 * 1024}
 """Of one multiprocessor: CUDA C++ Programming Guide, compute capabilities 8.0 and 9.0."""
 TYPES = {
-    "batch": programs.Batch("*bf16", "*bf16", "i32", "i32", "i32", "i32", "fp32", "constexpr"),
+    "batch": programs.Batch("*bf16", "*bf16", "i32", "i32", "i32", "i32", "fp32", ()),
     "noise": programs.Noise("*i32", "i32", "*i64", "*i64"),
     "settings": programs.Settings._make(["fp32"] * len(programs.Settings._fields)),
     "outputs": programs.Outputs("*i64", "*fp32", "*i1", "*i1"),
@@ -73,7 +73,7 @@ MIXTURE = {
     "survey": launch._LAUNCH,
     "restrict": launch._SMALL,
 }
-WITHIN_A_SUPPORT = {**TYPES, "batch": TYPES["batch"]._replace(support="*fp64")}
+WITHIN_A_SUPPORT = {**TYPES, "batch": TYPES["batch"]._replace(support=("*fp64",))}
 LAYER_TYPES = {
     **dict.fromkeys(("residual", "x", "weight", "out", "qkv", "cos", "sin", "gate_up"), "*bf16"),
     **dict.fromkeys(("q_weight", "k_weight", "keys", "values", "query"), "*bf16"),
@@ -148,20 +148,12 @@ def compiled(
     source = ASTSource(
         fn=function,
         signature={name: types.get(name, "constexpr") for name in names},
-        constexprs=fixed | dict.fromkeys(_unset(names, types)),
+        constexprs=fixed,
         attrs={path: [["tt.divisibility", 16]] for path in _aligned(names, types)},
     )
     made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
     resources = _resources(made.asm["cubin"], made.metadata.shared)
     return Usage(**resources, warps=options["num_warps"], generation=generation)
-
-
-def _unset(names: list[str], types: dict[str, object]) -> Iterator[tuple[int, ...]]:
-    """Paths of fields of arguments that are None."""
-    for i, name in enumerate(names):
-        for j, kind in enumerate(types.get(name, "") if name == "batch" else ()):
-            if kind == "constexpr":
-                yield i, j
 
 
 def _aligned(names: list[str], types: dict[str, object]) -> Iterator[tuple[int, ...]]:
@@ -171,7 +163,9 @@ def _aligned(names: list[str], types: dict[str, object]) -> Iterator[tuple[int, 
         if isinstance(kind, str) and kind.startswith("*"):
             yield (i,)
         for j, field in enumerate(getattr(kind, "_fields", ())):
-            if kind[j].startswith("*") or field in ALIGNED:
+            if kind[j] == ("*fp64",):
+                yield i, j, 0
+            elif str(kind[j]).startswith("*") or field in ALIGNED:
                 yield i, j
 
 

@@ -6,6 +6,7 @@ that of an ordinary `generate` run.
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from operator import itemgetter
@@ -28,6 +29,7 @@ from optimal_sampling.vocabulary import Vocabulary
 __all__ = ["DemoOptions", "run_demo"]
 
 SHOWN = 3  # completions printed
+TOP_TOKENS = 5  # kept of every token, for the page of `report`
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class DemoOptions(Checked):
             run=RunConfig(
                 output_dir=self.output_dir, seed=self.seed, max_new_tokens=self.max_new_tokens
             ),
-            engine=LocalOptions(batch_size=self.batch_size),
+            engine=LocalOptions(batch_size=self.batch_size, top_tokens=TOP_TOKENS),
         )
 
 
@@ -77,31 +79,34 @@ def run_demo(options: DemoOptions, progress: Progress, console: Console) -> int:
     generate(config, progress)
     # in the order of the rows: that of the file is the order of finishing, which varies
     records = sorted(load(config.run.output_dir), key=itemgetter("row_index"))
-    outcomes = _outcomes(config, records)
+    outcomes = _outcomes(options, records)
     console.print(_comparison(outcomes))
     console.print(_mixture(records))
     console.print(_samples(records))
     path = f"{config.run.output_dir}/records/main.jsonl"
     text = f"{len(records)} records in {path} (docs/records.md describes the fields)"
-    console.print(text, soft_wrap=True, highlight=False)
+    page = f"To look at them: optimal-sampling report {shlex.quote(config.run.output_dir)}"
+    console.print(f"{text}\n{page}", soft_wrap=True, highlight=False, markup=False)
     return 0
 
 
-def _outcomes(config: GenerateConfig, records: list[Record]) -> list[Outcome]:
+def _outcomes(options: DemoOptions, records: list[Record]) -> list[Outcome]:
     """Both models alone and q* on the prompts and seeds of the records.
 
-    q* is drawn again, which gives the recorded tokens, to measure its speed.
+    q* is drawn again, which gives the recorded tokens, to measure its speed; like the others
+    without the top tokens.
     """
     from optimal_sampling.engines import open_engine  # torch is loaded here
 
-    models = config.models
+    config = options.generate_config()
+    models, engine_options = config.models, LocalOptions(batch_size=options.batch_size)
     vocabulary = Vocabulary.load(models.student, models.teacher)
     renderer = PromptRenderer(config.prompt, vocabulary)
     answers = {record["id"]: str(record["row"]["answer"]) for record in records}
     requests = [_request(record, renderer, config.run.max_new_tokens) for record in records]
     modes: dict[Mode, str] = {"student": "student", "teacher": "teacher", "mixture": "q*"}
     outcomes = []
-    with open_engine(config.engine, models, config.mixture, vocabulary) as engine:
+    with open_engine(engine_options, models, config.mixture, vocabulary) as engine:
         for mode, name in modes.items():
             started = time.perf_counter()
             completions = list(engine.view(mode=mode).generate(requests))

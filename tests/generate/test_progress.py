@@ -132,7 +132,7 @@ def test_records_of_older_versions_are_counted():
     totals = Totals()
     new = ("ess_student", "ess_teacher", "curvature", "alpha_weighted", "chernoff", "log_p_student")
     new += ("kl_student_restricted", "kl_teacher_restricted", "log_p_student_restricted", "vetoed")
-    new += ("lost_student", "lost_teacher")
+    new += ("lost_student", "lost_teacher", "covered_student", "covered_teacher", "tv_bound")
     totals.add({name: value for name, value in RECORD.items() if name not in new})
     assert totals.means() == {
         "alpha_mean": 0.75,

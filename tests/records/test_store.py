@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optimal_sampling.errors import RunFolderError, StorageError
-from optimal_sampling.records.store import RecordFile, Scan, encode_line
+from optimal_sampling.records.store import Lock, RecordFile, Scan, encode_line, is_locked
 
 
 def open_file(path):
@@ -119,6 +121,21 @@ def test_a_second_writer_is_told_who_writes(tmp_path, make_record):
     ):
         RecordFile(path)
     write(path, [make_record()])  # released with the first writer
+
+
+def test_a_writer_waits_for_one_that_looks(tmp_path):
+    """Guards: a run refused because `report` looked, in that instant, whether it is written."""
+    Lock(tmp_path / "main.jsonl").release()
+    looking = (tmp_path / ".main.lock").open()
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    timer = threading.Timer(0.2, looking.close)
+    timer.start()
+    started = time.monotonic()
+    lock = Lock(tmp_path / "main.jsonl")
+    assert time.monotonic() - started > 0.1
+    assert is_locked(tmp_path / "main.jsonl")
+    lock.release()
+    timer.join()
 
 
 def test_the_lock_dies_with_its_process(tmp_path, make_record):

@@ -49,9 +49,10 @@ def file(tmp_path_factory):
     draws[1].verdict = "wrong"
     draws[3] = Draw(HOSTILE, "wrong", row=3, top=3)
     draws[4] = Draw(STRANGE, "no_answer", row=4)
-    draws[5] = Draw(error="the prompt is <b>too long</b>", row=5)
+    draws[5] = Draw("", error="the prompt is <b>too long</b>", row=5)
     draws[6] = Draw("one\ntwo  three 🙂\tfour", "correct", row=6, top=3)
     draws[7] = Draw("7 " * 2500, "correct", row=7)
+    draws[8] = Draw("x\u202eabc", "correct", row=8)
     first = write_run(folder / "first", draws)
     second = write_run(folder / "second", [Draw("x", row=0)], alpha_method="fixed")
     path = folder / "page.html"
@@ -181,6 +182,57 @@ def test_the_keyboard_alone(opened):
     assert page.evaluate("document.activeElement.id") == "search"
 
 
+def test_the_next_sample_after_one_that_failed(opened):
+    """Guards: `j` that stays for ever before a sample without a text."""
+    page = opened().page
+    sample(page, 4).locator(".text").focus()
+    for index in (5, 6):
+        page.keyboard.press("j")
+        wait(page, f"document.activeElement.closest('.sample')?.dataset.index === '{index}'")
+    page.keyboard.press("ArrowRight")
+    wait(page, "document.activeElement.dataset.place === '0'")
+
+
+def test_another_colour_keeps_the_token(opened):
+    """Guards: `c` that takes the focus away, so that the arrow keys begin again."""
+    page = opened().page
+    sample(page, 0).locator(".text").focus()
+    for key in ("ArrowRight", "ArrowRight", "c"):
+        page.keyboard.press(key)
+    assert page.evaluate("document.activeElement.dataset.place") == "1"
+    page.keyboard.press("Shift+ArrowRight")  # selects
+    assert page.evaluate("document.activeElement.dataset.place") == "1"
+
+
+def test_charts_by_keyboard(opened):
+    """Guards: numbers of a chart that only a pointer reaches."""
+    page = opened().page
+    chart = page.locator("#charts .panels svg").first
+    caption = page.locator("#charts .panels figcaption").first
+    before = caption.inner_text()
+    chart.focus()
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")
+    assert "; mean 0." in caption.inner_text()
+    page.keyboard.press("Tab")
+    assert caption.inner_text() == before
+
+
+def test_a_slow_search_that_was_given_up(opened):
+    """Guards: results of a search that ends after it was cleared."""
+    watched = opened()
+    page = watched.page
+    page.evaluate(
+        "(() => { const fast = unpack; unpack = async (id) => {"
+        " await new Promise((done) => setTimeout(done, 700)); return fast(id); }; })()"
+    )
+    page.locator("#search").fill("window.hit")
+    page.wait_for_timeout(250)
+    page.locator("#search").fill("")
+    page.wait_for_timeout(1200)
+    assert watched.count() == "41 of 41 samples"
+
+
 def test_filter_search_and_order(opened):
     """Guards: a filter that leaves others in, and an order that is not kept after a filter."""
     watched = opened()
@@ -258,10 +310,61 @@ def test_strange_characters_are_shown(opened):
     page = opened().page
     text = sample(page, 4).locator(".text")
     marks = text.locator(".w.control").evaluate_all("all => all.map((each) => each.dataset.m)")
-    assert marks == ["␀", "␛", "‹202E›", "‹202C›"]
+    assert marks == ["NUL", "ESC", "‹202E›", "‹202C›"]
     assert "مرحبا" in text.inner_text()
     assert text.evaluate("node => getComputedStyle(node).unicodeBidi") == "plaintext"
     assert "👩‍👩‍👧" in text.evaluate("node => node.textContent")
+
+
+def test_a_mark_of_direction_turns_nothing(opened):
+    """Guards: a completion that reads "abc" and is shown as "cba"."""
+    page = opened().page
+    tokens = sample(page, 8).locator(".t")
+    left = {
+        tokens.nth(n).inner_text(): tokens.nth(n).bounding_box()["x"] for n in range(tokens.count())
+    }
+    assert left["x"] < left["a"] < left["b"] < left["c"]
+
+
+CONTRASTS = """
+(() => {
+  const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const light = (...colours) => {
+    for (const colour of colours) { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); }
+    const parts = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map((x) => x / 255);
+    const [r, g, b] = parts.map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = getComputedStyle(document.documentElement).backgroundColor;
+  const made = (name) => {
+    const node = document.body.appendChild(document.createElement("span"));
+    node.className = name;
+    return getComputedStyle(node);
+  };
+  const ratio = (text, back) => {
+    const [low, high] = [light(text), light(ground, back)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const found = {};
+  for (const hue of "sha")
+    for (let n = 1; n <= 8; n++) {
+      const { color, backgroundColor } = made(`${hue}${n}`);
+      found[`${hue}${n}`] = ratio(color, backgroundColor);
+    }
+  for (const name of ["soft", "student", "teacher", "error", "end", "badge correct"])
+    found[name] = ratio(made(name).color, ground);
+  return found;
+})()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_legible_on_every_colour(opened, scheme):
+    """Guards: text whose contrast is below 4.5 (WCAG 2.2, AA), by its own formula."""
+    found = opened(scheme).page.evaluate(CONTRASTS)
+    assert len(found) == 30
+    assert {name: ratio for name, ratio in found.items() if ratio < 4.5} == {}
+    assert found["h8"] < found["h1"]
 
 
 def test_a_failed_sample(opened):

@@ -121,6 +121,12 @@ def test_html_is_text(record, reader):
     assert unescape(re.sub(r"<[^>]*>", "", html)) == HOSTILE
 
 
+def test_html_has_no_mark_of_direction(record, reader):
+    """Guards: a completion that turns around what a notebook shows beside it."""
+    html = spans_html(spanned_text(record("a\u202eb\x00"), reader))
+    assert unescape(re.sub(r"<[^>]*>", "", html)) == "a<202E>b␀"
+
+
 def test_a_notebook_shows_the_first_records(tmp_path):
     """Guards: an iterator that is used up by being shown, and markup of a record's error."""
     draws = [Draw(HOSTILE), *[Draw(f"{row}", row=row) for row in range(1, 15)]]

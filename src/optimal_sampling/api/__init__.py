@@ -1,6 +1,7 @@
 """Classes for lists of prompts, one per engine.
 
     batch     what they share
+    notebook  outputs as coloured text
     local     `OptimalSamplingModel`, on the local engine
     vllm      `OptimalSamplingV1`, on vLLM
 

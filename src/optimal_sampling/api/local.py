@@ -6,7 +6,6 @@ In names of arguments and outputs, `theta` is the student and `t` the teacher.
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +22,7 @@ from optimal_sampling.api.batch import (
     taken,
     whole_number,
 )
+from optimal_sampling.api.notebook import ShownRow, rows_html, token_reader
 from optimal_sampling.config import (
     FleetConfig,
     LocalOptions,
@@ -36,9 +36,8 @@ from optimal_sampling.engines.fleet import open_fleet
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.errors import ConfigError, did_you_mean
 from optimal_sampling.prompts import PromptRenderer
-from optimal_sampling.spans import SpannedText, TokenReader, page_html, spanned_tokens
+from optimal_sampling.spans import TokenReader
 from optimal_sampling.types import AlphaMethod, Completion, weighted_mean
-from optimal_sampling.vocabulary import Vocabulary
 
 __all__ = ["OptimalSamplingModel", "PerToken", "SamplingOutput"]
 
@@ -95,8 +94,6 @@ _DIAGNOSTICS = {
 _COLOURED = {"kl_student": "kl_theta", "kl_teacher": "kl_t", "vetoed": "vetoed"}
 """Metrics of coloured text, and their names in `SamplingOutput.diagnostics`."""
 
-_SHOWN_IN_NOTEBOOKS = 10
-
 
 class _DefaultDevice(str):
     """The default device, which differs in type from the same text given by a caller."""
@@ -142,30 +139,24 @@ class SamplingOutput:
         return vars(self) | {"_reader": None}
 
     def _repr_html_(self) -> str:
-        rows = range(min(_SHOWN_IN_NOTEBOOKS, len(self._lengths)))
-        title = f"the first {len(rows)} of {len(self._lengths)} completions"
-        return page_html(title, [(self._about(row), self._spanned(row)) for row in rows])
+        rows = map(self._row, range(len(self._lengths)))
+        return rows_html(self._reader, len(self._lengths), rows)
 
-    def _about(self, row: int) -> str:
-        return f"prompt {row}: {self.errors[row] or self.finish_reasons[row]}"
-
-    def _spanned(self, row: int) -> SpannedText:
-        """A completion in pieces. Without diagnostics its tokens have their alpha alone."""
-        if self._reader is None:
-            return SpannedText([], "none", note="a pickled output has no tokenizer")
+    def _row(self, row: int) -> ShownRow:
+        """A completion without padding. Without diagnostics its tokens have their alpha alone."""
         length = self._lengths[row]
         columns = {name: self.diagnostics.get(own) for name, own in _COLOURED.items()}
         columns["alpha"] = self.alpha_values
-        known = {
-            name: [
-                value if math.isfinite(value) else None for value in column[row, :length].tolist()
-            ]
-            for name, column in columns.items()
-            if column is not None
-        }
-        ids = self.generated_ids[row, :length].tolist()
-        ends = self.finish_reasons[row] == "stop" and length > 0
-        return spanned_tokens(self._reader, ids, known, ends=ends)
+        return ShownRow(
+            f"prompt {row}: {self.errors[row] or self.finish_reasons[row]}",
+            self.generated_ids[row, :length].tolist(),
+            {
+                name: column[row, :length].tolist()
+                for name, column in columns.items()
+                if column is not None
+            },
+            ends=self.finish_reasons[row] == "stop" and length > 0,
+        )
 
 
 class OptimalSamplingModel(BatchSampler):
@@ -337,7 +328,7 @@ class OptimalSamplingModel(BatchSampler):
             q_star_probs=probabilities,
             finish_reasons=[row.finish_reason for row in rows],
             errors=[row.error for row in rows],
-            _reader=_reader(self.vocabulary),
+            _reader=token_reader(self.vocabulary),
             _lengths=[len(row.token_ids) for row in rows],
         )
 
@@ -348,17 +339,6 @@ class OptimalSamplingModel(BatchSampler):
             if row.token_ids:
                 result[place, : len(row.token_ids)] = row.captured[name]
         return result
-
-
-def _reader(vocabulary: Vocabulary) -> TokenReader:
-    """The texts of the tokens, as the student's tokenizer has them."""
-    tokenizer = vocabulary.student_tokenizer
-    letter = tokenizer("a", add_special_tokens=False)["input_ids"]
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    return TokenReader(decode, tuple(letter))
 
 
 def _fleet(kwargs: Mapping[str, Any]) -> FleetConfig:

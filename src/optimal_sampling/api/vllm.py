@@ -16,6 +16,7 @@ from optimal_sampling.api.batch import (
     taken,
     whole_number,
 )
+from optimal_sampling.api.notebook import ShownRow, rows_html, token_reader
 from optimal_sampling.config import (
     DraftTokens,
     MixtureConfig,
@@ -27,6 +28,7 @@ from optimal_sampling.engines.vllm.engine import VllmEngine
 from optimal_sampling.engines.vllm.trace_store import alpha_summary
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.prompts import PromptRenderer
+from optimal_sampling.spans import TokenReader
 from optimal_sampling.types import AlphaMethod, Completion
 
 __all__ = ["OptimalSamplingOutput", "OptimalSamplingV1"]
@@ -39,6 +41,9 @@ _STATISTICS = {
     "curvature": "curvature",
 }
 """Names in `alpha_stats["per_request"]`, and what they are called in a TokenTrace."""
+
+_COLOURED = {"alpha": "alpha", "kl_student": "kl_theta", "kl_teacher": "kl_t"}
+"""Metrics of coloured text, and their names in `alpha_stats["per_request"]`."""
 
 _DEFAULT_SEQUENCES, _DEFAULT_TOKENS = 256, 8192
 
@@ -63,6 +68,26 @@ class OptimalSamplingOutput:
     """`stop`, `length` or `error`."""
     errors: list[str] = field(default_factory=list)
     """Why a prompt failed, "" where it did not."""
+    _reader: TokenReader | None = field(default=None, repr=False, compare=False)
+    """The texts of the tokens, for notebooks. A pickled output has none."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_reader": None}
+
+    def _repr_html_(self) -> str:
+        rows = map(self._row, range(len(self.generated_ids)))
+        return rows_html(self._reader, len(self.generated_ids), rows)
+
+    def _row(self, row: int) -> ShownRow:
+        """A completion; its tokens have numbers where alpha was tracked."""
+        statistics = self.alpha_stats["per_request"][row] if self.alpha_stats else {}
+        ids = self.generated_ids[row]
+        return ShownRow(
+            f"prompt {row}: {self.errors[row] or self.finish_reasons[row]}",
+            ids,
+            {name: statistics[own] for name, own in _COLOURED.items() if own in statistics},
+            ends=self.finish_reasons[row] == "stop" and len(ids) > 0,
+        )
 
 
 class OptimalSamplingV1(BatchSampler):
@@ -187,6 +212,7 @@ class OptimalSamplingV1(BatchSampler):
             alpha_stats=_alpha_stats(rows) if track else None,
             finish_reasons=[row.finish_reason for row in rows],
             errors=[row.error for row in rows],
+            _reader=token_reader(self.vocabulary),
         )
 
 

@@ -76,6 +76,7 @@ def run(options: ServersBenchOptions, report: Report) -> None:
                 prompts = max(_FEWEST_PROMPTS, count, min(2 * count, _MOST_PROMPTS))
                 requests = pair.workload(prompts).requests
                 _measure(options, report, engine, urls, (count, requests))
+                report.save()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 from optimal_sampling.errors import OptimalSamplingError, RunFolderError, StorageError
 from optimal_sampling.records.schema import Record
@@ -37,6 +37,7 @@ __all__ = [
 
 _GROUP_RECORDS = 256  # most records that wait for one fsync
 _SYNC_SHARE = 0.05  # largest share of the time that goes to fsync
+_LONGEST_LOOK = 1.0  # seconds in which a reader that looks whether a file is locked is done
 _CHECKSUM_BYTES = 8
 _CHECKSUM_START, _LINE_END = b',"checksum":"', b'"}\n'
 _TAIL_LENGTH = len(_CHECKSUM_START) + 2 * _CHECKSUM_BYTES + len(_LINE_END)
@@ -128,7 +129,7 @@ class Lock:
             target.parent.mkdir(parents=True, exist_ok=True)
             # Opened for appending, which leaves the holder's name in place.
             self._file = path.open("a+", errors="replace")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_file(self._file)
         except BlockingIOError:
             with self._file as file:
                 file.seek(0)
@@ -150,8 +151,25 @@ class Lock:
         self._file.close()
 
 
+def _lock_file(file: IO[str]) -> None:
+    """Lock a file, past the instants in which `is_locked` looks at it. Raises BlockingIOError."""
+    end = time.monotonic() + _LONGEST_LOOK
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(_LONGEST_LOOK / 20)
+        else:
+            return
+
+
 def is_locked(target: Path) -> bool:
-    """Whether a process writes the file now. Where that cannot be found out, False."""
+    """Whether a process writes the file now. Where that cannot be found out, False.
+
+    It takes a shared lock for an instant, which `Lock` waits for.
+    """
     try:
         with _lock_path(target).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -100,15 +100,13 @@ def _read(source: RunSource, place: int) -> _Run:
     """The numbers of a run, in memory that hardly depends on its size."""
     profiles = Profiles()
     lengths = []
-    unit = "tokens"
     for record, _ in source.records():
         if not record["error"]:
             profiles.add(record)
             lengths.append(record["n_completion_tokens"])
-            unit = "bytes" if "byte_alpha" in record else unit
     dash = DASHES[place // len(COLORS) % len(DASHES)]
     look = {"color": COLORS[place % len(COLORS)], "linestyle": dash, "label": _plain(source.name)}
-    return _Run(profiles.data(), lengths, unit, look)
+    return _Run(profiles.data(), lengths, f"{profiles.unit}s", look)
 
 
 def _plain(name: str) -> str:

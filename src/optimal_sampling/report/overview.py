@@ -73,6 +73,7 @@ class RunOverview:
             "more_errors": max(0, len(self.failures) - _ERRORS_SHOWN),
             "lengths": _histogram(self.lengths),
             "profiles": self.profiles.data(),
+            "unit": self.profiles.unit,
             "stages": [{"name": k, **v} for k, v in self.stages.numbers(names).items()],
             "calls": [_call(each) for each in run.calls if each.get("tokens")],
         }

@@ -107,7 +107,8 @@ class Page:
             self.samples.append(sample_entry(len(self.runs), record, graded))
             self.texts.append(sample_text(record, text, graded))
             self.tops.append(sample_top(record, text, reader, top))
-        if problem and chosen:
+        shown = self.texts[len(self.texts) - len(chosen) :]
+        if problem and any(text["unit"] == "none" for text in shown):
             yield f"Tokens are not coloured: {problem}."
 
     def lines(self) -> Iterator[str]:
@@ -197,9 +198,15 @@ def _differences(options: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _block(name: str, value: Any) -> str:
-    """Data that a browser does not run, and in which no markup can be."""
-    data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    packed = b64encode(gzip.compress(data.encode(), _LEVEL, mtime=0)).decode()
+    """Data that a browser does not run, and in which no markup can be. Characters that UTF-8 does
+    not have become U+FFFD.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:  # a lone surrogate has no UTF-8
+        data = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    packed = b64encode(gzip.compress(data, _LEVEL, mtime=0)).decode()
     return f'<script type="application/octet-stream" id="{name}">{packed}</script>'
 
 

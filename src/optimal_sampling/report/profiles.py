@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -35,9 +35,13 @@ class Profiles:
     """One column of the diagnostics along the position, for each name in `_EDGES`."""
 
     columns: dict[str, _Column] = field(default_factory=dict)
+    unit: Literal["token", "byte"] = "token"
+    """What positions count."""
 
     def add(self, record: Record) -> None:
         """Count the tokens of a good record, or its bytes where it has those."""
+        if "byte_alpha" in record:
+            self.unit = "byte"
         found = _values(record)
         for name, values in found.items():
             if name not in self.columns:

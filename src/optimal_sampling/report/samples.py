@@ -59,13 +59,13 @@ def _is_constant(record: Record) -> bool:
 
 
 def sample_text(record: Record, text: SpannedText, graded: Graded | None) -> dict[str, Any]:
-    """Prompts, pieces and their diagnostics. Characters without UTF-8 become U+FFFD."""
+    """Prompts, pieces and their diagnostics."""
     teacher = record["teacher_prompt"]
     student = record["student_prompt"]
     entry: dict[str, Any] = {
-        "student": _storable(student),
-        "teacher": "" if teacher == student else _storable(teacher),
-        "pieces": [_storable(piece.text) for piece in text.pieces],
+        "student": student,
+        "teacher": "" if teacher == student else teacher,
+        "pieces": [piece.text for piece in text.pieces],
         "counts": [[i, p.count] for i, p in enumerate(text.pieces) if p.count > 1],
         "unit": text.unit,
         "columns": {
@@ -100,7 +100,7 @@ def sample_top(
     return {
         "distributions": top.distributions,
         "k": ids.shape[2],
-        "texts": [_storable(reader.text(int(token))) for token in table],
+        "texts": [reader.text(int(token)) for token in table],
         "places": places.ravel().tolist(),
         "shares": np.rint(shares * _SHARES).astype(int).ravel().tolist(),
         "drawn": np.where(is_kept, drawn, -1).tolist(),
@@ -109,10 +109,6 @@ def sample_top(
 
 def _scaled(name: str, value: float | None) -> int | None:
     return None if value is None else round(value * _SCALES[name])
-
-
-def _storable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
 
 
 def metrics_data() -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterable
 
 from optimal_sampling.spans.coloured import METRICS, Colour, SpannedText, colour_of
+from optimal_sampling.spans.terminal import visible
 
 __all__ = ["page_html", "spans_html"]
 
@@ -56,5 +57,7 @@ def _css(colour: Colour) -> str:
 
 
 def _escaped(text: str) -> str:
-    """No markup, and no lone surrogate, which a notebook could not store."""
-    return html.escape(text.encode("utf-8", "replace").decode())
+    """No markup, no control character, no mark of direction, which turns what is beside it, and no
+    lone surrogate, which a notebook could not store.
+    """
+    return html.escape(visible(text))

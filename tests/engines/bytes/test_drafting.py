@@ -56,9 +56,9 @@ def rounds_of(choice, plain, drafted, count):
     """Which rounds draft, where a round of each kind costs so many seconds per symbol."""
     kinds = []
     for _ in range(count):
-        kinds.append(choice.drafts)
-        symbols = 40 if choice.drafts else 10
-        choice.observe(symbols, symbols * (drafted if choice.drafts else plain))
+        kinds.append(choice.drafts(True))
+        symbols = 40 if kinds[-1] else 10
+        choice.observe(symbols, symbols * (drafted if kinds[-1] else plain))
     return kinds
 
 
@@ -71,6 +71,16 @@ def test_auto_drafts_where_that_costs_less(plain, drafted, expected):
     kinds = rounds_of(MeasuredChoice(), plain, drafted, 2 * tried + kept)
     assert kinds[: 2 * tried] == [False] * tried + [True] * tried
     assert kinds[2 * tried :] == [expected] * kept
+
+
+def test_rounds_that_are_not_measured_are_not_for_trying():
+    """Guards: drafts tried for as long as new prompts come; prompts that end what pays."""
+    choice = MeasuredChoice()
+    rounds_of(choice, 1.1, 1.0, MeasuredChoice.TRIED)
+    assert choice.drafts(True)
+    assert not choice.drafts(False)
+    rounds_of(choice, 1.1, 1.0, MeasuredChoice.TRIED)
+    assert choice.drafts(False)
 
 
 def test_auto_measures_again():

@@ -210,7 +210,7 @@ def _restricted(batch: Any, rows: int, device: torch.device, min_p: float, sizes
     programs.restrict[rows,](
         surveyed, batch.pieces, support, math.log(min_p), WIDTH=width, **_SMALL
     )
-    return batch._replace(support=support)
+    return batch._replace(support=(support,))
 
 
 def _solved(batch: Any, position: Positions, mixture: MixtureConfig, sizes: Sizes) -> Tensor:
@@ -288,7 +288,7 @@ def _batch(student: Tensor, teacher: Tensor, temperature: float, sizes: Sizes) -
         vocab=student.shape[1],
         pieces=-(-student.shape[1] // sizes.piece),
         scale=1 / temperature,
-        support=None,
+        support=(),
     )
 
 

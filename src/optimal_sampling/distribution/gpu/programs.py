@@ -62,7 +62,10 @@ class Batch(NamedTuple):
     scale: object
     """1 / temperature."""
     support: object
-    """What `restrict` leaves of the first row, or of one; None: nothing is left out."""
+    """A tuple: what `restrict` leaves of the first row, or of one; empty: nothing is left out.
+
+    Triton 3.6 returns no None from a function.
+    """
 
 
 class Noise(NamedTuple):
@@ -335,15 +338,15 @@ def _row(batch, row):
     """The batch, with pointers to one of its rows."""
     student = batch.student + row * batch.student_stride
     teacher = batch.teacher + row * batch.teacher_stride
-    if batch.support is None:
+    if len(batch.support) == 0:
         return Batch(
             student, teacher, batch.student_stride, batch.teacher_stride,
-            batch.vocab, batch.pieces, batch.scale, None,
+            batch.vocab, batch.pieces, batch.scale, batch.support,
         )  # fmt: skip
     else:
         return Batch(
             student, teacher, batch.student_stride, batch.teacher_stride,
-            batch.vocab, batch.pieces, batch.scale, batch.support + row * _COLUMNS,
+            batch.vocab, batch.pieces, batch.scale, (batch.support[0] + row * _COLUMNS,),
         )  # fmt: skip
 
 
@@ -374,8 +377,8 @@ def _pair(batch, ids, origins):
     """Both models of one tile relative to their origins, and d; -inf outside of the support."""
     s = _load(batch.student, ids, batch)
     t = _load(batch.teacher, ids, batch)
-    if batch.support is not None:
-        outside = t < tl.load(batch.support + _FLOOR).to(tl.float32)
+    if len(batch.support) > 0:
+        outside = t < tl.load(batch.support[0] + _FLOOR).to(tl.float32)
         s = tl.where(outside, -_INF, s)
         t = tl.where(outside, -_INF, t)
     s = _at_least_masked(s - origins.at_student)
@@ -872,12 +875,12 @@ def _known(pieces, batch):
     at_t = top_t.to(tl.float32)
     log_z_s = top_s - at_s + tl.log(student.w)
     log_z_t = top_t - at_t + tl.log(teacher.w)
-    if batch.support is None:
+    if len(batch.support) == 0:
         good_s = _is_good(student)
         good_t = _is_good(teacher)
     else:
-        good_s = _get(batch.support, _SPOILT_STUDENT) == 0
-        good_t = _get(batch.support, _SPOILT_TEACHER) == 0
+        good_s = _get(batch.support[0], _SPOILT_STUDENT) == 0
+        good_t = _get(batch.support[0], _SPOILT_TEACHER) == 0
     shared = tl.max(_column(pieces, _SHARED, _NO_MAXIMUM), 0) > -_SUPPORT_GAP
     return Known(
         at_student=at_s,
@@ -909,12 +912,12 @@ def _free_alpha(batch, place, pieces, known, settings, METHOD: constexpr, BLOCK:
 
 @triton.jit
 def _put_masses(out, batch, known):
-    if batch.support is None:
+    if len(batch.support) == 0:
         _put(out, _MASS_STUDENT, 0.0)
         _put(out, _MASS_TEACHER, 0.0)
     else:
-        student = known.at_student + known.log_z_student - _get(batch.support, _WHOLE_STUDENT)
-        teacher = known.at_teacher + known.log_z_teacher - _get(batch.support, _WHOLE_TEACHER)
+        student = known.at_student + known.log_z_student - _get(batch.support[0], _WHOLE_STUDENT)
+        teacher = known.at_teacher + known.log_z_teacher - _get(batch.support[0], _WHOLE_TEACHER)
         _put(out, _MASS_STUDENT, tl.where(known.disjoint, -_INF, tl.minimum(student, 0.0)))
         _put(out, _MASS_TEACHER, tl.minimum(teacher, 0.0))
 
@@ -941,7 +944,7 @@ def solve(
     alpha = tl.minimum(alpha, settings.alpha_max)
     clamped = tl.abs(alpha - free) > 1e-7
     forced = (place == 0) & (settings.force_first > 0)
-    if batch.support is None:
+    if len(batch.support) == 0:
         forced = forced | (known.disjoint & (alpha > 0))
     else:  # the student has nothing of the support
         forced = forced | known.disjoint

@@ -176,13 +176,12 @@ class ByteDrafter:
 class DraftChoice:
     """Drafts in every round."""
 
-    @property
-    def drafts(self) -> bool:
-        """Whether the next round drafts."""
+    def drafts(self, measured: bool) -> bool:
+        """Whether the next round drafts. `measured`: it reads few prompts, `observe` follows."""
         return True
 
     def observe(self, symbols: int, seconds: float) -> None:
-        """A round of few prompts has drawn so many symbols in so many seconds."""
+        """A measured round has drawn so many symbols in so many seconds."""
 
 
 class MeasuredChoice(DraftChoice):
@@ -191,11 +190,11 @@ class MeasuredChoice(DraftChoice):
     Over and over, as texts and numbers of rows change.
     """
 
-    TRIED = 12
+    TRIED = 8
     """Measured rounds of each kind. The first two are not counted: laws that were made ahead, and
     memory that is used for the first time."""
     KEPT = 300
-    """Rounds of the kind that costs less."""
+    """Measured rounds of the kind that costs less."""
 
     def __init__(self) -> None:
         self._start()
@@ -205,11 +204,10 @@ class MeasuredChoice(DraftChoice):
         self._symbols = {False: 0, True: 0}
         self._seconds = {False: 0.0, True: 0.0}
 
-    @property
-    def drafts(self) -> bool:
+    def drafts(self, measured: bool) -> bool:
         """As in `DraftChoice`."""
         if self._rounds < 2 * self.TRIED:
-            return self._rounds >= self.TRIED
+            return measured and self._rounds >= self.TRIED
         return self._cost(True) < self._cost(False)
 
     def _cost(self, drafts: bool) -> float:
@@ -219,8 +217,9 @@ class MeasuredChoice(DraftChoice):
     def observe(self, symbols: int, seconds: float) -> None:
         """As in `DraftChoice`."""
         if self._rounds < 2 * self.TRIED and self._rounds % self.TRIED >= 2:
-            self._symbols[self.drafts] += symbols
-            self._seconds[self.drafts] += seconds
+            drafted = self._rounds >= self.TRIED
+            self._symbols[drafted] += symbols
+            self._seconds[drafted] += seconds
         self._rounds += 1
         if self._rounds == 2 * self.TRIED + self.KEPT:
             self._start()

@@ -154,11 +154,12 @@ class ByteLoop:
         self.rounds += 1
         self._yield_memory()
         prompts = sum(not row.prompts_are_read for row in self.rows)
-        if self.drafter is not None and self.choice.drafts:
+        measured = prompts <= _FEW * len(self.rows)
+        if self.drafter is not None and self.choice.drafts(measured):
             self.drafter.run(self.rows, self._has_room)
         self._run_models()
         self.draw()
-        if prompts <= _FEW * len(self.rows):
+        if measured:
             self.choice.observe(self.symbols - symbols, time.perf_counter() - started)
 
     def _run_models(self) -> None:

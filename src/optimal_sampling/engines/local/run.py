@@ -315,9 +315,8 @@ class GenerationLoop:
         self.counts.drafted += count * sum(ready)
         places, emitted = np.arange(count), emission.counts[:, None]
         accepted = drawing.accepted
-        tried = places < emitted
+        tried = places < emitted  # none of a row that is not ready
         self.counts.accepted += int((accepted & (places + 1 < emitted)).sum())
-        tried &= np.array(ready)[:, None]
         self.policy.observe_drafts(np.stack(sampled.confidences, 1), accepted, tried)
 
     def _completion(self, sequence: Sequence, reason: FinishReason, error: str) -> Completion:

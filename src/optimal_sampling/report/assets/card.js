@@ -159,8 +159,8 @@ function listenToTokens(list, samples) {
 }
 
 function moveFocus(event) {
-  const text = event.target.closest(".text");
-  if (!text) return;
+  const text = event.target.closest(".text") || event.target.querySelector(":scope > .text");
+  if (!text || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
   if (event.key === "Escape") {
     hideCard();
     text.focus();

@@ -106,18 +106,20 @@ function profilePanel({ run, i, profile }, { name, width, span, most, isNamed })
     "svg",
     {
       class: `c${i % 6}`,
+      tabindex: 0,
       height,
       viewBox: `0 0 ${width} ${height}`,
       role: "img",
       "aria-label": `${CHARTS[name].of}, by position, of ${run.name}: mean ${mean}`,
     },
     yAxis(ticks(most, 4), y, width),
-    xAxis(ticks(span, width / 110), x, height, "token"),
+    xAxis(ticks(span, width / 110), x, height, run.unit),
     profileShapes(profile, x, y, most),
   );
   const title = isNamed ? [el("i", { class: `dot c${i % 6}` }), ` ${run.name}`] : CHARTS[name].of;
-  const caption = el("figcaption", {}, title);
-  followPointer(chart, caption, { profile, x, span, name: isNamed ? `${run.name}, ` : "" });
+  const caption = el("figcaption", { "aria-live": "polite" }, title);
+  const about = { profile, x, span, name: isNamed ? `${run.name}, ` : "", unit: run.unit };
+  followPointer(chart, caption, about);
   return el("figure", {}, caption, chart);
 }
 
@@ -135,33 +137,44 @@ function profileShapes(profile, x, y, most) {
   ];
 }
 
-/** A line at the position under the pointer, and its numbers in the caption. */
-function followPointer(chart, caption, { profile, x, span, name }) {
+/** A line at the position under the pointer or of the arrow keys, its numbers in the caption. */
+function followPointer(chart, caption, { profile, x, span, name, unit }) {
   const still = [...caption.childNodes];
   const height = Number(chart.getAttribute("height"));
   const hair = svg("line", { class: "hair", y1: SIDES.top, y2: height - SIDES.bottom });
+  let place = -1;
+  const show = (wanted) => {
+    place = Math.max(0, Math.min(profile.n.length - 1, wanted));
+    for (const end of ["x1", "x2"]) hair.setAttribute(end, x((place + 0.5) * profile.width));
+    chart.append(hair);
+    caption.textContent = name + numbersAt(profile, place, unit);
+  };
+  const leave = () => {
+    place = -1;
+    hair.remove();
+    caption.replaceChildren(...still);
+  };
   chart.addEventListener("pointermove", (event) => {
     const box = chart.getBoundingClientRect();
     const part = (event.clientX - box.left - SIDES.left) / (box.width - SIDES.left - SIDES.right);
-    const last = profile.n.length - 1;
-    const place = Math.max(0, Math.min(last, Math.floor((part * span) / profile.width)));
-    for (const end of ["x1", "x2"]) hair.setAttribute(end, x((place + 0.5) * profile.width));
-    chart.append(hair);
-    caption.textContent = name + numbersAt(profile, place);
+    show(Math.floor((part * span) / profile.width));
   });
-  chart.addEventListener("pointerleave", () => {
-    hair.remove();
-    caption.replaceChildren(...still);
+  chart.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    show(place + step);
   });
+  for (const end of ["pointerleave", "blur"]) chart.addEventListener(end, leave);
 }
 
-function numbersAt(profile, place) {
+function numbersAt(profile, place, unit) {
   const [low, quarter, , three, high] = profile.quantiles.map((column) => short(column[place]));
   const first = place * profile.width;
-  const tokens =
-    profile.width > 1 ? `tokens ${first}–${first + profile.width - 1}` : `token ${first}`;
+  const where =
+    profile.width > 1 ? `${unit}s ${first}–${first + profile.width - 1}` : `${unit} ${first}`;
   return [
-    tokens,
+    where,
     `mean ${short(profile.mean[place])}`,
     `50% in ${quarter}–${three}`,
     `80% in ${low}–${high}`,

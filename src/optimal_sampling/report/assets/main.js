@@ -3,8 +3,8 @@
 const KEYS = [
   ["j", "next sample"],
   ["k", "previous sample"],
-  ["← →", "tokens of a text"],
-  ["Esc", "leave a text"],
+  ["← →", "tokens of a text, positions of a chart"],
+  ["Esc", "close the card"],
   ["/", "search"],
   ["c", "another colour"],
   ["d", "light or dark"],
@@ -83,7 +83,7 @@ function step(direction) {
       : articles.findLastIndex((article) => article.getBoundingClientRect().top <= line);
   const next = articles[Math.max(0, Math.min(articles.length - 1, here + direction))];
   next?.scrollIntoView({ behavior: "instant", block: "start" });
-  setTimeout(() => next?.querySelector(".text")?.focus({ preventScroll: true }), 60);
+  setTimeout(() => (next?.querySelector(".text") || next)?.focus({ preventScroll: true }), 60);
 }
 
 function nextColour() {

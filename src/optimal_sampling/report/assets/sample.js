@@ -8,7 +8,7 @@ async function detailOf(index, samples) {
 }
 
 function placeholder(entry) {
-  const article = el("article", { class: "sample", "data-index": entry.index });
+  const article = el("article", { class: "sample", tabindex: -1, "data-index": entry.index });
   article.style.minHeight = `${130 + 28 * Math.min(60, Math.ceil(entry.length / 100))}px`;
   return article;
 }
@@ -134,11 +134,23 @@ function recolour(samples) {
       samples.legend.querySelector("#count")?.textContent || "",
     ),
   );
+  const back = focusOf(samples.list);
   for (const article of samples.list.children) {
     if (!article.detail) continue;
     const entry = samples.entries[Number(article.dataset.index)];
     [...article.children].slice(1).forEach((child) => child.matches(".prompt") || child.remove());
     article.append(...body(entry, article.detail, samples));
   }
+  back();
   highlight(samples);
+}
+
+/** Gives the focus back to a text or a token that was made again. */
+function focusOf(list) {
+  const focused = document.activeElement;
+  const article = list.contains(focused) && focused.closest(".sample");
+  if (!article || !focused.closest(".text")) return () => {};
+  const { place } = focused.dataset;
+  const again = place === undefined ? ".text" : `[data-place="${place}"]`;
+  return () => article.querySelector(again)?.focus({ preventScroll: true });
 }

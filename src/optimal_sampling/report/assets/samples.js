@@ -194,7 +194,9 @@ function later(run) {
 /** Filter and sort: the articles that are left, in their order. */
 async function arrange(samples) {
   const { view } = samples;
+  const turn = (samples.turn = (samples.turn || 0) + 1);
   const found = view.query.trim() ? await matches(view.query.trim().toLowerCase(), samples) : null;
+  if (turn !== samples.turn) return; // meanwhile something else was asked for
   const kept = samples.entries.filter(
     (entry) =>
       (!view.run || entry.run === Number(view.run)) &&

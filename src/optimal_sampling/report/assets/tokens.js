@@ -103,6 +103,10 @@ function tokenSpan(detail, place, metric, metrics, marks) {
 const SPECIAL =
   /[ \t\n\u00a0\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/;
 const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/;
+const CONTROLS = (
+  "NUL SOH STX ETX EOT ENQ ACK BEL BS TAB LF VT FF CR SO SI " +
+  "DLE DC1 DC2 DC3 DC4 NAK SYN ETB CAN EM SUB ESC FS GS RS US"
+).split(" ");
 const SPACES = { " ": "·", "\u00a0": "°", "\t": "→", "\n": "↵" };
 
 /** Text whose spaces, line breaks and control characters have a mark that is not copied. */
@@ -126,7 +130,7 @@ function controlMark(character) {
   if (SPACES[character] || !HIDDEN.test(character) || character === "\u200d") return "";
   const code = character.codePointAt(0);
   return code < 32
-    ? String.fromCodePoint(0x2400 + code)
+    ? CONTROLS[code]
     : `‹${code.toString(16).toUpperCase().padStart(4, "0")}›`;
 }
 
