@@ -1,5 +1,7 @@
 """The bound on the total variation between q of two lists and q of the whole rows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -237,3 +239,15 @@ def test_an_impossible_id_has_no_weight_near_alpha_one(alpha):
     truth = exact(*rows, mixture)[0]
     assert q[np.isneginf(rows[0])].max() == 0
     assert np.abs(q - truth).sum() / 2 <= bound + ROUNDING
+
+
+@pytest.mark.parametrize("name", ["first token", "ess"])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_list_with_all_of_the_mass_has_no_tail(name, temperature):
+    """Guards: a tail of e^2500, from a list whose last ids have the probability 0."""
+    mixture = replace(MIXTURES[name], temperature=temperature)
+    rng = np.random.default_rng(0)
+    rows = [normalised(np.where(np.arange(VOCAB) < 9, row, -np.inf)) for row in flat(rng)]
+    q, bound = of_lists(lists_of(rows, 20, False), mixture)
+    assert np.abs(q - exact(*rows, mixture)[0]).sum() / 2 <= ROUNDING
+    assert bound <= 1e-3

@@ -150,6 +150,7 @@ def _rest(outside: float, count: int, kth: float, power: float) -> tuple[float, 
     """
     if outside <= 0:
         return NEVER, NEVER
+    kth = max(kth, math.log(outside / count))  # less is rounding, of a list with all of the mass
     equal = power * math.log(outside) + (1 - power) * math.log(count)
     steep = math.log(outside) + (power - 1) * kth
     return min(equal, steep), max(equal, steep)
