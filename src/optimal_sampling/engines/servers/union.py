@@ -19,7 +19,7 @@ __all__ = ["NEVER", "ROLES", "Side", "Support", "Union", "find_support", "join",
 
 ROLES = ("student", "teacher")
 
-NEVER = -1e12
+NEVER = -1e8
 """Stands for log 0: its multiples by 0 are 0, and exp((1 - alpha) NEVER) is 0 for alpha near 1."""
 
 _LEAST_MASS = 1e-12  # of the tail, where rounding leaves none
