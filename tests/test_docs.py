@@ -184,7 +184,8 @@ def test_commands_are_in_marked_blocks():
 
 RECORD = """
 command_not_found_handle() {
-    printf '%s\\0' "$@" $'\\n' >> "$TO"  # in one write, as background jobs write too
+    # In one write, as background jobs write too: bash writes at every line break.
+    printf '%s\\0' "$@" $'\\x1e' >> "$TO"
 }
 PATH=/nowhere
 set -eu
@@ -219,7 +220,7 @@ def commands_of(block: Block, folder: Path) -> list[list[str]]:
     words = log.read_text().split("\0")[:-1]
     result: list[list[str]] = [[]]
     for word in words:
-        if word == "\n":
+        if word == "\x1e":
             result.append([])
         else:
             result[-1].append(word)
