@@ -355,7 +355,12 @@ class EnhancedDualVLLMCoordinator:
                 on_token = text.take if stops else None
                 return await self._completed(job, length, text, on_token)
 
-        results = await asyncio.gather(*map(completed, jobs))
+        tasks = [asyncio.ensure_future(completed(job)) for job in jobs]
+        try:
+            results = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # where one has failed, the others are given up
+                task.cancel()
         failed = [(place, each.error) for place, each in enumerate(results) if each.error]
         self._count(len(results), len(failed))
         if failed:

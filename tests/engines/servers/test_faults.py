@@ -186,6 +186,18 @@ def test_a_restarted_server_is_used_again():
     run(main)
 
 
+def test_an_address_where_nothing_listens_is_said_at_the_start():
+    """Guards: a mistyped port for which a run waits as for a server that is started again."""
+
+    async def main():
+        with fake() as gone:
+            url = gone.url
+        with pytest.raises(EngineError, match=r"refused.*is the address right\?$"):
+            await served(url, start_seconds=0.2, retry_seconds=3600.0).__aenter__()
+
+    run(main)
+
+
 def test_another_server_takes_over_at_once():
     """Guards: a wait for a server that is gone, while another one could answer."""
 

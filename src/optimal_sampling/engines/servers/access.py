@@ -70,6 +70,8 @@ class Access:
     """Seconds after which an attempt is given up."""
     retry_seconds: float = 300.0
     """Seconds during which a request is tried again; a server with a large model starts in that."""
+    start_seconds: float = 10.0
+    """Likewise when a run starts, at most: an address with a mistake is said soon."""
     most_in_flight: int = 256
     """Most requests at one server at once."""
 

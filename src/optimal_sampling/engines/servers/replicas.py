@@ -95,7 +95,9 @@ class ReplicatedModel(ServedModel):
 
     async def _probed(self, connection: Connection) -> Probed:
         """What one server offers. Raises ServerError, ConfigError."""
-        return await probe(partial(self._retried, among=[connection]), self.access, connection.url)
+        seconds = min(self.access.start_seconds, self.access.retry_seconds)
+        ask = partial(self._retried, among=[connection], seconds=seconds)
+        return await probe(ask, self.access, connection.url)
 
     async def next_tokens(
         self, prefix: Sequence[int], top_k: int, extra_ids: Sequence[int] = ()
@@ -155,9 +157,15 @@ class ReplicatedModel(ServedModel):
         assert self._dialect is not None, "start() has not been called"
         return self._dialect
 
-    async def _retried(self, call: Call[T], among: Sequence[Connection] = ()) -> T:
-        """The reply to a request, at whichever server gives it. Raises ServerError."""
-        return await _Retries(self, call, among or self._connections).run()
+    async def _retried(
+        self, call: Call[T], among: Sequence[Connection] = (), seconds: float | None = None
+    ) -> T:
+        """The reply to a request, at whichever server gives it. Raises ServerError.
+
+        `seconds`: how long to try where none answers; None: `Access.retry_seconds`.
+        """
+        longest = self.access.retry_seconds if seconds is None else seconds
+        return await _Retries(self, call, among or self._connections, longest).run()
 
     def next_connection(
         self, among: Sequence[Connection], tried: Sequence[Connection]
@@ -182,10 +190,13 @@ class ReplicatedModel(ServedModel):
 class _Retries(Generic[T]):
     """The attempts of one request."""
 
-    def __init__(self, model: ReplicatedModel, call: Call[T], among: Sequence[Connection]) -> None:
+    def __init__(
+        self, model: ReplicatedModel, call: Call[T], among: Sequence[Connection], seconds: float
+    ) -> None:
         self.model = model
         self.call = call
         self.among = among
+        self.seconds = seconds
         self.tried: list[Connection] = []
         self.started = time.monotonic()
 
@@ -208,10 +219,10 @@ class _Retries(Generic[T]):
         except AttemptFailed as failure:
             self.model.statistics.failed += 1
             text = f"server {failure.url}: {failure.kind}: {failure.reason}"
-            message = f"{text}; {_ADVICE[failure.kind]}"
+            advice = _ADVICE[failure.kind]
             if failure.is_down and await self._is_lost():
-                raise EngineError(f"{message}. No server of this model answers") from failure
-            raise ServerError(message, failure.kind) from failure
+                raise EngineError(f"{text}. No server of this model answers; {advice}") from failure
+            raise ServerError(f"{text}; {advice}", failure.kind) from failure
 
     async def _attempt(self) -> T:
         connection = self.model.next_connection(self.among, self.tried)
@@ -241,18 +252,18 @@ class _Retries(Generic[T]):
             return 0.0
         self.tried.clear()
         failure = _failure(state)
-        longest = min(_LONGEST_WAIT, self.model.access.retry_seconds / _MOST_ATTEMPTS)
+        longest = min(_LONGEST_WAIT, self.seconds / _MOST_ATTEMPTS)
         if not failure.may_take_long:
             longest = min(longest, _WAIT_FOR_BETTER)
         return (failure.retry_after or 0.0) + min(longest, float(self.backoff(state)))
 
     def _is_last(self, state: RetryCallState) -> bool:
         failure = _failure(state)
-        if (failure.retry_after or 0.0) > self.model.access.retry_seconds:
+        if (failure.retry_after or 0.0) > self.seconds:
             return True
         if failure.may_take_long:
             seconds = time.monotonic() - self.started + state.upcoming_sleep
-            has_waited = seconds >= self.model.access.retry_seconds
+            has_waited = seconds >= self.seconds
             return has_waited and state.attempt_number >= _FEWEST_ATTEMPTS
         return state.attempt_number >= _MOST_ATTEMPTS
 
