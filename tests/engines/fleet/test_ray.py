@@ -58,10 +58,11 @@ def machines():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.syspath_prepend(str(ROOT))  # the workers import the small engines from here
+        from ray._common.utils import get_ray_address_file
         from ray.cluster_utils import Cluster as Machines
 
         folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets must be short
-        known = Path("/tmp/ray/ray_current_cluster")  # written, but its folder is not made
+        known = Path(get_ray_address_file(None))  # written, but its folder is not made
         known.parent.mkdir(exist_ok=True)
         head = {**ONE_CPU, "include_dashboard": False, "temp_dir": folder}
         made = patient(lambda: Machines(initialize_head=True, head_node_args=head))

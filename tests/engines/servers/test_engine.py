@@ -57,6 +57,18 @@ def tokens_of(engine, asked):
     return {c.request.key: c.token_ids for c in engine.generate(asked)}
 
 
+def harness_of(engine, tables):
+    return Harness(
+        open=lambda mixture, batch_size: engine.view(
+            mixture, options=replace(engine.options, batch_size=batch_size)
+        ),
+        logits=lambda role, ids: tables[role][ids[-1]],
+        prompts=PROMPTS,
+        context_length=64,
+        samples=900,
+    )
+
+
 class Suite(EngineConformance):
     draft_tokens = 0
 
@@ -65,15 +77,7 @@ class Suite(EngineConformance):
     def harness(cls):
         tables = tables_of()
         engine = engine_over(table_models(), draft_tokens=cls.draft_tokens)
-        yield Harness(
-            open=lambda mixture, batch_size: engine.view(
-                mixture, options=replace(engine.options, batch_size=batch_size)
-            ),
-            logits=lambda role, ids: tables[role][ids[-1]],
-            prompts=PROMPTS,
-            context_length=64,
-            samples=900,
-        )
+        yield harness_of(engine, tables)
         engine.close()
 
 
@@ -105,15 +109,7 @@ class TestFakeServers(EngineConformance):
             thread.run(start_models(models))
             given = replace(options, server_top_k=-1, draft_tokens=2)
             engine = ServersEngine(models, MixtureConfig(), given, thread, 6, frozenset({0}))
-            yield Harness(
-                open=lambda mixture, batch_size: engine.view(
-                    mixture, options=replace(engine.options, batch_size=batch_size)
-                ),
-                logits=lambda role, ids: tables[role][ids[-1]],
-                prompts=PROMPTS,
-                context_length=64,
-                samples=900,
-            )
+            yield harness_of(engine, tables)
             engine.close()
 
 
