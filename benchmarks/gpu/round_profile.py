@@ -249,7 +249,7 @@ class Profiler:
             runner = self.pair.loaded().pair.runners[role]
             if not (isinstance(runner, PageRunner) and self.cuda):
                 continue
-            one = Pass.of(runner, self.batch, width, 600, self.batch * 8 * PAGE)
+            one = Pass.of(runner, (self.batch, width), 600, self.batch * 8 * PAGE)
             one.record()
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 
 from attention_check import CASES, TINY_CASES, Heads, largest_error
-from forward_check import Pass, check_overlap, check_replay
+from forward_check import Pass, check_overlap, check_padding, check_replay, milliseconds
 from mixture_check import RULES, check_rows
 from optimal_sampling.bench.architectures import RandomPair
 from optimal_sampling.bench.harness import hardware
@@ -55,6 +55,8 @@ class Scale:
     """Of the mixture."""
     shapes: Sequence[tuple[int, int]]
     """(rows, width) of recorded passes."""
+    chunks: Sequence[Sequence[int]]
+    """Tokens of the prompt chunks of recorded passes."""
     keys: int
     """Most tokens that a row of theirs has cached."""
     heads: Sequence[Heads]
@@ -69,6 +71,7 @@ FULL = Scale(
     vocab=151_936,
     rows=(1, 32, 160),
     shapes=((1, 1), (32, 1), (32, 5)),
+    chunks=((77, 1, 30), (130, 90), (300, 5, 150), (560, 440)),
     keys=600,
     heads=(Heads(16, 2, 128), Heads(12, 2, 128), Heads(14, 2, 64), Heads(16, 8, 128)),
     batch=32,
@@ -80,6 +83,7 @@ TINY = Scale(
     vocab=1000,
     rows=(1, 3),
     shapes=((1, 1), (4, 1), (4, 5)),
+    chunks=((20, 3, 1),),
     keys=30,
     heads=(Heads(4, 2, 16),),
     batch=3,
@@ -176,6 +180,32 @@ class Smoke:
         return f"bit for bit at {self.scale.shapes}; graphs {counts}"
 
     @torch.inference_mode()
+    def chunks(self) -> str:
+        """Recorded passes with prompt chunks, which have surplus tokens and empty segments."""
+        plain, wide = self.scale.shapes[1:]
+        cases = [(plain, counts) for counts in ((), *self.scale.chunks)]
+        cases.append((wide, self.scale.chunks[0]))
+        found = [
+            f"{role} {self._with_chunks(role, shape, counts)}"
+            for role in ("teacher", "student")
+            for shape, counts in cases
+        ]
+        return "tokens of chunks beside rows x width: " + ", ".join(found)
+
+    def _with_chunks(self, role: str, shape: tuple[int, int], counts: Sequence[int]) -> str:
+        """Check one pass, and time it: recorded, and unpadded and launched kernel by kernel."""
+        rows, width = shape
+        one = self._pass(role, rows, width, counts)
+        if not check_replay(one) and self.gpu:
+            raise AssertionError("no graph was recorded")
+        error = check_padding(one)
+        ours, unpadded = (milliseconds(each, self.device) for each in (one, one.unpadded))
+        one.close()
+        return (
+            f"{sum(counts)} + {rows}x{width}: {ours:.2f} not {unpadded:.1f} ms (error {error:.1g})"
+        )
+
+    @torch.inference_mode()
     def overlap(self) -> str:
         """Both models at once against one after the other."""
         rows, width = self.scale.shapes[1]
@@ -217,12 +247,13 @@ class Smoke:
             raise AssertionError(f"no round of {counts.rounds} was queued ahead")
         return f"the same tokens; {counts.ahead} of {counts.rounds} rounds ahead"
 
-    def _pass(self, role: str, rows: int, width: int) -> Pass:
+    def _pass(self, role: str, rows: int, width: int, chunks: Sequence[int] = ()) -> Pass:
         runner = self.pair.loaded().pair.runners[role]
         if not isinstance(runner, PageRunner):
             raise Skipped("no pages here")
-        pages = rows * (-(-(self.scale.keys + 64) // PAGE) + 4)
-        return Pass.of(runner, rows, width, self.scale.keys, pages * PAGE)
+        keys = max(self.scale.keys, *chunks, 1)
+        pages = rows * (-(-(keys + 64) // PAGE) + 4)
+        return Pass.of(runner, (rows, width), keys, pages * PAGE, chunks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -255,6 +286,7 @@ def run_checks(smoke: Smoke) -> bool:
         smoke.rules,
         smoke.load,
         smoke.replay,
+        smoke.chunks,
         smoke.overlap,
         smoke.texts,
         smoke.ahead,

@@ -36,7 +36,7 @@ from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
 from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner, Recordings
 from optimal_sampling.engines.local.scheduler import Chunk
 
-__all__ = ["PageRunner"]
+__all__ = ["GATHER", "SLOW_GATHER", "PageRunner"]
 
 WIDTHS = (1, 2, 3, 5, 9, 17)
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
