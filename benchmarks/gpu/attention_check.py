@@ -124,7 +124,7 @@ def _plan(
     bucket = bucket_for(chunks)
     if case.rounded and bucket is not None:
         numbers, shape = pad_chunks(numbers, shape, bucket)
-        shape = replace(shape, max_keys=rounded_keys(shape.max_keys, bucket))
+        shape = replace(shape, max_keys=rounded_keys(shape.max_keys, shape.chunks))
     ids = torch.zeros(shape.tokens, dtype=torch.int64, device=device)
     return PagePlan(cache, Batch(shape, ids, to_device(numbers, device)), backend)
 

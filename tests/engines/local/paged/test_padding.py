@@ -128,8 +128,8 @@ def test_buckets_and_keys():
     assert bucket_for([chunk(0, 0, 2049)]) is None
     assert bucket_for([chunk(i, 0, 1) for i in range(31)]) == BUCKETS[2]
     assert bucket_for([chunk(i, 0, 1) for i in range(32)]) is None
-    assert [rounded_keys(keys, NO_CHUNKS) for keys in (1, 512, 513, 5000)] == [512, 512, 1024, 8192]
-    assert [rounded_keys(keys, BUCKETS[0]) for keys in (1, 2048, 2049)] == [2048, 2048, 8192]
+    assert [rounded_keys(keys) for keys in (1, 512, 513, 5000)] == [512, 512, 1024, 8192]
+    assert [rounded_keys(keys, 8) for keys in (1, 2048, 2049)] == [2048, 2048, 8192]
 
 
 def test_what_no_bucket_holds_runs_unrecorded(flash_on_cpu):

@@ -141,9 +141,9 @@ class PageRunner(ModelRunner[PageCache]):
 
     def _first_shapes(self) -> list[tuple[Bucket, int]]:
         """Chunks and keys of what `prepare` records."""
-        longest = rounded_keys(self.longest, NO_CHUNKS)
+        longest = rounded_keys(self.longest)
         plain = [(NO_CHUNKS, keys) for keys in START_KEYS if keys <= longest]
-        return [*plain, (START_BUCKET, rounded_keys(1, START_BUCKET))]
+        return [*plain, (START_BUCKET, rounded_keys(1, START_BUCKET.segments))]
 
     @torch.inference_mode()
     def forward(
@@ -156,15 +156,17 @@ class PageRunner(ModelRunner[PageCache]):
     ) -> ForwardPass:
         """From a recorded graph where there is one. Chunks that no bucket holds have none."""
         rows, width = tokens.shape
-        bucket = bucket_for(chunks)
-        if bucket is None or cache not in self.graphs:
+        if cache not in self.graphs:
             numbers, shape = lay_out(cache.manager, start, width, idle, chunks)
             numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], chunks)
             ids = self._with_chunks(tokens, chunks)
             logits, plan = self._run(cache, Batch(shape, ids, to_device(numbers, self.device)))
             return ForwardPass(self._cut(logits, rows, width, width), plan=plan)
+        bucket, graphs = bucket_for(chunks), self.graphs[cache]
         batch, padded_width = self._padded(cache, tokens, start, idle, chunks, bucket)
-        graphs = self.graphs[cache]
+        if bucket is None:
+            logits, plan = self._run(cache, batch)
+            return ForwardPass(self._cut(logits, rows, width, padded_width), plan=plan)
         settled = graphs.settled(batch.shape)
         return ForwardPass(self._cut(graphs(batch), rows, width, padded_width), settled)
 
@@ -185,10 +187,11 @@ class PageRunner(ModelRunner[PageCache]):
         start: Int[np.ndarray, " rows"],
         idle: Sequence[int],
         chunks: Sequence[Chunk],
-        bucket: Bucket,
+        bucket: Bucket | None,
     ) -> tuple[Batch, int]:
         """The batch with rows, width, chunks and keys rounded up, and its width.
 
+        Without a bucket the chunks stay as they are; Triton's programs are compiled for the rest.
         What surplus columns write lies behind the row's end, and is overwritten.
         """
         rows, width = tokens.shape
@@ -199,9 +202,12 @@ class PageRunner(ModelRunner[PageCache]):
         start = np.pad(start, (0, more_rows))
         numbers, shape = lay_out(cache.manager, start, padded_width, idle, chunks)
         numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], chunks)
-        numbers, shape = pad_chunks(numbers, shape, bucket)
-        shape = replace(shape, max_keys=rounded_keys(shape.max_keys, bucket))
-        ids = self._with_chunks(tokens, chunks, bucket.tokens)
+        padded_tokens = 0
+        if bucket is not None:
+            numbers, shape = pad_chunks(numbers, shape, bucket)
+            padded_tokens = bucket.tokens
+        shape = replace(shape, max_keys=rounded_keys(shape.max_keys, shape.chunks))
+        ids = self._with_chunks(tokens, chunks, padded_tokens)
         return Batch(shape, ids, to_device(numbers, self.device)), padded_width
 
     def _padded_width(self, cache: PageCache, start: Int[np.ndarray, " rows"], width: int) -> int:
