@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from optimal_sampling.config import LocalOptions, MixtureConfig
 from optimal_sampling.engines.device import Overlap
-from optimal_sampling.engines.local import round as round_module
+from optimal_sampling.engines.local import round_noise
 from optimal_sampling.engines.local.drafting import (
     DraftPolicy,
     ExpectedTokens,
@@ -367,7 +367,7 @@ def test_noise_from_keys_is_the_same_noise(mode, draft_tokens, monkeypatch):
     engine = engine.view(mode=mode)
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=30)
     expected = {c.request.id: c.token_ids for c in engine.generate(requests)}
-    monkeypatch.setattr(round_module, "runs_fused", lambda device: True)
+    monkeypatch.setattr(round_noise, "runs_fused", lambda device: True)
     assert {c.request.id: c.token_ids for c in engine.generate(requests)} == expected
 
 
