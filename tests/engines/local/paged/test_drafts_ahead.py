@@ -9,7 +9,7 @@ import torch
 
 from optimal_sampling.bench.instruments import MeasuredEngine
 from optimal_sampling.distribution import Drawn
-from optimal_sampling.engines.local.drafting import FixedDrafts
+from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts
 from optimal_sampling.engines.local.paged.page_cache import Batch, lay_out
 from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
 from optimal_sampling.engines.local.round import SampledRound
@@ -135,6 +135,34 @@ def test_emulated_acceptance_is_counted_where_it_is_made(models, acceptance):
         found.append((outcome(engine, requests), engine.draft_counts.ahead))
     assert found[0][0] == found[1][0]
     assert [ahead > 0 for _, ahead in found] == [False, True]
+
+
+def test_auto_queues_rounds_with_drafts_ahead(models):
+    """Guards: a width that follows from tokens that the host does not have yet."""
+    vocab = dataclasses.replace(vocabulary(), stop_ids=frozenset())
+    requests = requests_of(4, new=(70, 50))
+    options = {"vocab": vocab, "batch_size": 4}
+    expected = outcome(paged_engine(*models, draft_tokens=0, **options), requests)
+    engine = paged_engine(*models, ahead=True, draft_tokens="auto", **options)
+    engine._policy = Widths
+    assert outcome(engine, requests) == expected
+    assert engine.draft_counts.ahead > engine.draft_counts.rounds / 2
+    assert engine.draft_counts.accepted > 0
+
+
+class Widths(DraftPolicy):
+    """Another width, or a plain round, every time."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn = 0
+
+    def forced(self):
+        self.turn += 1
+        return (5, 2, 9, 1, 3)[self.turn % 5]
+
+    def plain_next(self, rows):
+        return self.turn % 4 == 0
 
 
 class Costs(FixedDrafts):
