@@ -373,3 +373,40 @@ def test_no_round_is_foreseen_past_a_switch_of_rotary_factors():
         row.output.append(7)
         row.cached = [row.known(0) - 1, row.known(1) - 1]
     assert foreseen == [(10, False), (11, True), (12, False), (13, False), (14, True)]
+
+
+def test_no_round_with_drafts_is_foreseen_across_a_switch_of_rotary_factors():
+    """Guards: a text that may be on either side of its switch when the round starts."""
+    bounded = dataclasses.replace(limits(chunk=100), rope_switches=(40, None))
+    foreseen = []
+    for known in (20, 32, 33, 36, 37, 40, 41):
+        scheduler = Scheduler(bounded, slots(bounded.rows, 10**9))
+        [row] = [sequence(0, known, 6, 30)]
+        row.cached, row.long = [known - 1, 5], [known > 40, False]
+        plan = scheduler.next_round(iter([row]), 4)
+        for i in scheduler.memory.reservations(plan.lengths, 8):
+            scheduler.memory.managers[i].reserve(plan.lengths, 8)
+        plan = scheduler.following(plan, plan.width, 4)
+        foreseen.append(plan and plan.width)
+    assert foreseen == [4, 4, 4, 1, None, None, 4]
+
+
+def test_a_request_that_arrives_ends_the_rounds_ahead():
+    """Guards: a served request that waits until one of those before it ends."""
+    scheduler = Scheduler(limits(chunk=100), slots(4, 10**9))
+    source = iter([sequence(0, 4, 4, 12), None, None, sequence(1, 4, 4, 12), None])
+    scheduler.next_round(source)
+    assert [scheduler.has_arrived(source) for _ in range(3)] == [False, True, True]
+    assert len(scheduler.running) == 1
+    scheduler.next_round(source)
+    assert len(scheduler.running) == 2
+    assert not scheduler.has_arrived(source)
+
+
+def test_nothing_is_asked_for_while_rows_are_full():
+    """Guards: requests that are taken from their source long before there is a place for them."""
+    scheduler = Scheduler(dataclasses.replace(limits(chunk=100), rows=2), slots(2, 10**9))
+    source = iter([sequence(i, 4, 4, 12) for i in range(4)])
+    scheduler.next_round(source)
+    assert not scheduler.has_arrived(source)
+    assert len(list(source)) == 2

@@ -92,7 +92,7 @@ class GenerationLoop:
                 yield self._completion(sequence, "error", reason)
             self.scheduler.rejected.clear()
             if plan is not None:
-                yield from self._rounds(plan)
+                yield from self._rounds(plan, source)
             elif not self.scheduler.waiting:
                 return
 
@@ -136,14 +136,17 @@ class GenerationLoop:
 
     # a round
 
-    def _rounds(self, plan: RoundPlan) -> Iterator[Completion]:
-        """The planned round, and those after it that need no other plan until a text ends.
+    def _rounds(self, plan: RoundPlan, source: Iterator[Sequence | None]) -> Iterator[Completion]:
+        """The planned round, and those after it that need no other plan.
+
+        Another plan is needed where a text ends, or where one arrives that may be admitted.
 
         Each of these is queued before the tokens of the one before it are waited for.
         """
         queued: QueuedRound | None = self._queue(plan)
         while queued is not None:
-            ahead = self._queue_ahead(queued) if self.runs_ahead else None
+            certain = self.runs_ahead and not self.scheduler.has_arrived(source)
+            ahead = self._queue_ahead(queued) if certain else None
             done = self._finish(queued, ahead)
             self.scheduler.finish(list(done))
             queued = ahead if ahead is not None and any(ahead.plan.ready) else None

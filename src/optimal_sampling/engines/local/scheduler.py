@@ -172,6 +172,8 @@ class Scheduler:
         self._most_live = sys.maxsize
         """Rows with which the latest admission filled rows or memory; else a number never reached.
         """
+        self._lacking = False
+        """The latest admission ended because nothing was waiting, in the source either."""
         self._holes: list[int] = []
         self._granted: dict[Sequence, list[int]] = {}
         """Per context, the number of pending tokens to cache in the round being planned.
@@ -213,6 +215,14 @@ class Scheduler:
         if width < 1 or self.memory.reservations(lengths, width):
             return None
         return replace(plan, width=width, moves=[], lengths=lengths, left=plan.left - drawn)
+
+    def has_arrived(self, source: Iterator[Sequence | None]) -> bool:
+        """Whether there is something to admit, where the latest admission ended for lack of it."""
+        if self._lacking and not self.waiting:
+            arrived = next(source, None)
+            if arrived is not None:
+                self.waiting.append(arrived)
+        return self._lacking and bool(self.waiting or self.rejected)
 
     def finish(self, rows: list[int]) -> None:
         """These rows have ended; the next admissions take their place."""
@@ -261,10 +271,12 @@ class Scheduler:
         if self._gathers(len(lengths)):
             return
         self._most_live = sys.maxsize
+        self._lacking = False
         while len(lengths) < self.limits.rows and min(left) > 0:
             if not self.waiting:
                 arrived = next(source, None)
                 if arrived is None:
+                    self._lacking = True
                     return
                 self.waiting.append(arrived)
             sequence = self.waiting[0]
