@@ -117,6 +117,14 @@ class Batch:
         parts: tuple[Tensor, ...] = self.numbers.split(self.shape.sizes)  # type: ignore[no-untyped-call]
         return parts
 
+    def set_back(self, behind: Int[Tensor, " rows"]) -> None:
+        """Let the first rows start so many tokens earlier. Only of a batch without chunks."""
+        tokens, segments = self.shape.tokens, self.shape.segments
+        places = self.numbers[: 2 * tokens].view(2, segments, -1)  # in the text, in the cache
+        places[:, : len(behind)] -= behind[:, None]
+        keys_used = self.numbers[-segments:]
+        keys_used[: len(behind)] -= behind
+
     def parts(self) -> tuple[Batch, Batch]:
         """The chunks alone, and the rows alone."""
         before, after = self.shape.parts()

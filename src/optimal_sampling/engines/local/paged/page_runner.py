@@ -162,13 +162,38 @@ class PageRunner(ModelRunner[PageCache]):
             ids = self._with_chunks(tokens, chunks)
             logits, plan = self._run(cache, Batch(shape, ids, to_device(numbers, self.device)))
             return ForwardPass(self._cut(logits, rows, width, width), plan=plan)
-        bucket, graphs = bucket_for(chunks), self.graphs[cache]
+        bucket = bucket_for(chunks)
         batch, padded_width = self._padded(cache, tokens, start, idle, chunks, bucket)
         if bucket is None:
             logits, plan = self._run(cache, batch)
             return ForwardPass(self._cut(logits, rows, width, padded_width), plan=plan)
+        logits, settled = self._recorded(cache, batch)
+        return ForwardPass(self._cut(logits, rows, width, padded_width), settled)
+
+    @torch.inference_mode()
+    def forward_behind(
+        self,
+        cache: PageCache,
+        tokens: Int[Tensor, "rows width"],
+        start: Int[np.ndarray, " rows"],
+        behind: Int[Tensor, " rows"],
+    ) -> ForwardPass:
+        """All is laid out as for the longest texts, and set back on the device."""
+        batch, padded_width = self._padded(cache, tokens, start, (), (), NO_CHUNKS)
+        batch.set_back(behind)
+        logits, settled = self._recorded(cache, batch)
+        rows, width = tokens.shape
+        return ForwardPass(self._cut(logits, rows, width, padded_width), settled)
+
+    def _recorded(
+        self, cache: PageCache, batch: Batch
+    ) -> tuple[Float[Tensor, "outputs vocab"], bool]:
+        """Logits, from a recorded graph where there is one, and whether the pass was settled."""
+        graphs = self.graphs.get(cache)
+        if graphs is None:
+            return self._run(cache, batch)[0], True
         settled = graphs.settled(batch.shape)
-        return ForwardPass(self._cut(graphs(batch), rows, width, padded_width), settled)
+        return graphs(batch), settled
 
     def _with_chunks(
         self, tokens: Int[Tensor, "rows width"], chunks: Sequence[Chunk], padded: int = 0
