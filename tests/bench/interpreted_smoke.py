@@ -18,7 +18,7 @@ __all__ = ["flash_on_cpu"]
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 from smoke import TINY, Smoke, run, run_checks
 
-NAMES = ["versions", "attention", "mixture", "rules", "load", "replay", "overlap", "texts"]
+NAMES = ["versions", "attention", "mixture", "rules", "load", "replay", "overlap", "texts", "ahead"]
 CPU = ModelConfig(device="cpu", dtype="float32")
 
 
@@ -35,6 +35,7 @@ def smoke_on_cpu(recorder=FakeRecorder):
     smoke = Smoke(TINY, CPU)
     for runner in smoke.pair.loaded().pair.runners.values():
         runner.new_recorder = recorder
+        runner.runs_ahead = True
     return smoke
 
 
@@ -43,6 +44,7 @@ def test_every_check_runs_and_passes(flash_on_cpu, capsys):
     passed, found, text = outcomes(smoke_on_cpu(), capsys)
     assert passed, text
     assert found == [(name, "ok") for name in NAMES], text
+    assert "drafts 4: 0 of" not in text
 
 
 def test_a_key_too_few_is_found_and_ends_the_run(flash_on_cpu, capsys, monkeypatch):

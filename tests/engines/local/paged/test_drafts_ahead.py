@@ -182,9 +182,9 @@ def test_the_seconds_of_rounds_do_not_overlap(models):
     engine = paged_engine(*models, ahead=True, vocab=vocab, batch_size=4, draft_tokens=3)
     engine._policy = lambda: Costs(3)
     started, slept = time.perf_counter(), 0.0
-    for _ in engine.generate(requests_of(4, new=(50, 70))):
+    for _ in engine.generate(requests_of(4, new=(50, 63, 70, 41))):
         before = time.perf_counter()
-        time.sleep(0.05)
+        time.sleep(0.2)
         slept += time.perf_counter() - before
     seconds = engine.loop.policy.seconds
     assert 0 < sum(seconds) <= time.perf_counter() - started - slept
