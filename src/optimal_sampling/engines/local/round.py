@@ -79,7 +79,7 @@ class SampledRound:
     confidences: Seq[Float[np.ndarray, " rows"]]
     """Per draft, the probability that the drafter gave it in each row; 0: there was none."""
     stopwatch: Stopwatch
-    """Two laps: all drafting, and the verification."""
+    """Laps of the drafter, one for all or several; the last lap is both models' last passes."""
     settled: bool
     """The round cost what such rounds will always cost."""
 
@@ -138,12 +138,11 @@ class Sampler:
             noise = before.noise.following(carried.first, plan.width)
         if len(self.models) == 1:
             return self._with_lookup(plan, rows, noise, carried)
-        if self.overlap.works and plan.width == 1:
-            # where drafts are possible the policy has to know the seconds of each model
+        if self.overlap.works:
             return self._side_by_side(plan, rows, noise, carried)
-        return self._with_student(plan, rows, noise, carried)
+        return self._in_turn(plan, rows, noise, carried)
 
-    def _with_student(
+    def _in_turn(
         self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise, carried: Carried | None
     ) -> SampledRound:
         """The student steps and drafts while that pays, then the teacher verifies."""
@@ -155,6 +154,7 @@ class Sampler:
         steps: list[Float[Tensor, "rows vocab"]] = []
         settled = True
         while True:
+            stopwatch.mark()
             [logits], lasting = student.forward(plan, rows, drafts[:, -1:], len(steps), carried)
             steps.append(logits[:, 0])
             settled &= lasting
@@ -164,7 +164,6 @@ class Sampler:
             if not expected.wants(self._confidence(steps[-1], token), insist=forced is not None):
                 break
             drafts = torch.cat([drafts, token[:, None]], 1)
-        stopwatch.mark()
         [verified], lasting = teacher.forward(plan, rows, drafts, carried=carried)
         stopwatch.mark()
         both = [torch.stack(steps, 1), verified]
@@ -181,25 +180,46 @@ class Sampler:
     def _side_by_side(
         self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise, carried: Carried | None
     ) -> SampledRound:
-        """One position, for which neither model waits for the other."""
-        drafts = self._no_drafts(rows)
+        """The student drafts, then it reads its last draft while the teacher verifies all.
+
+        How far it drafts is not known from its logits, so the last draft is known to be the last.
+        """
+        student, teacher = self.models
         stopwatch = Stopwatch(self.device)
-        with self.overlap.beside():
-            verified, verify_lasting = self.models[1].forward(plan, rows, drafts, carried=carried)
-        stepped, lasting = self.models[0].forward(plan, rows, drafts, carried=carried)
+        expected = PerRound(self.policy, plan.ready)
+        drafts = self._no_drafts(rows)
+        steps: list[Float[Tensor, "rows vocab"]] = []
+        settled = True
+        while self._wants_draft(expected, plan):
+            [logits], lasting = student.forward(plan, rows, drafts[:, -1:], len(steps), carried)
+            steps.append(logits[:, 0])
+            settled &= lasting
+            token = self._drafted(steps[-1], noise, len(steps) - 1)
+            drafts = torch.cat([drafts, token[:, None]], 1)
         stopwatch.mark()
+        with self.overlap.beside():
+            [verified], verify_lasting = teacher.forward(plan, rows, drafts, carried=carried)
+        [logits], lasting = student.forward(plan, rows, drafts[:, -1:], len(steps), carried)
         self.overlap.join()
         stopwatch.mark()
-        both = stepped + verified
+        both = [torch.stack([*steps, logits[:, 0]], 1), verified]
         return SampledRound(
             drafts=drafts,
             logits=both,
             step=self._draw(both, noise),
             noise=noise,
-            confidences=[],
+            confidences=expected.confidences,
             stopwatch=stopwatch,
-            settled=lasting and verify_lasting,
+            settled=settled and lasting and verify_lasting,
         )
+
+    def _wants_draft(self, expected: PerRound, plan: RoundPlan) -> bool:
+        """Whether one more token is drafted, before the student's step that gives it."""
+        forced, width = self.policy.forced(), expected.drafted + 1
+        if width in (plan.width, forced):
+            return False
+        confidences = np.full(len(plan.ready), self.GPU_CONFIDENCE)
+        return expected.wants(confidences, insist=forced is not None)
 
     def _no_drafts(self, rows: list[Sequence]) -> Int64[Tensor, "rows drafts"]:
         return torch.empty(len(rows), 0, dtype=torch.int64, device=self.device)

@@ -205,9 +205,9 @@ class GenerationLoop:
             return
         if queued.ahead and not all_ready:
             return  # after a text has ended others may have used the time
-        drafting, verification = sampled.stopwatch.laps()
-        rest = finished - started - drafting - verification
-        self.policy.observe_round(sampled.width, rows, drafting, verification, rest)
+        *drafting, verification = sampled.stopwatch.laps()
+        rest = finished - started - sum(drafting) - verification
+        self.policy.observe_round(sampled.width, rows, sum(drafting), verification, rest)
 
     def _prepare(self, plan: RoundPlan, rows: list[Sequence]) -> None:
         """Move rows, and give them room for this round, and for one that is queued ahead."""

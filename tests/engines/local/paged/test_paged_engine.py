@@ -142,15 +142,15 @@ def test_recorded_shapes_are_few_and_used_again(models, flash_on_cpu):
 def test_the_full_batch_is_recorded_before_the_first_round(models, flash_on_cpu):
     """Guards: shapes recorded at start-up that no round has, and a cache they spoil."""
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 16, new=12)
-    for drafts, passes in ((0, 2), (3, 2), ("auto", 1 + 4)):
+    for drafts, widths in ((0, 1 + 1), (3, 1 + 1), ("auto", 1 + 4)):
         engine = paged_engine(*models, draft_tokens=drafts, batch_size=16)
         before = FakeRecorder.recorded
         engine._new_loop().close()
         made = FakeRecorder.recorded - before
-        assert made == passes, "keys up to 512, as the context is shorter"
+        assert made == 2 * widths, "keys up to 512, as the context is shorter, and one of chunks"
         runners = engine.pair.runners.values()
         shapes = {shape for r in runners for g in r.graphs.values() for shape in g._recorded}
-        assert {shape.segments for shape in shapes} == {16}
+        assert {shape.segments - shape.chunks for shape in shapes} == {16}
         expected = texts(engine_of(*models, attention="sdpa").generate(requests))
         assert texts(engine.generate(requests)) == expected
 
