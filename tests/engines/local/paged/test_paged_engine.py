@@ -1,11 +1,13 @@
 """The engine over pages: the common suite, and the same texts as over slots."""
 
 import dataclasses
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
+from optimal_sampling.engines.local.paged.cuda_graphs import Graphs
 from optimal_sampling.engines.local.paged.page_cache import PageCache
 from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
@@ -209,3 +211,26 @@ def test_a_layer_whose_values_do_not_fit_has_no_keys_either():
         cache.write(0, torch.tensor([0]), token, token.as_subclass(TooLarge))
     cache.write(0, torch.tensor([0]), token, token)
     assert len(cache.memories()) == 2
+
+
+@pytest.mark.usefixtures("flash_on_cpu")
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+def test_the_end_of_a_batch_runs_in_the_graphs_of_the_whole(models, draft_tokens, monkeypatch):
+    """Guards: passes kernel by kernel for every number of rows that a batch shrinks to."""
+    requests = [Request(str(i), 0, 0, (1, 2), (4, 5), 4 * (i + 1)) for i in range(8)]
+    options = {"batch_size": 8, "draft_tokens": draft_tokens}
+    vocab = dataclasses.replace(vocabulary(), stop_ids=frozenset())
+    expected = texts(
+        paged_engine(*models, recorded=False, vocab=vocab, **options).generate(requests)
+    )
+    unrecorded = []
+    run = Graphs.__call__
+
+    def counted(self, batch):
+        if batch.shape not in self._recorded and not batch.shape.chunks:
+            unrecorded.append((self, batch.shape))
+        return run(self, batch)
+
+    monkeypatch.setattr(Graphs, "__call__", counted)
+    assert texts(paged_engine(*models, vocab=vocab, **options).generate(requests)) == expected
+    assert all(count == 1 for count in Counter(unrecorded).values()), "recorded at once"

@@ -91,12 +91,31 @@ class BatchShape:
         tokens, segments = self.tokens, self.segments
         return [tokens, tokens, segments + 1, segments + 1, segments]
 
+    @property
+    def rows(self) -> int:
+        """Segments that decode."""
+        return self.segments - self.chunks
+
+    @property
+    def width(self) -> int:
+        """Tokens of each row."""
+        return self.outputs // self.rows
+
+    def holds(self, other: BatchShape) -> bool:
+        """Whether the other one is this with idle rows left out, and fewer keys."""
+        alike = (self.width, self.chunks, self.tokens - self.outputs, self.max_queries) == (
+            other.width,
+            other.chunks,
+            other.tokens - other.outputs,
+            other.max_queries,
+        )
+        return alike and self.rows >= other.rows and self.max_keys >= other.max_keys
+
     def parts(self) -> tuple[BatchShape, BatchShape]:
         """The chunks alone, and the rows alone."""
-        tokens, rows = self.tokens - self.outputs, self.segments - self.chunks
+        tokens = self.tokens - self.outputs
         first = replace(self, tokens=tokens, segments=self.chunks, outputs=tokens)
-        width = self.outputs // rows
-        return first, BatchShape(self.outputs, rows, width, self.max_keys, self.outputs)
+        return first, BatchShape(self.outputs, self.rows, self.width, self.max_keys, self.outputs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

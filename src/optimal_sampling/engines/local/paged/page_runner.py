@@ -31,7 +31,7 @@ from optimal_sampling.engines.local.paged.padding import (
     pad_chunks,
     rounded_keys,
 )
-from optimal_sampling.engines.local.paged.page_cache import Batch, PageCache, lay_out
+from optimal_sampling.engines.local.paged.page_cache import Batch, BatchShape, PageCache, lay_out
 from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
 from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner, Recordings
 from optimal_sampling.engines.local.scheduler import Chunk
@@ -216,15 +216,23 @@ class PageRunner(ModelRunner[PageCache]):
         What surplus columns write lies behind the row's end, and is overwritten.
         """
         rows, width = tokens.shape
-        more_rows = next_of(ROWS, rows) - rows
         padded_width = self._padded_width(cache, start, width)
-        tokens = F.pad(tokens, (0, padded_width - width, 0, more_rows))
-        idle = [*idle, *range(rows, rows + more_rows)]
-        start = np.pad(start, (0, more_rows))
-        numbers, shape = lay_out(cache.manager, start, padded_width, idle, chunks)
-        numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], chunks)
-        numbers, shape = pad_chunks(numbers, shape, bucket)
-        shape = replace(shape, max_keys=rounded_keys(shape.max_keys, bucket))
+
+        def lay_out_rows(count: int) -> tuple[Int[np.ndarray, " numbers"], BatchShape]:
+            padded = np.pad(start, (0, count - rows))
+            not_used = [*idle, *range(rows, count)]
+            numbers, shape = lay_out(cache.manager, padded, padded_width, not_used, chunks)
+            numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], chunks)
+            numbers, shape = pad_chunks(numbers, shape, bucket)
+            return numbers, replace(shape, max_keys=rounded_keys(shape.max_keys, bucket))
+
+        numbers, shape = lay_out_rows(next_of(ROWS, rows))
+        graphs = self.graphs.get(cache)
+        stand_in = graphs.stand_in(shape) if graphs is not None else None
+        if stand_in is not None:
+            numbers, _ = lay_out_rows(stand_in.rows)
+            shape = stand_in
+        tokens = F.pad(tokens, (0, padded_width - width, 0, shape.rows - rows))
         ids = self._with_chunks(tokens, chunks, bucket.tokens)
         return Batch(shape, ids, to_device(numbers, self.device)), padded_width
 
