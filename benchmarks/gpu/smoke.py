@@ -17,6 +17,7 @@ import platform
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -35,13 +36,18 @@ from optimal_sampling.engines.local.paged.attention_backends import (
 )
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
-from round_profile import change_loop, unchanged, waiting
+from optimal_sampling.engines.local.run import DraftCounts, GenerationLoop, QueuedRound
+from round_profile import Change, change_loop, waiting
 
 __all__ = ["TINY", "Smoke", "main", "run_checks"]
 
 
 class Skipped(Exception):
     """Why a check has nothing to check here."""
+
+
+AHEAD_ROUNDS = 16
+"""Rounds that are drawn with and without a round ahead."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,25 @@ TINY = Scale(
     batch=3,
     tokens=6,
 )
+
+
+def note_waits(loop: GenerationLoop, waits: list[str]) -> None:
+    """Collect PyTorch's warnings of waits for the GPU while a round is queued ahead."""
+    queue = loop._queue_ahead
+
+    def noting(queued: QueuedRound) -> QueuedRound | None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return queue(queued)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                found = map(str, (one.message for one in caught))
+                waits.extend(message for message in found if "synchron" in message)
+
+    if torch.cuda.is_available():
+        loop._queue_ahead = noting  # type: ignore[method-assign]
 
 
 @dataclass
@@ -231,21 +256,32 @@ class Smoke:
         return ", ".join(found) + f" (with recording); {recordings}"
 
     def ahead(self) -> str:
-        """The texts of lockstep with and without a round ahead."""
-        scale, found = self.scale, []
-        workload = self.pair.workload(scale.batch, scale.tokens)
-        for change in (unchanged, waiting):
-            engine = self.pair.engine(workload, scale.batch, Variant(draft_tokens=0))
-            change_loop(engine, change)
-            done = engine.generate(workload.requests)
-            texts = {each.request.id: each.token_ids for each in done}
-            found.append((texts, engine.draft_counts))
-        (texts, counts), (expected, _) = found
-        if texts != expected:
-            raise AssertionError("rounds ahead draw other tokens")
-        if self.gpu and not counts.ahead:
-            raise AssertionError(f"no round of {counts.rounds} was queued ahead")
-        return f"the same tokens; {counts.ahead} of {counts.rounds} rounds ahead"
+        """The tokens of rounds without and with drafts, with and without a round ahead."""
+        found = []
+        for drafts in (0, 4):
+            waits: list[str] = []
+            texts, counts = self._texts(drafts, lambda loop, waits=waits: note_waits(loop, waits))
+            expected, _ = self._texts(drafts, waiting)
+            for key, tokens in texts.items():
+                shorter = min(len(tokens), len(expected[key]))
+                if not shorter or tokens[:shorter] != expected[key][:shorter]:
+                    raise AssertionError(f"rounds ahead with {drafts} drafts draw other tokens")
+            if self.gpu and counts.ahead < counts.rounds / 2:
+                raise AssertionError(f"{counts.ahead} of {counts.rounds} rounds queued ahead")
+            if waits and len(waits) >= counts.ahead:
+                raise AssertionError(f"queueing a round waits for the GPU: {waits[-1]}")
+            found.append(f"drafts {drafts}: {counts.ahead} of {counts.rounds}, {len(waits)} waits")
+        return "the same tokens; rounds ahead with " + "; ".join(found)
+
+    def _texts(self, drafts: int, change: Change) -> tuple[dict[str, list[int]], DraftCounts]:
+        """What is drawn in AHEAD_ROUNDS rounds, in which no text ends: all have one shape."""
+        workload = self.pair.workload(self.scale.batch, (AHEAD_ROUNDS + 2) * (drafts + 1))
+        variant = Variant(draft_tokens=drafts, acceptance=0.7)
+        engine = self.pair.engine(workload, self.scale.batch, variant)
+        change_loop(engine, change)
+        engine.stop = lambda rounds: rounds >= AHEAD_ROUNDS
+        loop = engine.record(workload.requests).loop
+        return {row.request.id: row.output for row in loop.scheduler.running}, loop.counts
 
     def _pass(self, role: str, rows: int, width: int, chunks: Sequence[int] = ()) -> Pass:
         runner = self.pair.loaded().pair.runners[role]

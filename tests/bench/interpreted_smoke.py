@@ -28,6 +28,7 @@ NAMES = [
     "chunks",
     "overlap",
     "texts",
+    "ahead",
 ]
 CPU = ModelConfig(device="cpu", dtype="float32")
 
@@ -45,6 +46,7 @@ def smoke_on_cpu(recorder=FakeRecorder):
     smoke = Smoke(TINY, CPU)
     for runner in smoke.pair.loaded().pair.runners.values():
         runner.new_recorder = recorder
+        runner.runs_ahead = True
     return smoke
 
 
@@ -53,6 +55,7 @@ def test_every_check_runs_and_passes(flash_on_cpu, capsys):
     passed, found, text = outcomes(smoke_on_cpu(), capsys)
     assert passed, text
     assert found == [(name, "ok") for name in NAMES], text
+    assert "drafts 4: 0 of" not in text
 
 
 def test_a_key_too_few_is_found_and_ends_the_run(flash_on_cpu, capsys, monkeypatch):
