@@ -21,7 +21,7 @@ PROBE_EVERY = 100
 PROBE_WIDTH = 3
 """Of the round with drafts that is tried: one of the widths of the first rounds."""
 PLAIN_PROBE = 4
-"""Plain rounds that are tried in a row: the first is not queued ahead, and tells nothing."""
+"""Plain rounds that are tried in a row: where the first is not queued ahead it tells nothing."""
 
 
 class LinearCost:

@@ -124,8 +124,8 @@ def test_buckets_and_keys():
     assert bucket_for([]) == NO_CHUNKS
     assert bucket_for([chunk(0, 0, 128)]) == BUCKETS[0]
     assert bucket_for([chunk(0, 0, 129)]) == BUCKETS[1]
-    assert bucket_for([chunk(0, 0, 2048)]) == BUCKETS[-1]
-    assert bucket_for([chunk(0, 0, 2049)]) is None
+    assert bucket_for([chunk(0, 0, 1024)]) == BUCKETS[-1]
+    assert bucket_for([chunk(0, 0, 1025)]) is None
     assert bucket_for([chunk(i, 0, 1) for i in range(31)]) == BUCKETS[2]
     assert bucket_for([chunk(i, 0, 1) for i in range(32)]) is None
     assert [rounded_keys(keys) for keys in (1, 512, 513, 5000)] == [512, 512, 1024, 8192]

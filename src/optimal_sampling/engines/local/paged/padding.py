@@ -27,8 +27,8 @@ class Bucket(NamedTuple):
 
 
 NO_CHUNKS = Bucket(0, 0)
-BUCKETS = (Bucket(128, 8), Bucket(256, 16), Bucket(512, 32), Bucket(1024, 32), Bucket(2048, 32))
-"""The last holds what a round reads of one context by default (`prefill_chunk`).
+BUCKETS = (Bucket(128, 8), Bucket(256, 16), Bucket(512, 32), Bucket(1024, 32))
+"""Passes over more tokens take a GPU as long as their launch takes the host.
 
 An attention backend launches a thread block per segment, head and 128 tokens of the longest
 segment that there might be, so segments cost something although they are empty.
