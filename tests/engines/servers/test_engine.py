@@ -167,9 +167,9 @@ def test_drafts_change_no_token(mode, tolerance):
         rounds, tokens = engine.rounds, sum(len(c.token_ids) for c in done)
         engine.close()
         assert rounds == tokens if drafts == 0 else rounds < tokens
+        if drafts and mode == "mixture":
+            assert engine.counts.accepted > 0.3 * engine.counts.drafted > 0
     assert found[0] == found[1] == found[2] == found[3]
-    if mode == "mixture":
-        assert engine.counts.accepted > 0.3 * engine.counts.drafted > 0
 
 
 def test_longer_lists_are_asked_for_until_the_bound_is_small():
@@ -216,8 +216,10 @@ def test_both_servers_are_asked_at_once():
         started = time.perf_counter()
         list(engine.generate([Request("a", 0, 0, (1,), (2,), 12)]))
         seconds = time.perf_counter() - started
-        assert seconds < 1.5 * 0.05 * engine.rounds
-        assert [model.requests for model in models.values()] == [engine.rounds] * 2
+        student, teacher = (model.requests for model in models.values())
+        assert teacher == engine.rounds
+        assert student == engine.rounds if drafts == 0 else student < 2 * engine.rounds
+        assert seconds < 1.5 * 0.05 * student
         engine.close()
 
 
