@@ -63,7 +63,7 @@ _SHORT = 8
 """Tokens of the shorter of the two texts that each way of scoring is tried with."""
 _DRAFTS = (1, 7)
 """Tokens of the drafts that it is tried with."""
-_REPEATS = 2
+_REPEATS = 3
 _SAME = 0.05
 """By how much log-probabilities of equal weights may differ, in nats: of half precision."""
 _PROBE_LENGTH = 128
