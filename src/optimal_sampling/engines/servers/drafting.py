@@ -38,6 +38,8 @@ class RequestTime(LinearCost):
 
     def observe(self, size: float, seconds: float) -> None:
         """As in `LinearCost`; the first one gives a guess of other widths' times."""
+        if self.known and seconds < self(size) / _OUTLIER:
+            vars(self).update(vars(LinearCost()))  # what was known was of a slow moment
         if not self.known:
             per_token = seconds / (size + _TOKENS_OF_REQUEST)
             for guessed in (1, MOST_WIDTH):
