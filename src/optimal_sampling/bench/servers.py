@@ -57,7 +57,7 @@ class Rounds:
 
     tokens_per_round: float = 0.0
     seconds: float = 0.0
-    """Of a round: the median of the slower server's replies."""
+    """Of a round: what the slower server's replies take, on average."""
 
 
 def run(options: ServersBenchOptions, report: Report) -> None:
@@ -148,7 +148,8 @@ def _drawn_in_rounds(engine: ServersEngine, requests: Sequence[Request], rounds:
         model.statistics.clear()
     tokens = _drawn(engine, requests)
     rounds.tokens_per_round = tokens / engine.counts.rounds
-    rounds.seconds = max(model.statistics.latencies.percentile(50) for model in models)
+    slower = max(model.statistics.latencies.total for model in models)
+    rounds.seconds = slower / engine.counts.rounds
     return tokens
 
 

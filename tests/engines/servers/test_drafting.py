@@ -1,5 +1,6 @@
 """The width of rounds, from measured times and agreement."""
 
+import numpy as np
 import pytest
 
 from optimal_sampling.engines.servers.drafting import MOST_WIDTH, DraftWidth
@@ -42,6 +43,30 @@ def test_a_changed_agreement_is_noticed():
     for _ in range(300):
         width.observe_token(False)
     assert width.best() < long / 2
+
+
+def test_slow_moments_do_not_end_long_drafts():
+    """Guards: one width that is left for good because the machine was busy when it was tried."""
+    for slow in range(24):
+        moments = iter(range(10**6))
+
+        def scoring(n, moments=moments, slow=slow):
+            return (0.04 + 0.001 * n) * (20 if next(moments) in (slow, slow + 3) else 1)
+
+        _, chosen = learned(lambda n: 0.02 + 0.003 * n, scoring, 0.9, rounds=60)
+        assert 5 <= np.median(chosen[-20:]) <= 12  # 8 without slow moments
+
+
+def test_a_path_is_drafted_alone_where_the_models_agree():
+    """Guards: a round trip that yields nothing, where the first draft is mostly wrong."""
+    width = DraftWidth("auto", is_possible=True)
+    assert not width.drafts_alone
+    for _ in range(40):
+        width.observe_token(True)
+    assert width.drafts_alone
+    for _ in range(40):
+        width.observe_token(False)
+    assert not width.drafts_alone
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """A model behind fake servers beside its table: lists, drafts, scores, facts, keys."""
 
 import asyncio
-import dataclasses
 import logging
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 from optimal_sampling.engines.servers.access import Access, ApiKey, base_url
 from optimal_sampling.engines.servers.limit import AdaptiveLimit
-from optimal_sampling.engines.servers.probe import PROBE_TEXTS, best_scoring, check_tokenizers
+from optimal_sampling.engines.servers.probe import PROBE_TEXTS, check_tokenizers
 from optimal_sampling.engines.servers.replicas import AFFINITY
 from optimal_sampling.engines.servers.statistics import Latencies, ServerStatistics, figures_text
 from optimal_sampling.errors import ConfigError, ServerError, TokenizerMismatchError
@@ -59,23 +58,13 @@ def test_all_ways_of_scoring_are_one(way):
     async def main():
         with fake() as server:
             async with served(server.url) as model:
-                model.facts = dataclasses.replace(model.facts, scoring=way)
-                for found, last in zip(
-                    await model.score([2, 3], [4, 5], 4), [3, 4, 5], strict=True
-                ):
+                lists = await model.score([2, 3], [4, 5], 4, way)
+                for found, last in zip(lists, [3, 4, 5], strict=True):
                     expected = await model.next_tokens([last], 4)
                     assert found.ids[:4].tolist() == expected.ids.tolist()
                     assert found.log_p[:4].tolist() == expected.log_p.tolist()
 
     run(main)
-
-
-def test_the_way_of_scoring_that_is_taken():
-    """Guards: a way that is fast on a short probe, and scores every long prompt again."""
-    assert best_scoring({"prompts": 2.0, "prompt_logprobs": 1.5, "echo": 1.2}) == "prompts"
-    assert best_scoring({"prompts": 2.0, "prompt_logprobs": 1.5, "echo": 0.9}) == "echo"
-    assert best_scoring({"echo": 0.9}) == "echo"
-    assert best_scoring({}) is None
 
 
 def test_facts_are_found():

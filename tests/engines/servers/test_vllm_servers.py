@@ -1,7 +1,6 @@
 """Two servers of vLLM with the shipped pair, as `optimal-sampling servers --start` starts them."""
 
 import asyncio
-import dataclasses
 import importlib.util
 
 import numpy as np
@@ -19,7 +18,7 @@ from optimal_sampling.distribution import gumbel, keys_tensor
 from optimal_sampling.distribution.naive import naive_step
 from optimal_sampling.engines.servers.launch import ServersCommand, server_processes, started
 from optimal_sampling.engines.servers.mixing import ListMixer
-from optimal_sampling.engines.servers.probe import check_tokenizers, scoring_costs
+from optimal_sampling.engines.servers.probe import check_tokenizers, scoring_times
 from optimal_sampling.engines.servers.server_process import free_port
 from optimal_sampling.engines.servers.union import join
 from optimal_sampling.prompts import PromptRenderer
@@ -130,17 +129,20 @@ def test_three_ways_of_scoring_agree_and_are_measured(urls):
             prefix = await model.tokenize("12+34=? 12+34=46. " * 6)
             lists = {}
             for way in ("prompts", "prompt_logprobs", "echo"):
-                model.facts = dataclasses.replace(model.facts, scoring=way)
-                lists[way] = await model.score(prefix, [51, 52, 53], 20)
+                lists[way] = await model.score(prefix, [51, 52, 53], 20, way)
             for found in lists.values():
                 for one, two in zip(found, lists["prompts"], strict=True):
                     assert one.ids[:5].tolist() == two.ids[:5].tolist()
                     np.testing.assert_allclose(one.log_p[:5], two.log_p[:5], rtol=0, atol=1e-3)
-            costs = await scoring_costs(model._retried, model.dialect, prefix, 20)
-            assert costs.keys() == lists.keys()
-            return {way: round(1e3 * seconds, 1) for way, seconds in costs.items()}
+            times = await scoring_times(model._retried, model.dialect, prefix, 20)
+            assert times.ways.keys() == lists.keys()
+            return {
+                (way, tokens): round(1e3 * seconds(tokens, 9), 1)
+                for way, seconds in times.ways.items()
+                for tokens in (16, 64, 128)
+            }
 
-    print("ms of 4 tokens after", run(main))
+    print("ms of 9 lists by way and length of the text:", run(main))
 
 
 def test_full_lists_are_those_of_the_local_engine(urls, local, asked):

@@ -13,7 +13,7 @@ How servers are asked:
     dialect         what a kind of server is asked: vllm_api, llama_api; replies reads them strictly
     pool  connection  limit   HTTP: one attempt, and how many at once
     replicas        several servers of a model: retries, load balancing, fail-over
-    probe           what a server offers
+    probe  scoring  what a server offers; the fastest way to score a draft
     statistics      what is counted
 
 Servers:

@@ -31,6 +31,14 @@ _MOST_FAKE_IDS = 4096
 _CPU_VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """A small cache, and threads that are not bound to the same cores by both servers."""
 
+_CPU_OPTIONS = {
+    "enforce-eager": "",  # compiling takes longer than it saves
+    "block-size": "32",  # whole blocks of a prefix are reused
+    "dtype": "float32",
+    # a worker in a process of its own keeps a core busy for a second after every step
+    "distributed-executor-backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+}
+
 
 @dataclass(frozen=True)
 class ServersCommand(Checked):
@@ -171,8 +179,8 @@ def vllm_server(
     if command.max_model_len is not None:
         options["max-model-len"] = str(command.max_model_len)
     on_cpu = not _has_gpu()
-    if on_cpu:  # compiling takes longer than it saves, and whole blocks of a prefix are reused
-        options |= {"enforce-eager": "", "block-size": "32", "dtype": "float32"}
+    if on_cpu:
+        options |= _CPU_OPTIONS
     if command.dtype != "auto":
         options["dtype"] = command.dtype
     options["disable-uvicorn-access-log"] = ""

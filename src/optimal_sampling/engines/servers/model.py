@@ -58,7 +58,7 @@ class ServedFacts:
     can_choose_ids: bool = False
     """`extra_ids` are answered."""
     scoring: Scoring | None = None
-    """How `score` asks; None: it cannot."""
+    """How `score` asks where the text is long; None: it cannot."""
     can_draft: bool = False
     """`draft` is answered."""
 

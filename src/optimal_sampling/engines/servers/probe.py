@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from statistics import median
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Protocol, TypeVar
 
 from optimal_sampling.engines.servers.access import Access
@@ -15,6 +15,7 @@ from optimal_sampling.engines.servers.llama_api import LlamaDialect
 from optimal_sampling.engines.servers.model import Scoring, ServedFacts, ServedModel, TokenList
 from optimal_sampling.engines.servers.replies import field as value_of
 from optimal_sampling.engines.servers.replies import shown
+from optimal_sampling.engines.servers.scoring import ScoringTime, ScoringTimes
 from optimal_sampling.engines.servers.vllm_api import VllmDialect
 from optimal_sampling.errors import (
     ConfigError,
@@ -27,10 +28,9 @@ __all__ = [
     "PROBE_TEXTS",
     "Ask",
     "Probed",
-    "best_scoring",
     "check_tokenizers",
     "probe",
-    "scoring_costs",
+    "scoring_times",
 ]
 
 T = TypeVar("T")
@@ -59,8 +59,10 @@ _END_TEXTS = (
 
 _FEW = 4
 _MANY = 10**9
-_SCORED = 4
-"""Tokens that are scored to measure a way of scoring."""
+_SHORT = 8
+"""Tokens of the shorter of the two texts that each way of scoring is tried with."""
+_DRAFTS = (1, 7)
+"""Tokens of the drafts that it is tried with."""
 _REPEATS = 3
 _SAME = 0.05
 """By how much log-probabilities of equal weights may differ, in nats: of half precision."""
@@ -83,8 +85,8 @@ class Probed:
     dialect: Dialect
     first: TokenList
     """The list after `prefix`, to compare servers by."""
-    costs: Mapping[Scoring, float] = field(default_factory=dict)
-    """Seconds in which each way that is offered scores a draft."""
+    times: ScoringTimes
+    """Of each way to score a draft that is offered."""
 
     def difference(self, other: Probed) -> str:
         """How another server's list differs by more than rounding; "" if it does not."""
@@ -119,15 +121,8 @@ async def probe(ask: Ask, access: Access, url: str) -> Probed:
         can_choose_ids=await _can_choose(ask, dialect, prefix),
         can_draft=await _offers(ask, dialect.draft(prefix, 2, 1, 0.0, 0)),
     )
-    costs = await scoring_costs(ask, dialect, prefix, min(20, facts.max_top_k))
-    return Probed(url, replace(facts, scoring=best_scoring(costs)), dialect, first, costs)
-
-
-def best_scoring(costs: Mapping[Scoring, float]) -> Scoring | None:
-    """The way of scoring to take. `prompts` unless another takes less than half as long: the others
-    score the whole prompt in every round, and prompts are longer than the probe."""
-    weighted = {way: cost * (1 if way == "prompts" else 2) for way, cost in costs.items()}
-    return min(weighted, key=lambda way: weighted[way], default=None)
+    times = await scoring_times(ask, dialect, prefix, min(20, facts.max_top_k))
+    return Probed(url, replace(facts, scoring=times.general()), dialect, first, times)
 
 
 async def check_tokenizers(models: Mapping[str, ServedModel]) -> None:
@@ -145,23 +140,29 @@ async def check_tokenizers(models: Mapping[str, ServedModel]) -> None:
             )
 
 
-async def scoring_costs(
+async def scoring_times(
     ask: Ask, dialect: Dialect, prefix: Sequence[int], top_k: int
-) -> dict[Scoring, float]:
-    """Median seconds of each way to score a draft that the server offers."""
-    costs: dict[Scoring, float] = {}
-    draft = [*prefix[:_SCORED]]
+) -> ScoringTimes:
+    """The time of each way to score a draft that the server offers: the best of `_REPEATS`."""
+    ways: dict[Scoring, ScoringTime] = {}
+    ends = [*prefix[: max(_DRAFTS)]]
     for way in dialect.scorings:
-        call = dialect.score(prefix, draft, top_k, way)
-        if not await _offers(ask, call):
+        if not await _offers(ask, dialect.score(prefix, ends[:1], top_k, way)):
             continue
-        seconds = []
-        for _ in range(_REPEATS):
-            started = time.perf_counter()
-            await ask(call)
-            seconds.append(time.perf_counter() - started)
-        costs[way] = median(seconds)
-    return costs
+        tried: dict[tuple[int, int], float] = {}
+        for length, drafts in product((min(_SHORT, len(prefix)), len(prefix)), _DRAFTS):
+            draft = ends[:drafts]
+            call = dialect.score(prefix[:length], draft, top_k, way)
+            size = (length + len(draft), len(draft) + 1)
+            tried[size] = min([await _seconds(ask, call) for _ in range(_REPEATS)])
+        ways[way] = ScoringTime.fitted(tried)
+    return ScoringTimes(ways, len(prefix) + len(ends))
+
+
+async def _seconds(ask: Ask, call: Call[Any]) -> float:
+    started = time.perf_counter()
+    await ask(call)
+    return time.perf_counter() - started
 
 
 def _card(reply: Any, wanted: str | None) -> tuple[Mapping[str, Any], frozenset[str]]:

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from optimal_sampling.engines.servers.access import Access
 from optimal_sampling.engines.servers.connection import AttemptFailed, Connection
 from optimal_sampling.engines.servers.dialect import Call, Dialect
-from optimal_sampling.engines.servers.model import DraftedToken, ServedFacts, ServedModel, TokenList
+from optimal_sampling.engines.servers.model import (
+    DraftedToken,
+    Scoring,
+    ServedFacts,
+    ServedModel,
+    TokenList,
+)
 from optimal_sampling.engines.servers.pool import ClientPool
 from optimal_sampling.engines.servers.probe import Probed, probe
 from optimal_sampling.engines.servers.replies import with_chosen
@@ -91,6 +97,7 @@ class ReplicatedModel(ServedModel):
             _check_same(found[0], other)
         self.facts: ServedFacts = found[0].facts
         self._dialect = found[0].dialect
+        self._times = found[0].times
         self.statistics.clear()  # what the start has tried is none of the run
 
     async def _probed(self, connection: Connection) -> Probed:
@@ -127,11 +134,16 @@ class ReplicatedModel(ServedModel):
         return await self._retried(self.dialect.draft(prefix, count, top_k, temperature, seed))
 
     async def score(
-        self, prefix: Sequence[int], continuation: Sequence[int], top_k: int
+        self,
+        prefix: Sequence[int],
+        continuation: Sequence[int],
+        top_k: int,
+        way: Scoring | None = None,
     ) -> list[TokenList]:
-        """As in `ServedModel`."""
-        assert self.facts.scoring is not None
-        way = self.facts.scoring
+        """As in `ServedModel`, in the given way or the fastest."""
+        lists = len(continuation) + 1
+        way = way or self._times.best(len(prefix) + len(continuation), lists, top_k)
+        assert way is not None
         return await self._retried(self.dialect.score(prefix, continuation, top_k, way))
 
     async def tokenize(self, text: str) -> list[int]:

@@ -1,9 +1,9 @@
 """One completion from two servers, in rounds that ask both at once.
 
-In a round one server, the drafter, is asked for the next list and drafts on from there; the other
-gives the lists of what was drafted in the round before. The drafter is the student, or the only
-model. A path is what the drafter alone would draw with the text's noise, as far as its likeliest
-tokens led there. Tokens are drawn from the lists of both models and the noise, path or no path.
+The drafter is the student, or the only model. A path is what it alone would draw with the text's
+noise, as far as its likeliest tokens led there. In a round the other server gives the lists of a
+path, while the drafter drafts on from its end. Where there is no path, the drafter may be asked for
+one first. Tokens are drawn from the lists of both models and the noise, path or no path.
 """
 
 from __future__ import annotations
@@ -146,11 +146,18 @@ class TextRow:
     async def _round(self) -> None:
         """Ask the servers, and draw as far as the lists reach."""
         self.pair.counts.rounds += 1
-        path = self.path
         drafter, *others = self.pair.models
-        requests = [self._draft(drafter), *map(self._score, others)]
-        drafted, *scored = await _together(*requests)
-        for place, first in enumerate([*path, drafted[0]]):
+        width = self.pair.width.choose()
+        is_alone = self.pair.width.drafts_alone or not others
+        if is_alone and not self.path and min(width, self._room) > 1:
+            self.path = self._path(await self._draft(drafter, width))
+        path = self.path
+        requests: list[Awaitable[Any]] = [*map(self._score, others)]
+        if not path or (others and not self._ends):
+            requests.append(self._draft(drafter, width))
+        answers = await _together(*requests)
+        scored, ahead = answers[: len(others)], answers[-1] if len(answers) > len(others) else []
+        for place, first in enumerate([*path, *ahead[:1]]):
             drawn = await self._drawn([first.choices, *(lists[place] for lists in scored)])
             await self._append(drawn, first.choices)
             if self.reason:
@@ -159,13 +166,23 @@ class TextRow:
                 self.path = []
                 return
             self.pair.counts.accepted += place < len(path)
-        self.path = self._path(drafted[1:])
+        self.path = self._path(ahead[1:])
 
-    async def _draft(self, role: str) -> list[DraftedToken]:
+    @property
+    def _room(self) -> int:
+        """Tokens that may still follow the path."""
+        return self.limit - len(self.tokens) - len(self.path)
+
+    @property
+    def _ends(self) -> bool:
+        """Whether nothing follows the path."""
+        return bool(self.path) and (not self._room or self.path[-1].token in self.pair.stop_ids)
+
+    async def _draft(self, role: str, width: int) -> list[DraftedToken]:
         """What the drafter finds likeliest after the path, with its lists; at least one token."""
-        model, width = self.pair.models[role], self.pair.width
+        model = self.pair.models[role]
         prefix = [*self._text(role), *(each.token for each in self.path)]
-        count = min(width.choose(), self.limit - len(self.tokens) - len(self.path))
+        count = min(width, self._room)
         top_k = self.pair.list_length(role)
         started = time.perf_counter()
         if count == 1:
@@ -174,12 +191,13 @@ class TextRow:
         else:
             request = model.draft(prefix, count, top_k, temperature=0.0, seed=0)
             drafted = await _of(role, request)
-        width.observe_drafting(len(drafted), time.perf_counter() - started)
+        self.pair.width.observe_drafting(len(drafted), time.perf_counter() - started)
         return drafted
 
     async def _score(self, role: str) -> list[TokenList]:
-        """The lists of every token of the path, and of the one after it."""
+        """The lists of every token of the path, and of the one after it where there is one."""
         model, tokens = self.pair.models[role], [each.token for each in self.path]
+        tokens = tokens[:-1] if self._ends else tokens
         top_k = self.pair.list_length(role)
         started = time.perf_counter()
         if tokens:
@@ -226,8 +244,7 @@ class TextRow:
     def _path(self, drafted: Sequence[DraftedToken]) -> list[DraftedToken]:
         """What the drafter alone would draw, as far as it drafted that."""
         path: list[DraftedToken] = []
-        room = self.limit - len(self.tokens) - 1
-        for each in drafted[:room]:
+        for each in drafted[: self.limit - len(self.tokens)]:
             position = len(self.tokens) + len(path)
             token = self.pair.mixer.draft(each.choices, self.request.noise_key, position)
             path.append(DraftedToken(token, each.choices))

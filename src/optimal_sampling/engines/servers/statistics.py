@@ -18,9 +18,12 @@ class Latencies:
     """Histogram of durations with classes 5% apart, so its size does not grow with the run."""
 
     counts: Counter[int] = field(default_factory=Counter)
+    total: float = 0.0
+    """Seconds of all durations."""
 
     def add(self, seconds: float) -> None:
         """One more duration."""
+        self.total += seconds
         self.counts[round(math.log(max(seconds, _SHORTEST)) / _STEP)] += 1
 
     def percentile(self, percent: float) -> float:
