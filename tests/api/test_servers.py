@@ -200,6 +200,8 @@ def test_what_cannot_run_is_refused(urls):
         EnhancedCoordinatorConfig(alpha_method="interleaved")
     with pytest.raises(ConfigError, match="server_top_k"):
         EnhancedCoordinatorConfig(top_k=0)
+    with pytest.raises(ConfigError, match=r"all tokens are asked for.*student's server.* most 20"):
+        run(batch(["a"]), top_k=-1, **urls)
     idle = EnhancedDualVLLMCoordinator(EnhancedCoordinatorConfig(**urls))
     with pytest.raises(EngineError, match="not connected"):
         asyncio.run(idle.generate_batch_dual_prompts(["a"]))

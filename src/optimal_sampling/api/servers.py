@@ -18,6 +18,7 @@ from optimal_sampling.config import DraftTokens, MixtureConfig, ServersOptions
 from optimal_sampling.engines.servers.drafting import DraftWidth
 from optimal_sampling.engines.servers.engine import (
     check_text,
+    check_whole,
     close_models,
     served_models,
     start_models,
@@ -88,8 +89,9 @@ class EnhancedCoordinatorConfig:
     """Seconds during which a request that a server does not answer is sent again."""
 
     def __post_init__(self) -> None:
-        check_mixture(self.mixture)
-        _ = self.options
+        mixture = self.mixture
+        if self.options.server_top_k != -1:
+            check_mixture(mixture)
 
     @classmethod
     def conservative(cls, **changes: Any) -> Self:
@@ -288,6 +290,8 @@ class EnhancedDualVLLMCoordinator:
             self._coder = _Coder(self._models, self.config.tokenizer)
             await start_models(self._models)
             await self._coder.start()
+            if options.server_top_k == -1:
+                check_whole(self._models, self._coder.size)
         except ServerError as error:
             await self.close()
             raise EngineError(

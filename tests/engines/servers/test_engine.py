@@ -276,7 +276,12 @@ def test_what_lists_cannot_give_is_refused():
     engine = engine_over(table_models(max_top_k=4), server_top_k=4)
     with pytest.raises(ConfigError, match="interleaved needs the student's mass"):
         engine.view(MixtureConfig(alpha_method="interleaved"))
-    with pytest.raises(ConfigError, match="the student's server gives at most 4"):
+    longer = replace(engine.options, server_top_k=6)  # all tokens, which the servers do not give
+    with pytest.raises(ConfigError, match="interleaved needs the student's mass"):
+        engine.view(MixtureConfig(alpha_method="interleaved"), options=longer)
+    assert "of 4 tokens" in engine.view(options=longer).notes()["teacher_lists"]
+    assert "teacher_lists" not in engine.notes()
+    with pytest.raises(ConfigError, match="the student's server gives at most 4 of them"):
         engine.view(options=replace(engine.options, server_top_k=-1))
     with pytest.raises(ConfigError, match="options of the engine toy"):
         engine.view(options=ToyOptions())

@@ -5,6 +5,8 @@ import dataclasses
 import logging
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -16,6 +18,19 @@ from optimal_sampling.engines.servers.replicas import AFFINITY
 from optimal_sampling.engines.servers.statistics import Latencies, ServerStatistics, figures_text
 from optimal_sampling.errors import ConfigError, ServerError, TokenizerMismatchError
 from tests.engines.servers.serving import SIZE, fake, run, served
+
+
+class Redirecting(BaseHTTPRequestHandler):
+    """A server that leads elsewhere."""
+
+    def do_GET(self):
+        self.send_response(307)
+        self.send_header("Location", "https://other/v1/models")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
 
 
 def exact(model, last, size=SIZE):
@@ -166,6 +181,43 @@ def test_a_key_is_sent_and_never_shown(caplog, tmp_path):
     assert caplog.records
     assert not [text for text in shown if secret in text]
     assert "[API key]" in shown[1]
+
+
+@pytest.mark.parametrize("key", ["token", "1", "a", "choices"])
+def test_a_key_may_be_a_word_of_replies(key):
+    """Guards: replies in which a key such as `token` is replaced, so that none can be read."""
+
+    async def main():
+        with fake(api_key=key) as server:
+            async with served(server.url, key=ApiKey(key)) as model:
+                found = await model.next_tokens([3], 4)
+                np.testing.assert_allclose(found.log_p, exact(server.model, 3)[found.ids])
+
+    run(main)
+
+
+def test_a_key_is_hidden_however_it_is_written():
+    """Guards: a key that JSON has escaped, or half of one at the cut of a long message."""
+    key = ApiKey('sk-ve"ry/secret')
+    for text in ('a sk-ve"ry/secret b', r"a sk-ve\"ry/secret b", r"a sk-ve\"ry\/secret b"):
+        assert key.hidden_in(text) == "a [API key] b"
+    assert key.hidden_in('Bearer sk-ve"ry...') == "Bearer [API key]..."
+    assert ApiKey("max").hidden_in("max: the maximum") == "[API key]: the maximum"
+
+
+def test_a_redirect_is_named_and_not_followed():
+    """Guards: a key that is sent to the address that a server names, or an error without it."""
+
+    async def main():
+        with ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as server:
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            url = f"http://127.0.0.1:{server.server_address[1]}"
+            with pytest.raises(ServerError, match="leads to https://other/v1/models") as error:
+                await served(url, key=ApiKey("sk-secret")).__aenter__()
+            server.shutdown()
+        assert error.value.kind == "rejected"
+
+    run(main)
 
 
 @pytest.mark.parametrize(

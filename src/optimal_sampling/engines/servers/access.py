@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from optimal_sampling.engines.servers.replies import CUT
 from optimal_sampling.errors import ConfigError
 
 __all__ = ["Access", "ApiKey", "base_url"]
+
+_HIDDEN = "[API key]"
+_SHORT = 8
+"""Characters below which a key may stand in other words by chance."""
+_FEWEST_HIDDEN = 3
+"""Characters of a key before a cut that are hidden."""
 
 
 class ApiKey:
@@ -26,9 +35,21 @@ class ApiKey:
         """The secret itself."""
         return self._secret
 
-    def removed_from(self, content: bytes) -> bytes:
-        """A reply without the secret, which a server may repeat in an error."""
-        return content.replace(self._secret.encode(), b"[API key]")
+    def hidden_in(self, text: str) -> str:
+        """A message without the secret, which a server may repeat, or the start of it, where the
+        message is cut.
+
+        Replies are read as they are: a key may be a word that they have, such as `token`. For that
+        reason a short one is hidden where it is a word.
+        """
+        if len(self._secret) < _SHORT:
+            return re.sub(rf"(?<!\w){re.escape(self._secret)}(?!\w)", _HIDDEN, text)
+        written = json.dumps(self._secret)[1:-1]
+        for form in (written.replace("/", "\\/"), written, repr(self._secret)[1:-1], self._secret):
+            text = text.replace(form, _HIDDEN)
+            for end in range(len(form) - 1, _FEWEST_HIDDEN - 1, -1):
+                text = text.replace(form[:end] + CUT, _HIDDEN + CUT)
+        return text
 
     @classmethod
     def from_environment(cls, variable: str, environment: Mapping[str, str] = os.environ) -> ApiKey:

@@ -160,29 +160,31 @@ class Connection:
         )
 
     def _read(self, call: Call[T], reply: httpx.Response) -> T:
-        content = self._key.removed_from(reply.content) if self._key else reply.content
         if reply.status_code != 200:
             kind = _OF_STATUS.get(reply.status_code)
             default: FailureKind = "server_error" if reply.status_code >= 500 else "rejected"
             raise self._failed(
                 kind or default,
-                f"status {reply.status_code} of {call.path}: {_error_text(content)}",
+                f"status {reply.status_code} of {call.path}: {_error_text(reply)}",
                 _retry_after(reply.headers.get("Retry-After", "")),
             )
         try:
-            return call.read(decoded(content))
+            return call.read(decoded(reply.content))
         except BadReply as error:
             raise self._failed(error.kind, f"{call.path}: {error}") from error
-        except UserError:
-            raise
+        except UserError as error:
+            raise type(error)(self._without_key(str(error))) from None
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             reason = f"{call.path}: {type(error).__name__}: {error}"
             raise self._failed("invalid", reason) from error
 
+    def _without_key(self, text: str) -> str:
+        return self._key.hidden_in(text) if self._key else text
+
     def _failed(
         self, kind: FailureKind, reason: str, retry_after: float | None = None
     ) -> AttemptFailed:
-        return AttemptFailed(self.url, kind, reason, retry_after)
+        return AttemptFailed(self.url, kind, self._without_key(reason), retry_after)
 
 
 def _kind_of(error: httpx.RequestError, trace: _Trace) -> FailureKind:
@@ -195,13 +197,17 @@ def _kind_of(error: httpx.RequestError, trace: _Trace) -> FailureKind:
     return "truncated" if trace.answered else "reset"
 
 
-def _error_text(content: bytes) -> str:
-    """The server's own words, of vLLM's and OpenAI's form of errors or another."""
+def _error_text(reply: httpx.Response) -> str:
+    """The server's own words, of vLLM's and OpenAI's form of errors or another, in one line."""
+    if location := reply.headers.get("Location"):
+        return f"it leads to {shown(location)}, which is not followed; give that address"
     try:
-        error = json.loads(content)["error"]
-        return shown(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        return shown(content.decode(errors="replace")) or "no reason given"
+        error = json.loads(reply.content)["error"]
+        text = str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = reply.content.decode(errors="replace")
+    printable = "".join(each if each.isprintable() else " " for each in text)
+    return shown(" ".join(printable.split())) or "no reason given"
 
 
 def _retry_after(value: str) -> float | None:

@@ -27,6 +27,7 @@ __all__ = [
     "LoopThread",
     "ServersEngine",
     "check_text",
+    "check_whole",
     "close_models",
     "served_facts",
     "served_models",
@@ -149,6 +150,17 @@ def fact_text(model: ServedModel) -> str:
     return model.facts.name + (f", context {context}" if context is not None else "")
 
 
+def check_whole(models: Mapping[str, ServedModel], vocab_size: int) -> None:
+    """Raises ConfigError where a server does not give lists of all tokens."""
+    for role, model in models.items():
+        most = model.facts.max_top_k
+        if most < min(vocab_size, model.facts.vocab_size or vocab_size):
+            raise ConfigError(
+                f"lists of all tokens are asked for (top-k -1), and the {role}'s server gives at "
+                f"most {most} of them; start vLLM's with --max-logprobs -1"
+            )
+
+
 async def close_models(models: Mapping[str, ServedModel]) -> None:
     """Close connections."""
     for model in models.values():
@@ -227,22 +239,14 @@ class ServersEngine(Engine):
         if self.mode == "mixture" and not self._is_exact:
             check_mixture(self.mixture)
         if self.options.server_top_k == -1:
-            for role in self.roles:
-                self._check_whole(role)
+            check_whole({role: self.models[role] for role in self.roles}, self.vocab_size)
 
     @property
     def _is_exact(self) -> bool:
         """Whether the lists are the whole vocabulary."""
         asked = self.options.server_top_k
-        return asked == -1 or asked >= self.vocab_size
-
-    def _check_whole(self, role: str) -> None:
-        most = self.models[role].facts.max_top_k
-        if most < self.vocab_size:
-            raise ConfigError(
-                f"server_top_k -1 asks for all {self.vocab_size} tokens, and the {role}'s server "
-                f"gives at most {most}; start vLLM's with --max-logprobs -1"
-            )
+        least = min(self.models[role].facts.max_top_k for role in self.roles)
+        return self.vocab_size <= (least if asked == -1 else min(asked, least))
 
     def pair(self) -> ServedPair:
         """The served models of this mode, with new counts."""
@@ -332,6 +336,9 @@ class ServersEngine(Engine):
         for role in self.roles:
             model = self.models[role]
             notes[f"{role}_server"] = f"{fact_text(model)} ({model.facts.kind})"
+            most = model.facts.max_top_k
+            if most < min(self.options.server_top_k, self.vocab_size):
+                notes[f"{role}_lists"] = f"of {most} tokens, the most that the server gives"
             if self.counts.rounds:
                 notes[f"{role}_requests"] = figures_text(model.figures())
         return notes | self._count_notes()
