@@ -229,11 +229,21 @@ def test_a_key_that_is_none_is_refused(given, message):
         ApiKey.from_environment("KEY", given)
 
 
+def test_a_key_in_place_of_a_name_is_not_shown():
+    """Guards: a key on the terminal, which was pasted where the variable's name belongs."""
+    for key in ("sk-proj-1234", "hf_abcDEF123"):
+        with pytest.raises(ConfigError, match="name of an environment variable") as error:
+            ApiKey.from_environment(key, {})
+        assert key not in str(error.value)
+    assert ApiKey.from_environment("my_key", {"my_key": "x"}).reveal() == "x"
+
+
 def test_addresses():
     """Guards: /v1/v1/completions, and passwords that every log of requests shows."""
     assert base_url("http://localhost:9000/v1/") == "http://localhost:9000"
     assert base_url("https://host/prefix") == "https://host/prefix"
-    for bad in ("localhost:9000", "ftp://host", "http://", "http://host:port"):
+    strange = ("http://a b", "http://a\t:80", "http://a\u200b", "http://a#b", "http://a?b=c")
+    for bad in ("localhost:9000", "ftp://host", "http://", "http://host:port", *strange):
         with pytest.raises(ConfigError, match="no address"):
             base_url(bad)
     with pytest.raises(ConfigError, match="password") as error:

@@ -16,6 +16,7 @@ from optimal_sampling.errors import ConfigError
 __all__ = ["Access", "ApiKey", "base_url"]
 
 _HIDDEN = "[API key]"
+_USUAL_NAME = re.compile("[A-Z_][A-Z0-9_]*")
 _SHORT = 8
 """Characters below which a key may stand in other words by chance."""
 _FEWEST_HIDDEN = 3
@@ -53,7 +54,13 @@ class ApiKey:
 
     @classmethod
     def from_environment(cls, variable: str, environment: Mapping[str, str] = os.environ) -> ApiKey:
-        """The key in an environment variable. Raises ConfigError where there is none."""
+        """The key in an environment variable. Raises ConfigError where there is none, which shows
+        no text that may be a key in place of a name."""
+        if variable not in environment and not _USUAL_NAME.fullmatch(variable):
+            raise ConfigError(
+                "the option for an API key takes the name of an environment variable, such as "
+                "VLLM_API_KEY, and there is none of the name given (not shown: is it the key?)"
+            )
         return cls._checked(environment.get(variable, ""), f"environment variable {variable}")
 
     @classmethod
@@ -117,6 +124,8 @@ def base_url(url: str) -> str:
             f"the address of {parts.hostname} holds a user name or a password, which logs would "
             "show; give a key by environment variable or file"
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+    is_http = parts.scheme in ("http", "https") and parts.hostname
+    is_clean = url.isprintable() and " " not in url and not (parts.query or parts.fragment)
+    if not is_http or not is_clean:
         raise ConfigError(f"{url!r} is no address of a server, such as http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")

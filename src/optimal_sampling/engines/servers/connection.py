@@ -16,7 +16,7 @@ from optimal_sampling.engines.servers.limit import AdaptiveLimit
 from optimal_sampling.engines.servers.pool import ClientPool
 from optimal_sampling.engines.servers.replies import BadReply, FailureKind, decoded, shown
 from optimal_sampling.engines.servers.statistics import ServerStatistics
-from optimal_sampling.errors import UserError
+from optimal_sampling.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import httpx
@@ -143,6 +143,8 @@ class Connection:
         raise AssertionError("the last cut raises")
 
     def _request(self, call: Call[Any], client: httpx.AsyncClient, trace: _Trace) -> httpx.Request:
+        import httpx
+
         headers = {"Accept-Encoding": "identity"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key.reveal()}"
@@ -151,13 +153,13 @@ class Connection:
             content = json.dumps(call.body, separators=(",", ":")).encode()
             headers["Content-Type"] = "application/json"
         method = "GET" if call.body is None else "POST"
-        return client.build_request(
-            method,
-            self.url + call.path,
-            content=content,
-            headers=headers,
-            extensions={"trace": trace},
-        )
+        given: dict[str, Any] = {"content": content, "headers": headers}
+        try:
+            return client.build_request(
+                method, self.url + call.path, extensions={"trace": trace}, **given
+            )
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise ConfigError(f"{self.url!r} is no address of a server: {error}") from error
 
     def _read(self, call: Call[T], reply: httpx.Response) -> T:
         if reply.status_code != 200:

@@ -101,6 +101,8 @@ async def start_models(models: Mapping[str, ServedModel]) -> None:
         error = task.exception()
         if isinstance(error, ServerError | EngineError):
             raise EngineError(f"the {role}'s {error}") from error
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"the {role}'s server: {error}") from error
         if error is not None:
             raise error
 
