@@ -134,7 +134,10 @@ class Connection:
             except TimeoutError as error:
                 reason = f"no whole reply within {self._deadline:g} s"
                 raise self._failed("timeout", reason) from error
-            except httpx.RequestError as error:
+            except (httpx.RequestError, RuntimeError) as error:
+                self._pool.check_open()
+                if not isinstance(error, httpx.RequestError):
+                    raise
                 if trace.is_idle_cut and cuts < _MOST_IDLE_CUTS:
                     self._statistics.idle_cuts += 1
                     continue

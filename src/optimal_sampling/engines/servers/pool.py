@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from optimal_sampling.errors import MissingDependencyError
+from optimal_sampling.errors import EngineError, MissingDependencyError
 
 if TYPE_CHECKING:
     import httpx
@@ -45,14 +45,16 @@ class ClientPool:
         self._certificates = httpx.create_ssl_context()
         self._free: dict[str, list[httpx.AsyncClient]] = {}
         self._all: list[httpx.AsyncClient] = []
+        self._is_closed = False
 
     @asynccontextmanager
     async def client(self, url: str) -> AsyncIterator[httpx.AsyncClient]:
         """A client that nobody else uses, for a server.
 
         After a request that was given up or failed it is closed: httpcore may still count its
-        connection as in use, and the next request would wait for it.
+        connection as in use, and the next request would wait for it. Raises EngineError.
         """
+        self.check_open()
         free = self._free.setdefault(url, [])
         client = free.pop() if free else self._open()
         try:
@@ -63,8 +65,14 @@ class ClientPool:
             raise
         free.append(client)
 
+    def check_open(self) -> None:
+        """Raises EngineError after `aclose`."""
+        if self._is_closed:
+            raise EngineError("the connections to the servers were closed")
+
     async def aclose(self) -> None:
-        """Close all connections. Requests in flight fail."""
+        """Close all connections. Requests in flight fail, and later ones are refused."""
+        self._is_closed = True
         for client in [*self._all]:
             await client.aclose()
 
