@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from optimal_sampling.engines.servers.replies import CUT
 from optimal_sampling.errors import ConfigError
 
-__all__ = ["Access", "ApiKey", "base_url"]
+__all__ = ["Access", "ApiKey", "address_of", "base_url"]
 
 _HIDDEN = "[API key]"
 _USUAL_NAME = re.compile("[A-Z_][A-Z0-9_]*")
@@ -129,3 +129,8 @@ def base_url(url: str) -> str:
     if not is_http or not is_clean:
         raise ConfigError(f"{url!r} is no address of a server, such as http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def address_of(host: str, port: int) -> str:
+    """Address of a server at a host: a name, or a number of IPv4 or IPv6."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -140,7 +140,10 @@ def served_facts(options: ServersOptions, mode: Mode) -> dict[str, str]:
     thread = LoopThread()
     try:
         thread.run(start_models(models))
-        return {f"{role}_served": fact_text(model) for role, model in models.items()}
+        return {
+            f"{role}_served": fact_text(model) + _shorter(model, options.server_top_k)
+            for role, model in models.items()
+        }
     finally:
         thread.run(close_models(models))
         thread.close()
@@ -161,6 +164,12 @@ def check_whole(models: Mapping[str, ServedModel], vocab_size: int) -> None:
                 f"lists of all tokens are asked for (top-k -1), and the {role}'s server gives at "
                 f"most {most} of them; start vLLM's with --max-logprobs -1"
             )
+
+
+def _shorter(model: ServedModel, asked: int) -> str:
+    """Length of the lists where it is the server's, and not what is asked for."""
+    most = model.facts.max_top_k
+    return f", lists of {most}" if most < asked else ""
 
 
 async def close_models(models: Mapping[str, ServedModel]) -> None:
