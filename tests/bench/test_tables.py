@@ -1,6 +1,7 @@
 """What memory, identity and the table of large shapes find, on models of next to nothing."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +148,9 @@ def test_the_table_of_large_shapes_is_complete_where_time_is_enough():
     bound = speculation_bound(1.0, 0.9)
     assert found[large_shapes.BOUND] == pytest.approx(bound), "equal shapes read equal bytes"
     assert found[large_shapes.REACHED] == pytest.approx(speedup / bound)
+    passes = speculation_bound(teacher / student, 0.9)
+    assert found[large_shapes.PASSES] == pytest.approx(passes)
+    assert found[large_shapes.OF_PASSES] == pytest.approx(speedup / passes)
     uneven, huge = (
         next(cell for cell in result["cells"] if cell["task"]["row"] == row)
         for row in (cells.UNEVEN, cells.HUGE)
@@ -298,6 +302,22 @@ def test_a_cell_that_was_cut_off_is_judged_by_its_decoding(pair):
     assert cut.rate == cut.decoding > 0
     assert "as the time was up" in str(cut)
     assert "no more than 3 rounds" in cell(3).skipped
+
+
+def test_a_cell_is_warmed_up_until_nothing_is_recorded(monkeypatch, pair):
+    """Guards: recordings in the run that counts, where lengths of drafts follow from times."""
+    recorded = [0, 3, 7, 7, 9]
+    loaded = SimpleNamespace(pair=SimpleNamespace(recorded_graphs=0))
+    runs = []
+
+    def record(*given):
+        runs.append(given)
+        loaded.pair.recorded_graphs = recorded[len(runs)]
+
+    monkeypatch.setattr(pair, "loaded", lambda: loaded)
+    monkeypatch.setattr(cells, "_record", record)
+    cells._warm_up(pair, cells.Task("pair", Size(2, 3), LOCKSTEP_ROW), Budget(60))
+    assert len(runs) == 3
 
 
 def test_large_shapes_are_not_asked_of_a_cpu():
