@@ -132,7 +132,7 @@ def test_a_server_that_ends_says_why(tmp_path):
 
 
 def test_a_host_may_be_a_number_of_ipv6(capsys):
-    """Guards: `http://::1:9000`, which is no address, and a fake server that cannot listen there."""
+    """Guards: `http://::1:9000`, which is no address, and a fake server that cannot start."""
     assert main(["servers", "--host", "::1"]) == 0
     assert "--student-url http://[::1]:9000" in capsys.readouterr().out.replace("'", "")
     try:
