@@ -54,6 +54,8 @@ _OWN_NAMES = {
     "teacher_model": "t_model",
     "student_api_key_env": "theta_api_key_env",
     "teacher_api_key_env": "t_api_key_env",
+    "student_api_key_file": "theta_api_key_file",
+    "teacher_api_key_file": "t_api_key_file",
     "server_top_k": "top_k",
     "batch_size": "max_concurrent_requests",
     "server_timeout": "request_timeout",
@@ -95,6 +97,9 @@ class EnhancedCoordinatorConfig:
     theta_api_key_env: str | None = None
     """Environment variable with the API key."""
     t_api_key_env: str | None = None
+    theta_api_key_file: str | None = None
+    """File with the API key, in place of a variable."""
+    t_api_key_file: str | None = None
     tv_tolerance: float | None = None
     """Ask for more tokens where q may be further than this from the exact one (docs/servers.md)."""
     draft_tokens: DraftTokens = "auto"
@@ -158,6 +163,8 @@ class EnhancedCoordinatorConfig:
             teacher_model=self.t_model,
             student_api_key_env=self.theta_api_key_env,
             teacher_api_key_env=self.t_api_key_env,
+            student_api_key_file=self.theta_api_key_file,
+            teacher_api_key_file=self.t_api_key_file,
             server_top_k=self.top_k,
             tv_tolerance=self.tv_tolerance,
             draft_tokens=self.draft_tokens,

@@ -127,6 +127,12 @@ def test_no_key_is_written(models, tmp_path, monkeypatch):
         with pytest.raises(EngineError, match="unauthorized") as refused:
             generate(config_of(tmp_path, urls))
         generate(config_of(tmp_path, urls, **keys))
+        file = tmp_path.parent / "key"
+        file.write_text(f"{KEY}\n")
+        files = {"student_api_key_file": str(file), "teacher_api_key_file": str(file)}
+        generate(config_of(tmp_path / "by_file", urls, **files))
+        with pytest.raises(ConfigError, match="teacher_api_key_file: give one of them"):
+            config_of(tmp_path, urls, **keys, **files)
     texts = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(texts) >= 3
     assert not any(KEY in text for text in [*texts, str(refused.value)])

@@ -80,17 +80,24 @@ def served_models(
                 f"the engine servers needs the address of the {role}'s server: --{role}-url "
                 "http://HOST:PORT; `optimal-sampling servers` prints commands that start both"
             )
-        variable = getattr(options, f"{role}_api_key_env")
         access = Access(
             urls=tuple(options.urls(role)),
             model=getattr(options, f"{role}_model"),
-            key=None if variable is None else ApiKey.from_environment(variable),
+            key=_key(options, role),
             vocab_size=vocab_size,
             deadline=options.server_timeout,
             retry_seconds=options.server_retry_seconds,
         )
         models[role] = ReplicatedModel(access)
     return models
+
+
+def _key(options: ServersOptions, role: str) -> ApiKey | None:
+    variable = getattr(options, f"{role}_api_key_env")
+    file = getattr(options, f"{role}_api_key_file")
+    if file is not None:
+        return ApiKey.from_file(file)
+    return None if variable is None else ApiKey.from_environment(variable)
 
 
 async def start_models(models: Mapping[str, ServedModel]) -> None:

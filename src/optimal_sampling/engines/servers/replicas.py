@@ -59,7 +59,8 @@ _ADVICE = {
     "invalid": "is it one of the servers that docs/servers.md names?",
     "wrong_model": "another model is served at this address; start the right one",
     "not_found": "the server does not know this path or model; see /v1/models",
-    "unauthorized": "give its API key by environment variable or file",
+    "unauthorized": "give its API key, by environment variable or file (--student-api-key-env, "
+    "--teacher-api-key-file ...)",
     "rejected": "the server does not take this request",
 }
 
