@@ -238,6 +238,33 @@ def test_a_key_in_place_of_a_name_is_not_shown():
     assert ApiKey.from_environment("my_key", {"my_key": "x"}).reveal() == "x"
 
 
+def test_a_proxy_of_the_environment(monkeypatch):
+    """Guards: a proxy between a machine and itself; a traceback where one cannot be used."""
+    monkeypatch.setitem(sys.modules, "socksio", None)  # as where it is not installed
+
+    async def main():
+        with fake() as server:
+            async with served(server.url) as model:
+                assert (await model.next_tokens([3], 4)).listed == 4
+        with pytest.raises(ConfigError, match=r"proxy of the environment.*NO_PROXY=a\.invalid"):
+            await served("http://a.invalid").__aenter__()
+
+    for proxy in ("socks5://127.0.0.1:1", "gopher://127.0.0.1:1"):
+        monkeypatch.setenv("ALL_PROXY", proxy)
+        run(main)
+
+
+def test_certificates_that_are_not_there_are_named(monkeypatch):
+    """Guards: "No such file or directory", without the variable that says so."""
+
+    async def main():
+        with fake() as server, pytest.raises(ConfigError, match="SSL_CERT_FILE"):
+            await served(server.url).__aenter__()
+
+    monkeypatch.setenv("SSL_CERT_FILE", "/not/there.pem")
+    run(main)
+
+
 def test_addresses():
     """Guards: /v1/v1/completions, and passwords that every log of requests shows."""
     assert base_url("http://localhost:9000/v1/") == "http://localhost:9000"

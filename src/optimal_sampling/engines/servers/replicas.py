@@ -49,7 +49,7 @@ _MORE_LOAD = 0.5
 _ADVICE = {
     "refused": "is the server running, and is the address right?",
     "tls": "the server's certificate is not accepted; is https right, and its name?",
-    "reset": "does the server crash? Its log says why",
+    "reset": "does the server crash (its log says why), or does it want https?",
     "timeout": "the server is too slow or hangs; give it longer (--server-timeout)",
     "rate_limited": "the server wants fewer requests; lower --batch-size",
     "unavailable": "the server says that it cannot serve at the moment; see its log",
