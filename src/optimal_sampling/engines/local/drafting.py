@@ -264,10 +264,6 @@ class DraftPolicy:
         self._without_drafts = 0
         self._plain_due = PLAIN_PROBE
 
-    def first_widths(self) -> Sequence[int]:
-        """Widths of the first rounds."""
-        return self.EXPLORE
-
     def observe_plain(self, rows: int, seconds: float) -> None:
         """Seconds of a plain round, from the end of the one before it where it was queued ahead."""
         self.plain.observe(rows, seconds)
@@ -316,10 +312,6 @@ class FixedDrafts(DraftPolicy):
         tried: Bool[np.ndarray, "rows drafts"],
     ) -> None:
         """Nothing follows from them."""
-
-    def first_widths(self) -> Sequence[int]:
-        """The only one."""
-        return (self.most + 1,)
 
 
 class Lookup:

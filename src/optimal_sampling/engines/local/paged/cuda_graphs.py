@@ -110,8 +110,10 @@ class Graphs:
         as much, so a shape that another stands in for is recorded when it has come RECORD_BESIDE
         times.
         """
+        if shape in self._recorded:
+            return None
         fitting = [each for each in self._recorded if each.holds(shape)]
-        if not fitting or shape in self._recorded:
+        if not fitting:
             return None
         if self._seen[shape] + 1 >= RECORD_BESIDE and not self.settled(shape):
             return None

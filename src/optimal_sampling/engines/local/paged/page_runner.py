@@ -120,7 +120,7 @@ class PageRunner(ModelRunner[PageCache]):
         return sum((graphs.recordings for graphs in self.graphs.values()), Recordings())
 
     @torch.inference_mode()
-    def prepare(self, cache: PageCache, rows: int, widths: Sequence[int]) -> None:
+    def prepare(self, cache: PageCache, rows: int, widest: int) -> None:
         """Record passes over so many rows, all of them idle, for texts of START_KEYS tokens.
 
         A graph serves other numbers than it was recorded with, and the first pass of all, which
@@ -131,7 +131,7 @@ class PageRunner(ModelRunner[PageCache]):
             return
         rows = next_of(ROWS, rows)
         start = np.zeros(rows, dtype=np.int64)
-        for width in sorted({next_of(WIDTHS, each) for each in widths}):
+        for width in (each for each in WIDTHS if each <= next_of(WIDTHS, widest)):
             unpadded = lay_out(cache.manager, start, width, range(rows), ())
             for bucket, keys in self._first_shapes():
                 numbers, shape = pad_chunks(*unpadded, bucket)
