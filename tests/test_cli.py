@@ -652,3 +652,15 @@ def test_a_path_that_the_system_refuses(command, capsys):
     """Guards: a traceback for a path that is too long."""
     assert main([command, "x" * 300]) == 1
     assert "File name too long" in capsys.readouterr().err
+
+
+def test_an_interrupted_benchmark_does_not_say_that_it_goes_on(monkeypatch, capsys):
+    """Guards: "nothing had been started. To go on", after a minute of measuring."""
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimal_sampling.bench.run_bench", interrupted)
+    assert main(["bench", "solver"]) == 130
+    said = capsys.readouterr().err
+    assert "nothing is kept of a measurement in progress. To begin again:" in said

@@ -376,7 +376,11 @@ def run_bench(arguments: Sequence[str]) -> int:
 
     from optimal_sampling.bench import parse_bench, run_bench
 
-    return run_bench(parse_bench(arguments, f"{PROGRAM} bench"), Console())
+    try:
+        return run_bench(parse_bench(arguments, f"{PROGRAM} bench"), Console())
+    except KeyboardInterrupt:
+        _say_interrupted("nothing is kept of a measurement in progress", advice="To begin again")
+        return 130
 
 
 def run_serve(arguments: Sequence[str]) -> int:
@@ -742,14 +746,14 @@ def _signals() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _interrupted(state: str, command: str = "") -> str:
+def _interrupted(state: str, command: str = "", advice: str = "To go on") -> str:
     """What is said of an interrupted command: what is safe, and how to go on."""
     command = command or typed_command(sys.orig_argv)
-    return f"\n{PROGRAM}: interrupted; {state}. To go on:\n  {command}\n"
+    return f"\n{PROGRAM}: interrupted; {state}. {advice}:\n  {command}\n"
 
 
-def _say_interrupted(state: str, command: str = "") -> None:
-    print(_interrupted(state, command), end="", file=sys.stderr)
+def _say_interrupted(state: str, command: str = "", advice: str = "To go on") -> None:
+    print(_interrupted(state, command, advice), end="", file=sys.stderr)
 
 
 def typed_command(words: Sequence[str]) -> str:

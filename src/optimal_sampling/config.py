@@ -460,6 +460,8 @@ class ServersOptions(EngineOptions):
             "student_model",
             "teacher_api_key_env",
             "student_api_key_env",
+            "teacher_api_key_file",
+            "student_api_key_file",
             "server_timeout",
             "server_retry_seconds",
         }
@@ -480,6 +482,10 @@ class ServersOptions(EngineOptions):
     """Environment variable with the API key of the teacher's server."""
     student_api_key_env: str | None = None
     """Environment variable with the API key of the student's server."""
+    teacher_api_key_file: str | None = None
+    """File with the API key of the teacher's server, in place of a variable."""
+    student_api_key_file: str | None = None
+    """File with the API key of the student's server."""
     server_top_k: int = 20
     """Likeliest tokens to ask for; -1: the whole vocabulary, which is exact, and slow."""
     tv_tolerance: float | None = None
@@ -504,6 +510,8 @@ class ServersOptions(EngineOptions):
             )
         for role in ("teacher", "student"):
             object.__setattr__(self, f"{role}_url", tuple(self.urls(role)))
+            if getattr(self, f"{role}_api_key_env") and getattr(self, f"{role}_api_key_file"):
+                raise ConfigError(f"{role}_api_key_env and {role}_api_key_file: give one of them")
 
     def urls(self, role: str) -> list[str]:
         """Addresses of a role's servers: a list may hold several in one text, with commas."""

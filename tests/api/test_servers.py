@@ -198,8 +198,18 @@ def test_what_cannot_run_is_refused(urls):
         EnhancedDualVLLMCoordinator({"theta_url": "x"})
     with pytest.raises(ConfigError, match="interleaved"):
         EnhancedCoordinatorConfig(alpha_method="interleaved")
-    with pytest.raises(ConfigError, match="server_top_k"):
-        EnhancedCoordinatorConfig(top_k=0)
+    for bad in (
+        {"top_k": 0},
+        {"max_concurrent_requests": 0},
+        {"target_top_p": 1.5},
+        {"theta_url": None},
+        {"t_url": []},
+        {"tokenizer": 5},
+    ):
+        with pytest.raises(ConfigError, match=f"^{next(iter(bad))} must"):
+            EnhancedCoordinatorConfig(**bad)
+    with pytest.raises(ConfigError, match=r"all tokens are asked for.*student's server.* most 20"):
+        run(batch(["a"]), top_k=-1, **urls)
     idle = EnhancedDualVLLMCoordinator(EnhancedCoordinatorConfig(**urls))
     with pytest.raises(EngineError, match="not connected"):
         asyncio.run(idle.generate_batch_dual_prompts(["a"]))
@@ -240,3 +250,81 @@ def test_a_stream_checks_what_it_is_given(urls, given):
 
     with pytest.raises(ConfigError, match=next(iter(given))):
         run(stream, **urls)
+
+
+def test_a_coordinator_is_used_where_it_was_connected(urls):
+    """Guards: "Event loop is closed" from within httpx, and connections that nobody closes."""
+
+    async def nested(coordinator):
+        with pytest.raises(EngineError, match="connected already"):
+            await coordinator.start()
+        return await batch(["a"], max_tokens=2)(coordinator)
+
+    assert run(nested, **urls)[0].num_tokens == 2
+    coordinator = EnhancedDualVLLMCoordinator(EnhancedCoordinatorConfig(**urls))
+
+    async def again():
+        for _ in range(2):
+            async with coordinator:
+                results = await batch(["a"], max_tokens=2)(coordinator)
+        await coordinator.close()
+        return results
+
+    assert asyncio.run(again())[0].num_tokens == 2
+    with asyncio.Runner() as one, asyncio.Runner() as other:
+        one.run(coordinator.start())
+        for work in (batch(["a"])(coordinator), coordinator.close()):
+            with pytest.raises(EngineError, match="another event loop"):
+                other.run(work)
+        one.run(coordinator.close())
+
+
+def test_closing_in_the_middle_of_a_batch_ends_it(urls):
+    """Guards: a batch that connects again after `close`, or RuntimeError from within httpx."""
+
+    async def main(coordinator):
+        work = asyncio.ensure_future(batch(["a"] * 20, max_tokens=4000)(coordinator))
+        await asyncio.sleep(0.2)
+        await coordinator.close()
+        with pytest.raises(EngineError, match=r"closed|not connected"):
+            await work
+
+    run(main, **urls)
+
+
+@pytest.mark.parametrize("prompts", [["a", "ab", "gone"], ["gone"]])
+def test_what_is_finished_is_kept_when_a_server_is_gone(urls, prompts):
+    """Guards: a batch that is lost with its last prompt; one without any result that returns."""
+
+    async def work(coordinator):
+        model = coordinator.pair.models["student"]
+        lost = await model.tokenize("gone")
+        answered = model.next_tokens
+
+        async def answer(prefix, *given):
+            if list(prefix[: len(lost)]) == lost:
+                raise EngineError("server http://a: refused")
+            return await answered(prefix, *given)
+
+        model.next_tokens = answer
+        return await batch(prompts, max_tokens=3)(coordinator)
+
+    options = {**urls, "draft_tokens": 0, "max_concurrent_requests": 1}
+    if len(prompts) == 1:
+        with pytest.raises(EngineError, match="the student's server http://a: refused"):
+            run(work, **options)
+        return
+    with pytest.warns(UserWarning, match="1 of 3 prompts failed; prompt 2: the student's server"):
+        results = run(work, **options)
+    assert [each.num_tokens > 0 for each in results] == [True, True, False]
+
+
+def test_half_a_character_fails_its_prompt_alone(urls, models_of_the_pair):
+    """Guards: TypeError from within a tokenizer that ends the batch."""
+    student, teacher = models_of_the_pair
+    with FakeServer(student) as theta, FakeServer(teacher) as t:
+        own = {"theta_url": theta.url, "t_url": t.url, "tokenizer": "toy-student"}
+        for options in (urls, own):
+            with pytest.warns(UserWarning, match="the student's prompt holds half a character"):
+                results = run(batch(["\ud83d", "ab"], max_tokens=2), **options)
+            assert [bool(each.error) for each in results] == [True, False]

@@ -18,6 +18,7 @@ from optimal_sampling.config import DraftTokens, MixtureConfig, ServersOptions
 from optimal_sampling.engines.servers.drafting import DraftWidth
 from optimal_sampling.engines.servers.engine import (
     check_text,
+    check_whole,
     close_models,
     served_models,
     start_models,
@@ -44,6 +45,25 @@ _HISTORIES = {
     "tv_bound_history": "tv_bound",
 }
 """Fields of a result, and what they are called in a TokenTrace."""
+
+
+_OWN_NAMES = {
+    "student_url": "theta_url",
+    "teacher_url": "t_url",
+    "student_model": "theta_model",
+    "teacher_model": "t_model",
+    "student_api_key_env": "theta_api_key_env",
+    "teacher_api_key_env": "t_api_key_env",
+    "student_api_key_file": "theta_api_key_file",
+    "teacher_api_key_file": "t_api_key_file",
+    "server_top_k": "top_k",
+    "batch_size": "max_concurrent_requests",
+    "server_timeout": "request_timeout",
+    "server_retry_seconds": "retry_seconds",
+    "teacher_support_top_p": "target_top_p",
+    "teacher_support_top_k": "target_top_k",
+}
+"""Options of the engine and of the mixture, and what the config here calls them."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,9 @@ class EnhancedCoordinatorConfig:
     theta_api_key_env: str | None = None
     """Environment variable with the API key."""
     t_api_key_env: str | None = None
+    theta_api_key_file: str | None = None
+    """File with the API key, in place of a variable."""
+    t_api_key_file: str | None = None
     tv_tolerance: float | None = None
     """Ask for more tokens where q may be further than this from the exact one (docs/servers.md)."""
     draft_tokens: DraftTokens = "auto"
@@ -88,8 +111,15 @@ class EnhancedCoordinatorConfig:
     """Seconds during which a request that a server does not answer is sent again."""
 
     def __post_init__(self) -> None:
-        check_mixture(self.mixture)
-        _ = self.options
+        if not isinstance(self.tokenizer, str | None):
+            raise ConfigError(f"tokenizer must be a folder or a hub id, got {self.tokenizer!r}")
+        try:
+            mixture, options = self.mixture, self.options
+        except ConfigError as error:
+            name, _, problem = str(error).partition(" ")
+            raise ConfigError(f"{_OWN_NAMES.get(name, name)} {problem}") from error
+        if options.server_top_k != -1:
+            check_mixture(mixture)
 
     @classmethod
     def conservative(cls, **changes: Any) -> Self:
@@ -127,12 +157,14 @@ class EnhancedCoordinatorConfig:
     def options(self) -> ServersOptions:
         """Options of the engine."""
         return ServersOptions(
-            student_url=_addresses(self.theta_url),
-            teacher_url=_addresses(self.t_url),
+            student_url=_addresses("theta_url", self.theta_url),
+            teacher_url=_addresses("t_url", self.t_url),
             student_model=self.theta_model,
             teacher_model=self.t_model,
             student_api_key_env=self.theta_api_key_env,
             teacher_api_key_env=self.t_api_key_env,
+            student_api_key_file=self.theta_api_key_file,
+            teacher_api_key_file=self.t_api_key_file,
             server_top_k=self.top_k,
             tv_tolerance=self.tv_tolerance,
             draft_tokens=self.draft_tokens,
@@ -142,8 +174,11 @@ class EnhancedCoordinatorConfig:
         )
 
 
-def _addresses(given: str | Sequence[str]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
+def _addresses(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    addresses = (given,) if isinstance(given, str) else given
+    if not isinstance(addresses, list | tuple) or not addresses:
+        raise ConfigError(f"{name} must be an address, or a list of them, got {given!r}")
+    return tuple(addresses)
 
 
 @dataclass(frozen=True)
@@ -209,6 +244,12 @@ class _Coder:
 
     async def encode(self, role: str, text: str) -> tuple[int, ...]:
         """Ids of a prompt."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ServerError(
+                f"the {role}'s prompt holds half a character (a lone surrogate): {error}"
+            ) from error
         if self.vocabulary is None:
             return tuple(await self.models[role].tokenize(text))
         tokenizer = self.vocabulary.student_tokenizer
@@ -271,6 +312,7 @@ class EnhancedDualVLLMCoordinator:
         self.config = config
         self._models: dict[str, ServedModel] = {}
         self._pair: ServedPair | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._prompts = self._failed = 0
 
     async def __aenter__(self) -> Self:
@@ -281,13 +323,19 @@ class EnhancedDualVLLMCoordinator:
         await self.close()
 
     async def start(self) -> None:
-        """Connect to both servers, and compare their tokenizers."""
+        """Connect to both servers, and compare their tokenizers. Raises EngineError where they are
+        connected."""
+        if self._loop is not None:
+            raise EngineError("the coordinator is connected already: close it, or make another one")
+        self._loop = asyncio.get_running_loop()
         options = self.config.options
         self._models = served_models(options, "mixture")
         try:
             self._coder = _Coder(self._models, self.config.tokenizer)
             await start_models(self._models)
             await self._coder.start()
+            if options.server_top_k == -1:
+                check_whole(self._models, self._coder.size)
         except ServerError as error:
             await self.close()
             raise EngineError(
@@ -315,8 +363,17 @@ class EnhancedDualVLLMCoordinator:
 
     async def close(self) -> None:
         """Close the connections. Closing twice is safe."""
-        self._pair = None
+        self._check_loop()
+        self._loop = self._pair = None
         await close_models(self._models)
+
+    def _check_loop(self) -> None:
+        """Raises EngineError in another event loop than that of the connections."""
+        if self._loop not in (None, asyncio.get_running_loop()):
+            raise EngineError(
+                "the coordinator was connected in another event loop: use it within one "
+                "asyncio.run(...), or one `async with`"
+            )
 
     @property
     def pair(self) -> ServedPair:
@@ -340,13 +397,15 @@ class EnhancedDualVLLMCoordinator:
         """One result per prompt, in their order; `prompts_t` where the teacher's differ.
 
         A text ends before the first of the strings `stop`. Equal prompts give different texts. A
-        prompt that fails has an `error`, and there is a warning. Raises ConfigError, EngineError.
+        prompt that fails has an `error`, and there is a warning. Raises ConfigError, and
+        EngineError where a server is gone and no prompt is finished.
         """
         student, teacher = prompt_lists(prompts_theta, prompts_t, "prompts_t")
         jobs = _numbered(student, teacher, whole_number("seed", seed))
         length = whole_number("max_tokens", max_tokens, least=1)
         stops = _listed("stop", stop)
         _ = self.pair
+        self._check_loop()
         room = asyncio.Semaphore(self.config.max_concurrent_requests)
 
         async def completed(job: _Job) -> CoordinatorResult:
@@ -355,12 +414,7 @@ class EnhancedDualVLLMCoordinator:
                 on_token = text.take if stops else None
                 return await self._completed(job, length, text, on_token)
 
-        tasks = [asyncio.ensure_future(completed(job)) for job in jobs]
-        try:
-            results = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:  # where one has failed, the others are given up
-                task.cancel()
+        results = await _finished([asyncio.ensure_future(completed(job)) for job in jobs])
         failed = [(place, each.error) for place, each in enumerate(results) if each.error]
         self._count(len(results), len(failed))
         if failed:
@@ -388,6 +442,7 @@ class EnhancedDualVLLMCoordinator:
         length = whole_number("max_tokens", max_tokens, least=1)
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         _ = self.pair
+        self._check_loop()
         text = _Text(self._coder, _listed("stop", stop))
         sent = 0
 
@@ -451,6 +506,25 @@ class EnhancedDualVLLMCoordinator:
         return _result(done, text.text)
 
 
+async def _finished(tasks: Sequence[asyncio.Task[CoordinatorResult]]) -> list[CoordinatorResult]:
+    """All results. Where a server is gone, what is finished is kept and the others are given up;
+    raises EngineError where nothing is."""
+    try:
+        return await asyncio.gather(*tasks)
+    except EngineError as error:
+        lost = CoordinatorResult("", [], [], "error", str(error))
+        ended = [task.done() and not task.cancelled() and not task.exception() for task in tasks]
+        results = [
+            task.result() if is_kept else lost for task, is_kept in zip(tasks, ended, strict=True)
+        ]
+        if all(each.error for each in results):
+            raise
+        return results
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 @dataclass(frozen=True)
 class _Job:
     """A prompt of each model, and which of equal ones it is."""
@@ -477,7 +551,7 @@ def _numbered(student: Sequence[str], teacher: Sequence[str], seed: int) -> list
 
 def _listed(name: str, texts: Sequence[str]) -> list[str]:
     """A text or several, none of them empty. Raises ConfigError."""
-    given = [texts] if isinstance(texts, str) else list(texts)
+    given = [texts] if isinstance(texts, str) else list(texts or ())
     if not all(isinstance(text, str) and text for text in given):
         raise ConfigError(f"{name} must be a list of strings that are not empty, got {texts!r}")
     return given

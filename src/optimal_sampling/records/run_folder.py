@@ -71,6 +71,8 @@ MAY_DIFFER = frozenset(
         "student_url",
         "teacher_api_key_env",
         "student_api_key_env",
+        "teacher_api_key_file",
+        "student_api_key_file",
         "server_timeout",
         "server_retry_seconds",
     }

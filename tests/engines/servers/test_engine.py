@@ -293,12 +293,31 @@ async def _wait(seconds):
     await asyncio.sleep(seconds)
 
 
+def test_a_lost_model_is_named():
+    """Guards: a run that ends because a server is gone, and does not say whose it was."""
+
+    class Lost(TableModel):
+        async def next_tokens(self, *given):
+            raise EngineError("server http://a: refused")
+
+    models = table_models()
+    engine = engine_over(models | {"teacher": Lost(tables_of()["teacher"])})
+    with pytest.raises(EngineError, match="the teacher's server http://a: refused"):
+        list(engine.generate(requests(2)))
+    engine.close()
+
+
 def test_what_lists_cannot_give_is_refused():
     """Guards: a mixture or a mode that is drawn wrongly."""
     engine = engine_over(table_models(max_top_k=4), server_top_k=4)
     with pytest.raises(ConfigError, match="interleaved needs the student's mass"):
         engine.view(MixtureConfig(alpha_method="interleaved"))
-    with pytest.raises(ConfigError, match="the student's server gives at most 4"):
+    longer = replace(engine.options, server_top_k=6)  # all tokens, which the servers do not give
+    with pytest.raises(ConfigError, match="interleaved needs the student's mass"):
+        engine.view(MixtureConfig(alpha_method="interleaved"), options=longer)
+    assert "of 4 tokens" in engine.view(options=longer).notes()["teacher_lists"]
+    assert "teacher_lists" not in engine.notes()
+    with pytest.raises(ConfigError, match="the student's server gives at most 4 of them"):
         engine.view(options=replace(engine.options, server_top_k=-1))
     with pytest.raises(ConfigError, match="options of the engine toy"):
         engine.view(options=ToyOptions())

@@ -97,6 +97,16 @@ def test_a_run_goes_on_at_other_addresses_with_the_same_models(models, servers, 
     assert "teacher_url" not in compared
 
 
+def test_a_run_does_not_go_on_with_lists_of_another_length(models, servers, tmp_path):
+    """Guards: records of one run from lists of two lengths, where the server's limit is below what
+    was asked for."""
+    generate(config_of(tmp_path, servers, server_top_k=30))
+    with FakeServer(replace(models[0], max_logprobs=25)) as student:
+        moved = {**servers, "student_url": (student.url,)}
+        with pytest.raises(RunFolderError, match=r"lists of 20' there, .* lists of 25' now"):
+            generate(config_of(tmp_path, moved, server_top_k=30))
+
+
 def test_one_model_alone_asks_one_server(servers, tmp_path):
     """Guards: a baseline that needs both servers."""
     only = {"teacher_url": servers["teacher_url"]}
@@ -117,6 +127,12 @@ def test_no_key_is_written(models, tmp_path, monkeypatch):
         with pytest.raises(EngineError, match="unauthorized") as refused:
             generate(config_of(tmp_path, urls))
         generate(config_of(tmp_path, urls, **keys))
+        file = tmp_path.parent / "key"
+        file.write_text(f"{KEY}\n")
+        files = {"student_api_key_file": str(file), "teacher_api_key_file": str(file)}
+        generate(config_of(tmp_path / "by_file", urls, **files))
+        with pytest.raises(ConfigError, match="teacher_api_key_file: give one of them"):
+            config_of(tmp_path, urls, **keys, **files)
     texts = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(texts) >= 3
     assert not any(KEY in text for text in [*texts, str(refused.value)])

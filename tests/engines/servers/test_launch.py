@@ -11,10 +11,11 @@ import psutil
 import pytest
 
 from optimal_sampling.cli import main
+from optimal_sampling.engines.servers.fake_server import FakeModel, FakeServer, random_tables
 from optimal_sampling.engines.servers.launch import ServersCommand, server_processes
 from optimal_sampling.engines.servers.server_process import ServerProcess, check_port, free_port
 from optimal_sampling.errors import ConfigError, EngineError
-from tests.engines.servers.serving import fake, run, served
+from tests.engines.servers.serving import SIZE, fake, run, served
 
 SERVER = """
 import subprocess, sys, time
@@ -58,6 +59,7 @@ def test_options_that_cannot_work_are_refused(monkeypatch, capsys):
     with pytest.raises(ConfigError, match="max_logprobs"):
         ServersCommand(max_logprobs=0)
     assert main(["servers", "--host", "0.0.0.0"]) == 2
+    assert main(["servers", "--host", "0.0.0.0", "--fake"]) == 2
     assert "VLLM_API_KEY" in capsys.readouterr().err
     assert main(["servers", "--student", "toy-studnet"]) == 2
     assert "did you mean 'toy-student'" in capsys.readouterr().err
@@ -127,6 +129,25 @@ def test_a_server_that_ends_says_why(tmp_path):
     process = started(tmp_path, "raise SystemExit('no memory is left')")
     with process, pytest.raises(EngineError, match="no memory is left"):
         process.start().wait(60, quiet)
+
+
+def test_a_host_may_be_a_number_of_ipv6(capsys):
+    """Guards: `http://::1:9000`, which is no address, and a fake server that cannot start."""
+    assert main(["servers", "--host", "::1"]) == 0
+    assert "--student-url http://[::1]:9000" in capsys.readouterr().out.replace("'", "")
+    try:
+        server = FakeServer(FakeModel(random_tables(SIZE)[0]), host="::1")
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+
+    async def ask():
+        async with served(server.url) as model:
+            assert (await model.next_tokens([3], 4)).listed == 4
+
+    with server:
+        run(ask)
+        with pytest.raises(ConfigError, match="--student-port"):
+            check_port("::1", server.port, "--student-port")
 
 
 def test_a_port_in_use_is_named():

@@ -63,6 +63,11 @@ BAD_VLLM = {
     "a huge id": changed(GOOD_VLLM, *TOP, 0, f"token_id:{10**30}", value=-9.0),
     "NaN": changed(GOOD_VLLM, *TOP, 0, "token_id:41", value=float("nan")),
     "a probability above 1": changed(GOOD_VLLM, *TOP, 0, "token_id:41", value=0.5),
+    "an id spelt twice": changed(GOOD_VLLM, *TOP, 0, value=LIST | {"token_id:041": -9.0}),
+    "no mass": changed(GOOD_VLLM, *TOP, 0, value=dict.fromkeys(LIST, -9999.0)),
+    "less mass than the others can have": changed(
+        GOOD_VLLM, *TOP, 0, value={"token_id:1": -2, "token_id:2": -2.5, "token_id:3": -9}
+    ),
     "logits": changed(
         GOOD_VLLM, *TOP, 0, value={"token_id:1": -0.1, "token_id:2": -0.2, "token_id:3": -9}
     ),

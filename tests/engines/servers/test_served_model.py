@@ -4,6 +4,8 @@ import asyncio
 import logging
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -15,6 +17,19 @@ from optimal_sampling.engines.servers.replicas import AFFINITY
 from optimal_sampling.engines.servers.statistics import Latencies, ServerStatistics, figures_text
 from optimal_sampling.errors import ConfigError, ServerError, TokenizerMismatchError
 from tests.engines.servers.serving import SIZE, fake, run, served
+
+
+class Redirecting(BaseHTTPRequestHandler):
+    """A server that leads elsewhere."""
+
+    def do_GET(self):
+        self.send_response(307)
+        self.send_header("Location", "https://other/v1/models")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
 
 
 def exact(model, last, size=SIZE):
@@ -157,6 +172,43 @@ def test_a_key_is_sent_and_never_shown(caplog, tmp_path):
     assert "[API key]" in shown[1]
 
 
+@pytest.mark.parametrize("key", ["token", "1", "a", "choices"])
+def test_a_key_may_be_a_word_of_replies(key):
+    """Guards: replies in which a key such as `token` is replaced, so that none can be read."""
+
+    async def main():
+        with fake(api_key=key) as server:
+            async with served(server.url, key=ApiKey(key)) as model:
+                found = await model.next_tokens([3], 4)
+                np.testing.assert_allclose(found.log_p, exact(server.model, 3)[found.ids])
+
+    run(main)
+
+
+def test_a_key_is_hidden_however_it_is_written():
+    """Guards: a key that JSON has escaped, or half of one at the cut of a long message."""
+    key = ApiKey('sk-ve"ry/secret')
+    for text in ('a sk-ve"ry/secret b', r"a sk-ve\"ry/secret b", r"a sk-ve\"ry\/secret b"):
+        assert key.hidden_in(text) == "a [API key] b"
+    assert key.hidden_in('Bearer sk-ve"ry...') == "Bearer [API key]..."
+    assert ApiKey("max").hidden_in("max: the maximum") == "[API key]: the maximum"
+
+
+def test_a_redirect_is_named_and_not_followed():
+    """Guards: a key that is sent to the address that a server names, or an error without it."""
+
+    async def main():
+        with ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as server:
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            url = f"http://127.0.0.1:{server.server_address[1]}"
+            with pytest.raises(ServerError, match="leads to https://other/v1/models") as error:
+                await served(url, key=ApiKey("sk-secret")).__aenter__()
+            server.shutdown()
+        assert error.value.kind == "rejected"
+
+    run(main)
+
+
 @pytest.mark.parametrize(
     ("given", "message"), [({}, "variable KEY holds no"), ({"KEY": "two words"}, "more than one")]
 )
@@ -166,11 +218,48 @@ def test_a_key_that_is_none_is_refused(given, message):
         ApiKey.from_environment("KEY", given)
 
 
+def test_a_key_in_place_of_a_name_is_not_shown():
+    """Guards: a key on the terminal, which was pasted where the variable's name belongs."""
+    for key in ("sk-proj-1234", "hf_abcDEF123"):
+        with pytest.raises(ConfigError, match="name of an environment variable") as error:
+            ApiKey.from_environment(key, {})
+        assert key not in str(error.value)
+    assert ApiKey.from_environment("my_key", {"my_key": "x"}).reveal() == "x"
+
+
+def test_a_proxy_of_the_environment(monkeypatch):
+    """Guards: a proxy between a machine and itself; a traceback where one cannot be used."""
+    monkeypatch.setitem(sys.modules, "socksio", None)  # as where it is not installed
+
+    async def main():
+        with fake() as server:
+            async with served(server.url) as model:
+                assert (await model.next_tokens([3], 4)).listed == 4
+        with pytest.raises(ConfigError, match=r"proxy of the environment.*NO_PROXY=a\.invalid"):
+            await served("http://a.invalid").__aenter__()
+
+    for proxy in ("socks5://127.0.0.1:1", "gopher://127.0.0.1:1"):
+        monkeypatch.setenv("ALL_PROXY", proxy)
+        run(main)
+
+
+def test_certificates_that_are_not_there_are_named(monkeypatch):
+    """Guards: "No such file or directory", without the variable that says so."""
+
+    async def main():
+        with fake() as server, pytest.raises(ConfigError, match="SSL_CERT_FILE"):
+            await served(server.url).__aenter__()
+
+    monkeypatch.setenv("SSL_CERT_FILE", "/not/there.pem")
+    run(main)
+
+
 def test_addresses():
     """Guards: /v1/v1/completions, and passwords that every log of requests shows."""
     assert base_url("http://localhost:9000/v1/") == "http://localhost:9000"
     assert base_url("https://host/prefix") == "https://host/prefix"
-    for bad in ("localhost:9000", "ftp://host", "http://", "http://host:port"):
+    strange = ("http://a b", "http://a\t:80", "http://a\u200b", "http://a#b", "http://a?b=c")
+    for bad in ("localhost:9000", "ftp://host", "http://", "http://host:port", *strange):
         with pytest.raises(ConfigError, match="no address"):
             base_url(bad)
     with pytest.raises(ConfigError, match="password") as error:

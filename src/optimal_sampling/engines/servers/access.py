@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from optimal_sampling.engines.servers.replies import CUT
 from optimal_sampling.errors import ConfigError
 
-__all__ = ["Access", "ApiKey", "base_url"]
+__all__ = ["Access", "ApiKey", "address_of", "base_url"]
+
+_HIDDEN = "[API key]"
+_USUAL_NAME = re.compile("[A-Z_][A-Z0-9_]*")
+_SHORT = 8
+"""Characters below which a key may stand in other words by chance."""
+_FEWEST_HIDDEN = 3
+"""Characters of a key before a cut that are hidden."""
 
 
 class ApiKey:
@@ -26,13 +36,31 @@ class ApiKey:
         """The secret itself."""
         return self._secret
 
-    def removed_from(self, content: bytes) -> bytes:
-        """A reply without the secret, which a server may repeat in an error."""
-        return content.replace(self._secret.encode(), b"[API key]")
+    def hidden_in(self, text: str) -> str:
+        """A message without the secret, which a server may repeat, or the start of it, where the
+        message is cut.
+
+        Replies are read as they are: a key may be a word that they have, such as `token`. For that
+        reason a short one is hidden where it is a word.
+        """
+        if len(self._secret) < _SHORT:
+            return re.sub(rf"(?<!\w){re.escape(self._secret)}(?!\w)", _HIDDEN, text)
+        written = json.dumps(self._secret)[1:-1]
+        for form in (written.replace("/", "\\/"), written, repr(self._secret)[1:-1], self._secret):
+            text = text.replace(form, _HIDDEN)
+            for end in range(len(form) - 1, _FEWEST_HIDDEN - 1, -1):
+                text = text.replace(form[:end] + CUT, _HIDDEN + CUT)
+        return text
 
     @classmethod
     def from_environment(cls, variable: str, environment: Mapping[str, str] = os.environ) -> ApiKey:
-        """The key in an environment variable. Raises ConfigError where there is none."""
+        """The key in an environment variable. Raises ConfigError where there is none, which shows
+        no text that may be a key in place of a name."""
+        if variable not in environment and not _USUAL_NAME.fullmatch(variable):
+            raise ConfigError(
+                "the option for an API key takes the name of an environment variable, such as "
+                "VLLM_API_KEY, and there is none of the name given (not shown: is it the key?)"
+            )
         return cls._checked(environment.get(variable, ""), f"environment variable {variable}")
 
     @classmethod
@@ -96,6 +124,13 @@ def base_url(url: str) -> str:
             f"the address of {parts.hostname} holds a user name or a password, which logs would "
             "show; give a key by environment variable or file"
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+    is_http = parts.scheme in ("http", "https") and parts.hostname
+    is_clean = url.isprintable() and " " not in url and not (parts.query or parts.fragment)
+    if not is_http or not is_clean:
         raise ConfigError(f"{url!r} is no address of a server, such as http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def address_of(host: str, port: int) -> str:
+    """Address of a server at a host: a name, or a number of IPv4 or IPv6."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

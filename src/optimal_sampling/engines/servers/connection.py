@@ -16,7 +16,7 @@ from optimal_sampling.engines.servers.limit import AdaptiveLimit
 from optimal_sampling.engines.servers.pool import ClientPool
 from optimal_sampling.engines.servers.replies import BadReply, FailureKind, decoded, shown
 from optimal_sampling.engines.servers.statistics import ServerStatistics
-from optimal_sampling.errors import UserError
+from optimal_sampling.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import httpx
@@ -134,7 +134,10 @@ class Connection:
             except TimeoutError as error:
                 reason = f"no whole reply within {self._deadline:g} s"
                 raise self._failed("timeout", reason) from error
-            except httpx.RequestError as error:
+            except (httpx.RequestError, RuntimeError) as error:
+                self._pool.check_open()
+                if not isinstance(error, httpx.RequestError):
+                    raise
                 if trace.is_idle_cut and cuts < _MOST_IDLE_CUTS:
                     self._statistics.idle_cuts += 1
                     continue
@@ -143,6 +146,8 @@ class Connection:
         raise AssertionError("the last cut raises")
 
     def _request(self, call: Call[Any], client: httpx.AsyncClient, trace: _Trace) -> httpx.Request:
+        import httpx
+
         headers = {"Accept-Encoding": "identity"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key.reveal()}"
@@ -151,38 +156,40 @@ class Connection:
             content = json.dumps(call.body, separators=(",", ":")).encode()
             headers["Content-Type"] = "application/json"
         method = "GET" if call.body is None else "POST"
-        return client.build_request(
-            method,
-            self.url + call.path,
-            content=content,
-            headers=headers,
-            extensions={"trace": trace},
-        )
+        given: dict[str, Any] = {"content": content, "headers": headers}
+        try:
+            return client.build_request(
+                method, self.url + call.path, extensions={"trace": trace}, **given
+            )
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise ConfigError(f"{self.url!r} is no address of a server: {error}") from error
 
     def _read(self, call: Call[T], reply: httpx.Response) -> T:
-        content = self._key.removed_from(reply.content) if self._key else reply.content
         if reply.status_code != 200:
             kind = _OF_STATUS.get(reply.status_code)
             default: FailureKind = "server_error" if reply.status_code >= 500 else "rejected"
             raise self._failed(
                 kind or default,
-                f"status {reply.status_code} of {call.path}: {_error_text(content)}",
+                f"status {reply.status_code} of {call.path}: {_error_text(reply)}",
                 _retry_after(reply.headers.get("Retry-After", "")),
             )
         try:
-            return call.read(decoded(content))
+            return call.read(decoded(reply.content))
         except BadReply as error:
             raise self._failed(error.kind, f"{call.path}: {error}") from error
-        except UserError:
-            raise
+        except UserError as error:
+            raise type(error)(self._without_key(str(error))) from None
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             reason = f"{call.path}: {type(error).__name__}: {error}"
             raise self._failed("invalid", reason) from error
 
+    def _without_key(self, text: str) -> str:
+        return self._key.hidden_in(text) if self._key else text
+
     def _failed(
         self, kind: FailureKind, reason: str, retry_after: float | None = None
     ) -> AttemptFailed:
-        return AttemptFailed(self.url, kind, reason, retry_after)
+        return AttemptFailed(self.url, kind, self._without_key(reason), retry_after)
 
 
 def _kind_of(error: httpx.RequestError, trace: _Trace) -> FailureKind:
@@ -195,13 +202,17 @@ def _kind_of(error: httpx.RequestError, trace: _Trace) -> FailureKind:
     return "truncated" if trace.answered else "reset"
 
 
-def _error_text(content: bytes) -> str:
-    """The server's own words, of vLLM's and OpenAI's form of errors or another."""
+def _error_text(reply: httpx.Response) -> str:
+    """The server's own words, of vLLM's and OpenAI's form of errors or another, in one line."""
+    if location := reply.headers.get("Location"):
+        return f"it leads to {shown(location)}, which is not followed; give that address"
     try:
-        error = json.loads(content)["error"]
-        return shown(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        return shown(content.decode(errors="replace")) or "no reason given"
+        error = json.loads(reply.content)["error"]
+        text = str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = reply.content.decode(errors="replace")
+    printable = "".join(each if each.isprintable() else " " for each in text)
+    return shown(" ".join(printable.split())) or "no reason given"
 
 
 def _retry_after(value: str) -> float | None:

@@ -27,6 +27,7 @@ __all__ = [
     "LoopThread",
     "ServersEngine",
     "check_text",
+    "check_whole",
     "close_models",
     "served_facts",
     "served_models",
@@ -79,17 +80,24 @@ def served_models(
                 f"the engine servers needs the address of the {role}'s server: --{role}-url "
                 "http://HOST:PORT; `optimal-sampling servers` prints commands that start both"
             )
-        variable = getattr(options, f"{role}_api_key_env")
         access = Access(
             urls=tuple(options.urls(role)),
             model=getattr(options, f"{role}_model"),
-            key=None if variable is None else ApiKey.from_environment(variable),
+            key=_key(options, role),
             vocab_size=vocab_size,
             deadline=options.server_timeout,
             retry_seconds=options.server_retry_seconds,
         )
         models[role] = ReplicatedModel(access)
     return models
+
+
+def _key(options: ServersOptions, role: str) -> ApiKey | None:
+    variable = getattr(options, f"{role}_api_key_env")
+    file = getattr(options, f"{role}_api_key_file")
+    if file is not None:
+        return ApiKey.from_file(file)
+    return None if variable is None else ApiKey.from_environment(variable)
 
 
 async def start_models(models: Mapping[str, ServedModel]) -> None:
@@ -100,6 +108,8 @@ async def start_models(models: Mapping[str, ServedModel]) -> None:
         error = task.exception()
         if isinstance(error, ServerError | EngineError):
             raise EngineError(f"the {role}'s {error}") from error
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"the {role}'s server: {error}") from error
         if error is not None:
             raise error
 
@@ -137,7 +147,10 @@ def served_facts(options: ServersOptions, mode: Mode) -> dict[str, str]:
     thread = LoopThread()
     try:
         thread.run(start_models(models))
-        return {f"{role}_served": fact_text(model) for role, model in models.items()}
+        return {
+            f"{role}_served": fact_text(model) + _shorter(model, options.server_top_k)
+            for role, model in models.items()
+        }
     finally:
         thread.run(close_models(models))
         thread.close()
@@ -147,6 +160,23 @@ def fact_text(model: ServedModel) -> str:
     """Name and context of a served model."""
     context = model.facts.context_length
     return model.facts.name + (f", context {context}" if context is not None else "")
+
+
+def check_whole(models: Mapping[str, ServedModel], vocab_size: int) -> None:
+    """Raises ConfigError where a server does not give lists of all tokens."""
+    for role, model in models.items():
+        most = model.facts.max_top_k
+        if most < min(vocab_size, model.facts.vocab_size or vocab_size):
+            raise ConfigError(
+                f"lists of all tokens are asked for (top-k -1), and the {role}'s server gives at "
+                f"most {most} of them; start vLLM's with --max-logprobs -1"
+            )
+
+
+def _shorter(model: ServedModel, asked: int) -> str:
+    """Length of the lists where it is the server's, and not what is asked for."""
+    most = model.facts.max_top_k
+    return f", lists of {most}" if most < asked else ""
 
 
 async def close_models(models: Mapping[str, ServedModel]) -> None:
@@ -227,22 +257,14 @@ class ServersEngine(Engine):
         if self.mode == "mixture" and not self._is_exact:
             check_mixture(self.mixture)
         if self.options.server_top_k == -1:
-            for role in self.roles:
-                self._check_whole(role)
+            check_whole({role: self.models[role] for role in self.roles}, self.vocab_size)
 
     @property
     def _is_exact(self) -> bool:
         """Whether the lists are the whole vocabulary."""
         asked = self.options.server_top_k
-        return asked == -1 or asked >= self.vocab_size
-
-    def _check_whole(self, role: str) -> None:
-        most = self.models[role].facts.max_top_k
-        if most < self.vocab_size:
-            raise ConfigError(
-                f"server_top_k -1 asks for all {self.vocab_size} tokens, and the {role}'s server "
-                f"gives at most {most}; start vLLM's with --max-logprobs -1"
-            )
+        least = min(self.models[role].facts.max_top_k for role in self.roles)
+        return self.vocab_size <= (least if asked == -1 else min(asked, least))
 
     def pair(self) -> ServedPair:
         """The served models of this mode, with new counts."""
@@ -332,6 +354,9 @@ class ServersEngine(Engine):
         for role in self.roles:
             model = self.models[role]
             notes[f"{role}_server"] = f"{fact_text(model)} ({model.facts.kind})"
+            most = model.facts.max_top_k
+            if most < min(self.options.server_top_k, self.vocab_size):
+                notes[f"{role}_lists"] = f"of {most} tokens, the most that the server gives"
             if self.counts.rounds:
                 notes[f"{role}_requests"] = figures_text(model.figures())
         return notes | self._count_notes()

@@ -19,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Float64
 
+from optimal_sampling.engines.servers.access import address_of
 from optimal_sampling.engines.servers.vllm_api import MOST_CHOSEN_IDS
 
 __all__ = ["FakeModel", "FakeServer", "random_tables"]
@@ -116,7 +117,7 @@ class FakeServer:
         self._http.model = model
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
         self.port = int(self._http.server_address[1])
-        self.url = f"http://{host}:{self.port}"
+        self.url = address_of(host, self.port)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -139,6 +140,8 @@ class _Listener(ThreadingHTTPServer):
     model: FakeModel
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
         super().__init__(address, handler)
         self._open: set[socket.socket] = set()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from optimal_sampling.config import Checked
+from optimal_sampling.engines.servers.access import address_of
 from optimal_sampling.engines.servers.fake_server import FakeModel, FakeServer, random_tables
 from optimal_sampling.engines.servers.server_process import ServerProcess, check_port
 from optimal_sampling.errors import ConfigError, EngineError, MissingDependencyError
@@ -147,10 +148,7 @@ def started(
 
 def server_processes(command: ServersCommand) -> list[ServerProcess]:
     """The servers of student and teacher, not started. Raises ConfigError, ModelError."""
-    if not _is_loopback(command.host) and not os.environ.get("VLLM_API_KEY"):
-        raise ConfigError(
-            f"host {command.host} can be reached from elsewhere: set VLLM_API_KEY to an API key"
-        )
+    _check_host(command.host)
     names = {"student": command.student, "teacher": command.teacher}
     folders = {role: resolve_model(name) for role, name in names.items()}
     shares = _memory_shares(folders)
@@ -195,7 +193,7 @@ def vllm_server(
         for variable, value in _CPU_VARIABLES.items()
         if on_cpu and variable not in os.environ
     }
-    url = f"http://{command.host}:{port}"
+    url = address_of(command.host, command.port(role))
     return ServerProcess(role, words, url, Path(command.log_dir) / f"{role}.log", variables)
 
 
@@ -215,6 +213,7 @@ def _memory_shares(folders: dict[str, str]) -> dict[str, str]:
 
 
 def _run_fakes(command: ServersCommand, say: Say) -> None:
+    _check_host(command.host)
     vocabulary = Vocabulary.load(command.student, command.teacher)
     if vocabulary.size > _MOST_FAKE_IDS:
         raise ConfigError(
@@ -256,7 +255,7 @@ def _watch(processes: Sequence[ServerProcess]) -> None:
 def _usage(command: ServersCommand) -> str:
     words = ["optimal-sampling", "generate", "--engine", "servers"]
     for role in ("student", "teacher"):
-        words += [f"--{role}-url", f"http://{command.host}:{command.port(role)}"]
+        words += [f"--{role}-url", address_of(command.host, command.port(role))]
     words += ["--student", command.student, "--teacher", command.teacher]
     if command.max_logprobs == -1:
         words += ["--server-top-k", "-1"]
@@ -281,6 +280,14 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _check_host(host: str) -> None:
+    """Raises ConfigError for a host that others reach, without a key."""
+    if not _is_loopback(host) and not os.environ.get("VLLM_API_KEY"):
+        raise ConfigError(
+            f"host {host} can be reached from elsewhere: set VLLM_API_KEY to an API key"
+        )
 
 
 def _is_loopback(host: str) -> bool:

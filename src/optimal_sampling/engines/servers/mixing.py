@@ -72,7 +72,8 @@ def check_mixture(mixture: MixtureConfig) -> None:
         raise ConfigError(
             "alpha_method interleaved needs the student's mass outside of a set of tokens and the "
             "teacher's whole distribution in its place, which lists of likeliest tokens do not "
-            "have; use veto, or an engine with both models (--engine local)"
+            "have; use veto, lists of all tokens (--server-top-k -1, where the servers give them), "
+            "or an engine with both models (--engine local)"
         )
 
 

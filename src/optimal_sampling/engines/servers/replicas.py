@@ -55,7 +55,7 @@ _MORE_LOAD = 0.5
 _ADVICE = {
     "refused": "is the server running, and is the address right?",
     "tls": "the server's certificate is not accepted; is https right, and its name?",
-    "reset": "does the server crash? Its log says why",
+    "reset": "does the server crash (its log says why), or does it want https?",
     "timeout": "the server is too slow or hangs; give it longer (--server-timeout)",
     "rate_limited": "the server wants fewer requests; lower --batch-size",
     "unavailable": "the server says that it cannot serve at the moment; see its log",
@@ -65,7 +65,8 @@ _ADVICE = {
     "invalid": "is it one of the servers that docs/servers.md names?",
     "wrong_model": "another model is served at this address; start the right one",
     "not_found": "the server does not know this path or model; see /v1/models",
-    "unauthorized": "give its API key by environment variable or file",
+    "unauthorized": "give its API key, by environment variable or file (--student-api-key-env, "
+    "--teacher-api-key-file ...)",
     "rejected": "the server does not take this request",
 }
 

@@ -12,6 +12,7 @@ import numpy as np
 from optimal_sampling.engines.servers.model import TokenList
 
 __all__ = [
+    "CUT",
     "BadReply",
     "FailureKind",
     "decoded",
@@ -41,10 +42,14 @@ FailureKind = Literal[
 """Why an attempt failed; docs/servers.md has what each means."""
 
 T = TypeVar("T")
+CUT = "..."
+"""After a text that was cut."""
 _SHOWN = 200
 _LOWEST = -9999.0
 """What vLLM writes for -inf."""
 _MOST_IDS = 1 << 31
+_MOST_PADDED = 2
+"""Ids with padding, in units of those without."""
 _SLACK = 1e-3
 """By how much rounding may lift a sum of probabilities above 1."""
 
@@ -61,7 +66,7 @@ class BadReply(Exception):
 def shown(value: object) -> str:
     """A value for a message, cut."""
     text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + CUT
 
 
 def decoded(content: bytes) -> Any:
@@ -69,7 +74,7 @@ def decoded(content: bytes) -> Any:
     try:
         return json.loads(content, object_pairs_hook=_distinct, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        text = shown(content[:_SHOWN].decode(errors="replace"))
+        text = shown(content.decode(errors="replace"))
         raise BadReply(f"the reply is no JSON ({error}): {text!r}", "malformed") from error
 
 
@@ -91,7 +96,8 @@ def field(reply: Any, name: str, kind: type[T]) -> T:
     if not isinstance(reply, Mapping):
         raise BadReply(f"expected an object with {name!r}, got {shown(reply)}")
     if name not in reply:
-        raise BadReply(f"the reply has no {name!r}; it has {shown(', '.join(reply))}")
+        has = shown(", ".join(reply)) or "nothing"
+        raise BadReply(f"the reply has no {name!r}; it has {has}")
     value = reply[name]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise BadReply(f"{name!r} of the reply must be {kind.__name__}, got {shown(value)}")
@@ -129,6 +135,8 @@ def token_list(
             f"the probabilities of a list sum to {total:.4g}; the server may give logits, "
             "or probabilities that were changed"
         )
+    if top_k:
+        _check_others(total, values[top_k - 1], vocab_size)
     is_known = np.ones(len(ids), bool) if vocab_size is None else ids < vocab_size
     listed = int(is_known[:top_k].sum())
     ids, values = ids[is_known], values[is_known]
@@ -143,6 +151,19 @@ def token_list(
         raise BadReply("no token has a probability")
     values = values - (largest + np.log(np.exp(values - largest).sum()))
     return TokenList(ids, values, len(ids), is_full=True)
+
+
+def _check_others(total: float, last: float, vocab_size: int | None) -> None:
+    """Raises BadReply where the ids outside of a list, none above its last one, cannot have the
+    mass that the list lacks: the list has left out larger ones."""
+    most = 0.0 if last == -math.inf else math.inf
+    if vocab_size is not None:
+        most = _MOST_PADDED * vocab_size * math.exp(last)
+    if total + most < 1 - _SLACK:
+        raise BadReply(
+            f"the probabilities of a list sum to {total:.4g}, which is too little for its last one "
+            f"of {math.exp(last):.3g}; the server may leave out tokens, or change probabilities"
+        )
 
 
 def with_chosen(listed: TokenList, chosen: Mapping[int, float]) -> TokenList:

@@ -19,7 +19,7 @@ from optimal_sampling.engines.servers.drafting import DraftWidth
 from optimal_sampling.engines.servers.mixing import DrawnToken, ListMixer
 from optimal_sampling.engines.servers.model import DraftedToken, ServedModel, TokenList
 from optimal_sampling.engines.servers.replicas import AFFINITY
-from optimal_sampling.errors import ServerError
+from optimal_sampling.errors import EngineError, ServerError
 from optimal_sampling.types import (
     LIST_FIELDS,
     TRACE_FIELDS,
@@ -292,11 +292,13 @@ def _likeliest(tokens: TokenList) -> int:
 
 
 async def _of(role: str, request: Awaitable[T]) -> T:
-    """The answer to a request. Raises ServerError that says whose server failed."""
+    """The answer to a request. Raises ServerError or EngineError that says whose server failed."""
     try:
         return await request
     except ServerError as failure:
         raise ServerError(f"the {role}'s {failure}", failure.kind) from failure
+    except EngineError as failure:
+        raise EngineError(f"the {role}'s {failure}") from failure
 
 
 async def _together(*requests: Awaitable[Any]) -> list[Any]:

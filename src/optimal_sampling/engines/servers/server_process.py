@@ -127,13 +127,14 @@ def free_port() -> int:
 
 def check_port(host: str, port: int, option: str) -> None:
     """Raises ConfigError where the port is in use."""
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen at {host}:{port}: {error.strerror}; choose another {option}"
+                f"cannot listen at {host}, port {port}: {error.strerror}; choose another {option}"
             ) from error
 
 

@@ -195,7 +195,10 @@ def _row(row: Any) -> dict[int, Any]:
             f"the keys of a list must be token ids, as {_PREFIX}5; got {shown([*row])}: "
             "the server ignores return_tokens_as_token_ids"
         )
-    return dict(zip(map(int, texts), row.values(), strict=True))
+    values = dict(zip(map(int, texts), row.values(), strict=True))
+    if len(values) < len(row):
+        raise BadReply(f"an id occurs twice in a list: {shown([*row])}")
+    return values
 
 
 def _prompt_row(row: Any) -> dict[int, Any]:
