@@ -8,7 +8,8 @@ import torch
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import log_q, make_pair, solve
-from optimal_sampling.engines.servers.bounds import alpha_interval, box_of
+from optimal_sampling.engines.servers.bounds import alpha_interval
+from optimal_sampling.engines.servers.box import box_of
 from optimal_sampling.engines.servers.mixing import ListMixer
 from optimal_sampling.engines.servers.table_model import token_list
 from optimal_sampling.engines.servers.union import find_support, join
