@@ -19,7 +19,8 @@ from optimal_sampling.engines.servers.box import (
     Numbers,
     Range,
     Table,
-    limits,
+    least_sum,
+    most_sum,
     weights,
 )
 from optimal_sampling.engines.servers.union import NEVER
@@ -30,11 +31,10 @@ _INSIDE = 1e-9  # of alpha: the ends of [0, 1] are no mixtures
 _ROUNDING = 1e-13
 _TINY = 1e-200  # in place of a sum of weights that is 0
 _GRID = 16
-_ROUNDS = 4
-_PIECES = 16
-_SLICES = 4
+_ROUNDS = 3
+_PIECES = 10
 _SHRINKS = 0.98  # a round that leaves more of the interval is the last
-_SLOPES = np.geomspace(0.03, 4, 12)  # multipliers: about 1 / log(t/s)
+_SLOPES = np.geomspace(0.05, 2, 6)  # multipliers: about 1 / log(t/s)
 _MOST_FACTOR = 10.0  # log of a factor of Z that says nothing
 _ONE, _ZERO = np.ones(1), np.zeros(1)
 
@@ -105,9 +105,8 @@ def _bracket(sign: Callable[[Alphas], Alphas], low: float, high: float) -> Range
 def _symmetry_sign(box: Box, alphas: Alphas) -> Alphas:
     """Of F', which grows and whose root is alpha of kl_symmetry; lemma 4."""
     lowest, highest = box.log_ratio
-    least, most = limits(box, alphas, np.array([lowest]), _ONE)
-    if highest > lowest:
-        most = limits(box, alphas, np.array([highest]), _ONE)[1]
+    least = least_sum(box, alphas, np.array([lowest]), _ONE)
+    most = most_sum(box, alphas, np.array([highest]), _ONE)
     return _sign(least[:, 0], most[:, 0])
 
 
@@ -116,7 +115,8 @@ def _trust_sign(box: Box, alphas: Alphas, limit: float) -> Alphas:
     table = weights(box.student, box.teacher, alphas)
     most_z = table.sum(-1)
     least_z = (table * box.exact).sum(-1)
-    least, most = (each[:, 0] for each in limits(box, alphas, _ZERO, _ONE))
+    least = least_sum(box, alphas, _ZERO, _ONE)[:, 0]
+    most = most_sum(box, alphas, _ZERO, _ONE)[:, 0]
     with np.errstate(divide="ignore", invalid="ignore"):
         smallest = least / np.where(least > 0, most_z, least_z)
         largest = most / np.where(most > 0, least_z, most_z)
@@ -203,9 +203,7 @@ def _pieces(box: Box, low: float, high: float, is_symmetric: bool) -> _Pieces:
 def _of_pieces(at_ends: np.ndarray) -> np.ndarray:
     """Most in every piece of what is convex: that at one of its ends."""
     first, last = at_ends[:1], at_ends[-1:]
-    most: np.ndarray = np.maximum(
-        np.concatenate([first, at_ends]), np.concatenate([at_ends, last])
-    )
+    most: np.ndarray = np.maximum(np.concatenate([first, at_ends]), np.concatenate([at_ends, last]))
     return most
 
 
@@ -236,30 +234,25 @@ def _total_by_symmetry(box: Box, ends: Alphas) -> tuple[Alphas, Alphas]:
     if log_factor > _MOST_FACTOR:
         return np.zeros(len(ends) + 1), np.full(len(ends) + 1, np.inf)
     steep = np.maximum(_SLOPES, width)
-    constants = (1 + steep * lowest, _SLOPES * lowest - 1, 1 + _SLOPES * highest)
     # the root lies at or above the end: the slope of Z there is negative
-    least_above = limits(box, alphas, constants[0], steep)[0].max(-1)
-    most_above = -limits(box, alphas, constants[1], _SLOPES)[0].max(-1)
+    least_above = least_sum(box, alphas, 1 + steep * lowest, steep).max(-1)
+    most_above = -least_sum(box, alphas, _SLOPES * lowest - 1, _SLOPES).max(-1)
     # or below it
-    most_below = limits(box, alphas, constants[2], _SLOPES)[1].min(-1)
-    least_below = -limits(box, alphas, steep * highest - 1, steep)[1].min(-1)
+    least_below = -most_sum(box, alphas, steep * highest - 1, steep).min(-1)
+    most_below = most_sum(box, alphas, 1 + _SLOPES * highest, _SLOPES).min(-1)
     least = np.maximum(np.append(0.0, least_above), np.append(least_below, 0.0))
     most = np.minimum(np.append(np.inf, most_above), np.append(most_below, np.inf))
     return least / np.exp(log_factor), most * np.exp(log_factor)
 
 
 def _geometric_bound(pieces: _Pieces, q: Numbers) -> float:
-    """Most of TV in all pieces, by slices of what Z may be there; theorem 1."""
+    """Most of TV over all pieces and all that Z may be there; theorem 1."""
     low, high = pieces.total
+    share = _least_share(pieces, q, low)
+    beyond = np.clip(pieces.most_known + pieces.hidden, low, high)
+    excess = [_excess(pieces, q, total, share) for total in (low, beyond, high)]
     possible = high >= low * (1 - _ROUNDING)
-    bound = 0.0
-    for part in range(_SLICES):
-        first, last = (low + (high - low) * (part + each) / _SLICES for each in (0, 1))
-        share = _least_share(pieces, q, first)
-        beyond = np.clip(pieces.most_known + pieces.hidden, first, last)
-        for total in (first, beyond, last):
-            found = _excess(pieces, q, total, share)
-            bound = max(bound, found[possible].max(initial=0.0))
+    bound: float = np.max(excess, axis=0).max(initial=0.0, where=possible)
     return min(1.0, float(bound))
 
 

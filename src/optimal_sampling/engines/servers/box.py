@@ -14,12 +14,25 @@ from jaxtyping import Bool, Float64
 
 from optimal_sampling.engines.servers.union import NEVER, Side, Support, Union, log_sum
 
-__all__ = ["Alphas", "Box", "Flags", "Numbers", "Range", "Table", "box_of", "limits", "weights"]
+__all__ = [
+    "Alphas",
+    "Box",
+    "Flags",
+    "Numbers",
+    "Range",
+    "Table",
+    "box_of",
+    "least_sum",
+    "most_sum",
+    "weights",
+]
 
 Numbers: TypeAlias = Float64[np.ndarray, " columns"]
 Flags: TypeAlias = Bool[np.ndarray, " columns"]
 Table: TypeAlias = Float64[np.ndarray, "rows columns"]
 Alphas: TypeAlias = Float64[np.ndarray, " alphas"]
+Sums: TypeAlias = Float64[np.ndarray, "alphas terms"]
+Terms: TypeAlias = Float64[np.ndarray, "alphas terms columns"]
 Range: TypeAlias = tuple[float, float]
 Corner: TypeAlias = tuple[Numbers, Numbers]
 """log s and log t."""
@@ -58,11 +71,27 @@ class Box:
 
     def exact_at(self, low: float, high: float) -> Flags:
         """Ids whose weight is known for alpha in [low, high]; at 0 or 1 that of one model."""
+        exact = self.exact
         if low == high == 0:
-            return self.student_known & self.certain
+            exact = self.student_known & self.certain
         if low == high == 1:
-            return self.teacher_known & self.certain
-        return self.exact
+            exact = self.teacher_known & self.certain
+        return exact
+
+    @property
+    def exchanged(self) -> Box:
+        """With the student in the teacher's place and the teacher in the student's."""
+        first, second = ((teacher, student) for student, teacher in self.spread)
+        return replace(
+            self,
+            student=self.teacher,
+            teacher=self.student,
+            student_known=self.teacher_known,
+            teacher_known=self.student_known,
+            spread=(first, second),
+            student_total=self.teacher_total,
+            teacher_total=self.student_total,
+        )
 
     @property
     def log_ratio(self) -> Range:
@@ -158,7 +187,8 @@ def _in_proportion(most: Numbers, others: Numbers, total: float) -> Numbers:
         levels = np.log(left) - np.logaddexp.accumulate(others[order][::-1])[::-1]
     fits = levels + others[order] <= most[order] - total
     level = levels[np.argmax(fits)] if fits.any() else levels[-1]
-    return np.maximum(np.minimum(most, level + others + total), NEVER)
+    spread: Numbers = np.maximum(np.minimum(most, level + others + total), NEVER)
+    return spread
 
 
 def weights(student: Numbers | Table, teacher: Numbers | Table, alphas: Alphas) -> Table:
@@ -168,50 +198,34 @@ def weights(student: Numbers | Table, teacher: Numbers | Table, alphas: Alphas) 
     return found
 
 
-def limits(
-    box: Box, alphas: Alphas, constants: Alphas, slopes: Alphas
-) -> tuple[Float64[np.ndarray, "alphas terms"], Float64[np.ndarray, "alphas terms"]]:
-    """Least and most of the sum of w (constant + slope log(t/s)), for alphas inside of (0, 1), and
-    slopes above 0; lemmas 2 and 3.
+def least_sum(box: Box, alphas: Alphas, constants: Alphas, slopes: Alphas) -> Sums:
+    """Least of the sum of w (constant + slope log(t/s)), for alphas inside of (0, 1) and slopes
+    above 0; lemmas 2 and 3.
     """
-    term = _Term(alphas[:, None, None], constants[:, None], slopes[:, None])
+    alpha, constant, slope = alphas[:, None, None], constants[:, None], slopes[:, None]
+
+    def terms(student: Numbers, teacher: Numbers | Terms) -> Terms:
+        weight = np.exp((1 - alpha) * student + alpha * teacher)
+        found: Terms = weight * (constant + slope * (teacher - student))
+        return found
+
+    def least(student: Numbers, teacher: Numbers) -> Terms:
+        cut = student - constant / slope - 1 / alpha
+        return terms(student, np.minimum(teacher, cut))
+
     exact = box.exact
-    fixed = term.of(box.student[exact], box.teacher[exact]).sum(-1)
-    student, teacher = box.student[~exact], box.teacher[~exact]
-    at_most = term.of(student, teacher)
-    least = np.where(
-        box.teacher_known[~exact], np.minimum(at_most, 0.0), term.least(student, teacher)
-    ).sum(-1)
-    most = np.where(
-        box.student_known[~exact], np.maximum(at_most, 0.0), term.most(student, teacher)
-    ).sum(-1)
-    for corner in box.spread:
-        student, teacher = (each[~exact] for each in corner)
-        least = np.maximum(least, term.least(student, teacher).sum(-1))
-        most = np.minimum(most, term.most(student, teacher).sum(-1))
-    return fixed + least, fixed + most
+    known = terms(box.student[exact], box.teacher[exact]).sum(-1)
+    open_ids = ~exact
+    corner = box.student[open_ids], box.teacher[open_ids]
+    at_most = np.minimum(terms(*corner), 0.0)
+    unknown = np.where(box.teacher_known[open_ids], at_most, least(*corner)).sum(-1)
+    for student, teacher in box.spread:
+        spread = least(student[open_ids], teacher[open_ids]).sum(-1)
+        unknown = np.maximum(unknown, spread)
+    total: Sums = known + unknown
+    return total
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Term:
-    """w (constant + slope log(t/s)), [alphas, terms, columns]."""
-
-    alpha: Float64[np.ndarray, "alphas 1 1"]
-    constant: Float64[np.ndarray, "terms 1"]
-    slope: Float64[np.ndarray, "terms 1"]
-
-    def of(self, student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-        """At these log s and log t."""
-        weight = np.exp((1 - self.alpha) * student + self.alpha * teacher)
-        value: np.ndarray = weight * (self.constant + self.slope * (teacher - student))
-        return value
-
-    def least(self, student: Numbers, teacher: Numbers) -> np.ndarray:
-        """Over s and t of at most these."""
-        cut = student - self.constant / self.slope - 1 / self.alpha
-        return self.of(student, np.minimum(teacher, cut))
-
-    def most(self, student: Numbers, teacher: Numbers) -> np.ndarray:
-        """Over s and t of at most these."""
-        cut = teacher + self.constant / self.slope - 1 / (1 - self.alpha)
-        return self.of(np.minimum(student, cut), teacher)
+def most_sum(box: Box, alphas: Alphas, constants: Alphas, slopes: Alphas) -> Sums:
+    """Most of it: the least with the roles of the models exchanged."""
+    return -least_sum(box.exchanged, 1 - alphas, -constants, slopes)
