@@ -8,10 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from optimal_sampling.bench.architectures import ARCHITECTURES, RandomPair, architecture_named
 from optimal_sampling.bench.baselines import transformers_generate
-from optimal_sampling.bench.instruments import accepts
+from optimal_sampling.bench.instruments import AcceptedDrafts
 from optimal_sampling.bench.workload import Variant, memory_bandwidth, weight_bytes
 from optimal_sampling.config import ModelConfig
-from optimal_sampling.distribution import keys_tensor
 from optimal_sampling.engines.local.layers import replace_linears
 from optimal_sampling.errors import ConfigError, EngineError
 
@@ -113,10 +112,25 @@ def test_drafts_are_accepted_at_the_rate(pair, rate):
 
 def test_acceptance_is_a_function_of_request_and_position():
     """Guards: a rate that depends on the draft length or on what shares the batch."""
-    long = accepts(keys_tensor([7, 9]), torch.tensor([0, 20]), 12, 0.5)
-    one = accepts(keys_tensor([9]), torch.tensor([23]), 4, 0.5)
+    positions = torch.tensor([[0], [20]]) + torch.arange(12)
+    long = AcceptedDrafts(0.5, torch.device("cpu")).at([7, 9], positions)
+    rule = AcceptedDrafts(0.5, torch.device("cpu"))
+    rule.at([1, 2**63 + 5], positions)
+    one = rule.at([9], torch.tensor([[23, 24, 25, 26]]))
     assert (one[0] == long[1, 3:7]).all()
     assert (long[0] != long[1]).any()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.9, 1.0])
+def test_the_share_of_accepted_drafts_is_the_rate(rate):
+    """Guards: a table of another rate, or one that repeats after few positions."""
+    keys = list(range(40))
+    positions = torch.arange(1000).expand(40, -1)
+    accepted = AcceptedDrafts(rate, torch.device("cpu")).at(keys, positions)
+    error = (rate * (1 - rate) / accepted.numel()) ** 0.5
+    assert abs(accepted.double().mean() - rate) <= 4 * error
+    if 0 < rate < 1:
+        assert (accepted[:, :500] != accepted[:, 500:]).any()
 
 
 def test_lockstep_is_not_touched(pair):

@@ -1,6 +1,7 @@
 """What memory, identity and the table of large shapes find, on models of next to nothing."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -298,6 +299,22 @@ def test_a_cell_that_was_cut_off_is_judged_by_its_decoding(pair):
     assert cut.rate == cut.decoding > 0
     assert "as the time was up" in str(cut)
     assert "no more than 3 rounds" in cell(3).skipped
+
+
+def test_a_cell_is_warmed_up_until_nothing_is_recorded(monkeypatch, pair):
+    """Guards: recordings in the run that counts, where lengths of drafts follow from times."""
+    recorded = [0, 3, 7, 7, 9]
+    loaded = SimpleNamespace(pair=SimpleNamespace(recorded_graphs=0))
+    runs = []
+
+    def record(*given):
+        runs.append(given)
+        loaded.pair.recorded_graphs = recorded[len(runs)]
+
+    monkeypatch.setattr(pair, "loaded", lambda: loaded)
+    monkeypatch.setattr(cells, "_record", record)
+    cells._warm_up(pair, cells.Task("pair", Size(2, 3), LOCKSTEP_ROW), Budget(60))
+    assert len(runs) == 3
 
 
 def test_large_shapes_are_not_asked_of_a_cpu():

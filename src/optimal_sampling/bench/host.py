@@ -24,7 +24,8 @@ from optimal_sampling.distribution import Drawn
 from optimal_sampling.engines.local.engine import LoadedPair, LocalEngine
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
-from optimal_sampling.engines.local.round import RoundNoise, SampledRound, Sampler
+from optimal_sampling.engines.local.round import SampledRound, Sampler
+from optimal_sampling.engines.local.round_noise import RoundNoise
 from optimal_sampling.engines.local.run import GenerationLoop
 from optimal_sampling.engines.local.scheduler import RoundPlan, Sequence
 from optimal_sampling.errors import EngineError

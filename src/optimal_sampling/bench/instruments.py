@@ -9,13 +9,15 @@ import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import psutil
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from optimal_sampling.bench.harness import Spent
 from optimal_sampling.distribution import gumbel, keys_tensor
+from optimal_sampling.engines.device import to_device
 from optimal_sampling.engines.local.engine import LocalEngine
 from optimal_sampling.engines.local.round import SampledRound, Sampler
 from optimal_sampling.engines.local.run import GenerationLoop
@@ -23,7 +25,7 @@ from optimal_sampling.engines.local.scheduler import RoundPlan, Sequence
 from optimal_sampling.errors import EngineError
 from optimal_sampling.types import Request
 
-__all__ = ["MeasuredEngine", "Recorder", "accepts", "resident_bytes"]
+__all__ = ["AcceptedDrafts", "MeasuredEngine", "Recorder", "resident_bytes"]
 
 
 def resident_bytes() -> int:
@@ -133,7 +135,9 @@ class MeasuredEngine(LocalEngine):
         # an overwritten token could be an end of text
         assert self.acceptance is None or not self.stop_ids
         sampler = MeasuredSampler(loop.models, loop.settings, loop.policy)
-        sampler.recorder, sampler.acceptance = self.recorder, self.acceptance
+        sampler.recorder = self.recorder
+        if self.acceptance is not None:
+            sampler.accepted = AcceptedDrafts(self.acceptance, sampler.device)
         loop.sampler = sampler
         return loop
 
@@ -146,7 +150,7 @@ class MeasuredSampler(Sampler):
     """
 
     recorder: Recorder
-    acceptance: float | None
+    accepted: AcceptedDrafts | None = None
 
     def sample(
         self, plan: RoundPlan, rows: list[Sequence], before: SampledRound | None = None
@@ -155,29 +159,49 @@ class MeasuredSampler(Sampler):
         self.recorder.before(plan, rows)
         sampled = super().sample(plan, rows, before)
         self.recorder.after(rows)
-        if self.acceptance is not None and sampled.width > 1:
-            self._overwrite(sampled, rows, self.acceptance)
+        if self.accepted is not None and sampled.width > 1:
+            self._overwrite(sampled, rows, self.accepted)
         return sampled
 
-    def _overwrite(self, sampled: SampledRound, rows: list[Sequence], rate: float) -> None:
-        drafts = sampled.drafts
-        count = sampled.width - 1
-        keys = keys_tensor(row.request.noise_key for row in rows)
-        lengths = torch.tensor([len(row.output) for row in rows])
-        accepted = accepts(keys, lengths, count, rate).to(self.device)
-        other = (drafts + 1) % self.settings.vocab_size
-        tokens = sampled.step.token.view(-1, count + 1)
-        tokens[:, :count] = torch.where(accepted, drafts, other)
+    def _overwrite(self, sampled: SampledRound, rows: list[Sequence], rule: AcceptedDrafts) -> None:
+        drafts, width = sampled.drafts, sampled.width
+        positions = sampled.noise.positions(width)[:, :-1]
+        accepted = rule.at([row.noise_key for row in rows], positions)
+        tokens = sampled.step.token.view(-1, width)
+        tokens[:, :-1] = torch.where(accepted, drafts, (drafts + 1) % self.settings.vocab_size)
 
 
-def accepts(keys: Tensor, first: Tensor, drafts: int, rate: float) -> Bool[Tensor, "rows drafts"]:
-    """Whether each request (64-bit key) accepts its drafts from position `first` on.
+class AcceptedDrafts:
+    """Which drafts are accepted, as a function of the request and of the position alone.
 
-    A function of the request and the position alone: P(Gumbel < -log(-log(rate))) = rate.
+    The answers lie on the device, so that asking costs a GPU neither a wait nor much time. They
+    repeat after PERIOD positions.
     """
-    positions = first[:, None] + torch.arange(drafts)
-    every_key = keys.repeat_interleave(drafts)
-    noise = gumbel(every_key, positions.flatten(), 1)
-    log_rate = torch.tensor(rate).log()
-    threshold = -torch.log(-log_rate)
-    return (noise < threshold).view(positions.shape)
+
+    PERIOD = 1024
+
+    def __init__(self, rate: float, device: torch.device) -> None:
+        self.rate = rate
+        self._device = device
+        self._places: dict[int, int] = {}
+        """Row of the table, by the 64-bit key of a request's noise."""
+        self._table = torch.empty(0, self.PERIOD, dtype=torch.bool, device=device)
+
+    def at(
+        self, keys: list[int], positions: Int64[Tensor, "rows drafts"]
+    ) -> Bool[Tensor, "rows drafts"]:
+        """Whether the drafts of these requests at these positions of their texts are accepted."""
+        self._add([key for key in dict.fromkeys(keys) if key not in self._places])
+        places = to_device(np.array([self._places[key] for key in keys]), self._device)
+        return self._table[places[:, None], positions % self.PERIOD]
+
+    def _add(self, keys: list[int]) -> None:
+        """Extend the table. P(Gumbel < -log(-log(rate))) = rate."""
+        if not keys:
+            return
+        self._places |= {key: len(self._places) + i for i, key in enumerate(keys)}
+        every_key = keys_tensor(keys).repeat_interleave(self.PERIOD)
+        noise = gumbel(every_key, torch.arange(self.PERIOD).repeat(len(keys)), 1)
+        threshold = -torch.log(-torch.tensor(self.rate).log())
+        accepted = (noise < threshold).view(len(keys), self.PERIOD)
+        self._table = torch.cat([self._table, to_device(accepted.numpy(), self._device)])

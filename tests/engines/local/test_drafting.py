@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from optimal_sampling.config import LocalOptions, MixtureConfig
 from optimal_sampling.engines.device import Overlap
-from optimal_sampling.engines.local import round as round_module
+from optimal_sampling.engines.local import round_noise
 from optimal_sampling.engines.local.drafting import (
     DraftPolicy,
     ExpectedTokens,
@@ -69,8 +69,9 @@ def simulate(
             columns = [np.stack(each, 1) for each in (confidences, accepted, tried)]
             policy.observe_drafts(*columns)
             made += int((columns[1] & columns[2]).sum())
-        spent = width * step(rows) + verify(width * rows)
-        policy.observe_round(width, rows, width * step(rows), verify(width * rows), 0.0)
+        drafting, last = (width - 1) * step(rows), step(rows) + verify(width * rows)
+        spent = drafting + last
+        policy.observe_round(width, rows, drafting, last, 0.0)
         tokens, time = tokens + made, time + spent
         widths.append(width)
     return policy, tokens / time, widths[50:]
@@ -332,9 +333,10 @@ def test_drafts_do_not_decide_who_fits_into_memory(models):
         assert {c.request.id: c.error for c in plain} == {c.request.id: c.error for c in drafted}
 
 
-def test_side_by_side_draws_the_same():
-    """Guards: the branch that a GPU takes for plain decoding, with both models' work queued."""
-    engine = engine_of(tiny_model(1, layers=1), tiny_model(2, layers=3), draft_tokens=0)
+@pytest.mark.parametrize("draft_tokens", [0, 1, 4, "auto"])
+def test_side_by_side_draws_the_same(draft_tokens):
+    """Guards: the branch that a GPU takes, with both models' last passes queued at once."""
+    engine = engine_of(tiny_model(1, layers=1), tiny_model(2, layers=3), draft_tokens=draft_tokens)
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=30)
     expected = list(engine.generate(requests))
     joined = []
@@ -352,6 +354,7 @@ def test_side_by_side_draws_the_same():
         def _new_loop(self):
             loop = super()._new_loop()
             loop.sampler.overlap = Beside()
+            loop.sampler.measures_confidence = False
             return loop
 
     beside = Overlapping(engine.pair, engine.mixture, engine.options, engine.vocabulary)
@@ -367,7 +370,7 @@ def test_noise_from_keys_is_the_same_noise(mode, draft_tokens, monkeypatch):
     engine = engine.view(mode=mode)
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 12, new=30)
     expected = {c.request.id: c.token_ids for c in engine.generate(requests)}
-    monkeypatch.setattr(round_module, "runs_fused", lambda device: True)
+    monkeypatch.setattr(round_noise, "runs_fused", lambda device: True)
     assert {c.request.id: c.token_ids for c in engine.generate(requests)} == expected
 
 

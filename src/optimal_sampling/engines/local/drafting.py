@@ -141,8 +141,9 @@ class ExpectedTokens:
 class PerRound:
     """Expected tokens and seconds of one round, while it is being drafted.
 
-    A round of width n over R rows costs n drafter steps and one verification of n * R tokens. It
-    yields one token per row, and one more for every draft that is accepted with all before it.
+    A round of width n over R rows costs n - 1 drafter steps and one verification of n * R tokens,
+    to which the drafter's own pass over the last draft counts. It yields one token per row, and one
+    more for every draft that is accepted with all before it.
     Drafting goes on while one more draft raises tokens per second: tokens are concave in n and
     seconds linear, so the first decrease is the end.
     """
@@ -214,7 +215,8 @@ class DraftPolicy:
 
     def seconds(self, width: int, rows: int) -> float:
         """Expected duration of a round that is not plain."""
-        return width * self.step(rows) + self.verify(width * rows) + self.rest(width * rows)
+        drafting = (width - 1) * self.step(rows)
+        return drafting + self.verify(width * rows) + self.rest(width * rows)
 
     def forced(self) -> int | None:
         """Width of the next round where it is fixed for measuring; None: draft while it pays.
@@ -252,9 +254,9 @@ class DraftPolicy:
     def _every_width(self, rows: int) -> Float[np.ndarray, " widths"]:
         """`seconds` of widths 1, 2, ..."""
         start, slope = np.add(self.verify.line(), self.rest.line())
-        spent: Float[np.ndarray, " widths"] = start + np.arange(1, self.most + 2) * (
-            self.step(rows) + slope * rows
-        )
+        widths = np.arange(1, self.most + 2)
+        drafting, more = (widths - 1) * self.step(rows), widths * slope * rows
+        spent: Float[np.ndarray, " widths"] = start + drafting + more
         return spent
 
     def no_room(self) -> None:
@@ -271,11 +273,12 @@ class DraftPolicy:
         self.plain.observe(rows, seconds)
 
     def observe_round(self, width: int, rows: int, step: float, verify: float, rest: float) -> None:
-        """Seconds of a round without prompt tokens: all drafter steps, verification, the rest."""
+        """Seconds of a round without prompt tokens: drafting, verification, the rest."""
         self._rounds += 1
         self._without_plain += 1
         self._without_drafts = self._without_drafts + 1 if width == 1 else 0
-        self.step.observe(rows, step / width)
+        if width > 1:
+            self.step.observe(rows, step / (width - 1))
         self.verify.observe(width * rows, verify)
         self.rest.observe(width * rows, rest)
         self.plain.fade()

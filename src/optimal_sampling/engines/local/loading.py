@@ -329,6 +329,7 @@ def _two_chunks(
     runner: ModelRunner[Any] = SlotRunner(model, vocab)
     if backend is not None:
         runner = PageRunner(model, vocab, 0, backend, fused)
+        runner.new_recorder = None  # a recorded pass does not tell which layers it called
     cache = runner.open_cache((0,), tokens=3 * PAGE, sequences=2)
     cache.make_room(np.array([[64], [64]]), 0)
     text, other = ids.tolist(), ids.flip(0).tolist()

@@ -14,7 +14,6 @@ text, and both contexts of all n tokens are one forward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from copy import copy
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -24,23 +23,16 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.distribution import (
-    Drawn,
-    NoiseKeys,
-    draft,
-    gumbel,
-    runs_fused,
-    single_step,
-    step,
-)
+from optimal_sampling.distribution import Drawn, draft, single_step, step
 from optimal_sampling.engines.base import prompt_problem
 from optimal_sampling.engines.device import Overlap, Stopwatch, to_device
 from optimal_sampling.engines.local.drafting import DraftPolicy, PerRound
-from optimal_sampling.engines.local.runner import CachedModel
+from optimal_sampling.engines.local.round_noise import RoundNoise
+from optimal_sampling.engines.local.runner import CachedModel, Carried
 from optimal_sampling.engines.local.scheduler import Limits, RoundPlan, Sequence
 from optimal_sampling.types import Request
 
-__all__ = ["RoundNoise", "RunSettings", "SampledRound", "Sampler"]
+__all__ = ["RunSettings", "SampledRound", "Sampler"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +79,7 @@ class SampledRound:
     confidences: Seq[Float[np.ndarray, " rows"]]
     """Per draft, the probability that the drafter gave it in each row; 0: there was none."""
     stopwatch: Stopwatch
-    """Two laps: all drafting, and the verification."""
+    """Laps of the drafter, one for all or several; the last lap is both models' last passes."""
     settled: bool
     """The round cost what such rounds will always cost."""
 
@@ -96,67 +88,20 @@ class SampledRound:
         """Positions per row."""
         return self.drafts.shape[1] + 1
 
+    def carried(self) -> Carried:
+        """What the next round of the same rows starts from, should no text end in this one."""
+        if self.width == 1:
+            return Carried(self.step.token, self.noise.first + 1)
+        tokens = self.step.token.view(-1, self.width)
+        accepted = tokens[:, :-1] == self.drafts
+        drawn = accepted.cumprod(1).sum(1) + 1
+        last = tokens.gather(1, drawn[:, None] - 1)[:, 0]
+        return Carried(last, self.noise.first + drawn, behind=self.width - drawn)
+
     def packed(self) -> Float32[Tensor, "tokens columns"]:
         """Draft (0 at a row's last position), then `Drawn.pack`: one copy to the host."""
         drafts = torch.nn.functional.pad(self.drafts, (0, 1)).reshape(-1, 1)
         return torch.cat([drafts.to(torch.float32), self.step.pack()], 1)
-
-
-class RoundNoise:
-    """Gumbel noise of a round's positions; where a fused GPU program makes it, only its keys.
-
-    Up to BLOCK numbers are made at once.
-    """
-
-    BLOCK = 2**22
-
-    def __init__(self, rows: list[Sequence], width: int, vocab: int, device: torch.device) -> None:
-        keys = np.array([s.noise_key for s in rows], dtype=np.uint64).view(np.int64)
-        self._keys = to_device(keys, device)
-        self._first = to_device(np.array([len(s.outputs[0]) for s in rows]), device)
-        self._vocab = vocab
-        self._fused = runs_fused(device)
-        self._made: list[Float32[Tensor, "rows vocab"]] = []
-        self._block = width if len(rows) * width * vocab <= self.BLOCK else 1
-
-    def following(self) -> RoundNoise:
-        """That of the next round, of width 1, after one token for each of the same rows."""
-        noise = copy(self)
-        noise._first = self._first + 1
-        noise._made = []
-        noise._block = 1
-        return noise
-
-    def positions(self, width: int) -> Int64[Tensor, "rows width"]:
-        """Index of each token in its completion."""
-        if width == 1:
-            return self._first[:, None]
-        return self._first[:, None] + torch.arange(width, device=self._first.device)
-
-    def at(self, offset: int) -> Float32[Tensor, "rows vocab"] | NoiseKeys:
-        """Noise of the token `offset` places after every row's next one."""
-        if self._fused:
-            return NoiseKeys(self._keys, self._first + offset)
-        if self._block > 1 and not self._made:
-            self._make_block(self._block)
-        while len(self._made) <= offset:
-            self._made.append(gumbel(self._keys, self._first + len(self._made), self._vocab))
-        return self._made[offset]
-
-    def _make_block(self, width: int) -> None:
-        keys, positions = self._keys.repeat(width), self.positions(width).T.reshape(-1)
-        rows = len(self._keys)
-        self._made = list(gumbel(keys, positions, self._vocab).view(width, rows, self._vocab))
-
-    def upto(self, width: int) -> Float32[Tensor, "tokens vocab"] | NoiseKeys:
-        """Noise of rows * width tokens, row by row."""
-        if self._fused:
-            keys = self._keys if width == 1 else self._keys.repeat_interleave(width)
-            return NoiseKeys(keys, self.positions(width).reshape(-1))
-        last = self.at(width - 1)
-        if width == 1:
-            return last
-        return torch.stack(self._made[:width], 1).flatten(0, 1)
 
 
 class Sampler:
@@ -183,22 +128,22 @@ class Sampler:
     ) -> SampledRound:
         """One round. The sequences are left as they are.
 
-        `before`: the round of the same rows whose tokens, one per row, `rows` do not have yet.
+        `before`: the round of the same rows whose tokens `rows` do not have yet.
         """
         if before is None:
-            last = None
-            noise = RoundNoise(rows, plan.width, self.settings.vocab_size, self.device)
+            carried = None
+            noise = RoundNoise.of(rows, plan.width, self.settings.vocab_size, self.device)
         else:
-            last, noise = before.step.token, before.noise.following()
+            carried = before.carried()
+            noise = before.noise.following(carried.first, plan.width)
         if len(self.models) == 1:
-            return self._with_lookup(plan, rows, noise, last)
-        if self.overlap.works and plan.width == 1:
-            # where drafts are possible the policy has to know the seconds of each model
-            return self._side_by_side(plan, rows, noise, last)
-        return self._with_student(plan, rows, noise, last)
+            return self._with_lookup(plan, rows, noise, carried)
+        if self.overlap.works:
+            return self._side_by_side(plan, rows, noise, carried)
+        return self._in_turn(plan, rows, noise, carried)
 
-    def _with_student(
-        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise, last: Tensor | None
+    def _in_turn(
+        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise, carried: Carried | None
     ) -> SampledRound:
         """The student steps and drafts while that pays, then the teacher verifies."""
         student, teacher = self.models
@@ -209,7 +154,8 @@ class Sampler:
         steps: list[Float[Tensor, "rows vocab"]] = []
         settled = True
         while True:
-            [logits], lasting = student.forward(plan, rows, drafts[:, -1:], len(steps), last)
+            stopwatch.mark()
+            [logits], lasting = student.forward(plan, rows, drafts[:, -1:], len(steps), carried)
             steps.append(logits[:, 0])
             settled &= lasting
             if len(steps) == plan.width or len(steps) == forced:
@@ -218,8 +164,7 @@ class Sampler:
             if not expected.wants(self._confidence(steps[-1], token), insist=forced is not None):
                 break
             drafts = torch.cat([drafts, token[:, None]], 1)
-        stopwatch.mark()
-        [verified], lasting = teacher.forward(plan, rows, drafts, last=last)
+        [verified], lasting = teacher.forward(plan, rows, drafts, carried=carried)
         stopwatch.mark()
         both = [torch.stack(steps, 1), verified]
         return SampledRound(
@@ -233,27 +178,48 @@ class Sampler:
         )
 
     def _side_by_side(
-        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise, last: Tensor | None
+        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise, carried: Carried | None
     ) -> SampledRound:
-        """One position, for which neither model waits for the other."""
-        drafts = self._no_drafts(rows)
+        """The student drafts, then it reads its last draft while the teacher verifies all.
+
+        How far it drafts is not known from its logits, so the last draft is known to be the last.
+        """
+        student, teacher = self.models
         stopwatch = Stopwatch(self.device)
-        with self.overlap.beside():
-            verified, verify_lasting = self.models[1].forward(plan, rows, drafts, last=last)
-        stepped, lasting = self.models[0].forward(plan, rows, drafts, last=last)
+        expected = PerRound(self.policy, plan.ready)
+        drafts = self._no_drafts(rows)
+        steps: list[Float[Tensor, "rows vocab"]] = []
+        settled = True
+        while self._wants_draft(expected, plan):
+            [logits], lasting = student.forward(plan, rows, drafts[:, -1:], len(steps), carried)
+            steps.append(logits[:, 0])
+            settled &= lasting
+            token = self._drafted(steps[-1], noise, len(steps) - 1)
+            drafts = torch.cat([drafts, token[:, None]], 1)
         stopwatch.mark()
+        with self.overlap.beside():
+            [verified], verify_lasting = teacher.forward(plan, rows, drafts, carried=carried)
+        [logits], lasting = student.forward(plan, rows, drafts[:, -1:], len(steps), carried)
         self.overlap.join()
         stopwatch.mark()
-        both = stepped + verified
+        both = [torch.stack([*steps, logits[:, 0]], 1), verified]
         return SampledRound(
             drafts=drafts,
             logits=both,
             step=self._draw(both, noise),
             noise=noise,
-            confidences=[],
+            confidences=expected.confidences,
             stopwatch=stopwatch,
-            settled=lasting and verify_lasting,
+            settled=settled and lasting and verify_lasting,
         )
+
+    def _wants_draft(self, expected: PerRound, plan: RoundPlan) -> bool:
+        """Whether one more token is drafted, before the student's step that gives it."""
+        forced, width = self.policy.forced(), expected.drafted + 1
+        if width in (plan.width, forced):
+            return False
+        confidences = np.full(len(plan.ready), self.GPU_CONFIDENCE)
+        return expected.wants(confidences, insist=forced is not None)
 
     def _no_drafts(self, rows: list[Sequence]) -> Int64[Tensor, "rows drafts"]:
         return torch.empty(len(rows), 0, dtype=torch.int64, device=self.device)
@@ -272,7 +238,7 @@ class Sampler:
         return known
 
     def _with_lookup(
-        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise, last: Tensor | None
+        self, plan: RoundPlan, rows: list[Sequence], noise: RoundNoise, carried: Carried | None
     ) -> SampledRound:
         """One model: the last token and what was looked up, in all contexts, in one pass."""
         stopwatch = Stopwatch(self.device)
@@ -280,7 +246,7 @@ class Sampler:
         found, confidences = self._looked_up(plan, rows, min(width, plan.width) - 1)
         drafts = to_device(np.array(found, dtype=np.int64).reshape(len(rows), -1), self.device)
         stopwatch.mark()
-        logits, settled = self.models[0].forward(plan, rows, drafts, last=last)
+        logits, settled = self.models[0].forward(plan, rows, drafts, carried=carried)
         stopwatch.mark()
         return SampledRound(
             drafts=drafts,

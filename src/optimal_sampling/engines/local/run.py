@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,11 +42,12 @@ class DraftCounts:
     """Of these, tokens of a completion after which the round went on."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class QueuedRound:
     """A round whose tokens are not yet waited for."""
 
     plan: RoundPlan
+    """Where the round is queued ahead, corrected once the round before it is finished."""
     rows: list[Sequence]
     sampled: SampledRound
     packed: HostCopy
@@ -74,7 +75,7 @@ class GenerationLoop:
             all(model.runner.runs_ahead for model in models)
             and not (settings.capture or settings.top_tokens)  # made from logits, after the wait
         )
-        """Whether a plain round is queued before the tokens of the one before it are waited for."""
+        """Whether a round is queued before the tokens of the one before it are waited for."""
         self._finished = 0.0
         """When the latest round was."""
         self._is_stop = np.zeros(settings.vocab_size, dtype=bool)
@@ -91,7 +92,7 @@ class GenerationLoop:
                 yield self._completion(sequence, "error", reason)
             self.scheduler.rejected.clear()
             if plan is not None:
-                yield from self._rounds(plan)
+                yield from self._rounds(plan, source)
             elif not self.scheduler.waiting:
                 return
 
@@ -135,14 +136,17 @@ class GenerationLoop:
 
     # a round
 
-    def _rounds(self, plan: RoundPlan) -> Iterator[Completion]:
-        """The planned round, and those after it that need no other plan until a text ends.
+    def _rounds(self, plan: RoundPlan, source: Iterator[Sequence | None]) -> Iterator[Completion]:
+        """The planned round, and those after it that need no other plan.
+
+        Another plan is needed where a text ends, or where one arrives that may be admitted.
 
         Each of these is queued before the tokens of the one before it are waited for.
         """
         queued: QueuedRound | None = self._queue(plan)
         while queued is not None:
-            ahead = self._queue_ahead(queued) if self.runs_ahead else None
+            certain = self.runs_ahead and not self.scheduler.has_arrived(source)
+            ahead = self._queue_ahead(queued) if certain else None
             done = self._finish(queued, ahead)
             self.scheduler.finish(list(done))
             queued = ahead if ahead is not None and any(ahead.plan.ready) else None
@@ -153,7 +157,8 @@ class GenerationLoop:
         """Queue a round; `before` as in `Sampler.sample`."""
         started = time.perf_counter()
         rows = self.scheduler.running
-        self._prepare(plan, rows)
+        if before is None:
+            self._prepare(plan, rows)
         sampled = self.sampler.sample(plan, rows, before)
         self.counts.rounds += 1
         packed = HostCopy(sampled.packed())
@@ -161,8 +166,14 @@ class GenerationLoop:
 
     def _queue_ahead(self, queued: QueuedRound) -> QueuedRound | None:
         """The round after this one, where its plan is certain unless a text ends."""
-        plan = self.scheduler.following(queued.plan)
-        if plan is None or not self._wants_plain():
+        # what is looked up follows from tokens that the host does not have
+        most = self.policy.most + 1 if len(self.models) > 1 else 1
+        plan = self.scheduler.following(queued.plan, queued.sampled.width, most)
+        if plan is None:
+            return None
+        if self._wants_plain():
+            plan = replace(plan, width=1)
+        elif plan.width == 1:
             return None
         self.counts.ahead += 1
         return self._queue(plan, queued.sampled)
@@ -171,7 +182,7 @@ class GenerationLoop:
     def _finish(self, queued: QueuedRound, ahead: QueuedRound | None) -> dict[int, Completion]:
         """Wait for a round's tokens and append them. The texts that end, by row.
 
-        `ahead`: the round that is queued after it, whose rows may not be what they were.
+        `ahead`: the round that is queued after it, whose plan is corrected.
         """
         for context, chunks in enumerate(queued.plan.chunks):
             for chunk in chunks:
@@ -186,23 +197,28 @@ class GenerationLoop:
     def _observe(self, queued: QueuedRound, finished: float) -> None:
         """Tell the policy what a round without prompt tokens has cost."""
         sampled, rows = queued.sampled, len(queued.rows)
+        started = max(queued.started, self._finished)
+        all_ready = all(queued.plan.ready)
         if queued.plan.width == 1 and self._plain_differs:
-            # after a text has ended others may have used the time
-            if queued.ahead == self.runs_ahead and all(queued.plan.ready):
-                seconds = finished - max(queued.started, self._finished)
-                self.policy.observe_plain(rows, seconds)
+            if queued.ahead == self.runs_ahead and all_ready:
+                self.policy.observe_plain(rows, finished - started)
             return
-        drafting, verification = sampled.stopwatch.laps()
-        rest = finished - queued.started - drafting - verification
-        self.policy.observe_round(sampled.width, rows, drafting, verification, rest)
+        if queued.ahead and not all_ready:
+            return  # after a text has ended others may have used the time
+        *drafting, verification = sampled.stopwatch.laps()
+        rest = finished - started - sum(drafting) - verification
+        self.policy.observe_round(sampled.width, rows, sum(drafting), verification, rest)
 
     def _prepare(self, plan: RoundPlan, rows: list[Sequence]) -> None:
-        """Move rows, and give them room for this round."""
+        """Move rows, and give them room for this round, and for one that is queued ahead."""
         for model in self.models:
             for source, target in plan.moves:
                 model.move(source, target, rows[target])
-        for i in self.memory.reservations(plan.lengths, plan.width):
-            self.models[i].cache.make_room(plan.lengths, plan.width)
+        width = plan.width
+        if self.runs_ahead and self.memory.fits(plan.lengths, 2 * width):
+            width *= 2
+        for i in self.memory.reservations(plan.lengths, width):
+            self.models[i].cache.make_room(plan.lengths, width)
 
     # from tensors to completions
 
@@ -219,13 +235,13 @@ class GenerationLoop:
             left=plan.left,
         )
         emission = Emission.of(drawing, plan.ready)
+        if ahead is not None:
+            ahead.plan = ahead.plan.begun(sampled.width - emission.counts, emission.ended)
         self._learn(sampled, drawing, emission, plan.ready)
         self._extend(plan, rows, drawing, emission, packed[:, :, 4:])
         self._keep_captured(sampled, rows, emission)
         done = {}
         for row, reason in emission.ended.items():
-            if ahead is not None:
-                ahead.plan.ready[row] = False
             error = self._error(rows[row], packed[row]) if reason == "error" else ""
             if not (error and self._recomputes(row, rows[row])):
                 done[row] = self._completion(rows[row], reason, error)

@@ -19,7 +19,15 @@ from optimal_sampling.engines.local.memory import BlockManager, Lengths
 from optimal_sampling.engines.local.rotary import LONG, split_by_row
 from optimal_sampling.engines.local.scheduler import Chunk, RoundPlan, Sequence
 
-__all__ = ["Cache", "CachedModel", "FlatCache", "ForwardPass", "ModelRunner", "Recordings"]
+__all__ = [
+    "Cache",
+    "CachedModel",
+    "Carried",
+    "FlatCache",
+    "ForwardPass",
+    "ModelRunner",
+    "Recordings",
+]
 
 
 class Cache(ABC):
@@ -135,6 +143,17 @@ class ForwardPass(NamedTuple):
     """Tells which layers called the attention function; None where a recorded graph ran."""
 
 
+class Carried(NamedTuple):
+    """What a round starts from while the host does not know the tokens of the round before it."""
+
+    last: Int[Tensor, " rows"]
+    """The last token of every row."""
+    first: Int[Tensor, " rows"]
+    """Index of the token after it in its completion."""
+    behind: Int[Tensor, " rows"] | None = None
+    """Tokens that each row has fewer than `RoundPlan.lengths` says; None: none in any row."""
+
+
 class ModelRunner(ABC, Generic[CacheT]):
     """A model and the kind of cache that it runs over, which `open_cache` makes.
 
@@ -184,6 +203,19 @@ class ModelRunner(ABC, Generic[CacheT]):
         Idle rows take part in the shape only: nothing of theirs is stored, and their logits have
         no meaning.
         """
+
+    def forward_behind(
+        self,
+        cache: CacheT,
+        tokens: Int[Tensor, "rows width"],
+        start: Int[np.ndarray, " rows"],
+        behind: Int[Tensor, " rows"],
+    ) -> ForwardPass:
+        """`forward` from positions start - behind on. Only for kinds that may run ahead.
+
+        All rows have room up to `start` and `width` more; `behind` is on the device.
+        """
+        raise NotImplementedError
 
     def mark_long(
         self, positions: Int[np.ndarray, " tokens"], chunks: Seq[Chunk], padding: int = 0
@@ -243,34 +275,42 @@ class CachedModel:
         rows: list[Sequence],
         drafts: Int[Tensor, "rows drafts"],
         offset: int = 0,
-        last: Int[Tensor, " rows"] | None = None,
+        carried: Carried | None = None,
     ) -> tuple[list[Float[Tensor, "rows width vocab"]], bool]:
         """Logits after each row's last known token and after each of its drafts, per context.
 
         Returns whether the pass was settled too. With an `offset` the last known token and
-        `offset - 1` drafts are cached already, and only `drafts` are fed. `last`: the last known
-        tokens, where `rows` do not have them yet.
+        `offset - 1` drafts are cached already, and only `drafts` are fed. `carried`: of the round
+        before, where `rows` do not have its tokens yet.
         """
         width = len(self.contexts)
-        idle: list[int] = []
-        if not all(plan.ready):
-            not_ready = [row for row, ready in enumerate(plan.ready) if not ready]
-            idle = [row * width + i for row in not_ready for i in range(width)]
-        start = plan.lengths[:, self._columns].ravel() + (offset - 1)
         tokens = drafts.repeat_interleave(width, 0) if width > 1 else drafts
         chunks: list[Chunk] = []
         if offset == 0:
-            if last is None:
-                last = self._last(rows)
-            elif width > 1:
-                last = last.repeat_interleave(width)
+            last = self._last(rows, carried)
             tokens = torch.cat([last[:, None], tokens], 1)
             chunks = self._chunks(plan)
-        done = self.runner.forward(self.cache, tokens, start, idle, chunks)
+        start = plan.lengths[:, self._columns].ravel() + (offset - 1)
+        if carried is None or carried.behind is None:
+            done = self.runner.forward(self.cache, tokens, start, self._idle(plan), chunks)
+        else:
+            behind = carried.behind.repeat_interleave(width) if width > 1 else carried.behind
+            done = self.runner.forward_behind(self.cache, tokens, start, behind)
         return [done.logits[i::width] for i in range(width)], done.settled
 
-    def _last(self, rows: list[Sequence]) -> Int[Tensor, " rows"]:
+    def _idle(self, plan: RoundPlan) -> list[int]:
+        """Rows of this cache that do not decode."""
+        if all(plan.ready):
+            return []
+        width = len(self.contexts)
+        not_ready = [row for row, ready in enumerate(plan.ready) if not ready]
+        return [row * width + i for row in not_ready for i in range(width)]
+
+    def _last(self, rows: list[Sequence], carried: Carried | None) -> Int[Tensor, " rows"]:
         """The last known token of every row of this cache."""
+        if carried is not None:
+            width = len(self.contexts)
+            return carried.last.repeat_interleave(width) if width > 1 else carried.last
         last = [(s.outputs[c] or s.prompts[c])[-1] for s in rows for c in self.contexts]
         return to_device(np.array(last), self.runner.device)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
@@ -145,6 +145,15 @@ class RoundPlan:
     left: Int[np.ndarray, " rows"]
     """Tokens that each text may still have, by its request and by the contexts."""
 
+    def begun(self, behind: Int[np.ndarray, " rows"], ended: Collection[int]) -> RoundPlan:
+        """This plan, made by `Scheduler.following`, once the round before it is finished.
+
+        `behind`: tokens that each row has fewer than `lengths`. `ended`: rows that are of no use.
+        """
+        ready = [row not in ended for row in range(len(self.ready))]
+        lengths = self.lengths - behind[:, None]
+        return replace(self, ready=ready, lengths=lengths, left=self.left + behind)
+
 
 class Scheduler:
     """Keeps `running` (index = row) full of sequences within the limits; first come, first served.
@@ -163,6 +172,8 @@ class Scheduler:
         self._most_live = sys.maxsize
         """Rows with which the latest admission filled rows or memory; else a number never reached.
         """
+        self._lacking = False
+        """The latest admission ended because nothing was waiting, in the source either."""
         self._holes: list[int] = []
         self._granted: dict[Sequence, list[int]] = {}
         """Per context, the number of pending tokens to cache in the round being planned.
@@ -185,23 +196,33 @@ class Scheduler:
         moves = self._close_holes()
         return self._plan(width, moves) if self.running else None
 
-    def following(self, plan: RoundPlan) -> RoundPlan | None:
+    def following(self, plan: RoundPlan, drawn: int = 1, width: int = 1) -> RoundPlan | None:
         """The round after `plan`, should no text end in it; before its tokens are known.
+
+        At most `width` tokens per row, after `drawn` at most of every row in this round. Lengths
+        are those of the longest texts, and `left` is the least: `RoundPlan.begun` corrects them.
 
         None where that round has other rows or reads prompt tokens, moves memory, or may not be.
         Admission need not be tried again: what stopped it, for a plan without chunks, holds until
         a text ends.
         """
-        if plan.width > 1 or any(plan.chunks) or not all(plan.ready) or plan.left.min() < 2:
+        if any(plan.chunks) or not all(plan.ready) or plan.left.min() < 2:
             return None
-        lengths = plan.lengths + 1
-        for known, switch in zip(lengths.T, self.limits.rope_switches, strict=False):
-            if switch is not None and (known == switch + 1).any():
-                return None
-        if self.memory.reservations(lengths, 1):
+        lengths = plan.lengths + drawn
+        bounds = [width, *self._rooms(lengths, plan.lengths), int(plan.left.max()) - 1]
+        bounds += self._bounds(self.running)
+        width = min(bounds)
+        if width < 1 or self.memory.reservations(lengths, width):
             return None
-        ready = list(plan.ready)
-        return replace(plan, ready=ready, moves=[], lengths=lengths, left=plan.left - 1)
+        return replace(plan, width=width, moves=[], lengths=lengths, left=plan.left - drawn)
+
+    def has_arrived(self, source: Iterator[Sequence | None]) -> bool:
+        """Whether there is something to admit, where the latest admission ended for lack of it."""
+        if self._lacking and not self.waiting:
+            arrived = next(source, None)
+            if arrived is not None:
+                self.waiting.append(arrived)
+        return self._lacking and bool(self.waiting or self.rejected)
 
     def finish(self, rows: list[int]) -> None:
         """These rows have ended; the next admissions take their place."""
@@ -250,10 +271,12 @@ class Scheduler:
         if self._gathers(len(lengths)):
             return
         self._most_live = sys.maxsize
+        self._lacking = False
         while len(lengths) < self.limits.rows and min(left) > 0:
             if not self.waiting:
                 arrived = next(source, None)
                 if arrived is None:
+                    self._lacking = True
                     return
                 self.waiting.append(arrived)
             sequence = self.waiting[0]
@@ -370,24 +393,30 @@ class Scheduler:
             return 1
         sequences = [s for s, is_ready in zip(self.running, ready, strict=True) if is_ready]
         left = [s.request.max_new_tokens - len(s.outputs[0]) for s in sequences]
-        bounds = [width, *self._rooms(lengths[ready])]
+        bounds = [width, *self._rooms(lengths[ready], lengths[ready])]
         bounds.append(max(left, default=1))
-        bounds.append(self.limits.positions // len(self.running))
-        if any(s.lockstep for s in sequences):
-            bounds.append(1)
-        width = max(1, min(bounds))
+        width = max(1, min(bounds + self._bounds(sequences)))
         while width > 1 and not self.memory.fits(lengths, width):
             width //= 2
         return width
 
-    def _rooms(self, lengths: Lengths) -> list[int]:
-        """Widths that end at a context's last position, or at the last key before a boundary."""
+    def _bounds(self, sequences: list[Sequence]) -> list[int]:
+        """Widths that the memory for logits allows, and rows that must not draft."""
+        lockstep = [1] if any(s.lockstep for s in sequences) else []
+        return [max(1, self.limits.positions // len(self.running)), *lockstep]
+
+    def _rooms(self, longest: Lengths, least: Lengths) -> list[int]:
+        """Widths that end at a context's last position, or at the last key before a boundary.
+
+        Of texts whose lengths are somewhere from `least` to `longest`.
+        """
         limits, boundary = self.limits, self.limits.kv_boundary
         switches = limits.rope_switches or (None,) * len(limits.context_lengths)
+        columns = zip(longest.T, least.T, limits.context_lengths, switches, strict=True)
         rooms = []
-        for known, limit, switch in zip(lengths.T, limits.context_lengths, switches, strict=True):
+        for most, known, limit, switch in columns:
             if limit is not None:
-                rooms.append(limit - int(known.max(initial=0)) + 1)
+                rooms.append(limit - int(most.max(initial=0)) + 1)
             before = [end for end in (switch, boundary) if end is not None]
-            rooms += [end - int(known[known <= end].max(initial=0)) + 1 for end in before]
+            rooms += [end - int(most[known <= end].max(initial=0)) + 1 for end in before]
         return rooms

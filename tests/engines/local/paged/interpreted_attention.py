@@ -9,7 +9,7 @@ from optimal_sampling.engines.local.attention import AttentionCall
 from optimal_sampling.engines.local.paged.attention_backends import PagePlan, split_or
 from optimal_sampling.engines.local.paged.page_cache import Batch, BatchShape
 from optimal_sampling.engines.local.paged.split_attention import split_attention, split_count
-from tests.engines.local.paged.conftest import one_segment
+from tests.engines.local.paged.conftest import fake_operator, one_segment
 
 
 def reference(query, keys, values, starts, used, scale, window):
@@ -77,35 +77,62 @@ def test_the_number_of_splits_fills_a_gpu_and_leaves_each_some_keys():
     assert split_count(1, 1, 1 << 17) == 32
 
 
-def plan_of(counts, width_of_last, starts, used):
-    """Plan of a pass with segments of these numbers of queries."""
+def plan_of(counts, chunks, starts, used):
+    """Plan of a pass with segments of these numbers of queries, the first `chunks` of prompts."""
     tokens = sum(counts)
     ends = torch.tensor([0, *counts]).cumsum(0)
     zeros = torch.zeros(tokens, dtype=torch.long)
     numbers = torch.cat([zeros, zeros, ends, starts.long(), torch.zeros(1).long(), used.long()])
-    shape = BatchShape(tokens, len(counts), max(counts), int(used.max()), width_of_last)
+    rows = sum(counts[chunks:])
+    shape = BatchShape(tokens, len(counts), max(counts), int(used.max()), rows, chunks)
     return PagePlan(None, Batch(shape, zeros, numbers), None)
 
 
-def test_passes_with_few_queries_per_row_take_it_and_others_do_not():
-    """Guards: a prompt chunk read as if every row had as many queries; a scale of None."""
-    asked = []
+class Watched:
+    """Flash Attention that keeps what it is asked for."""
 
-    def flash(call, keys, values, plan):
-        asked.append(plan)
-        return call.query
+    def __init__(self):
+        self.plans = []
 
-    attend = split_or(flash)
-    for width, heads in ((1, 4), (5, 4)):
-        query, keys, values, starts, used = case(width, heads, 2, 16, [9, 70])
-        plan = plan_of([width, width], 2 * width, starts, used)
-        call = AttentionCall(0, query.transpose(0, 1), None, 30, None, None)
-        expected = reference(query, keys, values, starts, used, 16**-0.5, 30)
-        found = attend(call, keys, values, plan)
-        torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=2e-5)
-    assert not asked
-    chunk = plan_of([7, 3], 3, starts, used)
-    attend(call, keys, values, chunk)
-    call = AttentionCall(0, torch.zeros(64, 10, 16), None, None, None, None)
-    attend(call, keys[:, :1], values, plan_of([5, 5], 10, starts, used))  # 320 queries per KV head
-    assert len(asked) == 2
+    def __call__(self, call, keys, values, plan):
+        self.plans.append(plan)
+        left = -1 if call.window is None else call.window - 1
+        return fake_operator(
+            call.query.transpose(0, 1).contiguous(), keys, values, plan.query_ends,
+            plan.key_starts, plan.batch.shape.max_queries, plan.batch.shape.max_keys, 0.0, False,
+            False, scale=call.scaling, window_size_left=left, window_size_right=0,
+            seqused_k=plan.keys_used,
+        )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("width", [1, 5])
+def test_rows_take_it_beside_chunks_too(width, window):
+    """Guards: a prompt chunk read as if every row had as many queries; a scale of None; the keys
+    of another segment, where chunks come before rows or a chunk is empty.
+    """
+    query, keys, values, starts, used = case(width, 4, 2, 16, [9, 70, 33, 40])
+    whole = Watched()
+    rows = Watched()
+    for counts, chunks in (([width] * 4, 0), ([7, 0, width, width], 2), ([3] + [width] * 3, 1)):
+        plan = plan_of(counts, chunks, starts, used)
+        generator = torch.Generator().manual_seed(chunks)
+        query = torch.randn(4, sum(counts), 16, generator=generator)
+        call = AttentionCall(0, query, None, window, None, None)
+        expected = whole(call, keys, values, plan)
+        found = split_or(rows)(call, keys, values, plan)
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
+    assert [plan.batch.shape.tokens for plan in rows.plans] == [7, 3], "the chunks alone"
+
+
+def test_rows_with_too_many_queries_do_not_take_it():
+    """Guards: more query heads of one KV head than a thread block holds."""
+    _, keys, values, starts, used = case(5, 4, 2, 16, [9, 70])
+    for counts, chunks in (([5, 5], 0), ([4, 5], 1)):
+        flash = Watched()
+        query = torch.randn(64, sum(counts), 16)
+        call = AttentionCall(0, query, None, None, None, None)
+        plan = plan_of(counts, chunks, starts, used)
+        found = split_or(flash)(call, keys[:, :1], values[:, :1], plan)
+        torch.testing.assert_close(found, Watched()(call, keys[:, :1], values[:, :1], plan))
+        assert len(flash.plans) == 1 + chunks

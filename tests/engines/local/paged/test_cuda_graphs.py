@@ -106,3 +106,53 @@ def test_the_first_error_is_named(message):
     assert graphs.off == (message.partition("\n")[0] or "ValueError")
     assert graphs.settled(batch(5).shape)
     assert str(graphs.recordings) == f"off, because recording failed: {graphs.off}"
+
+
+def shape(rows=4, keys=512, width=1, chunk_tokens=0, chunks=0):
+    tokens = rows * width
+    most = max(width, chunk_tokens)
+    return BatchShape(tokens + chunk_tokens, rows + chunks, most, keys, tokens, chunks)
+
+
+def test_a_larger_recorded_shape_stands_in_until_a_shape_is_worth_a_recording():
+    """Guards: passes kernel by kernel whenever a batch grows smaller or texts longer."""
+    graphs = Graphs(doubled, Recorder())
+    assert graphs.stand_in(batch(4).shape) is None, "nothing is recorded"
+    for tokens in (8, 6):
+        graphs.prepare(batch(tokens))
+    found = [graphs.stand_in(batch(4).shape) for _ in range(RECORD_AT)]
+    assert found == [batch(6).shape] * (RECORD_AT - 1) + [None]
+    run(graphs, 4)
+    assert graphs.settled(batch(4).shape)
+    assert graphs.stand_in(batch(4).shape) is None
+    assert graphs.stand_in(batch(9).shape) is None, "all that are recorded are smaller"
+
+
+def test_without_memory_for_a_recording_a_larger_one_stands_in_for_good():
+    """Guards: a shape that runs kernel by kernel for the whole run."""
+    graphs = Graphs(doubled, Recorder({2: torch.OutOfMemoryError("CUDA out of memory")}))
+    graphs.prepare(batch(8))
+    graphs.prepare(batch(4))
+    found = {graphs.stand_in(batch(4).shape) for _ in range(3 * RECORD_AT)}
+    assert found == {batch(8).shape}
+
+
+@pytest.mark.parametrize(
+    ("larger", "holds"),
+    [
+        (shape(), True),
+        (shape(rows=8), True),
+        (shape(keys=1024), True),
+        (shape(rows=3), False),
+        (shape(keys=256), False),
+        (shape(rows=8, width=2), False),
+        (shape(chunk_tokens=128, chunks=8), False),
+    ],
+)
+def test_what_a_shape_holds(larger, holds):
+    """Guards: rows, keys, tokens or chunks that a graph has no room for, or misreads."""
+    assert larger.holds(shape()) == holds
+    mixed = shape(chunk_tokens=128, chunks=8)
+    assert shape(rows=9, chunk_tokens=128, chunks=8).holds(mixed)
+    assert not shape(chunk_tokens=256, chunks=8).holds(mixed)
+    assert not shape(chunk_tokens=128, chunks=16).holds(mixed)

@@ -1,11 +1,13 @@
 """The engine over pages: the common suite, and the same texts as over slots."""
 
 import dataclasses
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
+from optimal_sampling.engines.local.paged.cuda_graphs import Graphs
 from optimal_sampling.engines.local.paged.page_cache import PageCache
 from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
@@ -142,15 +144,15 @@ def test_recorded_shapes_are_few_and_used_again(models, flash_on_cpu):
 def test_the_full_batch_is_recorded_before_the_first_round(models, flash_on_cpu):
     """Guards: shapes recorded at start-up that no round has, and a cache they spoil."""
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 16, new=12)
-    for drafts, passes in ((0, 2), (3, 2), ("auto", 1 + 4)):
+    for drafts, widths in ((0, 1 + 1), (3, 1 + 1), ("auto", 1 + 4)):
         engine = paged_engine(*models, draft_tokens=drafts, batch_size=16)
         before = FakeRecorder.recorded
         engine._new_loop().close()
         made = FakeRecorder.recorded - before
-        assert made == passes, "keys up to 512, as the context is shorter"
+        assert made == 2 * widths, "keys up to 512, as the context is shorter, and one of chunks"
         runners = engine.pair.runners.values()
         shapes = {shape for r in runners for g in r.graphs.values() for shape in g._recorded}
-        assert {shape.segments for shape in shapes} == {16}
+        assert {shape.segments - shape.chunks for shape in shapes} == {16}
         expected = texts(engine_of(*models, attention="sdpa").generate(requests))
         assert texts(engine.generate(requests)) == expected
 
@@ -209,3 +211,26 @@ def test_a_layer_whose_values_do_not_fit_has_no_keys_either():
         cache.write(0, torch.tensor([0]), token, token.as_subclass(TooLarge))
     cache.write(0, torch.tensor([0]), token, token)
     assert len(cache.memories()) == 2
+
+
+@pytest.mark.usefixtures("flash_on_cpu")
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+def test_the_end_of_a_batch_runs_in_the_graphs_of_the_whole(models, draft_tokens, monkeypatch):
+    """Guards: passes kernel by kernel for every number of rows that a batch shrinks to."""
+    requests = [Request(str(i), 0, 0, (1, 2), (4, 5), 4 * (i + 1)) for i in range(8)]
+    options = {"batch_size": 8, "draft_tokens": draft_tokens}
+    vocab = dataclasses.replace(vocabulary(), stop_ids=frozenset())
+    expected = texts(
+        paged_engine(*models, recorded=False, vocab=vocab, **options).generate(requests)
+    )
+    unrecorded = []
+    run = Graphs.__call__
+
+    def counted(self, batch):
+        if batch.shape not in self._recorded and not batch.shape.chunks:
+            unrecorded.append((self, batch.shape))
+        return run(self, batch)
+
+    monkeypatch.setattr(Graphs, "__call__", counted)
+    assert texts(paged_engine(*models, vocab=vocab, **options).generate(requests)) == expected
+    assert all(count == 1 for count in Counter(unrecorded).values()), "recorded at once"

@@ -7,7 +7,7 @@ where each segment's keys start and how many it sees.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -70,6 +70,12 @@ class PagePlan:
     def key_ends(self) -> Int32[Tensor, " segments+1"]:
         """Cumulative numbers of keys, from 0."""
         return torch.nn.functional.pad(self.keys_used.cumsum(0), (1, 0)).int()
+
+    @cached_property
+    def parts(self) -> tuple[PagePlan, PagePlan]:
+        """Plans of the chunks alone, and of the rows alone: what a backend needs of a plan."""
+        first, rest = (PagePlan(self.cache, part, self.backend) for part in self.batch.parts())
+        return first, rest
 
     def attend(
         self,
@@ -158,24 +164,38 @@ def _own_window(call: AttentionCall, queries: int) -> tuple[bool, int, int]:
 
 
 def split_or(flash: Backend) -> Backend:
-    """Split-KV attention in Triton where every row has a few queries; `flash` elsewhere."""
+    """Split-KV attention in Triton for rows with a few queries each; `flash` for all else."""
     from optimal_sampling.engines.local.paged.split_attention import (
         MOST_QUERIES,
         split_attention,
         split_count,
     )
 
-    def attend(call: AttentionCall, keys: Tensor, values: Tensor, plan: PagePlan) -> Tensor:
-        shape = plan.batch.shape
-        heads, kv_heads = call.query.shape[0], keys.shape[1]
-        alike = shape.tokens == shape.segments * shape.max_queries
-        if not alike or heads // kv_heads * shape.max_queries > MOST_QUERIES:
+    def rows(call: AttentionCall, keys: Tensor, values: Tensor, plan: PagePlan) -> Tensor:
+        shape, kv_heads = plan.batch.shape, keys.shape[1]
+        group = call.query.shape[0] // kv_heads
+        if group * shape.max_queries > MOST_QUERIES:
             return flash(call, keys, values, plan)
         query = call.query.transpose(0, 1)
         starts, used = plan.key_starts[:-1], plan.keys_used
         scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         splits = split_count(shape.segments, kv_heads, shape.max_keys)
         return split_attention(query, keys, values, starts, used, scale, call.window, splits)
+
+    def attend(call: AttentionCall, keys: Tensor, values: Tensor, plan: PagePlan) -> Tensor:
+        shape = plan.batch.shape
+        if not shape.chunks:
+            return rows(call, keys, values, plan)
+        count = shape.tokens - shape.outputs
+        chunk_call = replace(call, query=call.query[:, :count])
+        row_call = replace(call, query=call.query[:, count:])
+        chunk_plan, row_plan = plan.parts
+        return torch.cat(
+            [
+                flash(chunk_call, keys, values, chunk_plan),
+                rows(row_call, keys, values, row_plan),
+            ]
+        )
 
     return attend
 

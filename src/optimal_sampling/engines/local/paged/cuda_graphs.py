@@ -101,6 +101,21 @@ class Graphs:
         """Whether a pass of this shape will not be recorded later."""
         return shape in self._recorded or shape in self._skipped or bool(self.off)
 
+    def stand_in(self, shape: BatchShape) -> BatchShape | None:
+        """A recorded shape that holds this one, which is counted, until it is recorded itself.
+
+        A graph over more rows and keys costs a little more, a pass without a graph many times as
+        much.
+        """
+        due = self._seen[shape] + 1 >= RECORD_AT and not self.settled(shape)
+        if due or shape in self._recorded:
+            return None
+        fitting = [each for each in self._recorded if each.holds(shape)]
+        if not fitting:
+            return None
+        self._seen[shape] += 1
+        return min(fitting, key=lambda each: (each.rows, each.max_keys))
+
     def __call__(self, batch: Batch) -> Tensor:
         """The result of `forward`, the same in either way."""
         recorded = self._recorded.get(batch.shape)

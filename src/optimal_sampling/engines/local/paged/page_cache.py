@@ -12,7 +12,7 @@ their own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -81,7 +81,41 @@ class BatchShape:
     max_queries: int
     max_keys: int
     outputs: int
-    """Tokens at the end whose logits are wanted."""
+    """Tokens at the end whose logits are wanted: those of the rows."""
+    chunks: int = 0
+    """Segments of prompt chunks, which come before the rows."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the parts of `Batch.numbers`."""
+        tokens, segments = self.tokens, self.segments
+        return [tokens, tokens, segments + 1, segments + 1, segments]
+
+    @property
+    def rows(self) -> int:
+        """Segments that decode."""
+        return self.segments - self.chunks
+
+    @property
+    def width(self) -> int:
+        """Tokens of each row."""
+        return self.outputs // self.rows
+
+    def holds(self, other: BatchShape) -> bool:
+        """Whether the other one is this with idle rows left out, and fewer keys."""
+        alike = (self.width, self.chunks, self.tokens - self.outputs, self.max_queries) == (
+            other.width,
+            other.chunks,
+            other.tokens - other.outputs,
+            other.max_queries,
+        )
+        return alike and self.rows >= other.rows and self.max_keys >= other.max_keys
+
+    def parts(self) -> tuple[BatchShape, BatchShape]:
+        """The chunks alone, and the rows alone."""
+        tokens = self.tokens - self.outputs
+        first = replace(self, tokens=tokens, segments=self.chunks, outputs=tokens)
+        return first, BatchShape(self.outputs, self.rows, self.width, self.max_keys, self.outputs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,10 +133,29 @@ class Batch:
         cumulative numbers of queries per segment, from 0; indices of each segment's first key, and
         a number that is unused; numbers of keys that each segment's last query sees.
         """
-        tokens, segments = self.shape.tokens, self.shape.segments
-        sizes = [tokens, tokens, segments + 1, segments + 1, segments]
-        parts: tuple[Tensor, ...] = self.numbers.split(sizes)  # type: ignore[no-untyped-call]
+        parts: tuple[Tensor, ...] = self.numbers.split(self.shape.sizes)  # type: ignore[no-untyped-call]
         return parts
+
+    def set_back(self, behind: Int[Tensor, " rows"]) -> None:
+        """Let the first rows start so many tokens earlier. Only of a batch without chunks."""
+        tokens, segments = self.shape.tokens, self.shape.segments
+        places = self.numbers[: 2 * tokens].view(2, segments, -1)  # in the text, in the cache
+        places[:, : len(behind)] -= behind[:, None]
+        keys_used = self.numbers[-segments:]
+        keys_used[: len(behind)] -= behind
+
+    def parts(self) -> tuple[Batch, Batch]:
+        """The chunks alone, and the rows alone."""
+        before, after = self.shape.parts()
+        tokens, chunks = before.tokens, before.segments
+        positions, write, ends, starts, keys = self.split()
+        shared = slice(chunks + 1)  # the last chunk's end is the first row's start
+        first = [positions[:tokens], write[:tokens], ends[shared], starts[shared], keys[:chunks]]
+        rest = [positions[tokens:], write[tokens:], ends[chunks:] - tokens, starts[chunks:]]
+        return (
+            Batch(before, self.ids[:tokens], torch.cat(first)),
+            Batch(after, self.ids[tokens:], torch.cat([*rest, keys[chunks:]])),
+        )
 
 
 def lay_out(
@@ -142,5 +195,6 @@ def lay_out(
         max_queries=most,
         max_keys=int(keys.max()),
         outputs=len(start) * width,
+        chunks=len(chunks),
     )
     return np.concatenate([positions, write, ends, bases, [0], keys]), shape

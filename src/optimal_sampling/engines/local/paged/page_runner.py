@@ -1,8 +1,8 @@
 """`PageRunner`: one ragged forward pass of one model over rows that live in pages.
 
-Rounds without prompt tokens are padded to few shapes, so that each can be a recorded CUDA graph:
-rows to the next of ROWS, widths to the next of WIDTHS, keys to a power of two. Padding rows are
-idle rows.
+Passes are padded to few shapes, so that each can be a recorded CUDA graph: rows to the next of
+ROWS, widths to the next of WIDTHS, prompt chunks to the next of BUCKETS, keys to a power of two.
+Padding rows are idle rows. What no bucket holds is launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from optimal_sampling.engines.local.memory import round_up
 from optimal_sampling.engines.local.paged.attention_backends import Backend, PagePlan
 from optimal_sampling.engines.local.paged.cuda_graphs import CudaRecorder, Graphs, Recorder
 from optimal_sampling.engines.local.paged.fused_decoder import FusedDecoder
-from optimal_sampling.engines.local.paged.page_cache import Batch, PageCache, lay_out
+from optimal_sampling.engines.local.paged.padding import (
+    BUCKETS,
+    NO_CHUNKS,
+    Bucket,
+    bucket_for,
+    pad_chunks,
+    rounded_keys,
+)
+from optimal_sampling.engines.local.paged.page_cache import Batch, BatchShape, PageCache, lay_out
 from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
 from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner, Recordings
 from optimal_sampling.engines.local.scheduler import Chunk
@@ -32,26 +40,24 @@ __all__ = ["PageRunner"]
 
 WIDTHS = (1, 2, 3, 5, 9, 17)
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-LEAST_KEYS = 512
-GATHER = 1 / 8
-"""Share of the rows that are admitted together where rounds with prompt tokens are not recorded.
+GATHER = 1 / 16
+"""Share of the rows that are admitted together where rounds are recorded.
 
-With c the rounds that such a round lasts beyond its own, a share s of R rows and texts of L tokens,
-s / 2 of the rows wait and c R / (s R L) of the time is lost: least at s = sqrt(2 c / L), which is
-0.22 at c = 7 and L = 300, and flat around it.
+With c the rounds that a round with prompt tokens lasts beyond its own, a share s of R rows and
+texts of L tokens, s / 2 of the rows wait and c R / (s R L) of the time is lost: least at
+s = sqrt(2 c / L), which is 0.08 at c = 1 and L = 300, and flat around it.
 """
+SLOW_GATHER = 1 / 8
+"""That where nothing can be recorded any more: 0.22 at c = 7."""
 START_KEYS = (512, 1024)
 """Keys of the shapes that are recorded before the first round, at the full batch."""
+START_BUCKET = BUCKETS[1]
+"""Chunks of a further one."""
 
 
 def next_of(sizes: Sequence[int], value: int) -> int:
     """The first of `sizes` that is large enough, else a multiple of the largest."""
     return next((size for size in sizes if size >= value), round_up(value, sizes[-1]))
-
-
-def power_of_two(value: int) -> int:
-    """The first that is not less."""
-    return 1 << (value - 1).bit_length()
 
 
 class PageRunner(ModelRunner[PageCache]):
@@ -104,8 +110,10 @@ class PageRunner(ModelRunner[PageCache]):
 
     @property
     def gather(self) -> float:  # type: ignore[override]
-        """Chunks are launched kernel by kernel, so where all else is recorded they are slow."""
-        return GATHER if self.new_recorder is not None else 0.0
+        """Rounds with prompt tokens take longer than others, most of all where none is recorded."""
+        if self.new_recorder is None:
+            return 0.0
+        return SLOW_GATHER if self.recorded_graphs().off else GATHER
 
     def recorded_graphs(self) -> Recordings:
         """Over all caches."""
@@ -123,13 +131,19 @@ class PageRunner(ModelRunner[PageCache]):
             return
         rows = next_of(ROWS, rows)
         start = np.zeros(rows, dtype=np.int64)
-        most_keys = max(LEAST_KEYS, power_of_two(self.longest))
         for width in sorted({next_of(WIDTHS, each) for each in widths}):
-            numbers, shape = lay_out(cache.manager, start, width, range(rows), ())
-            ids = torch.zeros(shape.tokens, dtype=torch.int64, device=self.device)
-            for keys in (each for each in START_KEYS if each <= most_keys):
+            unpadded = lay_out(cache.manager, start, width, range(rows), ())
+            for bucket, keys in self._first_shapes():
+                numbers, shape = pad_chunks(*unpadded, bucket)
+                ids = torch.zeros(shape.tokens, dtype=torch.int64, device=self.device)
                 given = replace(shape, max_keys=keys)
                 graphs.prepare(Batch(given, ids, to_device(numbers, self.device)))
+
+    def _first_shapes(self) -> list[tuple[Bucket, int]]:
+        """Chunks and keys of what `prepare` records."""
+        longest = rounded_keys(self.longest, NO_CHUNKS)
+        plain = [(NO_CHUNKS, keys) for keys in START_KEYS if keys <= longest]
+        return [*plain, (START_BUCKET, rounded_keys(1, START_BUCKET))]
 
     @torch.inference_mode()
     def forward(
@@ -140,21 +154,53 @@ class PageRunner(ModelRunner[PageCache]):
         idle: Sequence[int] = (),
         chunks: Sequence[Chunk] = (),
     ) -> ForwardPass:
-        """From a recorded graph where there is one; passes with chunks are never recorded."""
+        """From a recorded graph where there is one. Chunks that no bucket holds have none."""
         rows, width = tokens.shape
-        if chunks or cache not in self.graphs:
+        bucket = bucket_for(chunks)
+        if bucket is None or cache not in self.graphs:
             numbers, shape = lay_out(cache.manager, start, width, idle, chunks)
             numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], chunks)
-            ids = tokens.reshape(-1)
-            if chunks:
-                prompt = np.array([i for c in chunks for i in c.ids])
-                ids = torch.cat([to_device(prompt, self.device), ids])
+            ids = self._with_chunks(tokens, chunks)
             logits, plan = self._run(cache, Batch(shape, ids, to_device(numbers, self.device)))
             return ForwardPass(self._cut(logits, rows, width, width), plan=plan)
-        batch, padded_width = self._padded(cache, tokens, start, idle)
-        graphs = self.graphs[cache]
+        batch, padded_width = self._padded(cache, tokens, start, idle, chunks, bucket)
+        logits, settled = self._recorded(cache, batch)
+        return ForwardPass(self._cut(logits, rows, width, padded_width), settled)
+
+    @torch.inference_mode()
+    def forward_behind(
+        self,
+        cache: PageCache,
+        tokens: Int[Tensor, "rows width"],
+        start: Int[np.ndarray, " rows"],
+        behind: Int[Tensor, " rows"],
+    ) -> ForwardPass:
+        """All is laid out as for the longest texts, and set back on the device."""
+        batch, padded_width = self._padded(cache, tokens, start, (), (), NO_CHUNKS)
+        batch.set_back(behind)
+        logits, settled = self._recorded(cache, batch)
+        rows, width = tokens.shape
+        return ForwardPass(self._cut(logits, rows, width, padded_width), settled)
+
+    def _recorded(
+        self, cache: PageCache, batch: Batch
+    ) -> tuple[Float[Tensor, "outputs vocab"], bool]:
+        """Logits, from a recorded graph where there is one, and whether the pass was settled."""
+        graphs = self.graphs.get(cache)
+        if graphs is None:
+            return self._run(cache, batch)[0], True
         settled = graphs.settled(batch.shape)
-        return ForwardPass(self._cut(graphs(batch), rows, width, padded_width), settled)
+        return graphs(batch), settled
+
+    def _with_chunks(
+        self, tokens: Int[Tensor, "rows width"], chunks: Sequence[Chunk], padded: int = 0
+    ) -> Int[Tensor, " tokens"]:
+        """Ids of a pass; `padded`: tokens of the chunks, surplus ones included."""
+        if not chunks:
+            return tokens.reshape(-1)
+        ids = [i for chunk in chunks for i in chunk.ids]
+        ids += [0] * (padded - len(ids))
+        return torch.cat([to_device(np.array(ids), self.device), tokens.reshape(-1)])
 
     def _padded(
         self,
@@ -162,20 +208,32 @@ class PageRunner(ModelRunner[PageCache]):
         tokens: Int[Tensor, "rows width"],
         start: Int[np.ndarray, " rows"],
         idle: Sequence[int],
+        chunks: Sequence[Chunk],
+        bucket: Bucket,
     ) -> tuple[Batch, int]:
-        """The batch with rows, width and keys rounded up, and its width.
+        """The batch with rows, width, chunks and keys rounded up, and its width.
 
         What surplus columns write lies behind the row's end, and is overwritten.
         """
         rows, width = tokens.shape
-        more_rows = next_of(ROWS, rows) - rows
         padded_width = self._padded_width(cache, start, width)
-        ids = F.pad(tokens, (0, padded_width - width, 0, more_rows)).reshape(-1)
-        idle = [*idle, *range(rows, rows + more_rows)]
-        start = np.pad(start, (0, more_rows))
-        numbers, shape = lay_out(cache.manager, start, padded_width, idle, ())
-        numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], ())
-        shape = replace(shape, max_keys=max(LEAST_KEYS, power_of_two(shape.max_keys)))
+
+        def lay_out_rows(count: int) -> tuple[Int[np.ndarray, " numbers"], BatchShape]:
+            padded = np.pad(start, (0, count - rows))
+            not_used = [*idle, *range(rows, count)]
+            numbers, shape = lay_out(cache.manager, padded, padded_width, not_used, chunks)
+            numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], chunks)
+            numbers, shape = pad_chunks(numbers, shape, bucket)
+            return numbers, replace(shape, max_keys=rounded_keys(shape.max_keys, bucket))
+
+        numbers, shape = lay_out_rows(next_of(ROWS, rows))
+        graphs = self.graphs.get(cache)
+        stand_in = graphs.stand_in(shape) if graphs is not None else None
+        if stand_in is not None:
+            numbers, _ = lay_out_rows(stand_in.rows)
+            shape = stand_in
+        tokens = F.pad(tokens, (0, padded_width - width, 0, shape.rows - rows))
+        ids = self._with_chunks(tokens, chunks, bucket.tokens)
         return Batch(shape, ids, to_device(numbers, self.device)), padded_width
 
     def _padded_width(self, cache: PageCache, start: Int[np.ndarray, " rows"], width: int) -> int:
