@@ -29,12 +29,14 @@ __all__ = ["alpha_interval", "total_variation_bound"]
 
 _INSIDE = 1e-9  # of alpha: the ends of [0, 1] are no mixtures
 _ROUNDING = 1e-13
+_SAME = 1e-9  # relative difference of sums by rounding
 _TINY = 1e-200  # in place of a sum of weights that is 0
 _GRID = 16
 _ROUNDS = 3
 _PIECES = 10
 _SHRINKS = 0.98  # a round that leaves more of the interval is the last
 _SLOPES = np.geomspace(0.05, 2, 6)  # multipliers: about 1 / log(t/s)
+_MOST_COLUMNS = 4096  # of what is looked at for all multipliers: tens of milliseconds
 _MOST_FACTOR = 10.0  # log of a factor of Z that says nothing
 _ONE, _ZERO = np.ones(1), np.zeros(1)
 
@@ -186,7 +188,7 @@ def _pieces(box: Box, low: float, high: float, is_symmetric: bool) -> _Pieces:
     hidden = (table * (~exact & ~box.drawn)).sum(-1)
     least_known = _least_known(box, exact, left, right)
     total = (least_known, _of_pieces(known + _most_unknown(box, exact, ends)))
-    if is_symmetric:
+    if is_symmetric and len(exact) <= _MOST_COLUMNS:
         found = _total_by_symmetry(box, ends)
         total = (np.maximum(total[0], found[0]), np.minimum(total[1], found[1]))
     return _Pieces(
@@ -251,9 +253,10 @@ def _geometric_bound(pieces: _Pieces, q: Numbers) -> float:
     share = _least_share(pieces, q, low)
     beyond = np.clip(pieces.most_known + pieces.hidden, low, high)
     excess = [_excess(pieces, q, total, share) for total in (low, beyond, high)]
-    possible = high >= low * (1 - _ROUNDING)
-    bound: float = np.max(excess, axis=0).max(initial=0.0, where=possible)
-    return min(1.0, float(bound))
+    possible = high >= low * (1 - _SAME)
+    if not possible.any():
+        return 1.0
+    return min(1.0, float(np.max(excess, axis=0)[possible].max()))
 
 
 def _least_share(pieces: _Pieces, q: Numbers, total: Alphas) -> Alphas:
