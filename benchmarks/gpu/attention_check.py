@@ -12,6 +12,7 @@ from torch import Tensor
 from optimal_sampling.engines.device import to_device
 from optimal_sampling.engines.local.attention import AttentionCall
 from optimal_sampling.engines.local.paged.attention_backends import Backend, PagePlan
+from optimal_sampling.engines.local.paged.padding import bucket_for, pad_chunks, rounded_keys
 from optimal_sampling.engines.local.paged.page_cache import Batch, PageCache, lay_out
 from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
 from optimal_sampling.engines.local.scheduler import Chunk
@@ -45,7 +46,7 @@ class Case:
     """(row, first token, tokens)"""
     window: int | None = None
     rounded: bool = False
-    """The number of keys is rounded up, as for a recorded graph."""
+    """Keys and chunks are rounded up, as for a recorded graph."""
 
 
 RAGGED = tuple(1 + 97 * i for i in range(32))
@@ -55,6 +56,22 @@ CASES = (
     Case("5 tokens a row", RAGGED, width=5),
     Case("idle rows", (700, 0, 2100, 1), idle=(1,)),
     Case("ragged chunks", (900, 0, 0, 40), idle=(1, 2), chunks=((1, 0, 300), (2, 512, 77))),
+    Case(
+        "ragged chunks, surplus tokens and empty segments",
+        (900, 0, 0, 40),
+        idle=(1, 2),
+        chunks=((1, 0, 300), (2, 512, 77)),
+        rounded=True,
+    ),
+    Case(
+        "the same with windows and 5 tokens a row",
+        (900, 0, 0, 40),
+        width=5,
+        idle=(1, 2),
+        chunks=((1, 0, 300), (2, 512, 77)),
+        window=256,
+        rounded=True,
+    ),
     Case("few long rows, so several splits", (8100, 5000), rounded=True),
     Case("few long rows, 5 tokens each", (8100, 5000), width=5),
     Case("windows", (900, 3000, 5), width=5, window=256),
@@ -63,6 +80,7 @@ TINY_CASES = (
     Case("ragged rows", (1, 300, 40), rounded=True),
     Case("5 tokens a row, one idle", (20, 0, 260), width=5, idle=(1,)),
     Case("ragged chunks", (9, 0), idle=(1,), chunks=((1, 3, 30),)),
+    Case("chunks rounded up", (9, 0), idle=(1,), chunks=((1, 3, 30),), rounded=True),
     Case("windows", (90, 3), width=5, window=8),
 )
 
@@ -103,8 +121,10 @@ def _plan(
     cache.write(0, every, *filling)
     chunks = [Chunk(row, first, [0] * count) for row, first, count in case.chunks]
     numbers, shape = lay_out(manager, np.array(case.lengths), case.width, case.idle, chunks)
-    if case.rounded:
-        shape = replace(shape, max_keys=1 << (shape.max_keys - 1).bit_length())
+    bucket = bucket_for(chunks)
+    if case.rounded and bucket is not None:
+        numbers, shape = pad_chunks(numbers, shape, bucket)
+        shape = replace(shape, max_keys=rounded_keys(shape.max_keys, shape.chunks))
     ids = torch.zeros(shape.tokens, dtype=torch.int64, device=device)
     return PagePlan(cache, Batch(shape, ids, to_device(numbers, device)), backend)
 

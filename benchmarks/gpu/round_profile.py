@@ -4,8 +4,8 @@
     PYTHONPATH=src python3 benchmarks/gpu/round_profile.py --tiny    whether the script runs
 
 Qwen2.5-3B and 1.5B with random weights; acceptance of drafts is emulated at 0.9. Prints kernels by
-kind and by name, the time in which the GPU waits, the kernels of one recorded pass, and lockstep
-against lockstep without a round ahead, and with one model after the other. On a CPU there are no
+kind and by name, the time in which the GPU waits, the kernels of one recorded pass, both against
+the same without a round ahead, and lockstep with one model after the other. On a CPU there are no
 kernels to count.
 """
 
@@ -36,7 +36,7 @@ from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
 from optimal_sampling.engines.local.run import GenerationLoop
 
-__all__ = ["Kernel", "Profile", "change_loop", "kind_of", "main", "unchanged", "waiting"]
+__all__ = ["Change", "Kernel", "Profile", "change_loop", "kind_of", "main", "unchanged", "waiting"]
 
 ACCEPTANCE = 0.9
 WARM_ROUNDS = 16
@@ -249,7 +249,7 @@ class Profiler:
             runner = self.pair.loaded().pair.runners[role]
             if not (isinstance(runner, PageRunner) and self.cuda):
                 continue
-            one = Pass.of(runner, self.batch, width, 600, self.batch * 8 * PAGE)
+            one = Pass.of(runner, (self.batch, width), 600, self.batch * 8 * PAGE)
             one.record()
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -320,6 +320,7 @@ def named_runs() -> Iterable[tuple[str, int, Change]]:
     yield "lockstep, no round ahead", 0, waiting
     yield "lockstep, one after the other", 0, in_turn
     yield "4 drafts", 4, unchanged
+    yield "4 drafts, no round ahead", 4, waiting
 
 
 if __name__ == "__main__":

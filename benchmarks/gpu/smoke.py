@@ -17,13 +17,14 @@ import platform
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from attention_check import CASES, TINY_CASES, Heads, largest_error
-from forward_check import Pass, check_overlap, check_replay
+from forward_check import Pass, check_overlap, check_padding, check_replay, milliseconds
 from mixture_check import RULES, check_rows
 from optimal_sampling.bench.architectures import RandomPair
 from optimal_sampling.bench.harness import hardware
@@ -35,13 +36,18 @@ from optimal_sampling.engines.local.paged.attention_backends import (
 )
 from optimal_sampling.engines.local.paged.page_manager import PAGE
 from optimal_sampling.engines.local.paged.page_runner import PageRunner
-from round_profile import change_loop, unchanged, waiting
+from optimal_sampling.engines.local.run import DraftCounts, GenerationLoop, QueuedRound
+from round_profile import Change, change_loop, waiting
 
 __all__ = ["TINY", "Smoke", "main", "run_checks"]
 
 
 class Skipped(Exception):
     """Why a check has nothing to check here."""
+
+
+AHEAD_ROUNDS = 16
+"""Rounds that are drawn with and without a round ahead."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Scale:
     """Of the mixture."""
     shapes: Sequence[tuple[int, int]]
     """(rows, width) of recorded passes."""
+    chunks: Sequence[Sequence[int]]
+    """Tokens of the prompt chunks of recorded passes."""
     keys: int
     """Most tokens that a row of theirs has cached."""
     heads: Sequence[Heads]
@@ -69,6 +77,7 @@ FULL = Scale(
     vocab=151_936,
     rows=(1, 32, 160),
     shapes=((1, 1), (32, 1), (32, 5)),
+    chunks=((77, 1, 30), (130, 90), (300, 5, 150), (560, 440)),
     keys=600,
     heads=(Heads(16, 2, 128), Heads(12, 2, 128), Heads(14, 2, 64), Heads(16, 8, 128)),
     batch=32,
@@ -80,11 +89,31 @@ TINY = Scale(
     vocab=1000,
     rows=(1, 3),
     shapes=((1, 1), (4, 1), (4, 5)),
+    chunks=((20, 3, 1),),
     keys=30,
     heads=(Heads(4, 2, 16),),
     batch=3,
     tokens=6,
 )
+
+
+def note_waits(loop: GenerationLoop, waits: list[str]) -> None:
+    """Collect PyTorch's warnings of waits for the GPU while a round is queued ahead."""
+    queue = loop._queue_ahead
+
+    def noting(queued: QueuedRound) -> QueuedRound | None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return queue(queued)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                found = map(str, (one.message for one in caught))
+                waits.extend(message for message in found if "synchron" in message)
+
+    if torch.cuda.is_available():
+        loop._queue_ahead = noting  # type: ignore[method-assign]
 
 
 @dataclass
@@ -176,6 +205,32 @@ class Smoke:
         return f"bit for bit at {self.scale.shapes}; graphs {counts}"
 
     @torch.inference_mode()
+    def chunks(self) -> str:
+        """Recorded passes with prompt chunks, which have surplus tokens and empty segments."""
+        plain, wide = self.scale.shapes[1:]
+        cases = [(plain, counts) for counts in ((), *self.scale.chunks)]
+        cases.append((wide, self.scale.chunks[0]))
+        found = [
+            f"{role} {self._with_chunks(role, shape, counts)}"
+            for role in ("teacher", "student")
+            for shape, counts in cases
+        ]
+        return "tokens of chunks beside rows x width: " + ", ".join(found)
+
+    def _with_chunks(self, role: str, shape: tuple[int, int], counts: Sequence[int]) -> str:
+        """Check one pass, and time it: recorded, and unpadded and launched kernel by kernel."""
+        rows, width = shape
+        one = self._pass(role, rows, width, counts)
+        if not check_replay(one) and self.gpu:
+            raise AssertionError("no graph was recorded")
+        error = check_padding(one)
+        ours, unpadded = (milliseconds(each, self.device) for each in (one, one.unpadded))
+        one.close()
+        return (
+            f"{sum(counts)} + {rows}x{width}: {ours:.2f} not {unpadded:.1f} ms (error {error:.1g})"
+        )
+
+    @torch.inference_mode()
     def overlap(self) -> str:
         """Both models at once against one after the other."""
         rows, width = self.scale.shapes[1]
@@ -201,28 +256,40 @@ class Smoke:
         return ", ".join(found) + f" (with recording); {recordings}"
 
     def ahead(self) -> str:
-        """The texts of lockstep with and without a round ahead."""
-        scale, found = self.scale, []
-        workload = self.pair.workload(scale.batch, scale.tokens)
-        for change in (unchanged, waiting):
-            engine = self.pair.engine(workload, scale.batch, Variant(draft_tokens=0))
-            change_loop(engine, change)
-            done = engine.generate(workload.requests)
-            texts = {each.request.id: each.token_ids for each in done}
-            found.append((texts, engine.draft_counts))
-        (texts, counts), (expected, _) = found
-        if texts != expected:
-            raise AssertionError("rounds ahead draw other tokens")
-        if self.gpu and not counts.ahead:
-            raise AssertionError(f"no round of {counts.rounds} was queued ahead")
-        return f"the same tokens; {counts.ahead} of {counts.rounds} rounds ahead"
+        """The tokens of rounds without and with drafts, with and without a round ahead."""
+        found = []
+        for drafts in (0, 4):
+            waits: list[str] = []
+            texts, counts = self._texts(drafts, lambda loop, waits=waits: note_waits(loop, waits))
+            expected, _ = self._texts(drafts, waiting)
+            for key, tokens in texts.items():
+                shorter = min(len(tokens), len(expected[key]))
+                if not shorter or tokens[:shorter] != expected[key][:shorter]:
+                    raise AssertionError(f"rounds ahead with {drafts} drafts draw other tokens")
+            if self.gpu and counts.ahead < counts.rounds / 2:
+                raise AssertionError(f"{counts.ahead} of {counts.rounds} rounds queued ahead")
+            if waits and len(waits) >= counts.ahead:
+                raise AssertionError(f"queueing a round waits for the GPU: {waits[-1]}")
+            found.append(f"drafts {drafts}: {counts.ahead} of {counts.rounds}, {len(waits)} waits")
+        return "the same tokens; rounds ahead with " + "; ".join(found)
 
-    def _pass(self, role: str, rows: int, width: int) -> Pass:
+    def _texts(self, drafts: int, change: Change) -> tuple[dict[str, list[int]], DraftCounts]:
+        """What is drawn in AHEAD_ROUNDS rounds, in which no text ends: all have one shape."""
+        workload = self.pair.workload(self.scale.batch, (AHEAD_ROUNDS + 2) * (drafts + 1))
+        variant = Variant(draft_tokens=drafts, acceptance=0.7)
+        engine = self.pair.engine(workload, self.scale.batch, variant)
+        change_loop(engine, change)
+        engine.stop = lambda rounds: rounds >= AHEAD_ROUNDS
+        loop = engine.record(workload.requests).loop
+        return {row.request.id: row.output for row in loop.scheduler.running}, loop.counts
+
+    def _pass(self, role: str, rows: int, width: int, chunks: Sequence[int] = ()) -> Pass:
         runner = self.pair.loaded().pair.runners[role]
         if not isinstance(runner, PageRunner):
             raise Skipped("no pages here")
-        pages = rows * (-(-(self.scale.keys + 64) // PAGE) + 4)
-        return Pass.of(runner, rows, width, self.scale.keys, pages * PAGE)
+        keys = max(self.scale.keys, *chunks, 1)
+        pages = rows * (-(-(keys + 64) // PAGE) + 4)
+        return Pass.of(runner, (rows, width), keys, pages * PAGE, chunks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -255,6 +322,7 @@ def run_checks(smoke: Smoke) -> bool:
         smoke.rules,
         smoke.load,
         smoke.replay,
+        smoke.chunks,
         smoke.overlap,
         smoke.texts,
         smoke.ahead,

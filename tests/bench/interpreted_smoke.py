@@ -18,7 +18,18 @@ __all__ = ["flash_on_cpu"]
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 from smoke import TINY, Smoke, run, run_checks
 
-NAMES = ["versions", "attention", "mixture", "rules", "load", "replay", "overlap", "texts"]
+NAMES = [
+    "versions",
+    "attention",
+    "mixture",
+    "rules",
+    "load",
+    "replay",
+    "chunks",
+    "overlap",
+    "texts",
+    "ahead",
+]
 CPU = ModelConfig(device="cpu", dtype="float32")
 
 
@@ -35,6 +46,7 @@ def smoke_on_cpu(recorder=FakeRecorder):
     smoke = Smoke(TINY, CPU)
     for runner in smoke.pair.loaded().pair.runners.values():
         runner.new_recorder = recorder
+        runner.runs_ahead = True
     return smoke
 
 
@@ -43,6 +55,7 @@ def test_every_check_runs_and_passes(flash_on_cpu, capsys):
     passed, found, text = outcomes(smoke_on_cpu(), capsys)
     assert passed, text
     assert found == [(name, "ok") for name in NAMES], text
+    assert "drafts 4: 0 of" not in text
 
 
 def test_a_key_too_few_is_found_and_ends_the_run(flash_on_cpu, capsys, monkeypatch):
@@ -73,9 +86,28 @@ def test_a_replay_that_differs_is_found(flash_on_cpu, capsys):
             output = forward.__closure__[[*forward.__code__.co_freevars].index("output")]
             return lambda: output.cell_contents.add_(1e-3)
 
-    assert run(smoke_on_cpu(Stale).replay)
-    assert not run(smoke_on_cpu(Wrong).replay)
-    assert "replay     FAILED" in capsys.readouterr().out
+    for check in ("replay", "chunks"):
+        assert run(getattr(smoke_on_cpu(Stale), check))
+        assert not run(getattr(smoke_on_cpu(Wrong), check))
+        assert f"{check:<10} FAILED" in capsys.readouterr().out
+
+
+def test_surplus_tokens_that_reach_a_text_are_found(flash_on_cpu, capsys, monkeypatch):
+    """Guards: padded passes that are compared with padded ones."""
+    from optimal_sampling.engines.local.paged import page_runner
+
+    real = page_runner.pad_chunks
+
+    def wrong(numbers, shape, bucket):
+        numbers, made = real(numbers, shape, bucket)
+        if bucket.tokens:
+            last = made.sizes[-1] - made.chunks  # keys of the rows
+            numbers[-last:] -= 1
+        return numbers, made
+
+    monkeypatch.setattr(page_runner, "pad_chunks", wrong)
+    assert not run(smoke_on_cpu().chunks)
+    assert "a padded pass differs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("place", [0, 1])

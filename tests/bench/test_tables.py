@@ -148,6 +148,9 @@ def test_the_table_of_large_shapes_is_complete_where_time_is_enough():
     bound = speculation_bound(1.0, 0.9)
     assert found[large_shapes.BOUND] == pytest.approx(bound), "equal shapes read equal bytes"
     assert found[large_shapes.REACHED] == pytest.approx(speedup / bound)
+    passes = speculation_bound(teacher / student, 0.9)
+    assert found[large_shapes.PASSES] == pytest.approx(passes)
+    assert found[large_shapes.OF_PASSES] == pytest.approx(speedup / passes)
     uneven, huge = (
         next(cell for cell in result["cells"] if cell["task"]["row"] == row)
         for row in (cells.UNEVEN, cells.HUGE)

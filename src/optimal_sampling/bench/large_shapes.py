@@ -34,11 +34,14 @@ from optimal_sampling.errors import ConfigError
 
 __all__ = ["collect", "measure", "run"]
 
-SPECULATIVE, BOUND, REACHED = (
+SPECULATIVE, BOUND, REACHED, PASSES, OF_PASSES = (
     "q* speculative at 0.9 / teacher alone",
     "its bound, max over n of tokens(n) / (r n + 1)",
     "reached of the bound (target 0.85)",
+    "the same with r = teacher alone / student alone",
+    "reached of that",
 )
+"""PASSES is what both models' passes one after the other would give, as fast as measured."""
 RATIOS = (
     ("q* lockstep / ideal lockstep", LOCKSTEP, (IDEAL,)),
     (SPECULATIVE, FAST, (TEACHER,)),
@@ -179,6 +182,9 @@ def _ratios(cells: Sequence[Cell], bounds: dict[str, float]) -> dict[str, float]
     if SPECULATIVE in found:
         found[BOUND] = speculation_bound(cells[0].byte_ratio, RATE)
         found[REACHED] = found[SPECULATIVE] / found[BOUND]
+        if rates.get(STUDENT):
+            found[PASSES] = speculation_bound(rates[TEACHER] / rates[STUDENT], RATE)
+            found[OF_PASSES] = found[SPECULATIVE] / found[PASSES]
     return found
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from optimal_sampling.engines.local.memory import KVMemory, SlotManager
 from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
+from optimal_sampling.engines.local.paged.page_runner import GATHER, SLOW_GATHER
 from optimal_sampling.engines.local.scheduler import Limits, Scheduler, Sequence
 from optimal_sampling.types import Request
 from tests.engines.local.test_own_cache import OwnManager
@@ -315,7 +316,7 @@ def test_a_batch_far_beyond_the_budget_runs_in_parts():
     assert len(run(scheduler, [sequence(i, 4, 4, 6) for i in range(300)])) == 300
 
 
-def cost_of(gather, slow=8, rows=32, mean=300):
+def cost_of(gather, slow=8.0, rows=32, mean=300):
     """Duration of many texts of uneven lengths, in rounds without prompts, and the mixed rounds.
 
     A round that reads prompts takes `slow` times as long.
@@ -340,9 +341,18 @@ def cost_of(gather, slow=8, rows=32, mean=300):
 def test_gathered_admissions_save_slow_rounds():
     """Guards: a slow round for every row that ends; rows that wait longer than that saves."""
     at_once, many = cost_of(0.0)
-    gathered, few = cost_of(1 / 8)
+    gathered, few = cost_of(SLOW_GATHER)
     assert few * 3 < many
     assert gathered < 0.8 * at_once
+
+
+@pytest.mark.parametrize("slow", [1.5, 2.0])
+def test_recorded_rounds_with_prompts_need_little_gathering(slow):
+    """Guards: rows that wait for others where a round with prompts costs half a round, or one."""
+    recorded, _ = cost_of(GATHER, slow)
+    assert recorded < cost_of(0.0, slow)[0]
+    assert recorded < cost_of(SLOW_GATHER, slow)[0]
+    assert cost_of(SLOW_GATHER)[0] < cost_of(GATHER)[0]
 
 
 def test_a_batch_that_memory_bounds_gathers_by_what_it_holds():

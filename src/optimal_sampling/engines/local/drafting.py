@@ -21,7 +21,7 @@ PROBE_EVERY = 100
 PROBE_WIDTH = 3
 """Of the round with drafts that is tried: one of the widths of the first rounds."""
 PLAIN_PROBE = 4
-"""Plain rounds that are tried in a row: the first is not queued ahead, and tells nothing."""
+"""Plain rounds that are tried in a row: where the first is not queued ahead it tells nothing."""
 
 
 class LinearCost:
@@ -264,10 +264,6 @@ class DraftPolicy:
         self._without_drafts = 0
         self._plain_due = PLAIN_PROBE
 
-    def first_widths(self) -> Sequence[int]:
-        """Widths of the first rounds."""
-        return self.EXPLORE
-
     def observe_plain(self, rows: int, seconds: float) -> None:
         """Seconds of a plain round, from the end of the one before it where it was queued ahead."""
         self.plain.observe(rows, seconds)
@@ -316,10 +312,6 @@ class FixedDrafts(DraftPolicy):
         tried: Bool[np.ndarray, "rows drafts"],
     ) -> None:
         """Nothing follows from them."""
-
-    def first_widths(self) -> Sequence[int]:
-        """The only one."""
-        return (self.most + 1,)
 
 
 class Lookup:

@@ -165,7 +165,7 @@ class LocalEngine(Engine):
         models = self._cached_models(settings)
         for model in models:
             drafting = len(models) == 2 and model is models[0]
-            model.prepare(settings.limits.rows, (1,) if drafting else policy.first_widths())
+            model.prepare(settings.limits.rows, 1 if drafting else policy.most + 1)
         return GenerationLoop(models, settings, policy, Sampler(models, settings, policy))
 
     @property

@@ -59,6 +59,11 @@ class RunSettings:
         return prompt_problem(self.roles, prompts, self.limits.context_lengths, self.embeddings)
 
     @property
+    def keeps_logits(self) -> bool:
+        """Whether logits are needed once the tokens are drawn."""
+        return bool(self.capture) or self.top_tokens > 0
+
+    @property
     def keeps_log_q(self) -> bool:
         """Whether q is needed of the whole vocabulary."""
         mixture = self.mixture
@@ -72,7 +77,10 @@ class SampledRound:
 
     drafts: Int64[Tensor, "rows drafts"]
     logits: Seq[Float[Tensor, "rows width vocab"]]
-    """Per context, at the drafts' positions and at the one after."""
+    """Per context, at the drafts' positions and at the one after; none where nobody asked.
+
+    The round after it may be queued while this one is not finished, and needs the memory.
+    """
     step: Drawn
     """Rows * width tokens, row by row."""
     noise: RoundNoise
@@ -169,7 +177,7 @@ class Sampler:
         both = [torch.stack(steps, 1), verified]
         return SampledRound(
             drafts=drafts,
-            logits=both,
+            logits=both if self.settings.keeps_logits else [],
             step=self._draw(both, noise),
             noise=noise,
             confidences=expected.confidences,
@@ -205,7 +213,7 @@ class Sampler:
         both = [torch.stack([*steps, logits[:, 0]], 1), verified]
         return SampledRound(
             drafts=drafts,
-            logits=both,
+            logits=both if self.settings.keeps_logits else [],
             step=self._draw(both, noise),
             noise=noise,
             confidences=expected.confidences,
@@ -250,7 +258,7 @@ class Sampler:
         stopwatch.mark()
         return SampledRound(
             drafts=drafts,
-            logits=logits,
+            logits=logits if self.settings.keeps_logits else [],
             step=self._draw(logits, noise),
             noise=noise,
             confidences=confidences,

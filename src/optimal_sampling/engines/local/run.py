@@ -73,7 +73,7 @@ class GenerationLoop:
         self.counts = DraftCounts()
         self.runs_ahead = (
             all(model.runner.runs_ahead for model in models)
-            and not (settings.capture or settings.top_tokens)  # made from logits, after the wait
+            and not settings.keeps_logits  # which are read after the wait
         )
         """Whether a round is queued before the tokens of the one before it are waited for."""
         self._finished = 0.0

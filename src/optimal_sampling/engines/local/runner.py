@@ -238,8 +238,8 @@ class ModelRunner(ABC, Generic[CacheT]):
         """CUDA graphs recorded; None for a kind that records none."""
         return None
 
-    def prepare(self, cache: CacheT, rows: int, widths: Seq[int]) -> None:
-        """Do before the first round what passes of so many rows need, at these widths."""
+    def prepare(self, cache: CacheT, rows: int, widest: int) -> None:
+        """Do before the first round what passes of so many rows need, `widest` tokens at most."""
 
 
 class CachedModel:
@@ -253,9 +253,9 @@ class CachedModel:
         self._columns = slice(contexts[0], contexts[-1] + 1)
         self.cache: Cache = runner.open_cache(contexts, tokens, sequences)
 
-    def prepare(self, sequences: int, widths: Seq[int]) -> None:
+    def prepare(self, sequences: int, widest: int) -> None:
         """As in `ModelRunner`, for so many sequences."""
-        self.runner.prepare(self.cache, sequences * len(self.contexts), widths)
+        self.runner.prepare(self.cache, sequences * len(self.contexts), widest)
 
     def move(self, source: int, target: int, sequence: Sequence) -> None:
         """Copy a row's contexts, which are those of `sequence`, to another row."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimal_sampling.engines.local.paged.cuda_graphs import RECORD_AT, Graphs
+from optimal_sampling.engines.local.paged.cuda_graphs import RECORD_AT, RECORD_BESIDE, Graphs
 from optimal_sampling.engines.local.paged.page_cache import Batch, BatchShape
 
 
@@ -120,8 +120,8 @@ def test_a_larger_recorded_shape_stands_in_until_a_shape_is_worth_a_recording():
     assert graphs.stand_in(batch(4).shape) is None, "nothing is recorded"
     for tokens in (8, 6):
         graphs.prepare(batch(tokens))
-    found = [graphs.stand_in(batch(4).shape) for _ in range(RECORD_AT)]
-    assert found == [batch(6).shape] * (RECORD_AT - 1) + [None]
+    found = [graphs.stand_in(batch(4).shape) for _ in range(RECORD_BESIDE)]
+    assert found == [batch(6).shape] * (RECORD_BESIDE - 1) + [None]
     run(graphs, 4)
     assert graphs.settled(batch(4).shape)
     assert graphs.stand_in(batch(4).shape) is None
@@ -133,7 +133,7 @@ def test_without_memory_for_a_recording_a_larger_one_stands_in_for_good():
     graphs = Graphs(doubled, Recorder({2: torch.OutOfMemoryError("CUDA out of memory")}))
     graphs.prepare(batch(8))
     graphs.prepare(batch(4))
-    found = {graphs.stand_in(batch(4).shape) for _ in range(3 * RECORD_AT)}
+    found = {graphs.stand_in(batch(4).shape) for _ in range(2 * RECORD_BESIDE)}
     assert found == {batch(8).shape}
 
 

@@ -9,6 +9,8 @@ import torch
 
 from optimal_sampling.bench.instruments import MeasuredEngine
 from optimal_sampling.distribution import Drawn
+from optimal_sampling.engines.device import Overlap
+from optimal_sampling.engines.local import round as round_module
 from optimal_sampling.engines.local.drafting import DraftPolicy, FixedDrafts
 from optimal_sampling.engines.local.paged.page_cache import Batch, lay_out
 from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
@@ -34,6 +36,22 @@ def models():
     return student, teacher
 
 
+@pytest.fixture(params=["in turn", "at once"])
+def order(request, monkeypatch):
+    """How both models run; at once: by the path of a GPU."""
+    if request.param == "at once":
+        monkeypatch.setattr(round_module, "Overlap", AtOnce)
+
+
+class AtOnce(Overlap):
+    """One queue that takes the work of two."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.works = True
+
+
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("draft_tokens", [1, 2, 4, 8])
 def test_stops_limits_and_admissions_change_nothing(models, draft_tokens):
     """Guards: positions, noise or a last token that are not those after the accepted drafts."""
@@ -137,6 +155,7 @@ def test_emulated_acceptance_is_counted_where_it_is_made(models, acceptance):
     assert [ahead > 0 for _, ahead in found] == [False, True]
 
 
+@pytest.mark.usefixtures("order")
 def test_auto_queues_rounds_with_drafts_ahead(models):
     """Guards: a width that follows from tokens that the host does not have yet."""
     vocab = dataclasses.replace(vocabulary(), stop_ids=frozenset())
@@ -158,10 +177,10 @@ class Widths(DraftPolicy):
         self.turn = 0
 
     def forced(self):
-        self.turn += 1
         return (5, 2, 9, 1, 3)[self.turn % 5]
 
     def plain_next(self, rows):
+        self.turn += 1
         return self.turn % 4 == 0
 
 
@@ -182,9 +201,9 @@ def test_the_seconds_of_rounds_do_not_overlap(models):
     engine = paged_engine(*models, ahead=True, vocab=vocab, batch_size=4, draft_tokens=3)
     engine._policy = lambda: Costs(3)
     started, slept = time.perf_counter(), 0.0
-    for _ in engine.generate(requests_of(4, new=(50, 70))):
+    for _ in engine.generate(requests_of(4, new=(50, 63, 70, 41))):
         before = time.perf_counter()
-        time.sleep(0.05)
+        time.sleep(0.2)
         slept += time.perf_counter() - before
     seconds = engine.loop.policy.seconds
     assert 0 < sum(seconds) <= time.perf_counter() - started - slept

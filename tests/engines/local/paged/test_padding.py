@@ -124,12 +124,12 @@ def test_buckets_and_keys():
     assert bucket_for([]) == NO_CHUNKS
     assert bucket_for([chunk(0, 0, 128)]) == BUCKETS[0]
     assert bucket_for([chunk(0, 0, 129)]) == BUCKETS[1]
-    assert bucket_for([chunk(0, 0, 2048)]) == BUCKETS[-1]
-    assert bucket_for([chunk(0, 0, 2049)]) is None
+    assert bucket_for([chunk(0, 0, 1024)]) == BUCKETS[-1]
+    assert bucket_for([chunk(0, 0, 1025)]) is None
     assert bucket_for([chunk(i, 0, 1) for i in range(31)]) == BUCKETS[2]
     assert bucket_for([chunk(i, 0, 1) for i in range(32)]) is None
-    assert [rounded_keys(keys, NO_CHUNKS) for keys in (1, 512, 513, 5000)] == [512, 512, 1024, 8192]
-    assert [rounded_keys(keys, BUCKETS[0]) for keys in (1, 2048, 2049)] == [2048, 2048, 8192]
+    assert [rounded_keys(keys) for keys in (1, 512, 513, 5000)] == [512, 512, 1024, 8192]
+    assert [rounded_keys(keys, 8) for keys in (1, 2048, 2049)] == [2048, 2048, 8192]
 
 
 def test_what_no_bucket_holds_runs_unrecorded(flash_on_cpu):
@@ -147,6 +147,33 @@ def test_what_no_bucket_holds_runs_unrecorded(flash_on_cpu):
     }
     shapes = [s for r in engine.pair.runners.values() for g in r.graphs.values() for s in g._seen]
     assert not [shape for shape in shapes if shape.chunks], "40 chunks, then one of 2,500 tokens"
+
+
+def test_chunks_whose_recording_is_out_of_memory_run_unrecorded(flash_on_cpu):
+    """Guards: other shapes, or texts, lost with a recording that memory does not hold."""
+
+    class Small(FakeRecorder):
+        def __call__(self, forward):
+            at = forward.__code__.co_freevars.index("inputs")
+            if forward.__closure__[at].cell_contents.shape.chunks:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(forward)
+
+    models = tiny_model(1), tiny_model(2)
+    requests = [Request(str(i), i, 0, (1, 2), (3,), 2 + i % 7) for i in range(24)]
+    options = {"draft_tokens": 0, "batch_size": 4}
+    expected = by_key(paged_engine(*models, recorded=False, **options).generate(requests))
+    engine = paged_engine(*models, **options)
+    for runner in engine.pair.runners.values():
+        runner.new_recorder = Small
+    done = by_key(engine.generate(requests))
+    assert {k: c.token_ids for k, c in done.items()} == {
+        k: c.token_ids for k, c in expected.items()
+    }
+    recordings = engine.pair.recorded_graphs
+    assert not recordings.off
+    assert recordings.skipped > 0
+    assert recordings.count > 0
 
 
 def uneven(count, prompt, new):

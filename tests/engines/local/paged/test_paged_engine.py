@@ -144,7 +144,7 @@ def test_recorded_shapes_are_few_and_used_again(models, flash_on_cpu):
 def test_the_full_batch_is_recorded_before_the_first_round(models, flash_on_cpu):
     """Guards: shapes recorded at start-up that no round has, and a cache they spoil."""
     requests = requests_of(Harness(None, None, PROMPTS, CONTEXT), 16, new=12)
-    for drafts, widths in ((0, 1 + 1), (3, 1 + 1), ("auto", 1 + 4)):
+    for drafts, widths in ((0, 1 + 1), (3, 1 + 4), ("auto", 1 + 6)):
         engine = paged_engine(*models, draft_tokens=drafts, batch_size=16)
         before = FakeRecorder.recorded
         engine._new_loop().close()

@@ -19,13 +19,15 @@ from optimal_sampling.engines.local.memory import round_up
 from optimal_sampling.engines.local.paged.page_cache import Batch, BatchShape
 from optimal_sampling.engines.local.runner import Recordings
 
-__all__ = ["RECORD_AT", "CudaRecorder", "Graphs", "Recorder"]
+__all__ = ["RECORD_AT", "RECORD_BESIDE", "CudaRecorder", "Graphs", "Recorder"]
 
 Recorder: TypeAlias = Callable[[Callable[[], None]], Callable[[], object]]
 """Runs a function over fixed tensors and returns what runs it again."""
 
 RECORD_AT = 3
 """A shape is recorded when it comes for this time: recording costs about ten forward passes."""
+RECORD_BESIDE = 64
+"""The same where a larger recorded shape serves until then: this saves a part of a pass only."""
 MOST_GRAPHS = 128
 """Of one cache; the one that was used least recently is dropped for another."""
 OUTPUT_ROWS = 256
@@ -102,16 +104,18 @@ class Graphs:
         return shape in self._recorded or shape in self._skipped or bool(self.off)
 
     def stand_in(self, shape: BatchShape) -> BatchShape | None:
-        """A recorded shape that holds this one, which is counted, until it is recorded itself.
+        """A recorded shape that holds this one, which is counted; None: this one is to run.
 
-        A graph over more rows and keys costs a little more, a pass without a graph many times as
-        much.
+        A graph over more rows and keys costs a little more, and a pass without a graph many times
+        as much, so a shape that another stands in for is recorded when it has come RECORD_BESIDE
+        times.
         """
-        due = self._seen[shape] + 1 >= RECORD_AT and not self.settled(shape)
-        if due or shape in self._recorded:
+        if shape in self._recorded:
             return None
         fitting = [each for each in self._recorded if each.holds(shape)]
         if not fitting:
+            return None
+        if self._seen[shape] + 1 >= RECORD_BESIDE and not self.settled(shape):
             return None
         self._seen[shape] += 1
         return min(fitting, key=lambda each: (each.rows, each.max_keys))

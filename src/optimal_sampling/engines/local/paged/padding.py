@@ -27,8 +27,8 @@ class Bucket(NamedTuple):
 
 
 NO_CHUNKS = Bucket(0, 0)
-BUCKETS = (Bucket(128, 8), Bucket(256, 16), Bucket(512, 32), Bucket(1024, 32), Bucket(2048, 32))
-"""The last holds what a round reads of one context by default (`prefill_chunk`).
+BUCKETS = (Bucket(128, 8), Bucket(256, 16), Bucket(512, 32), Bucket(1024, 32))
+"""Passes over more tokens take a GPU as long as their launch takes the host.
 
 An attention backend launches a thread block per segment, head and 128 tokens of the longest
 segment that there might be, so segments cost something although they are empty.
@@ -44,9 +44,9 @@ def bucket_for(chunks: Sequence[Chunk]) -> Bucket | None:
     return next((b for b in BUCKETS if b.tokens >= tokens and b.segments > len(chunks)), None)
 
 
-def rounded_keys(keys: int, bucket: Bucket) -> int:
-    """A power of two; where there are chunks a power of two times four, as shapes are more then."""
-    rounded, step = (LEAST_KEYS, 2) if bucket == NO_CHUNKS else (4 * LEAST_KEYS, 4)
+def rounded_keys(keys: int, chunks: int = 0) -> int:
+    """A power of two; every other one where there are chunks, as shapes are more then."""
+    rounded, step = (4 * LEAST_KEYS, 4) if chunks else (LEAST_KEYS, 2)
     while rounded < keys:
         rounded *= step
     return rounded

@@ -103,13 +103,15 @@ class BatchShape:
 
     def holds(self, other: BatchShape) -> bool:
         """Whether the other one is this with idle rows left out, and fewer keys."""
-        alike = (self.width, self.chunks, self.tokens - self.outputs, self.max_queries) == (
-            other.width,
-            other.chunks,
-            other.tokens - other.outputs,
-            other.max_queries,
+        rows, fewer = self.segments - self.chunks, other.segments - other.chunks
+        return (
+            rows >= fewer
+            and self.max_keys >= other.max_keys
+            and self.max_queries == other.max_queries
+            and self.chunks == other.chunks
+            and self.tokens - self.outputs == other.tokens - other.outputs
+            and self.outputs * fewer == other.outputs * rows
         )
-        return alike and self.rows >= other.rows and self.max_keys >= other.max_keys
 
     def parts(self) -> tuple[BatchShape, BatchShape]:
         """The chunks alone, and the rows alone."""

@@ -36,7 +36,7 @@ from optimal_sampling.engines.local.paged.page_manager import PAGE, PageManager
 from optimal_sampling.engines.local.runner import ForwardPass, ModelRunner, Recordings
 from optimal_sampling.engines.local.scheduler import Chunk
 
-__all__ = ["PageRunner"]
+__all__ = ["GATHER", "SLOW_GATHER", "PageRunner"]
 
 WIDTHS = (1, 2, 3, 5, 9, 17)
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -120,7 +120,7 @@ class PageRunner(ModelRunner[PageCache]):
         return sum((graphs.recordings for graphs in self.graphs.values()), Recordings())
 
     @torch.inference_mode()
-    def prepare(self, cache: PageCache, rows: int, widths: Sequence[int]) -> None:
+    def prepare(self, cache: PageCache, rows: int, widest: int) -> None:
         """Record passes over so many rows, all of them idle, for texts of START_KEYS tokens.
 
         A graph serves other numbers than it was recorded with, and the first pass of all, which
@@ -131,7 +131,7 @@ class PageRunner(ModelRunner[PageCache]):
             return
         rows = next_of(ROWS, rows)
         start = np.zeros(rows, dtype=np.int64)
-        for width in sorted({next_of(WIDTHS, each) for each in widths}):
+        for width in (each for each in WIDTHS if each <= next_of(WIDTHS, widest)):
             unpadded = lay_out(cache.manager, start, width, range(rows), ())
             for bucket, keys in self._first_shapes():
                 numbers, shape = pad_chunks(*unpadded, bucket)
@@ -141,9 +141,9 @@ class PageRunner(ModelRunner[PageCache]):
 
     def _first_shapes(self) -> list[tuple[Bucket, int]]:
         """Chunks and keys of what `prepare` records."""
-        longest = rounded_keys(self.longest, NO_CHUNKS)
+        longest = rounded_keys(self.longest)
         plain = [(NO_CHUNKS, keys) for keys in START_KEYS if keys <= longest]
-        return [*plain, (START_BUCKET, rounded_keys(1, START_BUCKET))]
+        return [*plain, (START_BUCKET, rounded_keys(1, START_BUCKET.segments))]
 
     @torch.inference_mode()
     def forward(
@@ -156,14 +156,17 @@ class PageRunner(ModelRunner[PageCache]):
     ) -> ForwardPass:
         """From a recorded graph where there is one. Chunks that no bucket holds have none."""
         rows, width = tokens.shape
-        bucket = bucket_for(chunks)
-        if bucket is None or cache not in self.graphs:
+        if cache not in self.graphs:
             numbers, shape = lay_out(cache.manager, start, width, idle, chunks)
             numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], chunks)
             ids = self._with_chunks(tokens, chunks)
             logits, plan = self._run(cache, Batch(shape, ids, to_device(numbers, self.device)))
             return ForwardPass(self._cut(logits, rows, width, width), plan=plan)
+        bucket = bucket_for(chunks)
         batch, padded_width = self._padded(cache, tokens, start, idle, chunks, bucket)
+        if bucket is None:
+            logits, plan = self._run(cache, batch)
+            return ForwardPass(self._cut(logits, rows, width, padded_width), plan=plan)
         logits, settled = self._recorded(cache, batch)
         return ForwardPass(self._cut(logits, rows, width, padded_width), settled)
 
@@ -209,10 +212,11 @@ class PageRunner(ModelRunner[PageCache]):
         start: Int[np.ndarray, " rows"],
         idle: Sequence[int],
         chunks: Sequence[Chunk],
-        bucket: Bucket,
+        bucket: Bucket | None,
     ) -> tuple[Batch, int]:
         """The batch with rows, width, chunks and keys rounded up, and its width.
 
+        Without a bucket the chunks stay as they are; Triton's programs are compiled for the rest.
         What surplus columns write lies behind the row's end, and is overwritten.
         """
         rows, width = tokens.shape
@@ -223,17 +227,18 @@ class PageRunner(ModelRunner[PageCache]):
             not_used = [*idle, *range(rows, count)]
             numbers, shape = lay_out(cache.manager, padded, padded_width, not_used, chunks)
             numbers[: shape.tokens] = self.mark_long(numbers[: shape.tokens], chunks)
-            numbers, shape = pad_chunks(numbers, shape, bucket)
-            return numbers, replace(shape, max_keys=rounded_keys(shape.max_keys, bucket))
+            if bucket is not None:
+                numbers, shape = pad_chunks(numbers, shape, bucket)
+            return numbers, replace(shape, max_keys=rounded_keys(shape.max_keys, shape.chunks))
 
         numbers, shape = lay_out_rows(next_of(ROWS, rows))
         graphs = self.graphs.get(cache)
-        stand_in = graphs.stand_in(shape) if graphs is not None else None
+        stand_in = None if graphs is None or bucket is None else graphs.stand_in(shape)
         if stand_in is not None:
             numbers, _ = lay_out_rows(stand_in.rows)
             shape = stand_in
         tokens = F.pad(tokens, (0, padded_width - width, 0, shape.rows - rows))
-        ids = self._with_chunks(tokens, chunks, bucket.tokens)
+        ids = self._with_chunks(tokens, chunks, bucket.tokens if bucket else 0)
         return Batch(shape, ids, to_device(numbers, self.device)), padded_width
 
     def _padded_width(self, cache: PageCache, start: Int[np.ndarray, " rows"], width: int) -> int:
