@@ -1,6 +1,7 @@
 """The bound on the total variation between q of two lists and q of the whole rows."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import log_q, make_pair, solve
-from optimal_sampling.engines.servers.bounds import alpha_interval, box_of
+from optimal_sampling.engines.servers.bounds import alpha_interval
+from optimal_sampling.engines.servers.box import box_of
 from optimal_sampling.engines.servers.mixing import ListMixer
 from optimal_sampling.engines.servers.table_model import token_list
 from optimal_sampling.engines.servers.union import find_support, join
@@ -163,6 +165,58 @@ def test_fixed_alpha_bound_is_reached():
     rows = [base, base]
     q, bound = of_lists(lists_of(rows, 20, True), MIXTURES["fixed"])
     assert np.abs(q - np.exp(base)).sum() / 2 == pytest.approx(bound, rel=1e-5)
+
+
+def filled(row, kept, first):
+    """log p with the list of `row`: what it leaves lies on the ids `first`, each with the most."""
+    most, left = np.exp(row[kept].min()), 1 - np.exp(row[kept]).sum()
+    others = np.setdiff1d(np.arange(VOCAB), [*kept, *first])
+    p = np.zeros(VOCAB)
+    for token in [*first, *others]:
+        p[token] = min(most, left)
+        left -= p[token]
+    p[kept] = np.exp(row[kept])
+    return np.log(p + 1e-12)
+
+
+def worst_of_some(rows, lists, q, mixture):
+    """The largest total variation of `q` to the exact one of pairs that have these lists."""
+    only = [np.setdiff1d(other.ids, own.ids) for own, other in zip(lists, lists[::-1], strict=True)]
+    beyond = np.setdiff1d(np.arange(VOCAB), np.union1d(lists[0].ids, lists[1].ids))
+    found = []
+    for takes_student, takes_teacher, tail in product((0, 1), (0, 1), (beyond, beyond[::-1])):
+        first = [[*only[0], *beyond] if takes_student else beyond]
+        first.append([*only[1], *tail] if takes_teacher else tail)
+        pair = [filled(row, lists[i].ids, first[i]) for i, row in enumerate(rows)]
+        found.append(np.abs(q - exact(*pair, mixture)[0]).sum() / 2)
+    return max(found)
+
+
+@pytest.mark.parametrize("name", ["kl_symmetry", "clamped", "fixed"])
+def test_some_pair_comes_near_the_bound(name):
+    """Guards: errors of alpha and of the weights that are added, where no pair has both."""
+    rng = np.random.default_rng(5)
+    ratios = []
+    for _ in range(20):
+        rows = [normalised(row) for row in language(rng)]
+        lists = lists_of(rows, 20, False)
+        q, bound = of_lists(lists, MIXTURES[name])
+        worst = worst_of_some(rows, lists, q, MIXTURES[name])
+        assert worst <= bound + ROUNDING
+        ratios.append(bound / worst)
+    assert np.median(ratios) < 1.5
+
+
+def test_a_list_is_right_to_the_rounding_of_a_server():
+    """Guards: no room for an id that one list lacks, where the list sums to 1 by rounding."""
+    rng = np.random.default_rng(0)
+    for name in ("kl_symmetry", "clamped", "fixed", "hot"):
+        rank = rng.permutation(VOCAB)
+        rows = [-0.8 * rank, -np.where(rank < 20, rank, np.where(rank == 20, 4, 40))]
+        rows = [normalised(row) for row in rows]
+        lists = [token_list((row + 1e-6).astype(np.float32).astype(float), 20) for row in rows]
+        q, bound = of_lists(lists, MIXTURES[name])
+        assert np.abs(q - exact(*rows, MIXTURES[name])[0]).sum() / 2 <= bound + ROUNDING
 
 
 def test_alpha_lies_in_its_interval():

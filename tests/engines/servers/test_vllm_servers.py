@@ -233,20 +233,20 @@ def test_short_lists_stay_within_their_bound(engine, local, vocabulary, texts):
             for place in range(len(tokens)):
                 pair = [[each[place] for each in lists] for lists in (full, short)]
                 measured.append(total_variation(mixer, *pair, place))
-    medians = {}
+    means = {}
     for top_k, measured in found.items():
         tv, bound = np.array(measured).T
-        assert (tv <= bound + 1e-5).all()  # the servers round to float32
+        assert (tv <= bound + 1e-5).all()  # two requests differ by rounding
         seen = tv > 1e-3
-        if seen.sum() >= 20:
-            assert np.median(bound[seen] / tv[seen]) <= 4
-        medians[top_k] = np.median(bound)
+        ratio = np.median(bound[seen] / tv[seen]) if seen.any() else np.nan
         print(
             f"top {top_k}: {len(tv)} tokens, TV mean {tv.mean():.2g} most {tv.max():.2g}, "
             f"bound mean {bound.mean():.2g} most {bound.max():.2g}; {seen.sum()} above 1e-3, "
-            f"bound / TV there {np.median(bound[seen] / tv[seen]):.2g}"
+            f"bound / TV there {ratio:.2g}"
         )
-    assert medians[20] <= medians[5]
+        assert seen.sum() < 20 or ratio <= 4
+        means[top_k] = bound.mean()
+    assert 10 * means[20] < means[5]
 
 
 def total_variation(mixer, full, short, place):

@@ -8,126 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float64
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.engines.servers.union import NEVER, Side, Support, Union, log_sum
+from optimal_sampling.engines.servers.box import (
+    Alphas,
+    Box,
+    Flags,
+    Numbers,
+    Range,
+    Table,
+    least_sum,
+    most_sum,
+    weights,
+)
+from optimal_sampling.engines.servers.union import NEVER
 
-__all__ = ["Box", "alpha_interval", "box_of", "total_variation_bound"]
+__all__ = ["alpha_interval", "total_variation_bound"]
 
 _INSIDE = 1e-9  # of alpha: the ends of [0, 1] are no mixtures
 _ROUNDING = 1e-13
+_SAME = 1e-9  # relative difference of sums by rounding
 _TINY = 1e-200  # in place of a sum of weights that is 0
 _GRID = 16
-_ROUNDS = 4
+_ROUNDS = 3
 _PIECES = 16
 _SHRINKS = 0.98  # a round that leaves more of the interval is the last
-
-Numbers: TypeAlias = Float64[np.ndarray, " columns"]
-Flags: TypeAlias = Bool[np.ndarray, " columns"]
-Table: TypeAlias = Float64[np.ndarray, "alphas columns"]
-Alphas: TypeAlias = Float64[np.ndarray, " alphas"]
-Range: TypeAlias = tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Box:
-    """All pairs of distributions that have these lists: limits of every id's log s and log t.
-
-    The last column stands for all ids outside of the union together.
-    """
-
-    student: Numbers
-    """log s, or the most that it can be."""
-    teacher: Numbers
-    student_known: Flags
-    """Where the id has any weight at all, log s is this."""
-    teacher_known: Flags
-    certain: Flags
-    """The id certainly lies in the teacher's support."""
-    drawn: Flags
-    """q of the lists has the id."""
-    guess: tuple[Numbers, Numbers]
-    """log s and log t that q of the lists is made from."""
-    student_total: Range
-    """Bounds on the log of the student's mass in the support."""
-    teacher_total: Range
-
-    @property
-    def exact(self) -> Flags:
-        """Ids whose weight is known."""
-        exact: Flags = self.student_known & self.teacher_known & self.certain
-        return exact
-
-
-def box_of(union: Union, support: Support | None) -> Box:
-    """What two lists, and the teacher's support where there is one, leave open."""
-    student, teacher = union.student, union.teacher
-    everywhere = np.ones(len(union.ids), dtype=bool)
-    possible = everywhere if support is None else support.possible
-    reaches = support is None or support.rest > NEVER
-    outside = (student.rest[1], teacher.rest[1] if support is None else support.rest)
-    if union.is_whole or not reaches:
-        outside = (NEVER, NEVER)
-    never = ~possible  # no weight, which is known
-    certain = everywhere if support is None else support.certain
-    totals = (student.total, teacher.total)
-    if support is not None:
-        totals = (_student_total(student, support), _teacher_total(teacher, support))
-    return Box(
-        student=np.append(np.where(possible, student.log_p, NEVER), outside[0]),
-        teacher=np.append(np.where(possible, teacher.log_p, NEVER), outside[1]),
-        student_known=np.append(student.known | never, False),
-        teacher_known=np.append(teacher.known | never, False),
-        certain=np.append(certain | never, False),
-        drawn=np.append(possible & (teacher.known | (support is None)), False),
-        guess=(np.append(student.guess, NEVER), np.append(teacher.guess, NEVER)),
-        student_total=totals[0],
-        teacher_total=totals[1],
-    )
-
-
-def _student_total(student: Side, support: Support) -> Range:
-    low = log_sum(student.log_p[support.certain & student.known])
-    high = log_sum(student.log_p[support.possible & student.known])
-    unknown = student.log_p[support.possible & ~student.known]
-    rest = student.rest[1] if support.rest > NEVER else min(student.rest[1], log_sum(unknown))
-    return low, float(np.logaddexp(high, rest))
-
-
-def _teacher_total(teacher: Side, support: Support) -> Range:
-    known = log_sum(teacher.log_p[support.possible & teacher.known])
-    return support.least_mass, float(np.logaddexp(known, support.rest))
-
-
-# Weights
-
-
-def _weights(student: Numbers, teacher: Numbers, alphas: Alphas) -> Table:
-    column = alphas[:, None]
-    weights: Table = np.exp((1 - column) * student + column * teacher)
-    return weights
-
-
-def _psi(student: Numbers | Table, teacher: Numbers | Table, alphas: Alphas) -> Table:
-    """s^(1-alpha) t^alpha log(t/s)."""
-    column = alphas[:, None]
-    psi: Table = np.exp((1 - column) * student + column * teacher) * (teacher - student)
-    return psi
-
-
-def _slope_limits(box: Box, teacher: Numbers, alphas: Alphas) -> tuple[Table, Table]:
-    """Least and most of psi of every column, for alphas inside of (0, 1); lemma 2."""
-    column = alphas[:, None]
-    at_most = _psi(box.student, teacher, alphas)
-    lowest = _psi(box.student, np.minimum(teacher, box.student - 1 / column), alphas)
-    highest = _psi(np.minimum(box.student, teacher - 1 / (1 - column)), teacher, alphas)
-    least = np.where(box.teacher_known, np.minimum(at_most, 0.0), lowest)
-    most = np.where(box.student_known, np.maximum(at_most, 0.0), highest)
-    return np.where(box.exact, at_most, least), np.where(box.exact, at_most, most)
+_SLOPES = np.geomspace(0.05, 2, 6)  # multipliers: about 1 / log(t/s)
+_MOST_COLUMNS = 4096  # of what is looked at for all multipliers: tens of milliseconds
+_MOST_FACTOR = 10.0  # log of a factor of Z that says nothing
+_ONE, _ZERO = np.ones(1), np.zeros(1)
 
 
 # alpha
@@ -194,21 +105,20 @@ def _bracket(sign: Callable[[Alphas], Alphas], low: float, high: float) -> Range
 
 
 def _symmetry_sign(box: Box, alphas: Alphas) -> Alphas:
-    """Of F', which grows and whose root is alpha of kl_symmetry; lemma 3."""
-    lowest = box.student_total[0] - box.teacher_total[1]
-    highest = box.student_total[1] - box.teacher_total[0]
-    least, most = _slope_limits(box, box.teacher + lowest, alphas)
-    if highest > lowest:
-        _, most = _slope_limits(box, box.teacher + highest, alphas)
-    return _sign(least.sum(-1), most.sum(-1))
+    """Of F', which grows and whose root is alpha of kl_symmetry; lemma 4."""
+    lowest, highest = box.log_ratio
+    least = least_sum(box, alphas, np.array([lowest]), _ONE)
+    most = most_sum(box, alphas, np.array([highest]), _ONE)
+    return _sign(least[:, 0], most[:, 0])
 
 
 def _trust_sign(box: Box, alphas: Alphas, limit: float) -> Alphas:
-    """Of KL(q||p_student) - limit, which grows; lemma 4."""
-    weights = _weights(box.student, box.teacher, alphas)
-    most_z = weights.sum(-1)
-    least_z = (weights * box.exact).sum(-1)
-    least, most = (each.sum(-1) for each in _slope_limits(box, box.teacher, alphas))
+    """Of KL(q||p_student) - limit, which grows; lemma 5."""
+    table = weights(box.student, box.teacher, alphas)
+    most_z = table.sum(-1)
+    least_z = (table * box.exact).sum(-1)
+    least = least_sum(box, alphas, _ZERO, _ONE)[:, 0]
+    most = most_sum(box, alphas, _ZERO, _ONE)[:, 0]
     with np.errstate(divide="ignore", invalid="ignore"):
         smallest = least / np.where(least > 0, most_z, least_z)
         largest = most / np.where(most > 0, least_z, most_z)
@@ -224,31 +134,19 @@ def _sign(least: Alphas, most: Alphas) -> Alphas:
 # The bound
 
 
-def total_variation_bound(
-    box: Box, mixture: MixtureConfig, position: int, alpha: float, q: Numbers
-) -> float:
+def total_variation_bound(box: Box, mixture: MixtureConfig, position: int, q: Numbers) -> float:
     """A bound on TV(q of the lists, q of the whole rows), both before top-k and top-p.
 
-    `alpha`: that of q of the lists; `q`: the probabilities of the ids of the union. ValueError for
-    a mixture without a bound.
+    `q`: the probabilities of the ids of the union. ValueError for a mixture without a bound.
     """
+    forced = mixture.force_first_token and position == 0
     if mixture.alpha_method == "arithmetic":
-        forced = mixture.force_first_token and position == 0
         return _arithmetic_bound(box, 1.0 if forced else mixture.arithmetic_weight, q)
     if not mixture.is_geometric:
         raise ValueError(f"no bound is known for alpha_method {mixture.alpha_method}")
     low, high = alpha_interval(box, mixture, position)
-    return _geometric_bound(box, alpha, low, high)
-
-
-def _exact_at(box: Box, low: float, high: float) -> Flags:
-    """Ids whose weight is known; at alpha = 0 or 1 that of one model."""
-    exact = box.exact
-    if low == high == 0:
-        exact = box.student_known & box.certain
-    if low == high == 1:
-        exact = box.teacher_known & box.certain
-    return exact
+    pieces = _pieces(box, low, high, mixture.alpha_method == "kl_symmetry" and not forced)
+    return _geometric_bound(pieces, np.append(q, 0.0))
 
 
 def _arithmetic_bound(box: Box, weight: float, q: Numbers) -> float:
@@ -260,67 +158,120 @@ def _arithmetic_bound(box: Box, weight: float, q: Numbers) -> float:
     return min(1.0, excess)
 
 
-def _geometric_bound(box: Box, alpha: float, low: float, high: float) -> float:
-    """Shift of alpha and what is not known at each alpha of the interval, piece by piece."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pieces:
+    """What is known of the weights where alpha lies in one of several intervals, [pieces]."""
+
+    exact: Flags
+    open_ids: Flags
+    """Ids that q of the lists has, of a weight that is not known."""
+    most: Table
+    """Of the weight of every column, [pieces, columns]."""
+    least_known: Alphas
+    """Of the sum of the weights that are known."""
+    most_known: Alphas
+    hidden: Alphas
+    """Most of the weight of all ids that q of the lists does not have."""
+    total: tuple[Alphas, Alphas]
+    """Least and most of the sum of all weights; the most is below the least where alpha cannot lie
+    in the piece."""
+
+
+def _pieces(box: Box, low: float, high: float, is_symmetric: bool) -> _Pieces:
+    """The pieces of an interval of alpha. `is_symmetric`: it is of kl_symmetry."""
     ends = np.unique(np.linspace(low, high, _PIECES + 1))
-    shift = _shift(box, alpha, ends)
-    if len(ends) == 1:
-        return float(min(1.0, shift[0] + _gap(box, ends, ends)[0]))
-    shift = np.maximum(shift[:-1], shift[1:])
-    return float(min(1.0, (shift + _gap(box, ends[:-1], ends[1:])).max()))
+    # alpha is an end also where it was clamped to it
+    left, right = np.append(ends[0], ends), np.append(ends, ends[-1])
+    exact = box.exact_at(low, high)
+    table = weights(box.student, box.teacher, ends)
+    known = (table * exact).sum(-1)
+    hidden = (table * (~exact & ~box.drawn)).sum(-1)
+    least_known = _least_known(box, exact, left, right)
+    total = (least_known, _of_pieces(known + _most_unknown(box, exact, ends)))
+    if is_symmetric and len(exact) <= _MOST_COLUMNS:
+        found = _total_by_symmetry(box, ends)
+        total = (np.maximum(total[0], found[0]), np.minimum(total[1], found[1]))
+    return _Pieces(
+        exact=exact,
+        open_ids=~exact & box.drawn,
+        most=_of_pieces(table),
+        least_known=least_known,
+        most_known=_of_pieces(known),
+        hidden=_of_pieces(hidden),
+        total=total,
+    )
 
 
-def _shift(box: Box, alpha: float, ends: Alphas) -> Alphas:
-    """TV between q of the lists at `alpha` and at other alphas; it grows with the distance."""
-    student, teacher = (each[box.drawn] for each in box.guess)
-    weights = _weights(student, teacher, np.append(ends, alpha))
-    q = weights / weights.sum(-1, keepdims=True)
-    shift: Alphas = np.abs(q[:-1] - q[-1]).sum(-1) / 2
-    return shift
-
-
-def _gap(box: Box, low: Alphas, high: Alphas) -> Alphas:
-    """Most of TV(q of the lists, q) at one alpha, over pieces [low, high] of alpha; theorem 1."""
-    exact = _exact_at(box, float(low[0]), float(high[-1]))
-    open_ids = ~exact & box.drawn
-    known = _least_known(box, exact, low, high)
-    most = _most(box.student[open_ids], box.teacher[open_ids], low, high)
-    hidden = ~exact & ~box.drawn
-    rest = _most(box.student[hidden], box.teacher[hidden], low, high)
-    student, teacher = box.guess
-    taken = _most(student[open_ids], teacher[open_ids], low, high)
-    share = _least_share(box, open_ids, low, high)
-    total = _most(student[box.drawn], teacher[box.drawn], low, high)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        worst = np.clip(np.sqrt(known * total / share) - known - rest, 0.0, most)
-        worst = np.where(np.isnan(worst), most, worst)
-        lost = 1 - share * worst / total - known / (known + worst + rest)
-        surplus = taken / (known + taken)
-    gap: Alphas = np.nan_to_num(np.maximum(lost, np.where(taken > 0, surplus, 0.0)), nan=1.0)
-    return gap
-
-
-def _least_known(box: Box, exact: Flags, low: Alphas, high: Alphas) -> Alphas:
-    """Least over a piece of the known weight, whose log is convex: above its tangent."""
-    middle = (low + high) / 2
-    student, teacher = box.student[exact], box.teacher[exact]
-    weight = _weights(student, teacher, middle).sum(-1)
-    slope = _psi(student, teacher, middle).sum(-1) / np.maximum(weight, _TINY)
-    least: Alphas = weight * np.exp(-np.abs(slope) * (high - low) / 2)
-    return least
-
-
-def _most(student: Numbers, teacher: Numbers, low: Alphas, high: Alphas) -> Alphas:
-    """Most over a piece of a sum of weights, which is convex: that at one of its ends."""
-    ends = (_weights(student, teacher, each).sum(-1) for each in (low, high))
-    most: Alphas = np.maximum(*ends)
+def _of_pieces(at_ends: np.ndarray) -> np.ndarray:
+    """Most in every piece of what is convex: that at one of its ends."""
+    first, last = at_ends[:1], at_ends[-1:]
+    most: np.ndarray = np.maximum(np.concatenate([first, at_ends]), np.concatenate([at_ends, last]))
     return most
 
 
-def _least_share(box: Box, ids: Flags, low: Alphas, high: Alphas) -> Alphas:
-    """Least share that what is taken for a weight has of the most that it can be."""
-    student = (box.guess[0] - box.student)[ids]
-    teacher = (box.guess[1] - box.teacher)[ids]
-    ends = [_weights(student, teacher, each).min(-1, initial=1.0) for each in (low, high)]
-    least: Alphas = np.minimum(*ends)
+def _most_unknown(box: Box, exact: Flags, ends: Alphas) -> Alphas:
+    """Most of the sum of the weights that are not known; lemma 3."""
+    corners = ((box.student, box.teacher), *box.spread)
+    sums = [weights(s[~exact], t[~exact], ends).sum(-1) for s, t in corners]
+    most: Alphas = np.min(sums, axis=0)
+    return most
+
+
+def _least_known(box: Box, exact: Flags, left: Alphas, right: Alphas) -> Alphas:
+    """Least in a piece of the known weight, whose log is convex: above its tangent."""
+    student, teacher = box.student[exact], box.teacher[exact]
+    table = weights(student, teacher, (left + right) / 2)
+    weight = table.sum(-1)
+    slope = (table * (teacher - student)).sum(-1) / np.maximum(weight, _TINY)
+    least: Alphas = weight * np.exp(-np.abs(slope) * (right - left) / 2)
     return least
+
+
+def _total_by_symmetry(box: Box, ends: Alphas) -> tuple[Alphas, Alphas]:
+    """Least and most of Z in every piece that has the root of F'; lemma 6."""
+    lowest, highest = box.log_ratio
+    alphas = np.clip(ends, _INSIDE, 1 - _INSIDE)
+    width = float(ends[1] - ends[0]) if len(ends) > 1 else 0.0
+    log_factor = max(abs(lowest), abs(highest)) * width
+    if log_factor > _MOST_FACTOR:
+        return np.zeros(len(ends) + 1), np.full(len(ends) + 1, np.inf)
+    steep = np.maximum(_SLOPES, width)
+    # the root lies at or above the end: the slope of Z there is negative
+    least_above = least_sum(box, alphas, 1 + steep * lowest, steep).max(-1)
+    most_above = -least_sum(box, alphas, _SLOPES * lowest - 1, _SLOPES).max(-1)
+    # or below it
+    least_below = -most_sum(box, alphas, steep * highest - 1, steep).min(-1)
+    most_below = most_sum(box, alphas, 1 + _SLOPES * highest, _SLOPES).min(-1)
+    least = np.maximum(np.append(0.0, least_above), np.append(least_below, 0.0))
+    most = np.minimum(np.append(np.inf, most_above), np.append(most_below, np.inf))
+    return least / np.exp(log_factor), most * np.exp(log_factor)
+
+
+def _geometric_bound(pieces: _Pieces, q: Numbers) -> float:
+    """Most of TV over all pieces and all that Z may be there; theorem 1."""
+    low, high = pieces.total
+    share = _least_share(pieces, q, low)
+    beyond = np.clip(pieces.most_known + pieces.hidden, low, high)
+    excess = [_excess(pieces, q, total, share) for total in (low, beyond, high)]
+    possible = high >= low * (1 - _SAME)
+    if not possible.any():
+        return 1.0
+    return min(1.0, float(np.max(excess, axis=0)[possible].max()))
+
+
+def _least_share(pieces: _Pieces, q: Numbers, total: Alphas) -> Alphas:
+    """Least share that q Z has of the most that a weight can be which is not known."""
+    most = np.maximum(pieces.most[:, pieces.open_ids], _TINY)
+    share: Alphas = (q[pieces.open_ids] * total[:, None] / most).min(-1, initial=1.0)
+    return share
+
+
+def _excess(pieces: _Pieces, q: Numbers, total: Alphas, share: Alphas) -> Alphas:
+    """Most of the sum of what the exact q has more than `q`, where Z is `total`."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        of_known = pieces.most[:, pieces.exact] / total[:, None] - q[pieces.exact]
+        unknown = 1 - pieces.least_known / total
+        drawn = np.maximum(1 - (pieces.most_known + pieces.hidden) / total, 0.0)
+    excess = np.maximum(of_known, 0.0).sum(-1) + unknown - share * drawn
+    found: Alphas = np.nan_to_num(excess, nan=1.0, posinf=1.0)
+    return found

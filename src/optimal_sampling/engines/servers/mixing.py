@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from optimal_sampling.config import MixtureConfig
@@ -32,7 +32,8 @@ from optimal_sampling.distribution import (
     step,
     trace_of,
 )
-from optimal_sampling.engines.servers.bounds import box_of, total_variation_bound
+from optimal_sampling.engines.servers.bounds import total_variation_bound
+from optimal_sampling.engines.servers.box import box_of
 from optimal_sampling.engines.servers.model import TokenList
 from optimal_sampling.engines.servers.union import (
     ROLES,
@@ -46,6 +47,9 @@ from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import LIST_FIELDS, TRACE_FIELDS, Mode
 
 __all__ = ["DrawnToken", "ListMixer", "MixedLists", "check_mixture"]
+
+_SHARE = 0.25  # of the most that an id outside of a list can have: what is taken for it
+_LEAST_ALPHA = 0.05  # and as far from 1: nearer, an id may have anything
 
 _OF_TOKEN = {
     "student": ("log_p_student", "log_p_student_restricted"),
@@ -142,7 +146,8 @@ class ListMixer:
         """From one model."""
         union = join(tokens, tokens, self.vocab_size, self.mixture.temperature)
         side = union.student
-        solved = solve_single(self._logits(side, union), self._whole, self.roles[0])
+        logits = self._logits(side, union, _SHARE)
+        solved = solve_single(logits, self._whole, self.roles[0])
         bound = max(0.0, -math.expm1(log_sum(side.log_p) - side.total[1]))
         mixed = MixedLists(solved, _without_tail(solved, union), bound)
         index, trace = self._draw(mixed, union, place)
@@ -166,16 +171,29 @@ class ListMixer:
         """q over a union, and the bound. `position`: of the token in its completion, [1]."""
         support = find_support(union.teacher, self.mixture)
         box = box_of(union, support)
-        rows = [self._logits(side, union) for side in (union.student, union.teacher)]
-        keep = None
-        if support is not None:
-            keep = torch.from_numpy(box.drawn)[None, : rows[0].shape[1]]
-        pair = make_pair(rows[0], rows[1], self._whole, keep)
-        solved = solve(pair, position, self._whole)
+        keep = None if support is None else torch.from_numpy(box.drawn)[None]
+        solved = self._solve(union, keep, position, (_SHARE, _SHARE))
+        if self.mixture.is_geometric and not union.is_known:
+            alpha = min(max(float(solved.alpha[0]), _LEAST_ALPHA), 1 - _LEAST_ALPHA)
+            shares = (0.5 ** (1 / (1 - alpha)), 0.5 ** (1 / alpha))
+            solved = self._solve(union, keep, position, shares)
         mixed = MixedLists(solved, _without_tail(solved, union))
-        alpha = float(solved.alpha[0])
-        bound = total_variation_bound(box, self._whole, int(position), alpha, mixed.q)
+        bound = total_variation_bound(box, self._whole, int(position), mixed.q)
         return replace(mixed, bound=bound)
+
+    def _solve(
+        self,
+        union: Union,
+        keep: Bool[Tensor, "1 columns"] | None,
+        position: Int64[Tensor, " one"],
+        shares: tuple[float, float],
+    ) -> Solved:
+        """q over a union, where an unknown id has a share of the most that it can have."""
+        sides = zip((union.student, union.teacher), shares, strict=True)
+        rows = [self._logits(side, union, share) for side, share in sides]
+        if keep is not None:
+            keep = keep[:, : rows[0].shape[1]]
+        return solve(make_pair(rows[0], rows[1], self._whole, keep), position, self._whole)
 
     def _draw(
         self, mixed: MixedLists, union: Union, place: NoiseKeys
@@ -190,9 +208,9 @@ class ListMixer:
         drawn_log_q = scores[:, index].double().numpy()
         return index, trace_of(mixed.solved, torch.tensor([index]), drawn_log_q)[0]
 
-    def _logits(self, side: Side, union: Union) -> Float64[Tensor, "1 columns"]:
+    def _logits(self, side: Side, union: Union, share: float) -> Float64[Tensor, "1 columns"]:
         """log p of the ids and, where there are others, of the tail, at temperature 1."""
-        logs = side.guess if union.is_whole else np.append(side.guess, side.tail)
+        logs = side.guessed(share)[: len(union.ids) + (not union.is_whole)]
         return torch.from_numpy(logs * self.mixture.temperature)[None]
 
     def _covered_names(self) -> list[str]:

@@ -23,7 +23,7 @@ NEVER = -1e8
 """Stands for log 0: its multiples by 0 are 0, and exp((1 - alpha) NEVER) is 0 for alpha near 1."""
 
 _LEAST_MASS = 1e-12  # of the tail, where rounding leaves none
-_GUESS = 0.25  # of the most that an id outside of a list can have: what is taken for it
+_ROUNDING = 2e-6  # of the sum of a list: twice that of a log-probability from logits below 32
 
 Logs = Float64[np.ndarray, " ids"]
 Mask = Bool[np.ndarray, " ids"]
@@ -60,10 +60,9 @@ class Side:
     """Bounds on the log of the mass outside of the list."""
     covered: float
     """Mass of the list at temperature 1."""
-    guess: Logs
-    """log p, or what is taken for it."""
-    tail: float
-    """What is taken for the log of the mass outside of the union."""
+    outside: float
+    """Most of the mass outside of the list at temperature 1."""
+    temperature: float
 
     @property
     def total(self) -> tuple[float, float]:
@@ -71,6 +70,24 @@ class Side:
         known = log_sum(self.log_p[self.known])
         low, high = (float(np.logaddexp(known, rest)) for rest in self.rest)
         return low, high
+
+    def guessed(self, share: float) -> Logs:
+        """log p of every id and of the tail, all ids outside of the union together.
+
+        An id that is not known is taken for a share of the most that it can be, `share` of
+        p^(1 / temperature); all of them at most for what is left, and the tail for the rest.
+        """
+        power, left = 1 / self.temperature, self.outside
+        log_p = self.log_p
+        unknown = int((~self.known).sum())
+        if unknown:
+            most = math.exp(self.log_p[~self.known][0] * self.temperature)
+            each = min(most * share**self.temperature, left / unknown)
+            log_p = np.where(self.known, log_p, max(NEVER, _log(each) * power))
+            left -= unknown * each
+        kth = self.least * self.temperature
+        bounds = _rest_of(max(left, _LEAST_MASS), max(self.count, 1), kth, power)
+        return np.append(log_p, max(NEVER, (bounds[0] + bounds[1]) / 2))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +99,11 @@ class Union:
     teacher: Side
     is_whole: bool
     """There are no other ids."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether both models are known for all of the ids."""
+        return bool(self.student.known.all() and self.teacher.known.all())
 
 
 def join(
@@ -101,12 +123,11 @@ def _side(tokens: TokenList, ids: np.ndarray, vocab_size: int, temperature: floa
     known = np.zeros(len(ids), dtype=bool)
     known[place] = True
     covered = min(1.0, float(np.exp(values).sum()))
-    count = vocab_size - len(place)
-    outside = 0.0 if tokens.is_full or count == 0 else 1.0 - covered
+    count = 0 if tokens.is_full else vocab_size - len(place)
     kth = float(max(tokens.log_p[tokens.listed - 1], NEVER))
-    log_p = np.full(len(ids), min(kth, _log(outside)))
+    outside = _outside(covered, count * math.exp(kth))
+    log_p = np.full(len(ids), min(kth, _log(outside[1])))
     log_p[place] = values
-    guess, tail = _guesses(log_p, known, outside)
     listed = inside & (np.arange(len(inside)) < tokens.listed)
     rank, listed_count = _ranks(np.searchsorted(ids, tokens.ids[listed]), log_p)
     return Side(
@@ -118,9 +139,18 @@ def _side(tokens: TokenList, ids: np.ndarray, vocab_size: int, temperature: floa
         least=max(NEVER, kth / temperature),
         rest=_rest(outside, count, kth, 1 / temperature),
         covered=covered,
-        guess=np.maximum(guess / temperature, NEVER),
-        tail=_tail(tail, count, kth, 1 / temperature),
+        outside=outside[1],
+        temperature=temperature,
     )
+
+
+def _outside(covered: float, most: float) -> tuple[float, float]:
+    """Bounds on the mass outside of a list, of which no more than `most` can be there.
+
+    Servers give numbers of float32: what a list leaves of 1 is right to _ROUNDING only.
+    """
+    left = max(0.0, 1.0 - covered)
+    return min(max(0.0, left - _ROUNDING), most), min(left + _ROUNDING, most)
 
 
 def _ranks(place: Int64[np.ndarray, " k"], log_p: Logs) -> tuple[Int64[np.ndarray, " ids"], int]:
@@ -131,35 +161,24 @@ def _ranks(place: Int64[np.ndarray, " k"], log_p: Logs) -> tuple[Int64[np.ndarra
     return rank, len(place)
 
 
-def _guesses(log_p: Logs, known: Mask, outside: float) -> tuple[Logs, float]:
-    """log p of every id, and the mass outside of the union, at temperature 1.
-
-    An id that is not known is taken for a share of its most; all of them for half of the mass.
-    """
-    unknown = int((~known).sum())
-    if not unknown:
-        return log_p, outside
-    share = min(_GUESS * math.exp(log_p[~known][0]), outside / (2 * unknown))
-    return np.where(known, log_p, _log(share)), outside - unknown * share
-
-
-def _rest(outside: float, count: int, kth: float, power: float) -> tuple[float, float]:
-    """Bounds on log sum p^power over `count` ids that have p <= exp(kth) and the sum `outside`.
+def _rest(
+    outside: tuple[float, float], count: int, kth: float, power: float
+) -> tuple[float, float]:
+    """Bounds on log sum p^power over `count` ids that have p <= exp(kth) and a sum in `outside`.
 
     Between the sum over equal ids and p^(power - 1) <= exp(kth)^(power - 1), or the reverse.
     """
+    bounds = [_rest_of(mass, count, kth, power) for mass in outside]
+    return min(bounds[0]), max(bounds[1])
+
+
+def _rest_of(outside: float, count: int, kth: float, power: float) -> tuple[float, float]:
     if outside <= 0:
         return NEVER, NEVER
     kth = max(kth, math.log(outside / count))  # less is rounding, of a list with all of the mass
     equal = power * math.log(outside) + (1 - power) * math.log(count)
     steep = math.log(outside) + (power - 1) * kth
-    return min(equal, steep), max(equal, steep)
-
-
-def _tail(mass: float, count: int, kth: float, power: float) -> float:
-    """The middle of the bounds, for the mass that is taken to be outside of the union."""
-    low, high = _rest(max(mass, _LEAST_MASS), max(count, 1), kth, power)
-    return max(NEVER, (low + high) / 2)
+    return equal, steep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
