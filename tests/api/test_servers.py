@@ -279,6 +279,21 @@ def test_a_coordinator_is_used_where_it_was_connected(urls):
         one.run(coordinator.close())
 
 
+def test_a_start_that_failed_may_be_tried_again(urls, monkeypatch):
+    """Guards: "connected already", after a start without its key."""
+    config = EnhancedCoordinatorConfig(theta_api_key_env="OUR_KEY", **urls)
+    coordinator = EnhancedDualVLLMCoordinator(config)
+
+    async def main():
+        with pytest.raises(ConfigError, match="OUR_KEY"):
+            await coordinator.start()
+        monkeypatch.setenv("OUR_KEY", "a-key")
+        async with coordinator:
+            return await batch(["a"], max_tokens=2)(coordinator)
+
+    assert asyncio.run(main())[0].num_tokens == 2
+
+
 def test_closing_in_the_middle_of_a_batch_ends_it(urls):
     """Guards: a batch that connects again after `close`, or RuntimeError from within httpx."""
 

@@ -327,9 +327,9 @@ class EnhancedDualVLLMCoordinator:
         connected."""
         if self._loop is not None:
             raise EngineError("the coordinator is connected already: close it, or make another one")
-        self._loop = asyncio.get_running_loop()
         options = self.config.options
         self._models = served_models(options, "mixture")
+        self._loop = asyncio.get_running_loop()
         try:
             self._coder = _Coder(self._models, self.config.tokenizer)
             await start_models(self._models)
