@@ -47,8 +47,14 @@ SMALL = {
 }
 """Options that make a command short; they come last, and win."""
 KNOWN_PROGRAMS = {"accelerate", "curl", "lm_eval", "python", "ray", "sbatch", "torchrun", "trl"}
-FOREIGN_FLAGS = {"--bf16", "--model-init-kwargs", "--teacher-support", "--interleaved"}
-"""Of TRL; and the beginnings of several of our own."""
+FOREIGN_FLAGS = {
+    "--bf16",
+    "--distributed-executor-backend",
+    "--interleaved",
+    "--model-init-kwargs",
+    "--teacher-support",
+}
+"""Of TRL and vLLM; and the beginnings of several of our own."""
 
 
 class Block(NamedTuple):
