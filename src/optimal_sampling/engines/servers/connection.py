@@ -44,6 +44,9 @@ _OF_STATUS: dict[int, FailureKind] = {
     503: "unavailable",
     504: "timeout",
 }
+_FULL = "Context size has been exceeded"
+"""What llama.cpp's server says where its slots share a cache, which is too small for the texts that
+are in it at the moment."""
 
 
 class AttemptFailed(Exception):
@@ -168,9 +171,12 @@ class Connection:
         if reply.status_code != 200:
             kind = _OF_STATUS.get(reply.status_code)
             default: FailureKind = "server_error" if reply.status_code >= 500 else "rejected"
+            text = _error_text(reply)
+            if default == "server_error" and _FULL in text:
+                kind = "rate_limited"
             raise self._failed(
                 kind or default,
-                f"status {reply.status_code} of {call.path}: {_error_text(reply)}",
+                f"status {reply.status_code} of {call.path}: {text}",
                 _retry_after(reply.headers.get("Retry-After", "")),
             )
         try:

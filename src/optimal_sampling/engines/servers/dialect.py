@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from optimal_sampling.engines.servers.model import DraftedToken, Scoring, TokenList
 
-__all__ = ["Call", "Dialect", "prefixes"]
+__all__ = ["AFFINITY", "Call", "Dialect", "prefixes"]
 
 T = TypeVar("T")
+
+AFFINITY: ContextVar[int] = ContextVar("AFFINITY", default=-1)
+"""Requests of a text have the same number, and go to the same server while it has room: the server
+has the text's prefix in its cache. -1: to the server with the least to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,8 @@ class Dialect(ABC):
     def draft(
         self, prefix: Sequence[int], count: int, top_k: int, temperature: float, seed: int
     ) -> Call[list[DraftedToken]]:
-        """Tokens that the server draws after a prefix, with their lists."""
+        """Tokens that the server draws after a prefix, with their lists. None, where the server
+        gives no list of the first."""
 
     @abstractmethod
     def score(

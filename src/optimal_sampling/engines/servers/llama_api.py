@@ -1,32 +1,45 @@
 """The dialect of llama.cpp's `llama-server`: its own `/completion`, with token ids in and out.
 
-Its lists are of a softmax over the logits, before any sampler (`post_sampling_probs` is off).
+Its lists are of a softmax over the logits, before any sampler (`post_sampling_probs` is off). It
+leaves out the list of a token after which the text drawn so far ends within a character.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from optimal_sampling.engines.servers.dialect import Call, Dialect, prefixes
+from optimal_sampling.engines.servers.dialect import AFFINITY, Call, Dialect, prefixes
 from optimal_sampling.engines.servers.model import DraftedToken, Scoring, TokenList
 from optimal_sampling.engines.servers.replies import BadReply, field, numbers, shown, token_list
 
 __all__ = ["LlamaDialect"]
 
 _PATH = "/completion"
+_SURELY = 1e5
+"""Bias of a logit that makes its token the one drawn."""
+_WHOLE_CHARACTER = "a"
+"""A text after which no list is left out. The server draws it where only the list is wanted; the
+bias is none of the list."""
+_FIELDS = ("index", "model", "tokens", "stop_type", "completion_probabilities")
+_HALF_ULP = 2.0**-24
 
 
+@dataclass(frozen=True)
 class LlamaDialect(Dialect):
-    """Completions of token ids. The server scores the prompts of one request one by one."""
+    """Completions of token ids. The prompts of one request are texts of their own to the server."""
 
     kind = "llama.cpp"
-    scorings = ("prompts",)
+    scorings = ("prompts", "one_slot")
+
+    slots: int = 1
+    """Texts that the server keeps at once."""
 
     def next_tokens(self, prefix: Sequence[int], top_k: int) -> Call[TokenList]:
         """As in `Dialect`."""
-        body = self._body([*prefix], 1, top_k)
-        return Call(_PATH, lambda reply: self._lists(reply, 1, top_k)[0], body)
+        body = self._list_body([*prefix], top_k)
+        return Call(_PATH, lambda reply: self._first_list(reply, top_k), body)
 
     def count_rows(self, prefix: Sequence[int]) -> Call[int]:
         """Not needed: /v1/models has it."""
@@ -39,23 +52,36 @@ class LlamaDialect(Dialect):
     def draft(
         self, prefix: Sequence[int], count: int, top_k: int, temperature: float, seed: int
     ) -> Call[list[DraftedToken]]:
-        """As in `Dialect`."""
+        """As in `Dialect`, up to the first token without a list.
+
+        There is none of a token within a character, and of those that the server has drafted
+        itself (`--model-draft`, `--spec-type`).
+        """
         body = self._body([*prefix], count, top_k, temperature=temperature, seed=seed)
 
         def read(reply: Any) -> list[DraftedToken]:
-            entries = field(reply, "completion_probabilities", list)
-            if not 1 <= len(entries) <= count:
-                raise BadReply(f"asked for at most {count} tokens, got {len(entries)}")
-            tokens = [field(entry, "id", int) for entry in entries]
-            lists = self._lists(reply, len(entries), top_k)
-            return [DraftedToken(*each) for each in zip(tokens, lists, strict=True)]
+            self._check_model(reply)
+            tokens = numbers(reply, "tokens")
+            entries = field({"completion_probabilities": [], **reply}, _FIELDS[-1], list)
+            if not 1 <= len(tokens) <= count or len(entries) > len(tokens):
+                raise BadReply(
+                    f"asked for at most {count} tokens, got {len(tokens)} and {len(entries)} lists"
+                )
+            drafted = []
+            for token, entry in zip(tokens, entries, strict=False):
+                listed = field(entry, "top_logprobs", list)
+                if field(entry, "id", int) != token or not listed:
+                    break
+                drafted.append(DraftedToken(token, self._list(listed, top_k)))
+            return drafted
 
         return Call(_PATH, read, body)
 
     def score(
         self, prefix: Sequence[int], continuation: Sequence[int], top_k: int, way: Scoring
     ) -> Call[list[TokenList]]:
-        """As in `Dialect`."""
+        """As in `Dialect`. In `one_slot` the server takes one prefix after the other, each of which
+        adds a token to what it has kept; otherwise several at once, where it has room."""
         prompts = prefixes(prefix, continuation)
 
         def read(reply: Any) -> list[TokenList]:
@@ -64,9 +90,10 @@ class LlamaDialect(Dialect):
                 raise BadReply(f"asked for {len(prompts)} completions, got {len(replies)}")
             if [field(each, "index", int) for each in replies] != [*range(len(prompts))]:
                 raise BadReply("completions in another order than their prompts")
-            return [self._lists(each, 1, top_k)[0] for each in replies]
+            return [self._first_list(each, top_k) for each in replies]
 
-        return Call(_PATH, read, self._body(prompts, 1, top_k))
+        given = {"id_slot": AFFINITY.get() % self.slots} if way == "one_slot" else {}
+        return Call(_PATH, read, self._list_body(prompts, top_k) | given)
 
     def tokenize(self, text: str) -> Call[list[int]]:
         """As in `Dialect`."""
@@ -79,36 +106,47 @@ class LlamaDialect(Dialect):
 
     def ends_text(self, prefix: Sequence[int], token: int) -> Call[bool]:
         """As in `Dialect`."""
-        body = self._body([*prefix], 2, 1, logit_bias=[[token, 1e5]])
+        body = self._body([*prefix], 2, 1, logit_bias=[[token, _SURELY]])
 
         def read(reply: Any) -> bool:
             return field(reply, "stop_type", str) == "eos"
 
         return Call(_PATH, read, body)
 
+    def _list_body(self, prompt: Any, top_k: int) -> dict[str, Any]:
+        return self._body(prompt, 1, top_k, logit_bias=[[_WHOLE_CHARACTER, _SURELY]])
+
     def _body(self, prompt: Any, tokens: int, top_k: int, **given: Any) -> dict[str, Any]:
+        """A request that no sampler or bias of the server's own command line changes."""
         return {
+            "model": self.model,
             "prompt": prompt,
             "n_predict": tokens,
             "n_probs": top_k,
             "cache_prompt": True,
             "return_tokens": True,
+            "response_fields": _FIELDS,
+            "samplers": ["temperature"],
             "temperature": 0.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "min_p": 0.0,
-            "repeat_penalty": 1.0,
+            "mirostat": 0,
+            "ignore_eos": False,
+            "logit_bias": [],
             **given,
         }
 
-    def _lists(self, reply: Any, count: int, top_k: int) -> list[TokenList]:
-        model = reply.get("model") if isinstance(reply, Mapping) else None
+    def _check_model(self, reply: Any) -> None:
+        if not isinstance(reply, Mapping):
+            raise BadReply(f"expected an object, got {shown(reply)}")
+        model = reply.get("model")
         if self.reply_models and model is not None and model not in self.reply_models:
             raise BadReply(f"the reply is of the model {shown(model)!r}", "wrong_model")
-        entries = field(reply, "completion_probabilities", list)
-        if len(entries) != count:
-            raise BadReply(f"lists of {len(entries)} positions, where {count} were asked for")
-        return [self._list(field(entry, "top_logprobs", list), top_k) for entry in entries]
+
+    def _first_list(self, reply: Any, top_k: int) -> TokenList:
+        self._check_model(reply)
+        entries = field(reply, _FIELDS[-1], list)
+        if len(entries) != 1:
+            raise BadReply(f"lists of {len(entries)} positions, where one was asked for")
+        return self._list(field(entries[0], "top_logprobs", list), top_k)
 
     def _list(self, entries: Sequence[Any], top_k: int) -> TokenList:
         row = {field(entry, "id", int): field(entry, "logprob", object) for entry in entries}

@@ -12,7 +12,7 @@ from jaxtyping import Float64, Int64
 
 __all__ = ["DraftedToken", "Scoring", "ServedFacts", "ServedModel", "TokenList"]
 
-Scoring = Literal["prompts", "prompt_logprobs", "echo"]
+Scoring = Literal["prompts", "one_slot", "prompt_logprobs", "echo"]
 """How the lists of all positions of a draft are asked for in one request."""
 
 

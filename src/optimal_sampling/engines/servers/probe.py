@@ -13,8 +13,8 @@ from optimal_sampling.engines.servers.access import Access
 from optimal_sampling.engines.servers.dialect import Call, Dialect
 from optimal_sampling.engines.servers.llama_api import LlamaDialect
 from optimal_sampling.engines.servers.model import Scoring, ServedFacts, ServedModel, TokenList
+from optimal_sampling.engines.servers.replies import BadReply, shown
 from optimal_sampling.engines.servers.replies import field as value_of
-from optimal_sampling.engines.servers.replies import shown
 from optimal_sampling.engines.servers.scoring import ScoringTime, ScoringTimes
 from optimal_sampling.engines.servers.vllm_api import VllmDialect
 from optimal_sampling.errors import (
@@ -104,11 +104,16 @@ class Probed:
 async def probe(ask: Ask, access: Access, url: str) -> Probed:
     """All that a run has to know about one server. Raises ServerError, ConfigError."""
     card, names = await ask(Call("/v1/models", lambda reply: _card(reply, access.model)))
-    is_llama = card.get("owned_by") == "llamacpp"
-    kind = LlamaDialect if is_llama else VllmDialect
-    dialect: Dialect = kind(card["id"], names, access.vocab_size)
-    prefix = (await _text_ids(ask, dialect))[: max(1, (_context(card) or _PROBE_LENGTH) // 2)]
-    facts = _llama_facts(card) if is_llama else await _vllm_facts(ask, card, prefix, url)
+    dialect: Dialect = VllmDialect(card["id"], names, access.vocab_size)
+    context = _context(card)
+    if card.get("owned_by") == "llamacpp":
+        context, slots = await ask(Call("/props", lambda reply: _slots(reply, url)))
+        dialect = LlamaDialect(card["id"], names, access.vocab_size, slots=slots)
+    prefix = (await _text_ids(ask, dialect))[: max(1, (context or _PROBE_LENGTH) // 2)]
+    if isinstance(dialect, LlamaDialect):
+        facts = _llama_facts(card, context)
+    else:
+        facts = await _vllm_facts(ask, card, prefix, url)
     rows = await _rows(ask, dialect, facts, prefix)
     dialect = replace(dialect, rows=rows)
     most = min(facts.max_top_k, rows or access.vocab_size or facts.max_top_k)
@@ -185,10 +190,27 @@ def _card(reply: Any, wanted: str | None) -> tuple[Mapping[str, Any], frozenset[
 
 
 def _context(card: Mapping[str, Any]) -> int | None:
-    """Most tokens of a text, by vLLM's name or by llama.cpp's."""
-    meta = card.get("meta") or {}
-    values = (card.get("max_model_len"), meta.get("n_ctx"), meta.get("n_ctx_train"))
-    return next((value for value in values if isinstance(value, int) and value > 0), None)
+    """Most tokens of a text, by vLLM's name."""
+    value = card.get("max_model_len")
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _slots(reply: Any, url: str) -> tuple[int, int]:
+    """Of llama.cpp's server, most tokens of a text, and how many texts it keeps at once.
+
+    By /props, as /v1/models has the context of the model in training in its place, in older
+    versions. Raises BadReply, ConfigError.
+    """
+    if isinstance(reply, Mapping) and reply.get("role") == "router":
+        raise ConfigError(
+            f"{url} is a llama-server without a model of its own, which starts others; start one "
+            "with --model MODEL.gguf and give its address"
+        )
+    context = value_of(value_of(reply, "default_generation_settings", dict), "n_ctx", int)
+    slots = value_of(reply, "total_slots", int)
+    if min(context, slots) < 1:
+        raise BadReply(f"{slots} slots of {context} tokens")
+    return context, slots
 
 
 async def _text_ids(ask: Ask, dialect: Dialect) -> list[int]:
@@ -203,12 +225,17 @@ async def _text_ids(ask: Ask, dialect: Dialect) -> list[int]:
     return (ids * _PROBE_LENGTH)[:_PROBE_LENGTH]
 
 
-def _llama_facts(card: Mapping[str, Any]) -> ServedFacts:
-    rows = value_of(value_of(card, "meta", dict), "n_vocab", int)
+def _llama_facts(card: Mapping[str, Any], context: int | None) -> ServedFacts:
+    rows = (card.get("meta") or {}).get("n_vocab")
+    if not isinstance(rows, int) or rows < 1:
+        raise ConfigError(
+            "llama-server does not say how many tokens its model has; it may be loading the model, "
+            "or too old"
+        )
     return ServedFacts(
         name=card["id"],
         kind=LlamaDialect.kind,
-        context_length=_context(card),
+        context_length=context,
         max_top_k=rows,
         vocab_size=rows,
     )

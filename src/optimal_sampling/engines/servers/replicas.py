@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Coroutine, Sequence
-from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from optimal_sampling.engines.servers.access import Access
 from optimal_sampling.engines.servers.connection import AttemptFailed, Connection
-from optimal_sampling.engines.servers.dialect import Call, Dialect
+from optimal_sampling.engines.servers.dialect import AFFINITY, Call, Dialect
 from optimal_sampling.engines.servers.model import (
     DraftedToken,
     Scoring,
@@ -33,10 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["AFFINITY", "ReplicatedModel"]
 
 T = TypeVar("T")
-
-AFFINITY: ContextVar[int] = ContextVar("AFFINITY", default=-1)
-"""Requests of a text have the same number, and go to the same server while it has room: the server
-has the text's prefix in its cache. -1: to the server with the least to do."""
 
 _MOST_ATTEMPTS = 8
 """Of a request that is answered, but never well. One that is not answered is tried for as long as
@@ -131,8 +126,12 @@ class ReplicatedModel(ServedModel):
     async def draft(
         self, prefix: Sequence[int], count: int, top_k: int, temperature: float, seed: int
     ) -> list[DraftedToken]:
-        """As in `ServedModel`."""
-        return await self._retried(self.dialect.draft(prefix, count, top_k, temperature, seed))
+        """As in `ServedModel`. The likeliest token, where the server gives no list of its own."""
+        call = self.dialect.draft(prefix, count, top_k, temperature, seed)
+        if drafted := await self._retried(call):
+            return drafted
+        choices = await self.next_tokens(prefix, top_k)
+        return [DraftedToken(int(choices.ids[0]), choices)]
 
     async def score(
         self,
