@@ -1,12 +1,10 @@
-"""Replies of vLLM and llama.cpp, read strictly: `GOOD_*` were recorded from servers."""
+"""Replies of vLLM, read strictly: `GOOD_VLLM` was recorded from a server."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
 
-from optimal_sampling.engines.servers.llama_api import LlamaDialect
 from optimal_sampling.engines.servers.replies import BadReply, decoded, token_list
 from optimal_sampling.engines.servers.vllm_api import VllmDialect
 
@@ -147,49 +145,3 @@ def test_padding_in_a_list_is_not_among_the_listed():
     row = {5: -0.5, 9: -1.5, 2: -2.5, 1: -3.5}
     found = token_list(row, 3, 6)
     assert (found.ids.tolist(), found.listed) == ([5, 2, 1], 2)
-
-
-LLAMA = LlamaDialect("toy", frozenset({"toy"}), 264, 264)
-ENTRIES = [{"id": 41, "token": "!", "logprob": -0.25}, {"id": 51, "token": "3", "logprob": -2.25}]
-GOOD_LLAMA = {
-    "index": 0,
-    "content": "!",
-    "tokens": [41],
-    "model": "toy",
-    "stop": True,
-    "stop_type": "limit",
-    "completion_probabilities": [{**ENTRIES[0], "top_logprobs": ENTRIES}],
-}
-PROBS = ("completion_probabilities", 0, "top_logprobs")
-
-
-def test_replies_of_llama_cpp_are_read():
-    """Guards: ids or log-probabilities that are taken from the wrong place of a reply."""
-    found = LLAMA.next_tokens([49], 2).read(GOOD_LLAMA)
-    assert (found.ids.tolist(), found.log_p.tolist()) == ([41, 51], [-0.25, -2.25])
-    drafted = LLAMA.draft([49], 3, 2, 0.0, 0).read(GOOD_LLAMA)
-    assert [each.token for each in drafted] == [41]
-    replies = [{**GOOD_LLAMA, "index": place} for place in range(3)]
-    lists = LLAMA.score([49], [41, 51], 2, "prompts").read(replies)
-    assert [each.listed for each in lists] == [2, 2, 2]
-    with pytest.raises(BadReply, match="order"):
-        LLAMA.score([49], [41, 51], 2, "prompts").read(replies[::-1])
-    assert not LLAMA.ends_text([49], 41).read(GOOD_LLAMA)
-    assert LLAMA.ends_text([49], 41).read({**GOOD_LLAMA, "stop_type": "eos"})
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        changed(GOOD_LLAMA, "completion_probabilities", value=None),
-        changed(GOOD_LLAMA, *PROBS, value=[ENTRIES[0], ENTRIES[0]]),
-        changed(GOOD_LLAMA, *PROBS, value=ENTRIES[:1]),
-        changed(GOOD_LLAMA, *PROBS, 0, "logprob", value=float("nan")),
-        changed(GOOD_LLAMA, "model", value="another"),
-        json.loads("[]"),
-    ],
-)
-def test_a_bad_reply_of_llama_cpp_is_refused(reply):
-    """Guards: a reply that is not what was asked for, and is drawn from all the same."""
-    with pytest.raises(BadReply):
-        LLAMA.next_tokens([49], 2).read(reply)

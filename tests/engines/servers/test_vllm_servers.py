@@ -1,31 +1,23 @@
 """Two servers of vLLM with the shipped pair, as `optimal-sampling servers --start` starts them."""
 
-import asyncio
 import importlib.util
 
 import numpy as np
 import pytest
-import torch
 
-from optimal_sampling.config import (
-    LocalOptions,
-    MixtureConfig,
-    ModelConfig,
-    PromptConfig,
-    ServersOptions,
-)
-from optimal_sampling.distribution import gumbel, keys_tensor
-from optimal_sampling.distribution.naive import naive_step
+from optimal_sampling.config import LocalOptions, MixtureConfig, ModelConfig, ServersOptions
 from optimal_sampling.engines.servers.launch import ServersCommand, server_processes, started
-from optimal_sampling.engines.servers.mixing import ListMixer
 from optimal_sampling.engines.servers.probe import check_tokenizers, scoring_times
 from optimal_sampling.engines.servers.server_process import free_port
-from optimal_sampling.engines.servers.union import join
-from optimal_sampling.prompts import PromptRenderer
-from optimal_sampling.toy_pair.problems import synthetic_rows
-from optimal_sampling.types import Request, prompt_id
-from optimal_sampling.vocabulary import Vocabulary, resolve_model
+from optimal_sampling.vocabulary import Vocabulary
 from tests.engines.servers.serving import run, served
+from tests.engines.servers.shipped_pair import (
+    SIZE,
+    check_full_vocabulary,
+    check_short_lists,
+    exact_log_p,
+    requests_for,
+)
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
@@ -33,11 +25,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-SIZE = 264
-NEAR_TIE = 1e-4
-"""Difference of the two best noisy scores below which rounding may choose."""
 PROMPTS = 50
-TOKENS = 36
 
 
 @pytest.fixture(scope="module")
@@ -62,23 +50,6 @@ def vocabulary():
 @pytest.fixture(scope="module")
 def asked(vocabulary):
     return requests_for(vocabulary, PROMPTS)
-
-
-def requests_for(vocabulary, count):
-    """Requests of the first synthetic problems."""
-    renderer = PromptRenderer(PromptConfig(), vocabulary)
-    rows = [renderer.render(row) for row in synthetic_rows(0, count)]
-    return [
-        Request(
-            prompt_id(row.student_text, row.teacher_text),
-            0,
-            0,
-            tuple(row.student_ids),
-            tuple(row.teacher_ids),
-            TOKENS,
-        )
-        for row in rows
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +116,10 @@ def test_three_ways_of_scoring_agree_and_are_measured(urls):
     print("ms of 9 lists by way and length of the text:", run(main))
 
 
-def test_full_lists_are_those_of_the_local_engine(urls, local, asked):
+def test_full_lists_are_those_of_the_local_engine(urls, asked):
     """Guards: padding ids, temperature or rounding that change a distribution."""
     prompt = list(asked[0].teacher_prompt_ids)
-    logits = local_logits(local, "teacher", prompt)
-    exact = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+    exact = exact_log_p("teacher", prompt)[-1]
 
     async def main():
         async with served(urls["teacher"], vocab_size=SIZE, deadline=60) as model:
@@ -161,61 +131,9 @@ def test_full_lists_are_those_of_the_local_engine(urls, local, asked):
     run(main)
 
 
-def local_logits(engine, role, ids):
-    """Logits of the next token over the shared ids, by Transformers."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        resolve_model(f"toy-{role}"), dtype=torch.float32
-    )
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0, -1, :SIZE].double().numpy()
-
-
-def scored(models, request, tokens, top_k):
-    """The lists of every position of a completion, by role."""
-
-    async def main():
-        calls = [
-            models[role].score(request.prompt_ids(role), tokens[:-1], top_k)
-            for role in ("student", "teacher")
-        ]
-        return await asyncio.gather(*calls)
-
-    return main()
-
-
-def margin(lists, request, place):
-    """Difference of the two best noisy scores, by the naive mathematics."""
-    rows = [each.log_p[each.ids.argsort()] for each in lists]
-    noise = gumbel(keys_tensor([request.noise_key]), torch.tensor([place]), SIZE)[0].tolist()
-    found = naive_step(*(row.tolist() for row in rows), noise, place, MixtureConfig())
-    second, best = np.sort(np.array(found.log_drawn) + noise)[-2:]
-    return best - second
-
-
 def test_full_vocabulary_is_the_local_engine(engine, local, asked):
-    """Guards: tokens that differ from those of the models in this process.
-
-    At every token of the local engine's texts, so a near tie changes one token and not the rest.
-    """
-    mixer = ListMixer(MixtureConfig(), "mixture", SIZE)
-    total, ties = 0, {}
-    for completion in local.generate(asked):
-        request, tokens = completion.request, completion.token_ids
-        lists = engine.thread.run(scored(engine.models, request, tokens, SIZE + 8))
-        for place, (token, *pair) in enumerate(zip(tokens, *lists, strict=True)):
-            total += 1
-            if mixer.draw(pair, request.noise_key, place).token != token:
-                ties.setdefault(request.key, []).append(margin(pair, request, place))
-    print(f"{total} tokens, near ties: {ties}")
-    assert all(each <= NEAR_TIE for found in ties.values() for each in found)
-    assert sum(map(len, ties.values())) <= total / 1000
-    whole = {each.request.key: each.token_ids for each in local.generate(asked)}
-    for completion in engine.generate(asked):
-        assert not completion.error
-        key = completion.request.key
-        assert key in ties or completion.token_ids == whole[key]
+    """Guards: tokens that differ from those of the models in this process."""
+    check_full_vocabulary(engine, local, asked)
 
 
 @pytest.mark.parametrize(
@@ -223,38 +141,4 @@ def test_full_vocabulary_is_the_local_engine(engine, local, asked):
 )
 def test_short_lists_stay_within_their_bound(engine, local, vocabulary, texts):
     """Guards: a bound on the total variation that a token of real models exceeds."""
-    mixer = ListMixer(MixtureConfig(), "mixture", SIZE)
-    found = {5: [], 20: []}
-    for completion in local.generate(requests_for(vocabulary, texts)):
-        request, tokens = completion.request, completion.token_ids
-        full = engine.thread.run(scored(engine.models, request, tokens, SIZE + 8))
-        for top_k, measured in found.items():
-            short = engine.thread.run(scored(engine.models, request, tokens, top_k))
-            for place in range(len(tokens)):
-                pair = [[each[place] for each in lists] for lists in (full, short)]
-                measured.append(total_variation(mixer, *pair, place))
-    means = {}
-    for top_k, measured in found.items():
-        tv, bound = np.array(measured).T
-        assert (tv <= bound + 1e-5).all()  # two requests differ by rounding
-        seen = tv > 1e-3
-        ratio = np.median(bound[seen] / tv[seen]) if seen.any() else np.nan
-        print(
-            f"top {top_k}: {len(tv)} tokens, TV mean {tv.mean():.2g} most {tv.max():.2g}, "
-            f"bound mean {bound.mean():.2g} most {bound.max():.2g}; {seen.sum()} above 1e-3, "
-            f"bound / TV there {ratio:.2g}"
-        )
-        assert seen.sum() < 20 or ratio <= 4
-        means[top_k] = bound.mean()
-    assert 10 * means[20] < means[5]
-
-
-def total_variation(mixer, full, short, place):
-    """(measured, bound) of the total variation of q of short lists to that of whole rows."""
-    rows = [each.log_p[each.ids.argsort()].tolist() for each in full]
-    exact = np.exp(naive_step(*rows, [0.0] * SIZE, place, MixtureConfig()).log_drawn)
-    union = join(*short, SIZE, 1.0)
-    mixed = mixer.solve(union, torch.tensor([place]))
-    q = np.zeros(SIZE)
-    q[union.ids] = mixed.q
-    return np.abs(q - exact).sum() / 2, mixed.bound
+    check_short_lists(engine, local, requests_for(vocabulary, texts))

@@ -35,6 +35,8 @@ class LlamaDialect(Dialect):
 
     slots: int = 1
     """Texts that the server keeps at once."""
+    context: int | None = None
+    """Most tokens of a text, and of all slots together, where they share a cache."""
 
     def next_tokens(self, prefix: Sequence[int], top_k: int) -> Call[TokenList]:
         """As in `Dialect`."""
@@ -81,7 +83,7 @@ class LlamaDialect(Dialect):
         self, prefix: Sequence[int], continuation: Sequence[int], top_k: int, way: Scoring
     ) -> Call[list[TokenList]]:
         """As in `Dialect`. In `one_slot` the server takes one prefix after the other, each of which
-        adds a token to what it has kept; otherwise several at once, where it has room."""
+        adds a token to what it has kept; otherwise several at once, as many as have room."""
         prompts = prefixes(prefix, continuation)
 
         def read(reply: Any) -> list[TokenList]:
@@ -92,8 +94,10 @@ class LlamaDialect(Dialect):
                 raise BadReply("completions in another order than their prompts")
             return [self._first_list(each, top_k) for each in replies]
 
-        given = {"id_slot": AFFINITY.get() % self.slots} if way == "one_slot" else {}
-        return Call(_PATH, read, self._list_body(prompts, top_k) | given)
+        body = self._list_body(prompts, top_k)
+        if way == "one_slot" or not self._has_room(prompts):
+            body["id_slot"] = AFFINITY.get() % self.slots
+        return Call(_PATH, read, body)
 
     def tokenize(self, text: str) -> Call[list[int]]:
         """As in `Dialect`."""
@@ -112,6 +116,11 @@ class LlamaDialect(Dialect):
             return field(reply, "stop_type", str) == "eos"
 
         return Call(_PATH, read, body)
+
+    def _has_room(self, prompts: Sequence[Sequence[int]]) -> bool:
+        """Whether slots that share a cache have room for texts at once. What does not fit fails."""
+        at_once = min(len(prompts), self.slots)
+        return self.context is None or at_once * len(prompts[-1]) < self.context
 
     def _list_body(self, prompt: Any, top_k: int) -> dict[str, Any]:
         return self._body(prompt, 1, top_k, logit_bias=[[_WHOLE_CHARACTER, _SURELY]])

@@ -108,7 +108,7 @@ async def probe(ask: Ask, access: Access, url: str) -> Probed:
     context = _context(card)
     if card.get("owned_by") == "llamacpp":
         context, slots = await ask(Call("/props", lambda reply: _slots(reply, url)))
-        dialect = LlamaDialect(card["id"], names, access.vocab_size, slots=slots)
+        dialect = LlamaDialect(card["id"], names, access.vocab_size, None, slots, context)
     prefix = (await _text_ids(ask, dialect))[: max(1, (context or _PROBE_LENGTH) // 2)]
     if isinstance(dialect, LlamaDialect):
         facts = _llama_facts(card, context)

@@ -1,0 +1,232 @@
+"""llama.cpp's dialect without a server: its replies, as recorded from one, read strictly."""
+
+import asyncio
+import copy
+import json
+import math
+
+import httpx
+import pytest
+
+from optimal_sampling.engines.servers.access import Access
+from optimal_sampling.engines.servers.connection import AttemptFailed, Connection
+from optimal_sampling.engines.servers.dialect import AFFINITY
+from optimal_sampling.engines.servers.llama_api import LlamaDialect
+from optimal_sampling.engines.servers.pool import ClientPool
+from optimal_sampling.engines.servers.probe import probe
+from optimal_sampling.engines.servers.replicas import ReplicatedModel
+from optimal_sampling.engines.servers.replies import BadReply
+from optimal_sampling.engines.servers.statistics import ServerStatistics
+from optimal_sampling.errors import ConfigError
+
+LLAMA = LlamaDialect("toy", frozenset({"toy"}), 264, 264)
+ENTRIES = [
+    {"id": 51, "token": "3", "bytes": [51], "logprob": -0.5014737844467163},
+    {"id": 61, "token": "=", "bytes": [61], "logprob": -1.4535014629364014},
+]
+GOOD = {
+    "index": 0,
+    "model": "toy",
+    "tokens": [51],
+    "stop_type": "limit",
+    "completion_probabilities": [{**ENTRIES[0], "top_logprobs": ENTRIES}],
+}
+NEXT = {"id": 169, "token": "é", "bytes": [195, 169], "logprob": -18.5, "top_logprobs": ENTRIES}
+WITHIN_CHARACTER = {
+    **GOOD,
+    "tokens": [51, 195, 169],
+    "completion_probabilities": [*GOOD["completion_probabilities"], NEXT],
+}
+"""The server gives no list of 195, the first half of a character."""
+CARD = {
+    "id": "toy",
+    "aliases": ["toy"],
+    "object": "model",
+    "owned_by": "llamacpp",
+    "meta": {"vocab_type": 2, "n_vocab": 264, "n_ctx_train": 4096, "n_embd": 96},
+}
+"""Of an older version, without the context of a slot."""
+PROPS = {"default_generation_settings": {"params": {}, "n_ctx": 512}, "total_slots": 4}
+
+
+def changed(*path, value):
+    reply = copy.deepcopy(GOOD)
+    place = reply
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    return reply
+
+
+LISTS = ("completion_probabilities", 0, "top_logprobs")
+BAD = {
+    "no lists": {name: each for name, each in GOOD.items() if name != LISTS[0]},
+    "two positions": changed(LISTS[0], value=GOOD[LISTS[0]] * 2),
+    "an id twice": changed(*LISTS, value=[ENTRIES[0], ENTRIES[0]]),
+    "a short list": changed(*LISTS, value=ENTRIES[:1]),
+    "no list": changed(*LISTS, value=[]),
+    "NaN": changed(*LISTS, 0, "logprob", value=float("nan")),
+    "null": changed(*LISTS, 0, "logprob", value=None),
+    "another model": changed("model", value="another"),
+    "no object": [],
+}
+
+
+def test_replies_are_read():
+    """Guards: ids or log-probabilities that are taken from the wrong place of a reply."""
+    found = LLAMA.next_tokens([49], 2).read(GOOD)
+    assert found.ids.tolist() == [51, 61]
+    assert found.log_p.tolist() == [each["logprob"] for each in ENTRIES]
+    drafted = LLAMA.draft([49], 3, 2, 0.0, 0).read(GOOD)
+    assert [each.token for each in drafted] == [51]
+    replies = [{**GOOD, "index": place} for place in range(3)]
+    lists = LLAMA.score([49], [51, 61], 2, "prompts").read(replies)
+    assert [each.listed for each in lists] == [2, 2, 2]
+    with pytest.raises(BadReply, match="order"):
+        LLAMA.score([49], [51, 61], 2, "prompts").read(replies[::-1])
+    assert not LLAMA.ends_text([49], 51).read(GOOD)
+    assert LLAMA.ends_text([49], 51).read({**GOOD, "stop_type": "eos"})
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_reply_is_refused(name):
+    """Guards: a reply that is not what was asked for, and is drawn from all the same."""
+    with pytest.raises(BadReply):
+        LLAMA.next_tokens([49], 2).read(BAD[name])
+
+
+def test_a_probability_of_zero():
+    """Guards: the lowest float32, which is written for -inf, taken for a log-probability."""
+    row = [{"id": token, "logprob": 0.0 if token == 7 else -3.4028235e38} for token in range(264)]
+    found = LLAMA.next_tokens([49], 264).read(changed(*LISTS, value=row))
+    assert found.is_full
+    assert found.log_p.tolist() == [0.0] + [-float("inf")] * 263
+
+
+def test_a_list_is_asked_for_at_a_whole_character():
+    """Guards: a token within a character as the likeliest one, whose list the server leaves out, so
+    that a text fails; and samplers or biases of the server's command line in a draft.
+    """
+    listing = [LLAMA.next_tokens([49], 2).body, LLAMA.score([49], [51], 2, "prompts").body]
+    assert [body["logit_bias"] for body in listing] == [[["a", 1e5]]] * 2
+    assert "post_sampling_probs" not in listing[0]  # so the bias is none of the list
+    draft = LLAMA.draft([49], 3, 2, 0.0, 0).body
+    assert (draft["logit_bias"], draft["samplers"]) == ([], ["temperature"])
+    json.dumps(draft)
+
+
+@pytest.mark.parametrize(
+    ("reply", "tokens"),
+    [
+        (WITHIN_CHARACTER, [51]),
+        ({**BAD["no lists"], "tokens": [195, 195]}, []),
+        ({**WITHIN_CHARACTER, "tokens": [195, 51, 169]}, []),
+        ({**GOOD, "tokens": [51, 61], LISTS[0]: [*GOOD[LISTS[0]], {**NEXT, "id": 61}]}, [51, 61]),
+        ({**GOOD, "tokens": [51, 61], LISTS[0]: [*GOOD[LISTS[0]], {"id": 61, LISTS[2]: []}]}, [51]),
+    ],
+)
+def test_a_draft_ends_before_a_token_without_a_list(reply, tokens):
+    """Guards: lists that are taken for those of the tokens before, where the server leaves one out
+    (within a character) or empty (drafted by a model of its own).
+    """
+    drafted = LLAMA.draft([49], 3, 2, 0.0, 0).read(reply)
+    assert [each.token for each in drafted] == tokens
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {**GOOD, "tokens": []},
+        {**GOOD, "tokens": [51] * 4},
+        {**WITHIN_CHARACTER, "tokens": [51]},
+        {**GOOD, "tokens": None},
+        [GOOD],
+    ],
+)
+def test_a_bad_draft_is_refused(reply):
+    """Guards: more tokens than were asked for, or lists that belong to none."""
+    with pytest.raises(BadReply):
+        LLAMA.draft([49], 3, 2, 0.0, 0).read(reply)
+
+
+def test_the_likeliest_token_stands_for_a_draft_without_lists():
+    """Guards: a round without a token, which never ends."""
+
+    class Scripted(ReplicatedModel):
+        replies = (BAD["no lists"], GOOD)
+
+        async def _retried(self, call, among=(), seconds=None):
+            reply, *self.replies = self.replies
+            return call.read(reply)
+
+    model = Scripted(Access(("http://a",)))
+    model._dialect = LLAMA
+    model.facts = None
+    drafted = asyncio.run(model.draft([49], 3, 2, 0.0, 0))
+    assert [(each.token, each.choices.listed) for each in drafted] == [(51, 2)]
+
+
+def test_a_text_keeps_its_slot():
+    """Guards: prefixes of a draft in all slots, which then lose what they have of other texts; and
+    prefixes at once where slots that share a cache have no room for them, which fails.
+    """
+    slots = LlamaDialect("toy", slots=4, context=64)
+    token = AFFINITY.set(7)
+    try:
+        assert slots.score([49] * 9, [51, 61], 2, "one_slot").body["id_slot"] == 3
+        assert "id_slot" not in slots.score([49] * 13, [51, 61], 2, "prompts").body
+        assert slots.score([49] * 20, [51, 61], 2, "prompts").body["id_slot"] == 3
+        assert "id_slot" not in slots.next_tokens([49], 2).body
+    finally:
+        AFFINITY.reset(token)
+
+
+def test_a_full_cache_means_fewer_requests():
+    """Guards: texts that fail after eight attempts, where slots share a cache that is full."""
+    access = Access(("http://a",))
+    connection = Connection("http://a", ClientPool(), access, ServerStatistics())
+    text = {"code": 500, "message": "Context size has been exceeded.", "type": "server_error"}
+    with pytest.raises(AttemptFailed, match="Context size") as failed:
+        connection._read(LLAMA.next_tokens([49], 2), httpx.Response(500, json={"error": text}))
+    assert (failed.value.kind, failed.value.is_down) == ("rate_limited", False)
+    assert failed.value.may_take_long
+
+
+def facts_of(card, props):
+    """What the start finds at a server that says so of itself, with all tokens equally likely."""
+
+    async def ask(call):
+        body = call.body or {}
+        if call.path in ("/v1/models", "/props"):
+            return call.read({"data": [card]} if call.path == "/v1/models" else props)
+        if call.path == "/tokenize":
+            return call.read({"tokens": [*body["content"].encode()]})
+        row = [{"id": token, "logprob": -math.log(264)} for token in range(body["n_probs"])]
+        reply = {**GOOD, LISTS[0]: [{"id": 51, LISTS[2]: row}]}
+        prompt = body["prompt"]
+        if isinstance(prompt[0], list):
+            return call.read([{**reply, "index": place} for place in range(len(prompt))])
+        return call.read(reply)
+
+    access = Access(("http://a",), vocab_size=264)
+    return asyncio.run(probe(ask, access, "http://a"))
+
+
+def test_the_context_is_that_of_a_slot():
+    """Guards: the context that the model was trained with, where a slot has a part of it."""
+    found = facts_of(CARD, PROPS)
+    assert (found.facts.kind, found.facts.context_length) == ("llama.cpp", 512)
+    assert (found.facts.max_top_k, found.facts.vocab_size) == (264, 264)
+    assert (found.dialect.slots, found.dialect.context) == (4, 512)
+    assert found.times.ways.keys() == {"prompts", "one_slot"}
+
+
+def test_a_server_that_does_not_say_what_it_has():
+    """Guards: a traceback at a server without a model, or one that still loads it."""
+    router = {"role": "router", "default_generation_settings": {"params": None, "n_ctx": 0}}
+    with pytest.raises(ConfigError, match="--model"):
+        facts_of({**CARD, "meta": None}, router)
+    with pytest.raises(ConfigError, match="how many tokens"):
+        facts_of({**CARD, "meta": None}, PROPS)
+    with pytest.raises(BadReply, match="0 slots"):
+        facts_of(CARD, {**PROPS, "total_slots": 0})
