@@ -23,7 +23,6 @@ _WHOLE_CHARACTER = "a"
 """A text after which no list is left out. The server draws it where only the list is wanted; the
 bias is none of the list."""
 _FIELDS = ("index", "model", "tokens", "stop_type", "completion_probabilities")
-_HALF_ULP = 2.0**-24
 
 
 @dataclass(frozen=True)
