@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 OLD_VENV ?= .venv-old-torch
+LLAMA_SDIST := llama_cpp_python-0.3.36
+LLAMA_DIR ?= build/$(LLAMA_SDIST)
+LLAMA_SERVER ?= $(LLAMA_DIR)/build/bin/llama-server
 DEMO_DIR ?= outputs/demo
 PIPELINE_DIR ?= outputs/pipeline
 EXPERIMENT_DIR ?= outputs/experiment
@@ -14,7 +17,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo pipeline experiment experiment-full test test-slow test-vllm test-old-torch lint format bench clean
+.PHONY: demo pipeline experiment experiment-full test test-slow test-vllm test-llama test-old-torch lint format bench clean
 
 demo: $(VENV)/.base
 	$(BIN)/optimal-sampling demo --output-dir $(DEMO_DIR)
@@ -46,6 +49,12 @@ test-slow: $(VENV)/.dev
 test-vllm: $(VLLM_VENV)/.vllm
 	$(VLLM_VENV)/bin/pytest tests/engines/vllm tests/serve tests/engines/servers/test_vllm_servers.py \
 		-m "not slow" -n $(JOBS) --dist loadfile -p no:cacheprovider --timeout 900
+
+# Two servers of llama.cpp. Its server is built from the sources that llama-cpp-python brings: 77 MB to download, then 8 minutes of
+# two cores; needs cmake and a C++ compiler. The tests take 3 minutes of one core. Not in CI. LLAMA_SERVER=... takes another server.
+test-llama: $(VENV)/.dev $(LLAMA_DIR)/.sources $(LLAMA_SERVER)
+	PYTHONPATH="$(LLAMA_DIR)/vendor/llama.cpp/gguf-py$${PYTHONPATH:+:$$PYTHONPATH}" OPTIMAL_SAMPLING_LLAMA_SERVER=$(abspath $(LLAMA_SERVER)) \
+		$(BIN)/pytest tests/engines/servers/test_llama_server.py -m "not slow" --timeout 900
 
 # The local engine from the source tree, without installing it, in the versions of requirements-old-torch.txt. Not in CI: PyTorch's
 # wheel of that version brings CUDA's libraries, some gigabytes. Python 3.11 or 3.12.
@@ -90,6 +99,19 @@ $(VLLM_VENV)/.vllm: pyproject.toml constraints-vllm.txt
 		pytest pytest-timeout pytest-xdist scipy 'lm-eval[api]'
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+$(LLAMA_DIR)/.sources: | $(VENV)/bin/pip
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest $(dir $(LLAMA_DIR)) \
+		$(subst _,-,$(subst -,==,$(LLAMA_SDIST)))
+	tar -xzf $(dir $(LLAMA_DIR))$(LLAMA_SDIST).tar.gz -C $(dir $(LLAMA_DIR))
+	touch $@
+
+$(LLAMA_DIR)/build/bin/llama-server: | $(LLAMA_DIR)/.sources
+	cmake -S $(LLAMA_DIR)/vendor/llama.cpp -B $(LLAMA_DIR)/build -DCMAKE_BUILD_TYPE=None -DCMAKE_C_FLAGS="-O2 -DNDEBUG" \
+		-DCMAKE_CXX_FLAGS="-O1 -DNDEBUG" -DBUILD_SHARED_LIBS=OFF -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
+		-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_ALL_WARNINGS=OFF
+	cmake --build $(LLAMA_DIR)/build --target llama-server --parallel $(JOBS)
 
 $(OLD_VENV)/.old: requirements-old-torch.txt
 	$(PYTHON) -m venv $(OLD_VENV)

@@ -44,11 +44,12 @@ _MOST_PROMPTS = 64
 
 @dataclass(frozen=True)
 class Urls:
-    """Addresses of the three servers."""
+    """Addresses of the servers."""
 
     student: str
     teacher: str
-    mixture: str
+    mixture: str | None = None
+    """None: not measured."""
 
 
 @dataclass
@@ -82,9 +83,8 @@ def run(options: ServersBenchOptions, report: Report) -> None:
 @contextmanager
 def _servers(options: ServersBenchOptions, report: Report) -> Iterator[Urls]:
     """The servers that were named, and those that have to be started."""
-    given = (options.student_url, options.teacher_url, options.mixture_url)
-    if all(given):
-        yield Urls(*map(str, given))
+    if options.student_url and options.teacher_url:
+        yield Urls(options.student_url, options.teacher_url, options.mixture_url)
         return
     with tempfile.TemporaryDirectory() as folder:
         processes = _processes(options, folder)
@@ -126,9 +126,11 @@ def _measure(
     systems: dict[str, Callable[[], int]] = {
         NAIVE: partial(_drawn, naive, requests),
         ROUNDS: partial(_drawn_in_rounds, drafting, requests, rounds),
-        MIXTURE: partial(_completed, urls.mixture, options.models.teacher, requests, count),
         TEACHER: partial(_completed, urls.teacher, options.models.teacher, requests, count),
     }
+    if urls.mixture:
+        model = options.models.teacher
+        systems[MIXTURE] = partial(_completed, urls.mixture, model, requests, count)
     timings = interleave(systems, options.repeats, lambda text: report.status(f"{count}: {text}"))
     _show(report, count, timings, rounds)
 

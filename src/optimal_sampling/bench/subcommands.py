@@ -360,11 +360,11 @@ class ServersBenchOptions(BenchOptions):
     repeats: int = 3
     """Counted repeats of every row."""
     student_url: str | None = None
-    """Server of the student; unset: vLLM's, started here."""
+    """Server of the student, and that of the teacher; unset: three of vLLM are started here."""
     teacher_url: str | None = None
     """Server of the teacher."""
     mixture_url: str | None = None
-    """Server of q*, `optimal-sampling serve`."""
+    """Server of q*, `optimal-sampling serve`; unset beside the other two: it is left out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -372,6 +372,9 @@ class ServersBenchOptions(BenchOptions):
             raise ConfigError(f"sequences must be numbers of at least 1, got {self.sequences}")
         if self.server_top_k < 1:
             raise ConfigError(f"server_top_k must be at least 1, got {self.server_top_k}")
+        pair = self.student_url, self.teacher_url
+        if any((*pair, self.mixture_url)) and not all(pair):
+            raise ConfigError("give both --student-url and --teacher-url, or no address")
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ SLOTS, CONTEXT = 4, 512
 OWN_CACHES = ("--parallel", SLOTS, "--no-kv-unified", "--ctx-size", SLOTS * CONTEXT)
 """A context of its own for each of the texts that the server keeps."""
 FLOAT32 = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off")
-TOLERANCE = 5e-5
-"""Of log-probabilities down to -35, in nats; 2.2e-5 was the most of the last run."""
+TOLERANCE = 1e-4
+"""Of log-probabilities down to -35, in nats; 4.0e-5 was the most of 280 lists."""
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +390,7 @@ def test_a_pair_of_two_kinds_of_servers(urls, vocabulary):
     """Guards: lists of one dialect that the other's limits or abilities change."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("toy-teacher"))
     table = FakeModel(4 * random_tables(SIZE)[1], tokenizer=tokenizer, stop_ids=frozenset({257}))
-    asked = requests_for(vocabulary, 6)
+    asked = requests_for(vocabulary, 2)
     with FakeServer(table) as teacher:
         pair = {"student": urls["student"], "teacher": teacher.url}
         with engine_at(pair, vocabulary, tv_tolerance=0.01) as engine:
