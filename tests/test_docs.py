@@ -46,15 +46,34 @@ SMALL = {
     "evaluate": ["--num-examples", "2", "--samples", "1", "--pass-at", "1"],
 }
 """Options that make a command short; they come last, and win."""
-KNOWN_PROGRAMS = {"accelerate", "curl", "lm_eval", "python", "ray", "sbatch", "torchrun", "trl"}
+KNOWN_PROGRAMS = {
+    "accelerate",
+    "curl",
+    "llama-server",
+    "lm_eval",
+    "python",
+    "ray",
+    "sbatch",
+    "torchrun",
+    "trl",
+}
 FOREIGN_FLAGS = {
     "--bf16",
+    "--cache-type-k",
+    "--cache-type-v",
+    "--ctx-size",
     "--distributed-executor-backend",
+    "--flash-attn",
     "--interleaved",
+    "--kv-unified",
+    "--model-draft",
     "--model-init-kwargs",
+    "--parallel",
+    "--reverse-prompt",
+    "--spec-type",
     "--teacher-support",
 }
-"""Of TRL and vLLM; and the beginnings of several of our own."""
+"""Of TRL, vLLM and llama.cpp; and the beginnings of several of our own."""
 
 
 class Block(NamedTuple):
