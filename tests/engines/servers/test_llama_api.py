@@ -6,12 +6,14 @@ import json
 import math
 
 import httpx
+import numpy as np
 import pytest
 
 from optimal_sampling.engines.servers.access import Access
 from optimal_sampling.engines.servers.connection import AttemptFailed, Connection
 from optimal_sampling.engines.servers.dialect import AFFINITY
 from optimal_sampling.engines.servers.llama_api import LlamaDialect
+from optimal_sampling.engines.servers.model import ServedFacts
 from optimal_sampling.engines.servers.pool import ClientPool
 from optimal_sampling.engines.servers.probe import probe
 from optimal_sampling.engines.servers.replicas import ReplicatedModel
@@ -19,7 +21,7 @@ from optimal_sampling.engines.servers.replies import BadReply
 from optimal_sampling.engines.servers.statistics import ServerStatistics
 from optimal_sampling.errors import ConfigError
 
-LLAMA = LlamaDialect("toy", frozenset({"toy"}), 264, 264)
+LLAMA = LlamaDialect("toy", frozenset({"toy"}), 264, 264, whole=97)
 ENTRIES = [
     {"id": 51, "token": "3", "bytes": [51], "logprob": -0.5014737844467163},
     {"id": 61, "token": "=", "bytes": [61], "logprob": -1.4535014629364014},
@@ -108,7 +110,7 @@ def test_a_list_is_asked_for_at_a_whole_character():
     that a text fails; and samplers or biases of the server's command line in a draft.
     """
     listing = [LLAMA.next_tokens([49], 2).body, LLAMA.score([49], [51], 2, "prompts").body]
-    assert [body["logit_bias"] for body in listing] == [[["a", 1e5]]] * 2
+    assert [body["logit_bias"] for body in listing] == [[[97, 1e5]]] * 2
     assert "post_sampling_probs" not in listing[0]  # so the bias is none of the list
     draft = LLAMA.draft([49], 3, 2, 0.0, 0).body
     assert (draft["logit_bias"], draft["samplers"]) == ([], ["temperature"])
@@ -152,18 +154,46 @@ def test_a_bad_draft_is_refused(reply):
 def test_the_likeliest_token_stands_for_a_draft_without_lists():
     """Guards: a round without a token, which never ends."""
 
-    class Scripted(ReplicatedModel):
-        replies = (BAD["no lists"], GOOD)
-
-        async def _retried(self, call, among=(), seconds=None):
-            reply, *self.replies = self.replies
-            return call.read(reply)
-
-    model = Scripted(Access(("http://a",)))
-    model._dialect = LLAMA
-    model.facts = None
+    model = scripted(BAD["no lists"], GOOD)
     drafted = asyncio.run(model.draft([49], 3, 2, 0.0, 0))
     assert [(each.token, each.choices.listed) for each in drafted] == [(51, 2)]
+
+
+def scripted(*replies):
+    """A started model with these replies to its next requests."""
+
+    class Scripted(ReplicatedModel):
+        async def _retried(self, call, among=(), seconds=None):
+            return call.read(next(remaining))
+
+    remaining = iter(replies)
+    model = Scripted(Access(("http://a",)))
+    model._dialect = LLAMA
+    model.facts = ServedFacts("toy", "llama.cpp", 512, 264, 264, can_choose_ids=True)
+    return model
+
+
+def test_chosen_ids_by_their_probabilities_beside_the_likeliest():
+    """Guards: the probabilities that biases made taken for the model's, an id that was not asked
+    for, and a text that fails where the token drawn ends within a character.
+    """
+    log_p = {51: ENTRIES[0]["logprob"], 7: -12.5, 97: -9.0, 9: -40.0}
+    raised = {token: value + (100 if token == 97 else 50) for token, value in log_p.items()}
+    total = np.logaddexp.reduce([*raised.values()])
+    probs = [
+        {"id": token, "prob": float(np.exp(value - total))}
+        for token, value in [*raised.items(), (60, -200.0)]
+    ]
+    reply = {**GOOD, "tokens": [97], LISTS[0]: [{"id": 97, "prob": 1.0, "top_probs": probs}]}
+    found = asyncio.run(scripted(GOOD, reply).next_tokens([49], 2, [7, 9, 97, 51]))
+    assert found.ids.tolist() == [51, 61, 7, 9, 97]
+    expected = [*(each["logprob"] for each in ENTRIES), *(log_p[token] for token in (7, 9, 97))]
+    np.testing.assert_allclose(found.log_p, expected, rtol=0, atol=1e-9)
+    assert found.listed == 2
+    lacking = asyncio.run(scripted(GOOD, BAD["no lists"]).next_tokens([49], 2, [7]))
+    assert lacking.ids.tolist() == [51, 61]
+    body = LLAMA.chosen([49], [51, 7]).body
+    assert (body["temperature"], body["n_probs"], body["post_sampling_probs"]) == (1.0, 3, True)
 
 
 def test_a_text_keeps_its_slot():
@@ -201,8 +231,11 @@ def facts_of(card, props):
             return call.read({"data": [card]} if call.path == "/v1/models" else props)
         if call.path == "/tokenize":
             return call.read({"tokens": [*body["content"].encode()]})
-        row = [{"id": token, "logprob": -math.log(264)} for token in range(body["n_probs"])]
-        reply = {**GOOD, LISTS[0]: [{"id": 51, LISTS[2]: row}]}
+        row = [
+            {"id": token, "logprob": -math.log(264), "prob": 1 / 264}
+            for token in range(body["n_probs"])
+        ]
+        reply = {**GOOD, LISTS[0]: [{"id": 51, LISTS[2]: row, "top_probs": row}]}
         prompt = body["prompt"]
         if isinstance(prompt[0], list):
             return call.read([{**reply, "index": place} for place in range(len(prompt))])
@@ -217,7 +250,8 @@ def test_the_context_is_that_of_a_slot():
     found = facts_of(CARD, PROPS)
     assert (found.facts.kind, found.facts.context_length) == ("llama.cpp", 512)
     assert (found.facts.max_top_k, found.facts.vocab_size) == (264, 264)
-    assert (found.dialect.slots, found.dialect.context) == (4, 512)
+    assert (found.dialect.slots, found.dialect.context, found.dialect.whole) == (4, 512, 97)
+    assert found.facts.can_choose_ids
     assert found.times.ways.keys() == {"prompts", "one_slot"}
 
 

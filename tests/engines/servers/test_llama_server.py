@@ -142,7 +142,7 @@ def test_facts_of_llama_server(urls):
                 assert (facts.context_length, model.dialect.slots) == (CONTEXT, SLOTS)
                 assert (facts.max_top_k, facts.vocab_size) == (ROWS[role], ROWS[role])
                 assert facts.stop_ids == {256, 257}  # llama.cpp knows <|endoftext|> by its name
-                assert (facts.can_choose_ids, facts.can_draft) == (False, True)
+                assert (facts.can_choose_ids, facts.can_draft) == (True, True)
                 assert model._times.ways.keys() == {"prompts", "one_slot"}
             await check_tokenizers({"student": student, "teacher": teacher})
 
@@ -171,6 +171,25 @@ def test_whole_lists_are_those_of_transformers(urls, vocabulary, role):
     assert max(errors) <= TOLERANCE
     np.testing.assert_allclose(found["prompts"], found["one_slot"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(found["next"][0], found["prompts"][-1], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("role", ROWS)
+def test_chosen_ids_have_the_values_of_the_whole_list(urls, vocabulary, role):
+    """Guards: a log-probability of a chosen id that the biases which show it have changed."""
+    prompt, text = solved(vocabulary)
+
+    async def main():
+        async with served(urls[role], vocab_size=SIZE) as model:
+            for end in range(0, len(text), 4):
+                prefix = [*prompt, *text[:end]]
+                whole = values_of(await model.next_tokens(prefix, ROWS[role]))
+                extra = [*whole.argsort()[:5].tolist(), *b"a7=", 195, 257]  # the least likely, ...
+                found = await model.next_tokens(prefix, 5, extra)
+                assert {*found.ids.tolist()} >= {*extra}
+                assert (found.listed, len(found.ids)) == (5, len({*found.ids.tolist()}))
+                np.testing.assert_allclose(found.log_p, whole[found.ids], rtol=0, atol=TOLERANCE)
+
+    run(main)
 
 
 def test_drafts_have_the_lists_of_their_places(urls, vocabulary):

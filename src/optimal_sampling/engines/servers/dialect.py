@@ -39,6 +39,8 @@ class Dialect(ABC):
     kind: ClassVar[str]
     scorings: ClassVar[tuple[Scoring, ...]]
     """Ways of scoring that may be offered; what is there is tried at the start."""
+    chosen_are_relative: ClassVar[bool] = False
+    """`chosen` gives log-probabilities up to a constant, which is that of one request."""
 
     model: str
     """Name of the model in requests."""
@@ -59,7 +61,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def chosen(self, prefix: Sequence[int], ids: Sequence[int]) -> Call[dict[int, float]]:
-        """Log-probabilities of chosen ids after a prefix."""
+        """Log-probabilities of chosen ids after a prefix, or of some of them."""
 
     @abstractmethod
     def draft(

@@ -6,6 +6,7 @@ leaves out the list of a token after which the text drawn so far ends within a c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,8 @@ __all__ = ["LlamaDialect"]
 _PATH = "/completion"
 _SURELY = 1e5
 """Bias of a logit that makes its token the one drawn."""
-_WHOLE_CHARACTER = "a"
-"""A text after which no list is left out. The server draws it where only the list is wanted; the
-bias is none of the list."""
+_RAISED = 50.0
+"""Bias that makes tokens likelier than all others, and leaves their float32 right to 4e-6."""
 _FIELDS = ("index", "model", "tokens", "stop_type", "completion_probabilities")
 
 
@@ -31,11 +31,15 @@ class LlamaDialect(Dialect):
 
     kind = "llama.cpp"
     scorings = ("prompts", "one_slot")
+    chosen_are_relative = True
 
     slots: int = 1
     """Texts that the server keeps at once."""
     context: int | None = None
     """Most tokens of a text, and of all slots together, where they share a cache."""
+    whole: int | None = None
+    """A token that is a whole character, so that no list is left out after it. The server draws it
+    where lists alone are wanted: a bias is none of the list. None: it draws the likeliest."""
 
     def next_tokens(self, prefix: Sequence[int], top_k: int) -> Call[TokenList]:
         """As in `Dialect`."""
@@ -47,8 +51,26 @@ class LlamaDialect(Dialect):
         raise NotImplementedError
 
     def chosen(self, prefix: Sequence[int], ids: Sequence[int]) -> Call[dict[int, float]]:
-        """Not offered."""
-        raise NotImplementedError
+        """As in `Dialect`, by probabilities that biases have raised above those of other tokens.
+
+        None where the token drawn ends within a character.
+        """
+        biases = dict.fromkeys(ids, _RAISED)
+        if self.whole is not None:
+            biases[self.whole] = 2 * _RAISED
+        raised = {"temperature": 1.0, "post_sampling_probs": True, "logit_bias": [*biases.items()]}
+        body = self._body([*prefix], 1, len(biases), **raised)
+
+        def read(reply: Any) -> dict[int, float]:
+            found: dict[int, float] = {}
+            for entry in self._entries(reply)[:1]:
+                for each in field(entry, "top_probs", list):
+                    token, value = field(each, "id", int), field(each, "prob", float)
+                    if token in biases and value > 0:
+                        found[token] = math.log(value) - biases[token]
+            return {token: found[token] for token in ids if token in found}
+
+        return Call(_PATH, read, body)
 
     def draft(
         self, prefix: Sequence[int], count: int, top_k: int, temperature: float, seed: int
@@ -61,9 +83,7 @@ class LlamaDialect(Dialect):
         body = self._body([*prefix], count, top_k, temperature=temperature, seed=seed)
 
         def read(reply: Any) -> list[DraftedToken]:
-            self._check_model(reply)
-            tokens = numbers(reply, "tokens")
-            entries = field({"completion_probabilities": [], **reply}, _FIELDS[-1], list)
+            entries, tokens = self._entries(reply), numbers(reply, "tokens")
             if not 1 <= len(tokens) <= count or len(entries) > len(tokens):
                 raise BadReply(
                     f"asked for at most {count} tokens, got {len(tokens)} and {len(entries)} lists"
@@ -122,7 +142,8 @@ class LlamaDialect(Dialect):
         return self.context is None or at_once * len(prompts[-1]) < self.context
 
     def _list_body(self, prompt: Any, top_k: int) -> dict[str, Any]:
-        return self._body(prompt, 1, top_k, logit_bias=[[_WHOLE_CHARACTER, _SURELY]])
+        biases = [] if self.whole is None else [[self.whole, _SURELY]]
+        return self._body(prompt, 1, top_k, logit_bias=biases)
 
     def _body(self, prompt: Any, tokens: int, top_k: int, **given: Any) -> dict[str, Any]:
         """A request that no sampler or bias of the server's own command line changes."""
@@ -142,16 +163,17 @@ class LlamaDialect(Dialect):
             **given,
         }
 
-    def _check_model(self, reply: Any) -> None:
+    def _entries(self, reply: Any) -> list[Any]:
+        """One for each token drawn that has a list."""
         if not isinstance(reply, Mapping):
             raise BadReply(f"expected an object, got {shown(reply)}")
         model = reply.get("model")
         if self.reply_models and model is not None and model not in self.reply_models:
             raise BadReply(f"the reply is of the model {shown(model)!r}", "wrong_model")
+        return field({_FIELDS[-1]: [], **reply}, _FIELDS[-1], list)
 
     def _first_list(self, reply: Any, top_k: int) -> TokenList:
-        self._check_model(reply)
-        entries = field(reply, _FIELDS[-1], list)
+        entries = self._entries(reply)
         if len(entries) != 1:
             raise BadReply(f"lists of {len(entries)} positions, where one was asked for")
         return self._list(field(entries[0], "top_logprobs", list), top_k)

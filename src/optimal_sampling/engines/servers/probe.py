@@ -57,6 +57,8 @@ _END_TEXTS = (
 )
 """Texts of end tokens. What is one token in the model's tokenizer is tried."""
 
+_WHOLE = "a"
+"""A text whose tokens are whole characters."""
 _FEW = 4
 _MANY = 10**9
 _SHORT = 8
@@ -108,7 +110,9 @@ async def probe(ask: Ask, access: Access, url: str) -> Probed:
     context = _context(card)
     if card.get("owned_by") == "llamacpp":
         context, slots = await ask(Call("/props", lambda reply: _slots(reply, url)))
-        dialect = LlamaDialect(card["id"], names, access.vocab_size, None, slots, context)
+        llama = LlamaDialect(card["id"], names, access.vocab_size, None, slots, context)
+        whole = await ask(llama.tokenize(_WHOLE))
+        dialect = replace(llama, whole=next(iter(whole), None))
     prefix = (await _text_ids(ask, dialect))[: max(1, (context or _PROBE_LENGTH) // 2)]
     if isinstance(dialect, LlamaDialect):
         facts = _llama_facts(card, context)
@@ -294,8 +298,6 @@ async def _offers(ask: Ask, call: Call[Any]) -> bool:
 
 
 async def _can_choose(ask: Ask, dialect: Dialect, prefix: Sequence[int]) -> bool:
-    if isinstance(dialect, LlamaDialect):
-        return False
     return await _offers(ask, dialect.chosen(prefix, sorted({*prefix})[:2]))
 
 

@@ -105,10 +105,13 @@ class ReplicatedModel(ServedModel):
     async def next_tokens(
         self, prefix: Sequence[int], top_k: int, extra_ids: Sequence[int] = ()
     ) -> TokenList:
-        """As in `ServedModel`. The extra ids are asked for at the same time, by other requests."""
+        """As in `ServedModel`. The extra ids are asked for at the same time, by other requests, or
+        afterwards, where their log-probabilities are relative."""
         likeliest = self.dialect.next_tokens(prefix, top_k)
         if not (extra_ids and self.facts.can_choose_ids):
             return await self._retried(likeliest)
+        if self.dialect.chosen_are_relative:
+            return await self._with_relative(await self._retried(likeliest), prefix, extra_ids)
         wanted = sorted({*extra_ids})
         parts = [
             wanted[start : start + MOST_CHOSEN_IDS]
@@ -122,6 +125,21 @@ class ReplicatedModel(ServedModel):
         finally:
             listing.cancel()
         return with_chosen(listed, {token: each for part in values for token, each in part.items()})
+
+    async def _with_relative(
+        self, listed: TokenList, prefix: Sequence[int], extra_ids: Sequence[int]
+    ) -> TokenList:
+        """A list and extra ids, by their log-probabilities relative to the likeliest one's."""
+        known, likeliest = {*listed.ids.tolist()}, int(listed.ids[0])
+        wanted = [token for token in sorted({*extra_ids}) if token not in known]
+        values: dict[int, float] = {}
+        for start in range(0, len(wanted), MOST_CHOSEN_IDS):
+            part = [likeliest, *wanted[start : start + MOST_CHOSEN_IDS]]
+            found = await self._retried(self.dialect.chosen(prefix, part))
+            if likeliest in found:
+                shift = float(listed.log_p[0]) - found[likeliest]
+                values |= {token: min(0.0, value + shift) for token, value in found.items()}
+        return with_chosen(listed, values)
 
     async def draft(
         self, prefix: Sequence[int], count: int, top_k: int, temperature: float, seed: int
