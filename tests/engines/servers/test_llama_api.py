@@ -82,10 +82,10 @@ def test_replies_are_read():
     drafted = LLAMA.draft([49], 3, 2, 0.0, 0).read(GOOD)
     assert [each.token for each in drafted] == [51]
     replies = [{**GOOD, "index": place} for place in range(3)]
-    lists = LLAMA.score([49], [51, 61], 2, "prompts").read(replies)
+    lists = LLAMA.score([49], [51, 61], 2, "one_slot").read(replies)
     assert [each.listed for each in lists] == [2, 2, 2]
     with pytest.raises(BadReply, match="order"):
-        LLAMA.score([49], [51, 61], 2, "prompts").read(replies[::-1])
+        LLAMA.score([49], [51, 61], 2, "one_slot").read(replies[::-1])
     assert not LLAMA.ends_text([49], 51).read(GOOD)
     assert LLAMA.ends_text([49], 51).read({**GOOD, "stop_type": "eos"})
 
@@ -109,7 +109,7 @@ def test_a_list_is_asked_for_at_a_whole_character():
     """Guards: a token within a character as the likeliest one, whose list the server leaves out, so
     that a text fails; and samplers or biases of the server's command line in a draft.
     """
-    listing = [LLAMA.next_tokens([49], 2).body, LLAMA.score([49], [51], 2, "prompts").body]
+    listing = [LLAMA.next_tokens([49], 2).body, LLAMA.score([49], [51], 2, "one_slot").body]
     assert [body["logit_bias"] for body in listing] == [[[97, 1e5]]] * 2
     assert "post_sampling_probs" not in listing[0]  # so the bias is none of the list
     draft = LLAMA.draft([49], 3, 2, 0.0, 0).body
@@ -197,15 +197,13 @@ def test_chosen_ids_by_their_probabilities_beside_the_likeliest():
 
 
 def test_a_text_keeps_its_slot():
-    """Guards: prefixes of a draft in all slots, which then lose what they have of other texts; and
-    prefixes at once where slots that share a cache have no room for them, which fails.
+    """Guards: prefixes of a draft in all slots, each of which has to catch up with the text, and
+    loses what it has of another one.
     """
-    slots = LlamaDialect("toy", slots=4, context=64)
+    slots = LlamaDialect("toy", slots=4)
     token = AFFINITY.set(7)
     try:
         assert slots.score([49] * 9, [51, 61], 2, "one_slot").body["id_slot"] == 3
-        assert "id_slot" not in slots.score([49] * 13, [51, 61], 2, "prompts").body
-        assert slots.score([49] * 20, [51, 61], 2, "prompts").body["id_slot"] == 3
         assert "id_slot" not in slots.next_tokens([49], 2).body
     finally:
         AFFINITY.reset(token)
@@ -250,9 +248,9 @@ def test_the_context_is_that_of_a_slot():
     found = facts_of(CARD, PROPS)
     assert (found.facts.kind, found.facts.context_length) == ("llama.cpp", 512)
     assert (found.facts.max_top_k, found.facts.vocab_size) == (264, 264)
-    assert (found.dialect.slots, found.dialect.context, found.dialect.whole) == (4, 512, 97)
+    assert (found.dialect.slots, found.dialect.whole) == (4, 97)
     assert found.facts.can_choose_ids
-    assert found.times.ways.keys() == {"prompts", "one_slot"}
+    assert found.times.ways.keys() == {"one_slot"}
 
 
 def test_a_server_that_does_not_say_what_it_has():

@@ -143,7 +143,7 @@ def test_facts_of_llama_server(urls):
                 assert (facts.max_top_k, facts.vocab_size) == (ROWS[role], ROWS[role])
                 assert facts.stop_ids == {256, 257}  # llama.cpp knows <|endoftext|> by its name
                 assert (facts.can_choose_ids, facts.can_draft) == (True, True)
-                assert model._times.ways.keys() == {"prompts", "one_slot"}
+                assert facts.scoring == "one_slot"
             await check_tokenizers({"student": student, "teacher": teacher})
 
     run(main)
@@ -159,18 +159,16 @@ def test_whole_lists_are_those_of_transformers(urls, vocabulary, role):
 
     async def main():
         async with served(urls[role], vocab_size=SIZE) as model:
-            found = {"next": [await model.next_tokens([*prompt, *text], ROWS[role])]}
-            for way in ("prompts", "one_slot"):
-                found[way] = await model.score(prompt, text, ROWS[role], way)
-                assert len(found[way]) == len(exact)
-            return {name: np.array([*map(values_of, lists)]) for name, lists in found.items()}
+            scored = await model.score(prompt, text, ROWS[role])
+            ends = [[*prompt, *text[:end]] for end in range(len(text) + 1)]
+            alone = [await model.next_tokens(each, ROWS[role]) for each in ends]
+            return [np.array([*map(values_of, lists)]) for lists in (scored, alone)]
 
-    found = run(main)
-    errors = [np.abs(values - exact[-len(values) :]).max() for values in found.values()]
-    print(f"{role}: largest error {max(errors):.1e}, log-probabilities down to {exact.min():.1f}")
-    assert max(errors) <= TOLERANCE
-    np.testing.assert_allclose(found["prompts"], found["one_slot"], rtol=0, atol=TOLERANCE)
-    np.testing.assert_allclose(found["next"][0], found["prompts"][-1], rtol=0, atol=TOLERANCE)
+    scored, alone = run(main)
+    error = max(np.abs(scored - exact).max(), np.abs(alone - exact).max())
+    print(f"{role}: largest error {error:.1e}, log-probabilities down to {exact.min():.1f}")
+    assert error <= TOLERANCE
+    np.testing.assert_allclose(scored, alone, rtol=0, atol=TOLERANCE / 10)
 
 
 @pytest.mark.parametrize("role", ROWS)
@@ -331,7 +329,6 @@ def test_a_cache_that_all_slots_share_is_waited_for(files):
 
             assert [len(each) for each in await asyncio.gather(*map(text, range(8)))] == [5] * 8
             assert model.statistics.errors["rate_limited"] > 0
-            assert len(await model.score([49] * (CONTEXT // 2), [*b"1234"], 5, "prompts")) == 5
             assert model.statistics.failed == 0
 
     with started([server], 60, print):

@@ -29,17 +29,6 @@ def test_short_texts_are_scored_whole_and_long_ones_are_not():
     assert times.best(20, 8, 150_000) == "prompts"  # a whole list for every token of the text
 
 
-def test_a_way_that_keeps_the_text_serves_long_ones_too():
-    """Guards: prefixes at once in many slots of llama.cpp's server, where one after the other in
-    one slot takes half as long.
-    """
-    one_slot = ScoringTime(0.010, 0.0, 0.002)
-    times = ScoringTimes({"prompts": PROMPTS, "one_slot": one_slot}, longest=135)
-    assert times.general() == times.best(4000, 8, 150_000) == times.best(20, 8, 20) == "one_slot"
-    slower = ScoringTimes({"prompts": one_slot, "one_slot": PROMPTS}, longest=135)
-    assert slower.general() == slower.best(20, 8, 20) == "prompts"
-
-
 def test_a_server_with_one_way_or_none():
     """Guards: a way that the server does not offer."""
     assert ScoringTimes({"echo": WHOLE}, 135).best(20, 2, 20) == "echo"

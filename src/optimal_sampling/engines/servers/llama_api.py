@@ -30,13 +30,11 @@ class LlamaDialect(Dialect):
     """Completions of token ids. The prompts of one request are texts of their own to the server."""
 
     kind = "llama.cpp"
-    scorings = ("prompts", "one_slot")
+    scorings = ("one_slot",)
     chosen_are_relative = True
 
     slots: int = 1
     """Texts that the server keeps at once."""
-    context: int | None = None
-    """Most tokens of a text, and of all slots together, where they share a cache."""
     whole: int | None = None
     """A token that is a whole character, so that no list is left out after it. The server draws it
     where lists alone are wanted: a bias is none of the list. None: it draws the likeliest."""
@@ -101,8 +99,12 @@ class LlamaDialect(Dialect):
     def score(
         self, prefix: Sequence[int], continuation: Sequence[int], top_k: int, way: Scoring
     ) -> Call[list[TokenList]]:
-        """As in `Dialect`. In `one_slot` the server takes one prefix after the other, each of which
-        adds a token to what it has kept; otherwise several at once, as many as have room."""
+        """As in `Dialect`. The server takes one prefix after the other in one slot, where each adds
+        a token to what is kept.
+
+        In several slots at once, as the server would have it, each of them has to catch up with the
+        text, and a cache that they share may be too small, which fails.
+        """
         prompts = prefixes(prefix, continuation)
 
         def read(reply: Any) -> list[TokenList]:
@@ -113,9 +115,7 @@ class LlamaDialect(Dialect):
                 raise BadReply("completions in another order than their prompts")
             return [self._first_list(each, top_k) for each in replies]
 
-        body = self._list_body(prompts, top_k)
-        if way == "one_slot" or not self._has_room(prompts):
-            body["id_slot"] = AFFINITY.get() % self.slots
+        body = self._list_body(prompts, top_k) | {"id_slot": AFFINITY.get() % self.slots}
         return Call(_PATH, read, body)
 
     def tokenize(self, text: str) -> Call[list[int]]:
@@ -135,11 +135,6 @@ class LlamaDialect(Dialect):
             return field(reply, "stop_type", str) == "eos"
 
         return Call(_PATH, read, body)
-
-    def _has_room(self, prompts: Sequence[Sequence[int]]) -> bool:
-        """Whether slots that share a cache have room for texts at once. What does not fit fails."""
-        at_once = min(len(prompts), self.slots)
-        return self.context is None or at_once * len(prompts[-1]) < self.context
 
     def _list_body(self, prompt: Any, top_k: int) -> dict[str, Any]:
         biases = [] if self.whole is None else [[self.whole, _SURELY]]

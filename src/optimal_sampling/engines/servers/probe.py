@@ -110,7 +110,7 @@ async def probe(ask: Ask, access: Access, url: str) -> Probed:
     context = _context(card)
     if card.get("owned_by") == "llamacpp":
         context, slots = await ask(Call("/props", lambda reply: _slots(reply, url)))
-        llama = LlamaDialect(card["id"], names, access.vocab_size, None, slots, context)
+        llama = LlamaDialect(card["id"], names, access.vocab_size, slots=slots)
         whole = await ask(llama.tokenize(_WHOLE))
         dialect = replace(llama, whole=next(iter(whole), None))
     prefix = (await _text_ids(ask, dialect))[: max(1, (context or _PROBE_LENGTH) // 2)]

@@ -12,9 +12,7 @@ from optimal_sampling.engines.servers.model import Scoring
 __all__ = ["ScoringTime", "ScoringTimes"]
 
 _CLEARLY = 0.85
-"""Share of the time of the general way below which another one is taken."""
-_ANEW: frozenset[Scoring] = frozenset({"prompt_logprobs", "echo"})
-"""Ways that score the whole text anew."""
+"""Share of the time of `prompts` below which another way is taken."""
 _MOST_TOP_K = 64
 """Longest lists for which the ways are compared; they were tried with at most 20 tokens."""
 
@@ -51,17 +49,18 @@ class ScoringTimes:
     longest: int
 
     def general(self) -> Scoring | None:
-        """The way for texts of any length: the fastest of those that do not score it anew."""
-        ways = [way for way in self.ways if way not in _ANEW] or [*self.ways]
-        return min(ways, key=lambda way: self.ways[way](self.longest, 4), default=None)
+        """The way for texts of any length: `prompts`, as the others score the whole text anew."""
+        return "prompts" if "prompts" in self.ways else self._fastest(self.longest, 4)
 
     def best(self, tokens: int, lists: int, top_k: int) -> Scoring | None:
         """The way for a text of so many tokens and so many lists at its end, of length `top_k`."""
         general = self.general()
-        if general in _ANEW or general is None:
+        if general != "prompts" or tokens > self.longest or top_k > _MOST_TOP_K:
             return general
-        if tokens > self.longest or top_k > _MOST_TOP_K:
-            return general
-        fastest = min(self.ways, key=lambda way: self.ways[way](tokens, lists))
+        fastest = self._fastest(tokens, lists)
+        assert fastest is not None
         is_clear = self.ways[fastest](tokens, lists) < _CLEARLY * self.ways[general](tokens, lists)
         return fastest if is_clear else general
+
+    def _fastest(self, tokens: int, lists: int) -> Scoring | None:
+        return min(self.ways, key=lambda way: self.ways[way](tokens, lists), default=None)
