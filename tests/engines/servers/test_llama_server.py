@@ -171,6 +171,54 @@ def test_whole_lists_are_those_of_transformers(urls, vocabulary, role):
     np.testing.assert_allclose(scored, alone, rtol=0, atol=TOLERANCE / 10)
 
 
+def test_how_far_default_attention_is_off(files, urls, vocabulary):
+    """Guards: figures of docs/servers.md. Attention is in float16 unless told otherwise."""
+    asked = [each.teacher_prompt_ids for each in requests_for(vocabulary, 10)]
+    text = [*b"12+34=46. 46*2=92. 92-7=85."]
+    exact = [exact_log_p("teacher", [*prompt, *text])[len(prompt) - 1 :] for prompt in asked]
+
+    async def main(url):
+        async with served(url, vocab_size=SIZE) as model:
+            lists = [await model.score(prompt, text, ROWS["teacher"]) for prompt in asked]
+            return np.array([[*map(values_of, each)] for each in lists])
+
+    with started([default := server_of("teacher", files, *OWN_CACHES)], 60, print):
+        largest = {}
+        for name, url in (("float32", urls["teacher"]), ("float16", default.url)):
+            found = run(main, url)
+            errors = np.abs(found - exact)
+            distances = np.abs(np.exp(found) - np.exp(exact)).sum(-1) / 2
+            largest[name] = errors.max()
+            print(
+                f"{name}: {distances.size} lists, log-probabilities down to {np.min(exact):.1f}, "
+                f"largest error {errors.max():.1e}; total variation mean {distances.mean():.1e}, "
+                f"most {distances.max():.1e}"
+            )
+    assert largest["float32"] <= TOLERANCE < 10 * TOLERANCE < largest["float16"] < 0.1
+
+
+def test_options_of_the_server_change_nothing(files, urls, vocabulary):
+    """Guards: lists and drafts by the temperature, penalties or biases that a server has of its
+    command line.
+    """
+    own = ("--temp", 2, "--top-k", 1, "--repeat-penalty", 3, "--presence-penalty", 2)
+    own += ("--mirostat", 2, "--logit-bias", "49+100", "--ignore-eos")
+    server = server_of("student", files, *OWN_CACHES, *FLOAT32, *own)
+    prompt = list(requests_for(vocabulary, 1)[0].student_prompt_ids)
+
+    async def main(url):
+        async with served(url, vocab_size=SIZE) as model:
+            drafted = await model.draft(prompt, 40, 5, 0.0, 0)
+            listed = await model.next_tokens(prompt, ROWS["student"])
+            return [each.token for each in drafted], values_of(listed)
+
+    with started([server], 60, print):
+        (text, values), (same, expected) = (run(main, url) for url in (server.url, urls["student"]))
+    assert text == same
+    assert text[-1] == 257
+    np.testing.assert_allclose(values, expected, rtol=0, atol=TOLERANCE / 10)
+
+
 @pytest.mark.parametrize("role", ROWS)
 def test_chosen_ids_have_the_values_of_the_whole_list(urls, vocabulary, role):
     """Guards: a log-probability of a chosen id that the biases which show it have changed."""
