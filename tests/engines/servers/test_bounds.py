@@ -235,9 +235,12 @@ def test_alpha_lies_in_its_interval():
             rows = [normalised(row) for row in kind(rng)]
             union = joined(lists_of(rows, 60, True), mixture.temperature)
             limits = Limits(box_of(union, find_support(union, mixture)))
-            [low], [high] = alpha_interval(limits, mixture, np.array([0]))
-            assert low - 2e-6 <= exact(*rows, mixture)[1] <= high + 2e-6, (kind, name)
-            widths.append(high - low)
+            alpha = exact(*rows, mixture)[1]
+            for guess in (alpha, 0.0, 0.3, 1.0):
+                guesses = np.array([guess])
+                [low], [high] = alpha_interval(limits, mixture, np.array([0]), guesses)
+                assert low - 2e-6 <= alpha <= high + 2e-6, (kind, name)
+                widths.append(high - low)
     assert min(widths) < 0.1 < max(widths)
 
 

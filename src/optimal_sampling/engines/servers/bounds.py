@@ -7,7 +7,8 @@ models, U the union of the lists, w = s^(1-alpha) t^alpha, Z the sum of w, psi =
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from jaxtyping import Int64
@@ -33,12 +34,13 @@ _INSIDE = 1e-9  # of alpha: the ends of [0, 1] are no mixtures
 _ROUNDING = 1e-13
 _SAME = 1e-9  # relative difference of sums by rounding
 _TINY = 1e-200  # in place of a sum of weights that is 0
-_GRID = 16
-_ROUNDS = 3
+_GRID = 12
 _PIECES = 16
-_SHRINKS = 0.98  # a round that leaves more of the interval is the last
+_STEPS = np.geomspace(1e-6, 1, 12)
+_DISTANCES = np.concatenate([-_STEPS[::-1], [0.0], _STEPS])  # from a guess of alpha
 _SLOPES = np.geomspace(0.05, 2, 6)  # multipliers: about 1 / log(t/s)
 _MOST_COLUMNS = 4096  # of what is looked at for all multipliers: tens of milliseconds
+_SMALL = 1e-4  # a bound that needs not be sharper
 _MOST_FACTOR = 10.0  # log of a factor of Z that says nothing
 _ONE, _ZERO = np.ones((1, 1, 1)), np.zeros((1, 1, 1))
 
@@ -46,9 +48,14 @@ _ONE, _ZERO = np.ones((1, 1, 1)), np.zeros((1, 1, 1))
 # alpha
 
 
-def alpha_interval(limits: Limits, mixture: MixtureConfig, position: Positions) -> Range:
-    """Where alpha of the exact q lies; of the whole rows, by the method of the mixture."""
-    low, high = _free_interval(limits, mixture, position)
+def alpha_interval(
+    limits: Limits, mixture: MixtureConfig, position: Positions, guess: PerRow
+) -> Range:
+    """Where alpha of the exact q lies; of the whole rows, by the method of the mixture.
+
+    `guess`: alpha of the lists, from which the search begins.
+    """
+    low, high = _free_interval(limits, mixture, position, guess)
     forced = _forced(mixture, position)
     return np.where(forced, 1.0, low), np.where(forced, 1.0, high)
 
@@ -59,7 +66,9 @@ def _forced(mixture: MixtureConfig, position: Positions) -> Flags:
     return forced
 
 
-def _free_interval(limits: Limits, mixture: MixtureConfig, position: Positions) -> Range:
+def _free_interval(
+    limits: Limits, mixture: MixtureConfig, position: Positions, guess: PerRow
+) -> Range:
     method = mixture.alpha_method
     ends = (mixture.alpha_min, mixture.alpha_max) if mixture.has_bounds else (0.0, 1.0)
     low, high = (np.full(len(position), end) for end in ends)
@@ -70,13 +79,13 @@ def _free_interval(limits: Limits, mixture: MixtureConfig, position: Positions) 
         alpha = np.clip(known, low, high)
         return alpha, alpha
     if method == "kl_symmetry":
-        return _bracket(lambda alphas: _symmetry_sign(limits, alphas), low, high)
+        return _bracket(partial(_symmetry_sign, limits), (low, high), guess)
     if method == "mirror":
-        found = _bracket(lambda alphas: _symmetry_sign(limits, alphas), 1 - high, 1 - low)
-        return 1 - found[1], 1 - found[0]
+        left, right = _bracket(partial(_symmetry_sign, limits), (1 - high, 1 - low), 1 - guess)
+        return 1 - right, 1 - left
     if method == "trust_region":
-        most = mixture.trust_region
-        return _bracket(lambda alphas: _trust_sign(limits, alphas, most), low, high)
+        sign = partial(_trust_sign, limits, limit=mixture.trust_region)
+        return _bracket(sign, (low, high), guess)
     return low, high  # reverse_kl_symmetry, entropy: no id outside of the lists may be left out
 
 
@@ -93,30 +102,27 @@ def _known_alpha(mixture: MixtureConfig, position: Positions) -> PerRow | float 
     return None
 
 
-def _bracket(sign: Callable[[Alphas], Alphas], low: PerRow, high: PerRow) -> Range:
-    """Bounds on a root in [low, high]. `sign`: 1 proves that the root lies below, -1 above.
+def _bracket(sign: Callable[[Alphas], Alphas], ends: Range, guess: PerRow) -> Range:
+    """Bounds on a root between two ends. `sign`: 1 proves that the root lies below, -1 above.
 
-    Every proof holds by itself, so that a coarse search gives a wider interval and no wrong one.
+    Every proof holds by itself, so that a coarse search gives a wider interval and no wrong one:
+    first around a guess of the root, at distances of all sizes, then where the proofs begin.
     """
-    left, right = low, high
-    goes_on = low < high
-    grid = _grid(low, high, _GRID + 1)
-    first, last = high, low
-    for _ in range(_ROUNDS):
-        if not goes_on.any():
-            break
-        grid = np.clip(grid, _INSIDE, 1 - _INSIDE)
+    left, right = ends
+    if (left == right).all():
+        return ends
+    around = guess[:, None] + _DISTANCES
+    first, last = left, right
+    for grid in (around, None):
+        if grid is None:
+            grid = np.concatenate([_grid(left, first, _GRID), _grid(last, right, _GRID)], -1)
+        grid = np.clip(grid, *(end[:, None] for end in ends)).clip(_INSIDE, 1 - _INSIDE)
         signs = sign(grid)
-        before = right - left
-        above = np.maximum(left, np.where(signs < 0, grid, -np.inf).max(-1))
-        below = np.minimum(right, np.where(signs > 0, grid, np.inf).min(-1))
-        left, right = np.where(goes_on, above, left), np.where(goes_on, below, right)
-        goes_on = goes_on & (right - left <= _SHRINKS * before)
-        is_open = signs == 0
-        first = np.minimum(np.minimum(first, right), np.where(is_open, grid, np.inf).min(-1))
-        last = np.maximum(np.maximum(last, left), np.where(is_open, grid, -np.inf).max(-1))
-        grid = np.concatenate([_grid(left, first, _GRID), _grid(last, right, _GRID)], -1)
-    return np.minimum(left, right), right
+        left = np.maximum(left, np.where(signs < 0, grid, -np.inf).max(-1))
+        right = np.minimum(right, np.where(signs > 0, grid, np.inf).min(-1))
+        first = np.minimum(right, np.where(signs == 0, grid, np.inf).min(-1))
+        last = np.maximum(left, np.where(signs == 0, grid, -np.inf).max(-1))
+    return np.clip(np.minimum(left, right), *ends), np.clip(right, *ends)
 
 
 def _grid(first: PerRow, last: PerRow, count: int) -> Alphas:
@@ -160,12 +166,12 @@ def _sign(least: Alphas, most: Alphas) -> Alphas:
 
 
 def total_variation_bound(
-    box: Box, mixture: MixtureConfig, position: Positions, q: Numbers
+    box: Box, mixture: MixtureConfig, position: Positions, alpha: PerRow, q: Numbers
 ) -> PerRow:
     """A bound on TV(q of the lists, q of the whole rows) of every row, both before top-k and top-p.
 
-    `q`: the probabilities of the ids of the union, [ids, rows]. ValueError for a mixture without a
-    bound.
+    `alpha`, `q`: of the lists; q of the ids of the union, [ids, rows]. ValueError for a mixture
+    without a bound.
     """
     forced = _forced(mixture, position)
     if mixture.alpha_method == "arithmetic":
@@ -173,10 +179,23 @@ def total_variation_bound(
     if not mixture.is_geometric:
         raise ValueError(f"no bound is known for alpha_method {mixture.alpha_method}")
     limits = Limits(box)
-    interval = alpha_interval(limits, mixture, position)
-    is_symmetric = ~forced & (mixture.alpha_method == "kl_symmetry")
-    pieces = _pieces(limits, interval, is_symmetric)
-    return _geometric_bound(pieces, np.concatenate([q, np.zeros_like(q[:1])])[..., None])
+    interval = alpha_interval(limits, mixture, position, alpha)
+    q = np.concatenate([q, np.zeros_like(q[:1])])
+    bound = _geometric_bound(_pieces(box, interval), q)
+    if mixture.alpha_method == "kl_symmetry" and len(q) <= _MOST_COLUMNS:
+        rows = np.flatnonzero(~forced & (bound > _SMALL))
+        if rows.size:
+            low, high = (end[rows] for end in interval)
+            bound[rows] = _bound_by_symmetry(box.of_rows(rows), (low, high), q.take(rows, -1))
+    return bound
+
+
+def _bound_by_symmetry(box: Box, interval: Range, q: Numbers) -> PerRow:
+    """The bound with what lemma 6 says of Z, which takes most of the time."""
+    pieces = _pieces(box, interval)
+    least, most = _total_by_symmetry(Limits(box), interval)
+    total = np.maximum(pieces.total[0], least), np.minimum(pieces.total[1], most)
+    return _geometric_bound(replace(pieces, total=total), q)
 
 
 def _arithmetic_bound(box: Box, weight: PerRow, q: Numbers) -> PerRow:
@@ -211,29 +230,29 @@ class _Pieces:
     in the piece."""
 
 
-def _pieces(limits: Limits, interval: Range, is_symmetric: Flags) -> _Pieces:
-    """The pieces of an interval of alpha. `is_symmetric`: rows where it is of kl_symmetry."""
-    box, (low, high) = limits.box, interval
-    ends = _grid(low, high, _PIECES + 1)
-    exact = box.exact_at(low, high)[..., None]
+def _pieces(box: Box, interval: Range) -> _Pieces:
+    """The pieces of an interval of alpha."""
+    ends = _ends(interval)
+    exact, drawn = box.exact_at(*interval)[..., None], box.drawn[..., None]
     table = weights(box.student, box.teacher, ends)
     known = np.where(exact, table, 0.0).sum(0)
-    hidden = np.where(exact | box.drawn[..., None], 0.0, table).sum(0)
+    hidden = np.where(exact | drawn, 0.0, table).sum(0)
     least_known = _least_known(box, exact, ends)
-    least, most = least_known, _of_pieces(known + _most_unknown(box, exact, ends))
-    if is_symmetric.any() and len(exact) <= _MOST_COLUMNS:
-        found = _total_by_symmetry(limits, ends)
-        least = np.where(is_symmetric[:, None], np.maximum(least, found[0]), least)
-        most = np.where(is_symmetric[:, None], np.minimum(most, found[1]), most)
+    most = _of_pieces(known + _most_unknown(box, exact, ends))
     return _Pieces(
         exact=exact,
-        open_ids=~exact & box.drawn[..., None],
+        open_ids=~exact & drawn,
         most=_of_pieces(table),
         least_known=least_known,
         most_known=_of_pieces(known),
         hidden=_of_pieces(hidden),
-        total=(least, most),
+        total=(least_known, most),
     )
+
+
+def _ends(interval: Range) -> Alphas:
+    """Where the pieces of an interval begin and end."""
+    return _grid(*interval, _PIECES + 1)
 
 
 def _of_pieces(at_ends: np.ndarray) -> np.ndarray:
@@ -272,8 +291,9 @@ def _least_known(box: Box, exact: Masks, ends: Alphas) -> Alphas:
     return least
 
 
-def _total_by_symmetry(limits: Limits, ends: Alphas) -> tuple[Alphas, Alphas]:
+def _total_by_symmetry(limits: Limits, interval: Range) -> tuple[Alphas, Alphas]:
     """Least and most of Z in every piece that has the root of F'; lemma 6."""
+    ends = _ends(interval)
     lowest, highest = (each[:, None, None] for each in limits.box.log_ratio)
     alphas = np.clip(ends, _INSIDE, 1 - _INSIDE)
     width = (ends[:, -1:] - ends[:, :1]) / _PIECES
@@ -297,12 +317,12 @@ def _joined(first: Alphas, last: Alphas) -> Alphas:
     return np.concatenate([first, last], -1)
 
 
-def _geometric_bound(pieces: _Pieces, q: Table) -> PerRow:
-    """Most of TV over all pieces and all that Z may be there; theorem 1. `q`: [columns, rows, 1]"""
+def _geometric_bound(pieces: _Pieces, q: Numbers) -> PerRow:
+    """Most of TV over all pieces and all that Z may be there; theorem 1."""
     low, high = pieces.total
-    share = _least_share(pieces, q, low)
+    share = _least_share(pieces, q[..., None], low)
     beyond = np.clip(pieces.most_known + pieces.hidden, low, high)
-    excess = [_excess(pieces, q, total, share) for total in (low, beyond, high)]
+    excess = [_excess(pieces, q[..., None], total, share) for total in (low, beyond, high)]
     possible = high >= low * (1 - _SAME)
     largest = np.where(possible, np.maximum.reduce(excess), -np.inf).max(-1)
     bound: PerRow = np.where(possible.any(-1), np.minimum(1.0, largest), 1.0)

@@ -7,13 +7,11 @@ alphas and terms; see union.py for why the columns come first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int64
 
 from optimal_sampling.engines.servers.union import (
     NEVER,
@@ -45,6 +43,7 @@ Sums: TypeAlias = Float64[np.ndarray, "rows alphas terms"]
 Range: TypeAlias = tuple[PerRow, PerRow]
 Corner: TypeAlias = tuple[Numbers, Numbers]
 """log s and log t."""
+Corners: TypeAlias = tuple[Float64[np.ndarray, "corners open rows"], Float64[np.ndarray, "..."]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +84,16 @@ class Box:
         exact: Masks = student & (self.teacher_known | is_student) & self.certain
         return exact
 
+    def of_rows(self, rows: Int64[np.ndarray, " some"]) -> Box:
+        """Some of the rows."""
+
+        def taken(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(taken, value))
+            return value.take(rows, -1)
+
+        return Box(**{each.name: taken(getattr(self, each.name)) for each in fields(self)})
+
     @property
     def log_ratio(self) -> Range:
         """Bounds on log s(S) - log t(S)."""
@@ -118,7 +127,7 @@ def box_of(union: Union, support: Support | None) -> Box:
         teacher_known=known[1],
         certain=_with_tail(certain, False) | never,
         drawn=_with_tail(drawn, False),
-        spread=(_spread(most, known, left, with_tail=1), _spread(most, known, left, with_tail=0)),
+        spread=_spread(most, known, left),
         student_total=totals[0],
         teacher_total=totals[1],
     )
@@ -161,16 +170,23 @@ def _teacher_total(teacher: Side, support: Support) -> Range:
 
 
 def _spread(
-    most: tuple[Numbers, ...], known: tuple[Masks, ...], left: Range, with_tail: int
-) -> Corner:
-    """The masses outside of both lists, spread; the tail is one of those of model `with_tail`."""
-    spread = []
-    for model in (0, 1):
-        open_ids = ~known[model]
-        open_ids[-1] = model == with_tail
-        values = _in_proportion(most[model], most[1 - model], open_ids, left[model])
-        spread.append(values)
-    return spread[0], spread[1]
+    most: tuple[Numbers, ...], known: tuple[Masks, ...], left: Range
+) -> tuple[Corner, Corner]:
+    """The masses outside of both lists, spread. The tail is one of the teacher's ids, then of the
+    student's.
+    """
+    cases = [(model, tail) for tail in (1, 0) for model in (0, 1)]
+    among = np.concatenate([~known[model] for model, _ in cases], 1)
+    is_with_tail = [model == tail for model, tail in cases]
+    among[-1] = np.repeat(is_with_tail, known[0].shape[1])
+    spread = _in_proportion(
+        np.concatenate([most[model] for model, _ in cases], 1),
+        np.concatenate([most[1 - model] for model, _ in cases], 1),
+        among,
+        np.concatenate([left[model] for model, _ in cases]),
+    )
+    first, second, third, fourth = np.split(spread, len(cases), 1)
+    return (first, second), (third, fourth)
 
 
 def _in_proportion(most: Numbers, others: Numbers, among: Masks, total: PerRow) -> Numbers:
@@ -182,7 +198,7 @@ def _in_proportion(most: Numbers, others: Numbers, among: Masks, total: PerRow) 
     is_within = log_sum(largest) <= total
     if is_within.all():
         return most
-    order = np.where(among, most - others, np.inf).argsort(0)  # the first to be at their most
+    order = np.where(among, most - others, np.inf).argsort(0, kind="stable")  # first at their most
     largest, shares = (np.take_along_axis(each, order, 0) for each in (largest, shares))
     scale = np.where(total > NEVER, total, 0.0)
     caps = np.exp(largest - scale)
@@ -215,6 +231,16 @@ class Limits:
 
     def __init__(self, box: Box) -> None:
         self.box = box
+        exact = box.exact
+        corners = ((box.student, box.teacher), *box.spread)
+        student, teacher = (
+            _gathered(np.array([corner[model] for corner in corners]), ~exact, NEVER)
+            for model in (0, 1)
+        )
+        known = _gathered(np.array([box.student, box.teacher]), exact, NEVER)
+        fixed = _gathered(np.array([box.student_known, box.teacher_known]), ~exact, False)
+        self._plain = _Lower((known[0], known[1]), (student, teacher), fixed[1])
+        self._exchanged = _Lower((known[1], known[0]), (teacher, student), fixed[0])
 
     def least(self, alphas: Alphas, constants: Constants, slopes: Constants) -> Sums:
         """Least of a sum."""
@@ -224,41 +250,18 @@ class Limits:
         """Most of it: the least with the roles of the models exchanged, of the negative."""
         return -self._exchanged.least(1 - alphas, -constants, slopes)
 
-    @cached_property
-    def _plain(self) -> _Lower:
-        box = self.box
-        corners = ((box.student, box.teacher), *box.spread)
-        return _Lower.of(corners, box.exact, box.teacher_known)
 
-    @cached_property
-    def _exchanged(self) -> _Lower:
-        box = self.box
-        corners = ((box.student, box.teacher), *box.spread)
-        exchanged = [(teacher, student) for student, teacher in corners]
-        return _Lower.of(exchanged, box.exact, box.student_known)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Lower:
     """What the least of a sum over weights is made of."""
 
-    exact: Corner
-    """Of the ids whose weight is known, [exact, rows]."""
-    open_ids: Corner
-    """Of the others at every corner, [open, corners, rows]."""
-    is_fixed: Masks
-    """Where log t is known, and stays, [open, corners, rows]."""
-
-    @classmethod
-    def of(cls, corners: Sequence[Corner], exact: Masks, teacher_known: Masks) -> _Lower:
-        known = [_gathered(each, exact, NEVER) for each in corners[0]]
-        others = [
-            np.stack([_gathered(corner[model], ~exact, NEVER) for corner in corners], 1)
-            for model in (0, 1)
-        ]
-        is_fixed = np.zeros(others[0].shape, bool)
-        is_fixed[:, 0] = _gathered(teacher_known, ~exact, False)  # lemma 3 is not about such ids
-        return cls((known[0], known[1]), (others[0], others[1]), is_fixed)
+    def __init__(self, exact: Corner, open_ids: Corners, teacher_known: Masks) -> None:
+        """`exact`: the ids whose weight is known; `open_ids`: the others."""
+        self.exact = exact
+        self.student, self.teacher = (each[..., None, None] for each in open_ids)
+        self.is_fixed = np.zeros(self.student.shape, bool)
+        self.is_fixed[0, ..., 0, 0] = (
+            teacher_known  # lemma 3, of the spreads, is not about such ids
+        )
 
     def least(self, alphas: Alphas, constants: Constants, slopes: Constants) -> Sums:
         student, teacher = self.exact
@@ -266,19 +269,19 @@ class _Lower:
         psi = (weight * (teacher - student)[..., None]).sum(0)
         known = constants * weight.sum(0)[..., None] + slopes * psi[..., None]
 
-        student, teacher = (each[..., None, None] for each in self.open_ids)
-        is_fixed, alpha = self.is_fixed[..., None, None], alphas[..., None]
-        cut = student - (constants / slopes + 1 / alpha)
-        ratio = np.where(is_fixed, teacher, np.minimum(teacher, cut)) - student
-        terms = np.exp(student + alpha * ratio) * (constants + slopes * ratio)
-        terms = np.where(is_fixed, np.minimum(terms, 0.0), terms)
-        least: Sums = known + terms.sum(0).max(0)
+        alpha = alphas[..., None]
+        cut = self.student - (constants / slopes + 1 / alpha)
+        teacher = np.where(self.is_fixed, self.teacher, np.minimum(self.teacher, cut))
+        ratio = teacher - self.student
+        terms = np.exp(self.student + alpha * ratio) * (constants + slopes * ratio)
+        terms = np.where(self.is_fixed, np.minimum(terms, 0.0), terms)
+        least: Sums = known + terms.sum(1).max(0)
         return least
 
 
-def _gathered(columns: np.ndarray, among: Masks, default: float) -> np.ndarray:
-    """The columns of every row that are `among`, in order; then the default."""
+def _gathered(kinds: np.ndarray, among: Masks, default: float) -> np.ndarray:
+    """Of [kinds, columns, rows] the columns of every row that are `among`, then the default."""
     count = among.sum(0)
     order = (~among).argsort(0, kind="stable")[: count.max(initial=0)]
-    found = np.take_along_axis(columns, order, 0)
+    found = np.take_along_axis(kinds, order[None], 1)
     return np.where(np.arange(len(order))[:, None] < count, found, default)

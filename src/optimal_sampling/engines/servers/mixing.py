@@ -62,6 +62,8 @@ _OF_TOKEN = {
 _COLUMN = {name: column for column, name in enumerate(TRACE_FIELDS + LIST_FIELDS)}
 
 Positions = Int64[Tensor, " rows"]
+Shares = tuple[PerRow | float, PerRow | float]
+"""Of the student and the teacher."""
 Lists = Sequence[TokenList]
 """One per row, of equal lengths."""
 
@@ -144,14 +146,16 @@ class ListMixer:
         support = find_support(union, self.mixture)
         box = box_of(union, support)
         drawn = None if support is None else _rows_of(box.drawn, union, False)
-        solved = self._solve(union, drawn, position, (_SHARE, _SHARE))
+        shares: Shares = (_SHARE, _SHARE)
         if self.mixture.is_geometric and not union.is_known:
-            alpha = np.clip(solved.alpha, _LEAST_ALPHA, 1 - _LEAST_ALPHA)
+            guessed = self._solve(union, drawn, position, shares, ess=False)
+            alpha = np.clip(guessed.alpha, _LEAST_ALPHA, 1 - _LEAST_ALPHA)
             shares = (0.5 ** (1 / (1 - alpha)), 0.5 ** (1 / alpha))
-            solved = self._solve(union, drawn, position, shares)
+        solved = self._solve(union, drawn, position, shares)
         mixed = MixedLists(solved, _without_tail(solved), np.empty(0))
         q = np.ascontiguousarray(mixed.q.T[: len(union.ids)])
-        bound = total_variation_bound(box, self._whole, position.numpy(), q)
+        alpha = np.asarray(solved.alpha)
+        bound = total_variation_bound(box, self._whole, position.numpy(), alpha, q)
         return replace(mixed, bound=bound)
 
     def _batches(self, lists: Sequence[Sequence[TokenList]]) -> Iterator[list[int]]:
@@ -263,12 +267,15 @@ class ListMixer:
         union: Union,
         drawn: Bool[Tensor, "rows columns"] | None,
         position: Positions,
-        shares: tuple[PerRow | float, PerRow | float],
+        shares: Shares,
+        *,
+        ess: bool = True,
     ) -> Solved:
         """q over a union, where an unknown id has a share of the most that it can have."""
         sides = zip((union.student, union.teacher), shares, strict=True)
         student, teacher = (_logits(side, union, share) for side, share in sides)
-        return solve(make_pair(student, teacher, self._whole, drawn), position, self._whole)
+        pair = make_pair(student, teacher, self._whole, drawn)
+        return solve(pair, position, self._whole, ess=ess)
 
 
 def _noise(noise_key: int, position: int, places: Sequence[int]) -> NoiseKeys:
