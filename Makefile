@@ -76,7 +76,7 @@ bench: $(VENV)/.base
 	$(BIN)/optimal-sampling bench
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(OLD_VENV) outputs
+	rm -rf $(VENV) $(VLLM_VENV) $(OLD_VENV) $(LLAMA_DIR) outputs
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
