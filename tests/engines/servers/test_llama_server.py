@@ -36,7 +36,7 @@ from tests.engines.servers.shipped_pair import (
 )
 
 BINARY = os.environ.get("OPTIMAL_SAMPLING_LLAMA_SERVER") or shutil.which("llama-server")
-gguf = pytest.importorskip("gguf", reason="needs llama.cpp's package gguf: make test-llama")
+pytest.importorskip("gguf", reason="needs llama.cpp's package gguf: make test-llama")
 pytestmark = [
     pytest.mark.skipif(
         BINARY is None,
