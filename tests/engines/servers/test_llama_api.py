@@ -18,6 +18,7 @@ from optimal_sampling.engines.servers.pool import ClientPool
 from optimal_sampling.engines.servers.probe import probe
 from optimal_sampling.engines.servers.replicas import ReplicatedModel
 from optimal_sampling.engines.servers.replies import BadReply
+from optimal_sampling.engines.servers.scoring import ScoringTime, ScoringTimes
 from optimal_sampling.engines.servers.statistics import ServerStatistics
 from optimal_sampling.errors import ConfigError
 
@@ -169,6 +170,7 @@ def scripted(*replies):
     remaining = iter(replies)
     model = Scripted(Access(("http://a",)))
     model._dialect = LLAMA
+    model._times = ScoringTimes({"one_slot": ScoringTime(0.0, 0.0, 0.001)}, 135)
     model.facts = ServedFacts("toy", "llama.cpp", 512, 264, 264, can_choose_ids=True)
     return model
 
@@ -204,6 +206,7 @@ def test_a_text_keeps_its_slot():
     token = AFFINITY.set(7)
     try:
         assert slots.score([49] * 9, [51, 61], 2, "one_slot").body["id_slot"] == 3
+        assert slots.chosen([49] * 9, [51, 61]).body["id_slot"] == 3
         assert "id_slot" not in slots.next_tokens([49], 2).body
     finally:
         AFFINITY.reset(token)

@@ -343,6 +343,19 @@ def test_drafts_and_company_change_no_token(urls, vocabulary):
     assert found[1:] == found[:1] * 3
 
 
+def test_a_tolerance_is_kept(urls, vocabulary):
+    """Guards: ids of the other list that are asked for, and do not make the bound smaller."""
+    asked = requests_for(vocabulary, 12)
+    options = {"server_top_k": 5, "tv_tolerance": 1e-3}
+    with engine_at(urls, vocabulary, **options) as engine:
+        found = tokens_of(engine.generate(asked))
+        counts = engine.counts
+        assert counts.asked_again > counts.above == 0
+        assert counts.largest_bound <= 1e-3
+    with engine_at(urls, vocabulary, **options, draft_tokens=0) as engine:
+        assert tokens_of(engine.generate(asked)) == found
+
+
 def test_texts_at_the_end_of_the_context(urls, vocabulary):
     """Guards: a prompt that the server cuts or refuses, where a record is due."""
     asked = requests_for(vocabulary, 1)[0]

@@ -57,7 +57,7 @@ class LlamaDialect(Dialect):
         if self.whole is not None:
             biases[self.whole] = 2 * _RAISED
         raised = {"temperature": 1.0, "post_sampling_probs": True, "logit_bias": [*biases.items()]}
-        body = self._body([*prefix], 1, len(biases), **raised)
+        body = self._body([*prefix], 1, len(biases), **raised) | self._slot
 
         def read(reply: Any) -> dict[int, float]:
             found: dict[int, float] = {}
@@ -115,8 +115,7 @@ class LlamaDialect(Dialect):
                 raise BadReply("completions in another order than their prompts")
             return [self._first_list(each, top_k) for each in replies]
 
-        body = self._list_body(prompts, top_k) | {"id_slot": AFFINITY.get() % self.slots}
-        return Call(_PATH, read, body)
+        return Call(_PATH, read, self._list_body(prompts, top_k) | self._slot)
 
     def tokenize(self, text: str) -> Call[list[int]]:
         """As in `Dialect`."""
@@ -135,6 +134,11 @@ class LlamaDialect(Dialect):
             return field(reply, "stop_type", str) == "eos"
 
         return Call(_PATH, read, body)
+
+    @property
+    def _slot(self) -> dict[str, int]:
+        """The slot of the text, for requests of which there may be several at once."""
+        return {"id_slot": AFFINITY.get() % self.slots}
 
     def _list_body(self, prompt: Any, top_k: int) -> dict[str, Any]:
         biases = [] if self.whole is None else [[self.whole, _SURELY]]

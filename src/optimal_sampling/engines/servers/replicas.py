@@ -111,7 +111,8 @@ class ReplicatedModel(ServedModel):
         if not (extra_ids and self.facts.can_choose_ids):
             return await self._retried(likeliest)
         if self.dialect.chosen_are_relative:
-            return await self._with_relative(await self._retried(likeliest), prefix, extra_ids)
+            [listed] = await self.score(prefix, (), top_k)  # where the text is kept
+            return await self._with_relative(listed, prefix, extra_ids)
         wanted = sorted({*extra_ids})
         parts = [
             wanted[start : start + MOST_CHOSEN_IDS]
