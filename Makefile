@@ -50,8 +50,8 @@ test-vllm: $(VLLM_VENV)/.vllm
 	$(VLLM_VENV)/bin/pytest tests/engines/vllm tests/serve tests/engines/servers/test_vllm_servers.py \
 		-m "not slow" -n $(JOBS) --dist loadfile -p no:cacheprovider --timeout 900
 
-# Two servers of llama.cpp. Its server is built from the sources that llama-cpp-python brings: 77 MB to download, then 8 minutes of
-# two cores; needs cmake and a C++ compiler. The tests take 3 minutes of one core. Not in CI. LLAMA_SERVER=... takes another server.
+# Two servers of llama.cpp. Its server is built from the sources that llama-cpp-python brings: 77 MB to download, then 6 minutes of
+# two cores; needs cmake and a C++ compiler. The tests take 2 to 3 minutes. Not in CI. LLAMA_SERVER=... takes another server.
 test-llama: $(VENV)/.dev $(LLAMA_DIR)/.sources $(LLAMA_SERVER)
 	PYTHONPATH="$(LLAMA_DIR)/vendor/llama.cpp/gguf-py$${PYTHONPATH:+:$$PYTHONPATH}" OPTIMAL_SAMPLING_LLAMA_SERVER=$(abspath $(LLAMA_SERVER)) \
 		$(BIN)/pytest tests/engines/servers/test_llama_server.py -m "not slow" --timeout 900
