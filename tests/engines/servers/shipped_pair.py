@@ -9,7 +9,6 @@ from optimal_sampling.config import MixtureConfig, PromptConfig
 from optimal_sampling.distribution import gumbel, keys_tensor
 from optimal_sampling.distribution.naive import naive_step
 from optimal_sampling.engines.servers.mixing import ListMixer
-from optimal_sampling.engines.servers.union import join
 from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.toy_pair.problems import synthetic_rows
 from optimal_sampling.types import Request, prompt_id
@@ -85,7 +84,7 @@ def check_full_vocabulary(engine, local, asked):
 
 def check_short_lists(engine, local, asked):
     """q of short lists is within its bound of q of whole ones, at every token."""
-    mixer = ListMixer(MixtureConfig(), "mixture", SIZE)
+    mixer = ListMixer(MixtureConfig(), "mixture", SIZE, {"teacher": SIZE + 8})
     found = {5: [], 20: []}
     for completion in local.generate(asked):
         request, tokens = completion.request, completion.token_ids
@@ -137,7 +136,7 @@ def _total_variation(mixer, full, short, place):
     """(measured, bound) of the total variation of q of short lists to that of whole rows."""
     rows = [each.log_p[each.ids.argsort()].tolist() for each in full]
     exact = np.exp(naive_step(*rows, [0.0] * SIZE, place, MixtureConfig()).log_drawn)
-    union = join(*([each] for each in short), SIZE, 1.0)
+    union = mixer.join(*([each] for each in short))
     mixed = mixer.solve(union, torch.tensor([place]))
     q, ids = np.zeros(SIZE), union.ids[:, 0]
     q[ids] = mixed.q[0, : len(ids)]

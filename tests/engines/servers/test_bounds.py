@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from optimal_sampling.distribution import log_q, make_pair, solve
 from optimal_sampling.engines.servers.bounds import alpha_interval
 from optimal_sampling.engines.servers.box import Limits, box_of
 from optimal_sampling.engines.servers.mixing import ListMixer
+from optimal_sampling.engines.servers.replies import token_list as reply_list
 from optimal_sampling.engines.servers.table_model import token_list
 from optimal_sampling.engines.servers.union import find_support, join
 from optimal_sampling.types import LIST_FIELDS, TRACE_FIELDS
@@ -25,6 +27,10 @@ MIXTURES = {
     "mirror": MixtureConfig(alpha_method="mirror", **FREE),
     "fixed": MixtureConfig(alpha_method="fixed", fixed_alpha=0.7),
     "student": MixtureConfig(alpha_method="fixed", fixed_alpha=0.0, **FREE),
+    "teacher": MixtureConfig(alpha_method="fixed", fixed_alpha=1.0),
+    "teacher's nucleus": MixtureConfig(
+        alpha_method="fixed", fixed_alpha=1.0, teacher_support_top_p=0.9, teacher_support_min_p=0.01
+    ),
     "first token": MixtureConfig(force_first_token=True),
     "trust region": MixtureConfig(alpha_method="trust_region", trust_region=0.1, **FREE),
     "schedule": MixtureConfig(alpha_method="schedule"),
@@ -88,6 +94,13 @@ def zeros(rng):
     return tuple(rows)
 
 
+def one_sided(rng):
+    """A row of which the list is a small part, and one with all of its mass in the list."""
+    student = rng.standard_normal(VOCAB)
+    student[rng.permutation(VOCAB)[:-15]] = -np.inf
+    return student, 0.05 * rng.standard_normal(VOCAB)
+
+
 KINDS = (language, flat, unequal, disjoint, adversarial)
 
 
@@ -101,10 +114,10 @@ def exact(student, teacher, mixture):
     return log_q(solved)[0].double().exp().numpy(), float(solved.alpha[0])
 
 
-def of_lists(lists, mixture):
+def of_lists(lists, mixture, rows=MappingProxyType({})):
     """q over the vocabulary, and the bound."""
-    mixer = ListMixer(mixture, "mixture", VOCAB)
-    union = joined(lists, mixture.temperature)
+    mixer = ListMixer(mixture, "mixture", VOCAB, rows)
+    union = mixer.join(*([each] for each in lists))
     q = np.zeros(VOCAB)
     solved = mixer.solve(union, torch.tensor([0]))
     ids = union.ids[:, 0]
@@ -138,7 +151,8 @@ def compare(kind, mixture, k, count, extra=False, seed=0):
 @pytest.mark.parametrize("name", MIXTURES)
 def test_no_pair_violates_the_bound(name):
     """Guards: a wrong theorem, and an interval of alpha that alpha is not in."""
-    for kind in KINDS:
+    kinds = KINDS if name == "ess" else (*KINDS, zeros, one_sided)  # its alpha is then not 1/2
+    for kind in kinds:
         for k, extra in ((5, False), (20, False), (20, True), (100, True)):
             tv, bound = compare(kind, MIXTURES[name], k, 4, extra, seed=k).T
             assert (tv <= bound + ROUNDING).all(), (kind.__name__, k, extra)
@@ -223,6 +237,31 @@ def test_a_list_is_right_to_the_rounding_of_a_server():
         lists = [token_list((row + 1e-6).astype(np.float32).astype(float), 20) for row in rows]
         q, bound = of_lists(lists, MIXTURES[name])
         assert np.abs(q - exact(*rows, MIXTURES[name])[0]).sum() / 2 <= bound + ROUNDING
+
+
+@pytest.mark.parametrize("more", [9, None])
+@pytest.mark.parametrize("name", ["kl_symmetry", "clamped", "top-p", "all supports", "hot top-p"])
+def test_ids_that_one_model_has_alone_may_have_a_part_of_the_mass(name, more):
+    """Guards: mass of padding, which is no part of q, counted as that of ids that a list lacks."""
+    mixture, rng = MIXTURES[name], np.random.default_rng(2)
+    wrong = 0
+    for share in (0.0, 0.3, 0.9, 1.1) * 6:
+        student, teacher = (np.sort(row)[::-1] for row in language(rng))
+        teacher[20:] -= 9
+        wide = normalised(np.append(teacher, np.full(9, teacher[19] + np.log(share + 1e-9))))
+        top = np.argsort(-wide, kind="stable")[:20]
+        lists = [
+            token_list(normalised(student), 20, range(40)),
+            reply_list({int(token): float(wide[token]) for token in top}, 20, VOCAB),
+        ]
+        assert lists[1].left_out == pytest.approx(np.exp(wide[top[top >= VOCAB]]).sum())
+        truth = exact(normalised(student), normalised(teacher), mixture)[0]
+        rows = {"teacher": None if more is None else VOCAB + more}
+        q, bound = of_lists(lists, mixture, rows)
+        assert np.abs(q - truth).sum() / 2 <= bound + ROUNDING
+        q, bound = of_lists(lists, mixture)
+        wrong += np.abs(q - truth).sum() / 2 > bound + ROUNDING
+    assert wrong > 0 or "top-p" not in name  # others have room enough
 
 
 def test_alpha_lies_in_its_interval():

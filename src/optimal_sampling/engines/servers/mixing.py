@@ -8,8 +8,10 @@ worked on in one call, as one row each: a call for one row takes nearly as long.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -110,13 +112,26 @@ class MixedLists:
 
 
 class ListMixer:
-    """Draws from lists. `vocab_size`: ids that both models share."""
+    """Draws from lists. `vocab_size`: ids that both models share.
 
-    def __init__(self, mixture: MixtureConfig, mode: Mode, vocab_size: int) -> None:
+    `rows`: by role, how many ids a model has, which may give the ids beyond a mass too; None:
+    unknown. A role that is not named has the shared ids.
+    """
+
+    def __init__(
+        self,
+        mixture: MixtureConfig,
+        mode: Mode,
+        vocab_size: int,
+        rows: Mapping[str, int | None] = MappingProxyType({}),
+    ) -> None:
         self.mixture = mixture
         self.roles = ROLES if mode == "mixture" else (mode,)
         self.vocab_size = vocab_size
         self._whole = replace(mixture, top_k=-1, top_p=1.0)
+        sizes = [rows.get(role, vocab_size) for role in (self.roles[0], self.roles[-1])]
+        student, teacher = (math.inf if size is None else size - vocab_size for size in sizes)
+        self._more_ids = (max(0, student), max(0, teacher))
 
     def draw(
         self, lists: Sequence[Sequence[TokenList]], noise_key: int, position: int
@@ -140,6 +155,10 @@ class ListMixer:
             found = self._draft([lists[place] for place in places], noise)
             drafted |= zip(places, found, strict=True)
         return [drafted[place] for place in range(len(lists))]
+
+    def join(self, student: Lists, teacher: Lists) -> Union:
+        """The union of both models' lists; of one model, twice its own."""
+        return join(student, teacher, self.vocab_size, self.mixture.temperature, self._more_ids)
 
     def solve(self, union: Union, position: Positions) -> MixedLists:
         """q over the rows of a union, and the bound. `position`: of tokens in their completions."""
@@ -177,7 +196,7 @@ class ListMixer:
         """A token for every row of lists, which come by role."""
         if all(self._is_whole(side[0]) for side in lists):
             return self._draw_exactly([self._whole_rows(side) for side in lists], noise)
-        union = join(lists[0], lists[-1], self.vocab_size, self.mixture.temperature)
+        union = self.join(lists[0], lists[-1])
         if len(self.roles) == 1:
             mixed, sides = self._alone(union), [union.student]
         else:
