@@ -17,7 +17,7 @@ from optimal_sampling.config import (
 from optimal_sampling.distribution import gumbel, keys_tensor
 from optimal_sampling.distribution.naive import naive_step
 from optimal_sampling.engines.servers.launch import ServersCommand, server_processes, started
-from optimal_sampling.engines.servers.mixing import ListMixer
+from optimal_sampling.engines.servers.mixing import ListMixer, Place
 from optimal_sampling.engines.servers.probe import check_tokenizers, scoring_times
 from optimal_sampling.engines.servers.server_process import free_port
 from optimal_sampling.prompts import PromptRenderer
@@ -205,7 +205,7 @@ def test_full_vocabulary_is_the_local_engine(engine, local, asked):
         lists = engine.thread.run(scored(engine.models, request, tokens, SIZE + 8))
         for place, (token, *pair) in enumerate(zip(tokens, *lists, strict=True)):
             total += 1
-            [drawn] = mixer.draw([pair], request.noise_key, place)
+            [drawn] = mixer.draw([Place(pair, request.noise_key, place)])
             if drawn.token != token:
                 ties.setdefault(request.key, []).append(margin(pair, request, place))
     print(f"{total} tokens, near ties: {ties}")
