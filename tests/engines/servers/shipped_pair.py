@@ -8,7 +8,7 @@ import torch
 from optimal_sampling.config import MixtureConfig, PromptConfig
 from optimal_sampling.distribution import gumbel, keys_tensor
 from optimal_sampling.distribution.naive import naive_step
-from optimal_sampling.engines.servers.mixing import ListMixer
+from optimal_sampling.engines.servers.mixing import ListMixer, Place
 from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.toy_pair.problems import synthetic_rows
 from optimal_sampling.types import Request, prompt_id
@@ -69,7 +69,7 @@ def check_full_vocabulary(engine, local, asked):
         lists = engine.thread.run(_scored(engine.models, request, tokens, SIZE + 8))
         for place, (token, *pair) in enumerate(zip(tokens, *lists, strict=True)):
             total += 1
-            [drawn] = mixer.draw([pair], request.noise_key, place)
+            [drawn] = mixer.draw([Place(pair, request.noise_key, place)])
             if drawn.token != token:
                 ties.setdefault(request.key, []).append(_margin(pair, request, place))
     print(f"{total} tokens, near ties: {ties}")

@@ -12,7 +12,7 @@ from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import log_q, make_pair, solve
 from optimal_sampling.engines.servers.bounds import alpha_interval
 from optimal_sampling.engines.servers.box import Limits, box_of
-from optimal_sampling.engines.servers.mixing import ListMixer
+from optimal_sampling.engines.servers.mixing import ListMixer, Place
 from optimal_sampling.engines.servers.replies import token_list as reply_list
 from optimal_sampling.engines.servers.table_model import token_list
 from optimal_sampling.engines.servers.union import find_support, join
@@ -313,7 +313,7 @@ def test_values_that_a_list_lacks_are_nan():
     lists = [token_list(student, 1), token_list(teacher, 1)]
     mixer = ListMixer(MIXTURES["clamped"], "mixture", 4)
     for key in range(20):
-        [drawn] = mixer.draw([lists], key, 0)
+        [drawn] = mixer.draw([Place(lists, key, 0)])
         trace = dict(zip(TRACE_FIELDS + LIST_FIELDS, drawn.trace, strict=True))
         assert drawn.token in (0, 2)
         assert np.isnan(trace["log_p_teacher"]) == (drawn.token == 0)
