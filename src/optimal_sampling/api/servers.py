@@ -34,6 +34,8 @@ from optimal_sampling.vocabulary import Vocabulary
 __all__ = ["CoordinatorResult", "EnhancedCoordinatorConfig", "EnhancedDualVLLMCoordinator"]
 
 _UNKNOWN_VOCABULARY = 1 << 31
+_HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+"""How the bytes of a character are decoded, where its last ones are in a token to come."""
 _HISTORIES = {
     "kl_theta_history": "kl_student_restricted",
     "kl_t_history": "kl_teacher_restricted",
@@ -275,15 +277,20 @@ class _Text:
 
     async def take(self, drawn: DrawnToken) -> bool:
         """One more token; whether the text has ended."""
-        await self.set([*self.ids, drawn.token])
+        ids = [*self.ids, drawn.token]
+        await self._set(ids, is_whole=drawn.token in self.stop_ids)
         return self.has_ended
 
-    async def set(self, ids: Sequence[int]) -> None:
-        """All tokens."""
+    async def finish(self, ids: Sequence[int]) -> None:
+        """All tokens of a text that has ended."""
+        await self._set(ids, is_whole=True)
+
+    async def _set(self, ids: Sequence[int], *, is_whole: bool) -> None:
         self.ids = [token for token in ids if token not in self.stop_ids]
         text = await self.coder.decode(self.ids) if self.ids else ""
-        places = [text.find(stop) for stop in self.stop if stop in text]
-        self.has_ended = bool(places) or len(self.ids) < len(ids)
+        known = text if is_whole else text.rstrip(_HALF_CHARACTER)
+        places = [known.find(stop) for stop in self.stop if stop in known]
+        self.has_ended = is_whole or bool(places)
         self.text = text[: min(places)] if places else text
 
     @property
@@ -291,7 +298,7 @@ class _Text:
         """What later tokens cannot change."""
         if self.has_ended:
             return self.text
-        text = self.text.rstrip("\N{REPLACEMENT CHARACTER}")
+        text = self.text.rstrip(_HALF_CHARACTER)
         longest = max(map(len, self.stop), default=1)
         for length in range(min(longest, len(text) + 1) - 1, 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self.stop):
@@ -499,8 +506,8 @@ class EnhancedDualVLLMCoordinator:
             ids = [await self._coder.encode(*each) for each in job.prompts.items()]
             request = Request(job.id, job.sample_index, job.seed, ids[0], ids[1], length)
             done = await self.pair.complete(request, on_token)
-            if on_token is None:
-                await text.set(done.token_ids)
+            if not text.has_ended:
+                await text.finish(done.token_ids)
         except ServerError as failure:
             return CoordinatorResult("", [], [], "error", str(failure))
         return _result(done, text.text)
