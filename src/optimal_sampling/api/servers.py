@@ -476,9 +476,11 @@ class EnhancedDualVLLMCoordinator:
             work.cancel()
 
     def get_statistics(self) -> dict[str, Any]:
-        """Prompts, tokens, rounds, bounds; and by server requests, retries, errors, latencies."""
+        """Prompts, tokens, rounds, bounds; by model the servers that are left out, with the reason,
+        and requests, retries, errors, latencies."""
         counts = self.pair.counts
         names = {"student": "theta", "teacher": "t"}
+        models = self.pair.models.items()
         return {
             "prompts": self._prompts,
             "failed_prompts": self._failed,
@@ -491,7 +493,8 @@ class EnhancedDualVLLMCoordinator:
             "longer_lists": counts.asked_again,
             "tv_bound_mean": counts.mean_bound,
             "tv_bound_max": counts.largest_bound,
-            **{names[role]: model.figures() for role, model in self.pair.models.items()},
+            "left_out": {names[role]: model.left_out() for role, model in models},
+            **{names[role]: model.figures() for role, model in models},
         }
 
     def _count(self, prompts: int, failed: int) -> None:
