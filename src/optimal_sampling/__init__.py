@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import optimal_sampling.interrupts  # noqa: F401 - before all that takes time
 from optimal_sampling.config import GenerateConfig
 from optimal_sampling.engines import load
 from optimal_sampling.generate import generate
