@@ -36,6 +36,9 @@ BY_AN_IMPORT = """
     except KeyboardInterrupt:
         raise ImportError("numpy._core.multiarray failed to import")"""
 
+IN_A_STRING = """
+    exec("os.kill(os.getpid(), signal.SIGTERM)")"""
+
 
 def ended(process):
     """What a process has said, after it has ended with the exit code of an interrupt."""
@@ -77,12 +80,14 @@ def test_a_signal_while_modules_are_imported(number, delay):
         assert said.strip() == "optimal-sampling: interrupted; nothing had been started"
 
 
-@pytest.mark.parametrize("swallowed", [BY_CALLBACK, BY_AN_IMPORT])
-def test_a_signal_is_not_lost_where_python_ignores_what_it_raises(swallowed):
+@pytest.mark.parametrize("where", [BY_CALLBACK, BY_AN_IMPORT, IN_A_STRING])
+def test_a_signal_ends_the_command_wherever_it_comes(where, tmp_path):
     """Guards: a command that goes on after SIGTERM, because the KeyboardInterrupt was raised in a
-    callback of a weak reference, as every import has, or in an extension module."""
-    code = IGNORED.format(signal=swallowed.strip())
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    callback of a weak reference, as every import has, or in an extension module; and the exit code
+    -2, because it was raised in code that was a string."""
+    (tmp_path / "command.py").write_text(IGNORED.format(signal=where.strip()))
+    words = [sys.executable, "-m", "command"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert "interrupted; nothing had been started" in ended(process)
 
 

@@ -25,6 +25,14 @@ _SAME_WISH = 1.0
 _SOON = 0.02
 
 
+class Interrupt(KeyboardInterrupt):
+    """What a signal raises.
+
+    For a plain KeyboardInterrupt in code that was a string, such as dataclasses make, Python takes
+    itself down by SIGINT at its end, also where it was caught; the exit code is then not 130.
+    """
+
+
 def _is_command(argument: str, words: Sequence[str]) -> bool:
     """Whether the process is the command itself, by `sys.argv[0]` and `sys.orig_argv`; not one that
     it started, nor a program that imports the package."""
@@ -65,7 +73,7 @@ def signals_interrupt(last_words: Callable[[], str]) -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         if not first:
             first.append(time.monotonic())
-            raise KeyboardInterrupt
+            raise Interrupt
         if time.monotonic() - first[0] > _SAME_WISH:
             # not by `print`, in the middle of which this may be
             os.write(2, last_words().encode())
@@ -83,7 +91,7 @@ def signals_interrupt(last_words: Callable[[], str]) -> Iterator[None]:
             yield
     except (ImportError, SystemError) as error:  # what some extension modules make of it
         if first:
-            raise KeyboardInterrupt from error
+            raise Interrupt from error
         raise
     finally:
         later.update(usual)
@@ -103,7 +111,7 @@ def _never_ignored() -> Iterator[None]:
     alarm = signal.getsignal(signal.SIGALRM) or signal.SIG_DFL
 
     def raise_again(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Interrupt
 
     def hook(ignored: Any) -> None:
         if not issubclass(ignored.exc_type, KeyboardInterrupt):
