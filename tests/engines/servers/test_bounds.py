@@ -10,7 +10,7 @@ import torch
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import log_q, make_pair, solve
 from optimal_sampling.engines.servers.bounds import alpha_interval
-from optimal_sampling.engines.servers.box import box_of
+from optimal_sampling.engines.servers.box import Limits, box_of
 from optimal_sampling.engines.servers.mixing import ListMixer
 from optimal_sampling.engines.servers.table_model import token_list
 from optimal_sampling.engines.servers.union import find_support, join
@@ -104,11 +104,17 @@ def exact(student, teacher, mixture):
 def of_lists(lists, mixture):
     """q over the vocabulary, and the bound."""
     mixer = ListMixer(mixture, "mixture", VOCAB)
-    union = join(*lists, VOCAB, mixture.temperature)
+    union = joined(lists, mixture.temperature)
     q = np.zeros(VOCAB)
     solved = mixer.solve(union, torch.tensor([0]))
-    q[union.ids] = solved.q
-    return q, solved.bound
+    ids = union.ids[:, 0]
+    q[ids] = solved.q[0, : len(ids)]
+    return q, float(solved.bound[0])
+
+
+def joined(lists, temperature=1.0):
+    """The union of one list per model."""
+    return join(*([each] for each in lists), VOCAB, temperature)
 
 
 def lists_of(rows, k, extra):
@@ -227,11 +233,14 @@ def test_alpha_lies_in_its_interval():
         for name in ("kl_symmetry", "mirror", "trust region", "top-p", "hot", "cold"):
             mixture = MIXTURES[name]
             rows = [normalised(row) for row in kind(rng)]
-            union = join(*lists_of(rows, 60, True), VOCAB, mixture.temperature)
-            box = box_of(union, find_support(union.teacher, mixture))
-            low, high = alpha_interval(box, mixture, 0)
-            assert low - 2e-6 <= exact(*rows, mixture)[1] <= high + 2e-6, (kind, name)
-            widths.append(high - low)
+            union = joined(lists_of(rows, 60, True), mixture.temperature)
+            limits = Limits(box_of(union, find_support(union, mixture)))
+            alpha = exact(*rows, mixture)[1]
+            for guess in (alpha, 0.0, 0.3, 1.0):
+                guesses = np.array([guess])
+                [low], [high] = alpha_interval(limits, mixture, np.array([0]), guesses)
+                assert low - 2e-6 <= alpha <= high + 2e-6, (kind, name)
+                widths.append(high - low)
     assert min(widths) < 0.1 < max(widths)
 
 
@@ -250,9 +259,9 @@ def test_a_support_within_the_list_is_exact(mixture):
     for _ in range(10):
         student, teacher = (normalised(row) for row in language(rng))
         lists = lists_of((student, teacher), 60, True)
-        support = find_support(join(*lists, VOCAB, 1.0).teacher, mixture)
+        support = find_support(joined(lists), mixture)
         assert support is not None
-        assert support.is_known
+        assert support.is_known.all()
         q, bound = of_lists(lists, mixture)
         assert np.abs(q - exact(student, teacher, mixture)[0]).sum() < 2e-5
         assert bound < 1e-4
@@ -265,7 +274,7 @@ def test_values_that_a_list_lacks_are_nan():
     lists = [token_list(student, 1), token_list(teacher, 1)]
     mixer = ListMixer(MIXTURES["clamped"], "mixture", 4)
     for key in range(20):
-        drawn = mixer.draw(lists, key, 0)
+        [drawn] = mixer.draw([lists], key, 0)
         trace = dict(zip(TRACE_FIELDS + LIST_FIELDS, drawn.trace, strict=True))
         assert drawn.token in (0, 2)
         assert np.isnan(trace["log_p_teacher"]) == (drawn.token == 0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.engines.servers.box import box_of, least_sum, most_sum, weights
+from optimal_sampling.engines.servers.box import Limits, box_of, weights
 from optimal_sampling.engines.servers.table_model import token_list
 from optimal_sampling.engines.servers.union import NEVER, find_support, join
 
@@ -30,13 +30,13 @@ def pairs_of_one_box(mixture, seed, count):
     rows = [rng.dirichlet(np.full(VOCAB, rng.choice([0.1, 0.5]))) + 1e-9 for _ in range(2)]
     rows = [row / row.sum() for row in rows]
     lists = [token_list(np.log(row), K) for row in rows]
-    union = join(*lists, VOCAB, mixture.temperature)
-    box = box_of(union, find_support(union.teacher, mixture))
+    union = join(*([each] for each in lists), VOCAB, mixture.temperature)
+    box = box_of(union, find_support(union, mixture))
     pairs = [
         [refilled(row, each.ids, rng) for row, each in zip(rows, lists, strict=True)]
         for _ in range(count)
     ]
-    return box, box.teacher[0] - union.teacher.log_p[0], [rows, *pairs]
+    return box, box.teacher[0, 0] - union.teacher.log_p[0, 0], [rows, *pairs]
 
 
 def sums(pair, shift, alphas, temperature):
@@ -44,8 +44,8 @@ def sums(pair, shift, alphas, temperature):
     with np.errstate(divide="ignore"):
         student, teacher = (np.maximum(np.log(each) / temperature, NEVER) for each in pair)
     teacher = teacher + shift
-    table = weights(student, teacher, alphas)
-    weight, psi = table.sum(-1), (table * (teacher - student)).sum(-1)
+    table = weights(student[:, None], teacher[:, None], alphas)[:, 0]
+    weight, psi = table.sum(0), (table * (teacher - student)[:, None]).sum(0)
     return weight[:, None] * CONSTANTS + psi[:, None] * SLOPES
 
 
@@ -57,8 +57,9 @@ def test_no_pair_has_a_sum_beyond_its_limits(temperature):
     nearest = np.inf
     for seed in range(40):
         box, shift, pairs = pairs_of_one_box(mixture, seed, 30)
-        least = least_sum(box, alphas, CONSTANTS, SLOPES)
-        most = most_sum(box, alphas, CONSTANTS, SLOPES)
+        terms = alphas[None], CONSTANTS[None, None], SLOPES[None, None]
+        limits = Limits(box)
+        [least], [most] = limits.least(*terms), limits.most(*terms)
         for pair in pairs:
             found = sums(pair, shift, alphas, temperature)
             assert (found >= least - 1e-9).all()

@@ -159,11 +159,12 @@ def measure_lists(count, most, mixture, top_k, chosen):
                     token_list(each, top_k, other.ids)
                     for each, other in zip(log_p, lists[::-1], strict=True)
                 ]
-            union = join(*lists, len(exact), mixture.temperature)
+            union = join(*([each] for each in lists), len(exact), mixture.temperature)
             mixed = mixer.solve(union, position)
+            ids = union.ids[:, 0]
             q = np.zeros(len(exact))
-            q[union.ids] = mixed.q
-            found.append((np.abs(q - exact.numpy()).sum() / 2, mixed.bound))
+            q[ids] = mixed.q[0, : len(ids)]
+            found.append((np.abs(q - exact.numpy()).sum() / 2, mixed.bound[0]))
             if len(found) == most:
                 return np.array(found)
     return np.array(found)

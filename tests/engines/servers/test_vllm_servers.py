@@ -206,7 +206,8 @@ def test_full_vocabulary_is_the_local_engine(engine, local, asked):
         lists = engine.thread.run(scored(engine.models, request, tokens, SIZE + 8))
         for place, (token, *pair) in enumerate(zip(tokens, *lists, strict=True)):
             total += 1
-            if mixer.draw(pair, request.noise_key, place).token != token:
+            [drawn] = mixer.draw([pair], request.noise_key, place)
+            if drawn.token != token:
                 ties.setdefault(request.key, []).append(margin(pair, request, place))
     print(f"{total} tokens, near ties: {ties}")
     assert all(each <= NEAR_TIE for found in ties.values() for each in found)
@@ -253,8 +254,8 @@ def total_variation(mixer, full, short, place):
     """(measured, bound) of the total variation of q of short lists to that of whole rows."""
     rows = [each.log_p[each.ids.argsort()].tolist() for each in full]
     exact = np.exp(naive_step(*rows, [0.0] * SIZE, place, MixtureConfig()).log_drawn)
-    union = join(*short, SIZE, 1.0)
+    union = join(*([each] for each in short), SIZE, 1.0)
     mixed = mixer.solve(union, torch.tensor([place]))
-    q = np.zeros(SIZE)
-    q[union.ids] = mixed.q
-    return np.abs(q - exact).sum() / 2, mixed.bound
+    q, ids = np.zeros(SIZE), union.ids[:, 0]
+    q[ids] = mixed.q[0, : len(ids)]
+    return np.abs(q - exact).sum() / 2, mixed.bound[0]

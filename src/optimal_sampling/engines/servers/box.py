@@ -1,41 +1,49 @@
 """All pairs of distributions that have two given lists, and limits of sums over their weights.
 
 The proof is in docs/servers.md, whose numbers the comments give. Notation there: s and t are the
-models, w = s^(1-alpha) t^alpha, psi = w log(t/s).
+models, w = s^(1-alpha) t^alpha, psi = w log(t/s). Arrays begin with [columns, rows] and go on with
+alphas and terms; see union.py for why the columns come first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int64
 
-from optimal_sampling.engines.servers.union import NEVER, Side, Support, Union, log_sum
+from optimal_sampling.engines.servers.union import (
+    NEVER,
+    PerRow,
+    Side,
+    Support,
+    Union,
+    log_sum,
+)
 
 __all__ = [
     "Alphas",
     "Box",
-    "Flags",
+    "Limits",
+    "Masks",
     "Numbers",
     "Range",
     "Table",
     "box_of",
-    "least_sum",
-    "most_sum",
     "weights",
 ]
 
-Numbers: TypeAlias = Float64[np.ndarray, " columns"]
-Flags: TypeAlias = Bool[np.ndarray, " columns"]
-Table: TypeAlias = Float64[np.ndarray, "rows columns"]
-Alphas: TypeAlias = Float64[np.ndarray, " alphas"]
-Sums: TypeAlias = Float64[np.ndarray, "alphas terms"]
-Terms: TypeAlias = Float64[np.ndarray, "alphas terms columns"]
-Range: TypeAlias = tuple[float, float]
+Numbers: TypeAlias = Float64[np.ndarray, "columns rows"]
+Masks: TypeAlias = Bool[np.ndarray, "columns rows"]
+Alphas: TypeAlias = Float64[np.ndarray, "rows alphas"]
+Table: TypeAlias = Float64[np.ndarray, "columns rows alphas"]
+Constants: TypeAlias = Float64[np.ndarray, "#rows #alphas #terms"]
+Sums: TypeAlias = Float64[np.ndarray, "rows alphas terms"]
+Range: TypeAlias = tuple[PerRow, PerRow]
 Corner: TypeAlias = tuple[Numbers, Numbers]
 """log s and log t."""
+Corners: TypeAlias = tuple[Float64[np.ndarray, "corners open rows"], Float64[np.ndarray, "..."]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,12 +56,12 @@ class Box:
     student: Numbers
     """log s, or the most that it can be."""
     teacher: Numbers
-    student_known: Flags
+    student_known: Masks
     """Where the id has any weight at all, log s is this."""
-    teacher_known: Flags
-    certain: Flags
+    teacher_known: Masks
+    certain: Masks
     """The id certainly lies in the teacher's support."""
-    drawn: Flags
+    drawn: Masks
     """q of the lists has the id."""
     spread: tuple[Corner, Corner]
     """What the ids that are not known have where the mass outside of a list is spread so that sums
@@ -64,34 +72,27 @@ class Box:
     teacher_total: Range
 
     @property
-    def exact(self) -> Flags:
+    def exact(self) -> Masks:
         """Ids whose weight is known."""
-        exact: Flags = self.student_known & self.teacher_known & self.certain
+        exact: Masks = self.student_known & self.teacher_known & self.certain
         return exact
 
-    def exact_at(self, low: float, high: float) -> Flags:
+    def exact_at(self, low: PerRow, high: PerRow) -> Masks:
         """Ids whose weight is known for alpha in [low, high]; at 0 or 1 that of one model."""
-        exact = self.exact
-        if low == high == 0:
-            exact = self.student_known & self.certain
-        if low == high == 1:
-            exact = self.teacher_known & self.certain
+        is_student, is_teacher = (low == 0) & (high == 0), (low == 1) & (high == 1)
+        student = self.student_known | is_teacher
+        exact: Masks = student & (self.teacher_known | is_student) & self.certain
         return exact
 
-    @property
-    def exchanged(self) -> Box:
-        """With the student in the teacher's place and the teacher in the student's."""
-        first, second = ((teacher, student) for student, teacher in self.spread)
-        return replace(
-            self,
-            student=self.teacher,
-            teacher=self.student,
-            student_known=self.teacher_known,
-            teacher_known=self.student_known,
-            spread=(first, second),
-            student_total=self.teacher_total,
-            teacher_total=self.student_total,
-        )
+    def of_rows(self, rows: Int64[np.ndarray, " some"]) -> Box:
+        """Some of the rows."""
+
+        def taken(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(taken, value))
+            return value.take(rows, -1)
+
+        return Box(**{each.name: taken(getattr(self, each.name)) for each in fields(self)})
 
     @property
     def log_ratio(self) -> Range:
@@ -102,34 +103,41 @@ class Box:
 
 def box_of(union: Union, support: Support | None) -> Box:
     """What two lists, and the teacher's support where there is one, leave open."""
-    student, teacher = union.student, union.teacher
-    everywhere = np.ones(len(union.ids), dtype=bool)
-    possible = everywhere if support is None else support.possible
-    reaches = support is None or support.rest > NEVER
-    left = (student.rest[1], teacher.rest[1] if support is None else support.rest)
-    outside = (NEVER, NEVER) if union.is_whole or not reaches else left
-    never = np.append(~possible, False)  # no weight, which is known
-    certain = everywhere if support is None else support.certain
-    totals = (student.total, teacher.total)
+    student, teacher, present = union.student, union.teacher, union.present
+    possible = certain = present
+    left = (student.rest[1], teacher.rest[1])
+    is_closed = union.is_whole
+    drawn, totals = present, (student.total, teacher.total)
     if support is not None:
+        possible, certain = support.possible & present, support.certain
+        left = (student.rest[1], support.rest)
+        is_closed = is_closed | (support.rest <= NEVER)
+        drawn = possible & teacher.known
         totals = (_student_total(student, support), _teacher_total(teacher, support))
-    most = (
-        np.append(np.where(possible, student.log_p, NEVER), outside[0]),
-        np.append(np.where(possible, teacher.log_p, NEVER), outside[1]),
+    never = _with_tail(~possible, False)  # no weight, which is known
+    most = tuple(
+        _with_tail(np.where(possible, side.log_p, NEVER), np.where(is_closed, NEVER, rest))
+        for side, rest in zip((student, teacher), left, strict=True)
     )
-    known = (np.append(student.known, False) | never, np.append(teacher.known, False) | never)
+    known = tuple(_with_tail(side.known, False) | never for side in (student, teacher))
     box = Box(
         student=most[0],
         teacher=most[1],
         student_known=known[0],
         teacher_known=known[1],
-        certain=np.append(certain, False) | never,
-        drawn=np.append(possible & (teacher.known | (support is None)), False),
-        spread=(_spread(most, known, left, with_tail=1), _spread(most, known, left, with_tail=0)),
+        certain=_with_tail(certain, False) | never,
+        drawn=_with_tail(drawn, False),
+        spread=_spread(most, known, left),
         student_total=totals[0],
         teacher_total=totals[1],
     )
     return _scaled(box)
+
+
+def _with_tail(columns: np.ndarray, tail: PerRow | bool) -> np.ndarray:
+    found = np.empty((len(columns) + 1, columns.shape[1]), columns.dtype)
+    found[:-1], found[-1] = columns, tail
+    return found
 
 
 def _scaled(box: Box) -> Box:
@@ -149,83 +157,131 @@ def _scaled(box: Box) -> Box:
 
 
 def _student_total(student: Side, support: Support) -> Range:
-    low = log_sum(student.log_p[support.certain & student.known])
-    high = log_sum(student.log_p[support.possible & student.known])
-    unknown = student.log_p[support.possible & ~student.known]
-    rest = student.rest[1] if support.rest > NEVER else min(student.rest[1], log_sum(unknown))
-    return low, float(np.logaddexp(high, rest))
+    certain, possible = support.certain & student.known, support.possible & student.known
+    low, high = (log_sum(np.where(each, student.log_p, NEVER)) for each in (certain, possible))
+    unknown = log_sum(np.where(support.possible & ~student.known, student.log_p, NEVER))
+    rest = np.minimum(student.rest[1], np.where(support.rest > NEVER, np.inf, unknown))
+    return low, np.logaddexp(high, rest)
 
 
 def _teacher_total(teacher: Side, support: Support) -> Range:
-    known = log_sum(teacher.log_p[support.possible & teacher.known])
-    return support.least_mass, float(np.logaddexp(known, support.rest))
+    known = log_sum(np.where(support.possible & teacher.known, teacher.log_p, NEVER))
+    return support.least_mass, np.logaddexp(known, support.rest)
 
 
-def _spread(most: Corner, known: tuple[Flags, Flags], left: Range, with_tail: int) -> Corner:
-    """The masses outside of both lists, spread; the tail is one of those of model `with_tail`."""
-    spread = []
-    for model in (0, 1):
-        open_ids = ~known[model]
-        open_ids[-1] = model == with_tail
-        values = most[model].copy()
-        others = most[1 - model][open_ids]
-        values[open_ids] = _in_proportion(values[open_ids], others, left[model])
-        spread.append(values)
-    return spread[0], spread[1]
+def _spread(
+    most: tuple[Numbers, ...], known: tuple[Masks, ...], left: Range
+) -> tuple[Corner, Corner]:
+    """The masses outside of both lists, spread. The tail is one of the teacher's ids, then of the
+    student's.
+    """
+    cases = [(model, tail) for tail in (1, 0) for model in (0, 1)]
+    among = np.concatenate([~known[model] for model, _ in cases], 1)
+    is_with_tail = [model == tail for model, tail in cases]
+    among[-1] = np.repeat(is_with_tail, known[0].shape[1])
+    spread = _in_proportion(
+        np.concatenate([most[model] for model, _ in cases], 1),
+        np.concatenate([most[1 - model] for model, _ in cases], 1),
+        among,
+        np.concatenate([left[model] for model, _ in cases]),
+    )
+    first, second, third, fourth = np.split(spread, len(cases), 1)
+    return (first, second), (third, fourth)
 
 
-def _in_proportion(most: Numbers, others: Numbers, total: float) -> Numbers:
-    """Logs of numbers in proportion to `others`, but at most `most`, with a given sum at most."""
-    if log_sum(most) <= total:
+def _in_proportion(most: Numbers, others: Numbers, among: Masks, total: PerRow) -> Numbers:
+    """Logs of numbers in proportion to `others`, but at most `most`, with a given sum at most.
+
+    `among`: the columns that are so; the others are as in `most`.
+    """
+    largest, shares = np.where(among, most, NEVER), np.where(among, others, NEVER)
+    is_within = log_sum(largest) <= total
+    if is_within.all():
         return most
-    if total <= NEVER:
-        return np.full(len(most), NEVER)
-    order = np.argsort(most - others)  # the first to be at their most
-    caps = np.exp(most[order] - total)
-    left = np.maximum(1 - np.cumsum(caps) + caps, 0)
+    order = np.where(among, most - others, np.inf).argsort(0, kind="stable")  # first at their most
+    largest, shares = (np.take_along_axis(each, order, 0) for each in (largest, shares))
+    scale = np.where(total > NEVER, total, 0.0)
+    caps = np.exp(largest - scale)
+    open_mass = np.maximum(1 - np.cumsum(caps, 0) + caps, 0)
+    beyond = np.logaddexp.accumulate(shares[::-1])[::-1]
     with np.errstate(divide="ignore"):
-        levels = np.log(left) - np.logaddexp.accumulate(others[order][::-1])[::-1]
-    fits = levels + others[order] <= most[order] - total
-    level = levels[np.argmax(fits)] if fits.any() else levels[-1]
-    spread: Numbers = np.maximum(np.minimum(most, level + others + total), NEVER)
-    return spread
-
-
-def weights(student: Numbers | Table, teacher: Numbers | Table, alphas: Alphas) -> Table:
-    """s^(1-alpha) t^alpha."""
-    column = alphas[:, None]
-    found: Table = np.exp((1 - column) * student + column * teacher)
+        levels = np.log(open_mass) - beyond
+    count = among.sum(0)
+    is_open = np.arange(len(most))[:, None] < count
+    fits = (levels + shares <= largest - scale) & is_open
+    first = np.where(fits.any(0), fits.argmax(0), np.maximum(count - 1, 0))
+    level = np.take_along_axis(levels, first[None], 0)
+    spread = np.minimum(most, level + others + scale)
+    spread = np.maximum(np.where(total > NEVER, spread, NEVER), NEVER)
+    found: Numbers = np.where(among & ~is_within, spread, most)
     return found
 
 
-def least_sum(box: Box, alphas: Alphas, constants: Alphas, slopes: Alphas) -> Sums:
-    """Least of the sum of w (constant + slope log(t/s)), for alphas inside of (0, 1) and slopes
-    above 0; lemmas 2 and 3.
+def weights(student: np.ndarray, teacher: np.ndarray, alphas: Alphas) -> np.ndarray:
+    """s^(1-alpha) t^alpha, [..., rows, alphas]. Both models: [..., rows]."""
+    found: np.ndarray = np.exp((1 - alphas) * student[..., None] + alphas * teacher[..., None])
+    return found
+
+
+class Limits:
+    """Limits of sums over the ids of a box, of w (constant + slope log(t/s)).
+
+    For alphas inside of (0, 1) and slopes above 0; lemmas 2 and 3.
     """
-    alpha, constant, slope = alphas[:, None, None], constants[:, None], slopes[:, None]
 
-    def terms(student: Numbers, teacher: Numbers | Terms) -> Terms:
-        weight = np.exp((1 - alpha) * student + alpha * teacher)
-        found: Terms = weight * (constant + slope * (teacher - student))
-        return found
+    def __init__(self, box: Box) -> None:
+        self.box = box
+        exact = box.exact
+        corners = ((box.student, box.teacher), *box.spread)
+        student, teacher = (
+            _gathered(np.array([corner[model] for corner in corners]), ~exact, NEVER)
+            for model in (0, 1)
+        )
+        known = _gathered(np.array([box.student, box.teacher]), exact, NEVER)
+        fixed = _gathered(np.array([box.student_known, box.teacher_known]), ~exact, False)
+        self._plain = _Lower((known[0], known[1]), (student, teacher), fixed[1])
+        self._exchanged = _Lower((known[1], known[0]), (teacher, student), fixed[0])
 
-    def least(student: Numbers, teacher: Numbers) -> Terms:
-        cut = student - constant / slope - 1 / alpha
-        return terms(student, np.minimum(teacher, cut))
+    def least(self, alphas: Alphas, constants: Constants, slopes: Constants) -> Sums:
+        """Least of a sum."""
+        return self._plain.least(alphas, constants, slopes)
 
-    exact = box.exact
-    known = terms(box.student[exact], box.teacher[exact]).sum(-1)
-    open_ids = ~exact
-    corner = box.student[open_ids], box.teacher[open_ids]
-    at_most = np.minimum(terms(*corner), 0.0)
-    unknown = np.where(box.teacher_known[open_ids], at_most, least(*corner)).sum(-1)
-    for student, teacher in box.spread:
-        spread = least(student[open_ids], teacher[open_ids]).sum(-1)
-        unknown = np.maximum(unknown, spread)
-    total: Sums = known + unknown
-    return total
+    def most(self, alphas: Alphas, constants: Constants, slopes: Constants) -> Sums:
+        """Most of it: the least with the roles of the models exchanged, of the negative."""
+        return -self._exchanged.least(1 - alphas, -constants, slopes)
 
 
-def most_sum(box: Box, alphas: Alphas, constants: Alphas, slopes: Alphas) -> Sums:
-    """Most of it: the least with the roles of the models exchanged."""
-    return -least_sum(box.exchanged, 1 - alphas, -constants, slopes)
+class _Lower:
+    """What the least of a sum over weights is made of."""
+
+    def __init__(self, exact: Corner, open_ids: Corners, teacher_known: Masks) -> None:
+        """`exact`: the ids whose weight is known; `open_ids`: the others."""
+        self.exact = exact
+        self.student, self.teacher = (each[..., None, None] for each in open_ids)
+        self.is_fixed = np.zeros(self.student.shape, bool)
+        self.is_fixed[0, ..., 0, 0] = (
+            teacher_known  # lemma 3, of the spreads, is not about such ids
+        )
+
+    def least(self, alphas: Alphas, constants: Constants, slopes: Constants) -> Sums:
+        student, teacher = self.exact
+        weight = weights(student, teacher, alphas)
+        psi = (weight * (teacher - student)[..., None]).sum(0)
+        known = constants * weight.sum(0)[..., None] + slopes * psi[..., None]
+
+        alpha = alphas[..., None]
+        cut = self.student - (constants / slopes + 1 / alpha)
+        teacher = np.where(self.is_fixed, self.teacher, np.minimum(self.teacher, cut))
+        ratio = teacher - self.student
+        terms = np.exp(self.student + alpha * ratio) * (constants + slopes * ratio)
+        terms = np.where(self.is_fixed, np.minimum(terms, 0.0), terms)
+        least: Sums = known + terms.sum(1).max(0)
+        return least
+
+
+def _gathered(kinds: np.ndarray, among: Masks, default: float) -> np.ndarray:
+    """Of [kinds, columns, rows] the columns of every row that are `among`, then the default."""
+    count = among.sum(0)
+    order = (~among).argsort(0, kind="stable")[: count.max(initial=0)]
+    found = np.take_along_axis(kinds, order[None], 1)
+    return np.where(np.arange(len(order))[:, None] < count, found, default)

@@ -99,6 +99,7 @@ class ServedPair:
     def count(self, drawn: DrawnToken) -> None:
         """Count a token that was drawn."""
         self.counts.tokens += 1
+        self.counts.above += self.tolerance is not None and drawn.bound > self.tolerance
         self.counts.bounds += drawn.bound
         self.counts.largest_bound = max(self.counts.largest_bound, drawn.bound)
 
@@ -157,12 +158,16 @@ class TextRow:
             requests.append(self._draft(drafter, width))
         answers = await _together(*requests)
         scored, ahead = answers[: len(others)], answers[-1] if len(answers) > len(others) else []
-        for place, first in enumerate([*path, *ahead[:1]]):
-            drawn = await self._drawn([first.choices, *(lists[place] for lists in scored)])
-            await self._append(drawn, first.choices)
+        drafted = [*path, *ahead[:1]]
+        lists = [
+            [each.choices, *(found[place] for found in scored)]
+            for place, each in enumerate(drafted)
+        ]
+        for place, drawn in enumerate(await self._drawn(lists, [each.token for each in drafted])):
+            await self._append(drawn, drafted[place].choices)
             if self.reason:
                 return
-            if drawn.token != first.token:
+            if drawn.token != drafted[place].token:
                 self.path = []
                 return
             self.pair.counts.accepted += place < len(path)
@@ -207,25 +212,48 @@ class TextRow:
         self.pair.width.observe_scoring(len(lists), time.perf_counter() - started)
         return lists
 
-    async def _drawn(self, lists: Sequence[TokenList]) -> DrawnToken:
-        """A token; from longer lists where the bound is above the tolerance."""
-        pair, tolerance = self.pair, self.pair.tolerance
-        drawn = pair.mixer.draw(lists, self.request.noise_key, len(self.tokens))
-        if tolerance is None or drawn.bound <= tolerance:
-            return drawn
-        pair.counts.asked_again += 1
-        wanted = {role: _Wanted(pair.list_length(role)) for role in pair.models}
-        while drawn.bound > tolerance:
-            if not _grow(pair.models, wanted, drawn.missing):
-                pair.counts.above += 1
-                break
-            lists = await _together(*(self._longer(role, wanted[role]) for role in pair.models))
-            drawn = pair.mixer.draw(lists, self.request.noise_key, len(self.tokens))
-        return drawn
+    async def _drawn(
+        self, lists: Sequence[Sequence[TokenList]], expected: Sequence[int]
+    ) -> list[DrawnToken]:
+        """A token for every place as far as they are the expected ones, and the first that is not.
 
-    async def _longer(self, role: str, wanted: _Wanted) -> TokenList:
-        model, extra = self.pair.models[role], sorted(wanted.extra)
-        return await _of(role, model.next_tokens(self._text(role), wanted.top_k, extra))
+        From longer lists where the bound is above the tolerance: all places are asked for at once.
+        """
+        drawn = self.pair.mixer.draw(lists, self.request.noise_key, len(self.tokens))
+        wanted: dict[int, Mapping[str, _Wanted]] = {}
+        while True:
+            count = _agreed(drawn, expected) + 1
+            wide = [place for place, token in enumerate(drawn[:count]) if self._is_wide(token)]
+            for place in wide:
+                lengths = {role: self.pair.list_length(role) for role in self.pair.models}
+                wanted.setdefault(place, {role: _Wanted(each) for role, each in lengths.items()})
+            asked = [
+                place
+                for place in wide
+                if _grow(self.pair.models, wanted[place], drawn[place].missing)
+            ]
+            if not asked:
+                self.pair.counts.asked_again += sum(place < count for place in wanted)
+                return drawn[:count]
+            again = [self._redrawn(expected[:place], wanted[place]) for place in asked]
+            for place, token in zip(asked, await _together(*again), strict=True):
+                drawn[place] = token
+
+    def _is_wide(self, drawn: DrawnToken) -> bool:
+        tolerance = self.pair.tolerance
+        return tolerance is not None and drawn.bound > tolerance
+
+    async def _redrawn(self, before: Sequence[int], wanted: Mapping[str, _Wanted]) -> DrawnToken:
+        """A token from longer lists, after tokens that are not part of the text yet."""
+        models = self.pair.models
+        asked = [self._longer(role, before, wanted[role]) for role in models]
+        lists = await _together(*asked)
+        place = len(self.tokens) + len(before)
+        return self.pair.mixer.draw([lists], self.request.noise_key, place)[0]
+
+    async def _longer(self, role: str, before: Sequence[int], wanted: _Wanted) -> TokenList:
+        model, text = self.pair.models[role], [*self._text(role), *before]
+        return await _of(role, model.next_tokens(text, wanted.top_k, sorted(wanted.extra)))
 
     def _text(self, role: str) -> list[int]:
         return [*self.request.prompt_ids(role), *self.tokens]
@@ -243,15 +271,23 @@ class TextRow:
 
     def _path(self, drafted: Sequence[DraftedToken]) -> list[DraftedToken]:
         """What the drafter alone would draw, as far as it drafted that."""
+        lists = [each.choices for each in drafted[: self.limit - len(self.tokens)]]
+        tokens = self.pair.mixer.draft(lists, self.request.noise_key, len(self.tokens))
         path: list[DraftedToken] = []
-        for each in drafted[: self.limit - len(self.tokens)]:
-            position = len(self.tokens) + len(path)
-            token = self.pair.mixer.draft(each.choices, self.request.noise_key, position)
+        for token, each in zip(tokens, drafted, strict=False):
             path.append(DraftedToken(token, each.choices))
             if token != each.token or token in self.pair.stop_ids:
                 break
         self.pair.counts.drafted += len(path)
         return path
+
+
+def _agreed(drawn: Sequence[DrawnToken], expected: Sequence[int]) -> int:
+    """Number of first tokens that are the expected ones."""
+    for place, (each, token) in enumerate(zip(drawn, expected, strict=True)):
+        if each.token != token:
+            return place
+    return len(drawn)
 
 
 @dataclass(slots=True)

@@ -1,13 +1,17 @@
-"""Two lists over the union of their ids: what is known of both models, and how far the rest goes.
+"""Lists of two models over the union of their ids: what is known, and how far the rest goes.
 
 All numbers are logs of probabilities at the run's temperature T, up to a constant per model:
 log p / T. What is not known of a token is its most.
+
+Arrays are [ids, rows], a row being a token to draw. A sum over ids adds them one after another, so
+that a row's bits depend neither on the rows beside it nor on the ids that these have more.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -15,7 +19,21 @@ from jaxtyping import Bool, Float64, Int64
 from optimal_sampling.config import MixtureConfig
 from optimal_sampling.engines.servers.model import TokenList
 
-__all__ = ["NEVER", "ROLES", "Side", "Support", "Union", "find_support", "join", "log_sum"]
+__all__ = [
+    "NEVER",
+    "ROLES",
+    "Flags",
+    "Logs",
+    "Mask",
+    "PerRow",
+    "Side",
+    "Support",
+    "Union",
+    "find_support",
+    "join",
+    "log_sum",
+    "sum_of",
+]
 
 ROLES = ("student", "teacher")
 
@@ -25,20 +43,31 @@ NEVER = -1e8
 _LEAST_MASS = 1e-12  # of the tail, where rounding leaves none
 _ROUNDING = 2e-6  # of the sum of a list: twice that of a log-probability from logits below 32
 
-Logs = Float64[np.ndarray, " ids"]
-Mask = Bool[np.ndarray, " ids"]
+Logs: TypeAlias = Float64[np.ndarray, "ids rows"]
+Mask: TypeAlias = Bool[np.ndarray, "ids rows"]
+PerRow: TypeAlias = Float64[np.ndarray, " rows"]
+Flags: TypeAlias = Bool[np.ndarray, " rows"]
+Counts: TypeAlias = Int64[np.ndarray, " rows"]
 
 
-def log_sum(logs: Float64[np.ndarray, " n"]) -> float:
-    """log of the sum of exponentials; NEVER for nothing."""
-    if not logs.size:
-        return NEVER
-    top = float(logs.max())
-    return max(NEVER, top + math.log(float(np.exp(logs - top).sum())))
+def sum_of(numbers: Logs) -> PerRow:
+    """Sum of every row, one number after another: that of NumPy goes by the shape."""
+    total: PerRow = np.add.accumulate(numbers, 0)[-1]
+    return total
 
 
-def _log(x: float) -> float:
-    return math.log(x) if x > 0 else NEVER
+def log_sum(logs: Logs) -> PerRow:
+    """log of the sum of exponentials of every row; NEVER for nothing."""
+    top = logs.max(0, initial=NEVER)
+    total = sum_of(np.exp(logs - top))
+    found: PerRow = np.where(top > NEVER, top + np.log(np.maximum(total, 1.0)), NEVER)
+    return found
+
+
+def _log(x: PerRow) -> PerRow:
+    is_any = x > 0
+    found: PerRow = np.where(is_any, np.log(np.where(is_any, x, 1.0)), NEVER)
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,57 +77,77 @@ class Side:
     log_p: Logs
     """Of every id; the most that it can be where it is not known."""
     known: Mask
-    rank: Int64[np.ndarray, " ids"]
-    """Place among the likeliest tokens of the model; `listed` of those that have none."""
-    listed: int
-    """Number of ids that have one."""
-    count: int
-    """Number of ids of the vocabulary that have none."""
-    least: float
-    """log p of the last of the likeliest: no id outside of the list has more."""
-    rest: tuple[float, float]
+    """Also where a row has no such id."""
+    listed: Mask
+    """The likeliest tokens of the model."""
+    vocab_size: int
+    least: PerRow
+    """log p of the last of the likeliest: no id that is not listed has more."""
+    most: PerRow
+    """log p of an id that is not known, at most."""
+    rest: tuple[PerRow, PerRow]
     """Bounds on the log of the mass outside of the list."""
-    covered: float
+    covered: PerRow
     """Mass of the list at temperature 1."""
-    outside: float
+    outside: PerRow
     """Most of the mass outside of the list at temperature 1."""
     temperature: float
 
     @property
-    def total(self) -> tuple[float, float]:
+    def listed_count(self) -> Counts:
+        """Number of ids that are listed."""
+        count: Counts = self.listed.sum(0)
+        return count
+
+    @property
+    def total(self) -> tuple[PerRow, PerRow]:
         """Bounds on the log of the sum over the vocabulary."""
-        known = log_sum(self.log_p[self.known])
-        low, high = (float(np.logaddexp(known, rest)) for rest in self.rest)
+        known = log_sum(np.where(self.known, self.log_p, NEVER))
+        low, high = (np.logaddexp(known, rest) for rest in self.rest)
         return low, high
 
-    def guessed(self, share: float) -> Logs:
-        """log p of every id and of the tail, all ids outside of the union together.
+    def guessed(self, share: PerRow | float) -> Logs:
+        """log p of every id and, as the last one, of the tail: all ids outside of the union.
 
         An id that is not known is taken for a share of the most that it can be, `share` of
         p^(1 / temperature); all of them at most for what is left, and the tail for the rest.
         """
         power, left = 1 / self.temperature, self.outside
-        log_p = self.log_p
-        unknown = int((~self.known).sum())
-        if unknown:
-            most = math.exp(self.log_p[~self.known][0] * self.temperature)
-            each = min(most * share**self.temperature, left / unknown)
-            log_p = np.where(self.known, log_p, max(NEVER, _log(each) * power))
-            left -= unknown * each
-        kth = self.least * self.temperature
-        bounds = _rest_of(max(left, _LEAST_MASS), max(self.count, 1), kth, power)
-        return np.append(log_p, max(NEVER, (bounds[0] + bounds[1]) / 2))
+        unknown = (~self.known).sum(0)
+        most = np.exp(self.most * self.temperature) * share**self.temperature
+        each = np.minimum(most, left / np.maximum(unknown, 1))
+        log_p = np.where(self.known, self.log_p, np.maximum(NEVER, _log(each) * power))
+        left = np.maximum(left - unknown * each, _LEAST_MASS)
+        count = np.maximum(self.vocab_size - self.listed_count, 1)
+        bounds = _rest_of(left, count, self.least * self.temperature, power)
+        tail = np.maximum(NEVER, (bounds[0] + bounds[1]) / 2)
+        return np.concatenate([log_p, tail[None]])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Union:
-    """Student and teacher over `ids`, the union of their lists, ascending."""
+    """Student and teacher over the ids of both lists of every row."""
 
-    ids: Int64[np.ndarray, " ids"]
+    ids: Int64[np.ndarray, "ids rows"]
+    """Ascending in every row, which has the first `count`; the vocabulary's size beyond."""
+    count: Counts
+    """Number of ids of every row."""
+    most_ids: int
+    """That a row of lists of this length can have."""
     student: Side
     teacher: Side
-    is_whole: bool
-    """There are no other ids."""
+
+    @property
+    def present(self) -> Mask:
+        """The ids that a row has."""
+        present: Mask = np.arange(len(self.ids))[:, None] < self.count
+        return present
+
+    @property
+    def is_whole(self) -> Flags:
+        """Rows without other ids."""
+        whole: Flags = self.count == self.student.vocab_size
+        return whole
 
     @property
     def is_known(self) -> bool:
@@ -107,36 +156,78 @@ class Union:
 
 
 def join(
-    student: TokenList, teacher: TokenList, vocab_size: int, temperature: float = 1.0
+    student: Sequence[TokenList],
+    teacher: Sequence[TokenList],
+    vocab_size: int,
+    temperature: float = 1.0,
 ) -> Union:
-    """The union of two lists. Ids from `vocab_size` on, which one model has alone, are left out."""
-    ids = np.union1d(student.ids, teacher.ids)
-    ids = ids[ids < vocab_size]
-    sides = [_side(each, ids, vocab_size, temperature) for each in (student, teacher)]
-    return Union(ids, sides[0], sides[1], is_whole=len(ids) == vocab_size)
+    """The union of two lists for every row. All rows have lists of the same lengths.
+
+    Ids from `vocab_size` on, which one model has alone, are left out.
+    """
+    lists = [np.array([each.ids for each in side], np.int64).T for side in (student, teacher)]
+    raw = np.concatenate(lists)
+    place, count = _places(raw, vocab_size)
+    most_ids = len(raw)
+    ids = np.full((most_ids + 1, len(student)), vocab_size)
+    np.put_along_axis(ids, place, raw, 0)
+    present = np.arange(max(1, count.max()))[:, None] < count
+    places = np.split(place, [len(lists[0])])
+    sides = [
+        _side(each, found, present, vocab_size, temperature)
+        for each, found in zip((student, teacher), places, strict=True)
+    ]
+    return Union(ids[: len(present)], count, most_ids, *sides)
 
 
-def _side(tokens: TokenList, ids: np.ndarray, vocab_size: int, temperature: float) -> Side:
-    inside = tokens.ids < vocab_size
-    place = np.searchsorted(ids, tokens.ids[inside])
-    values = np.maximum(tokens.log_p[inside], NEVER)
-    known = np.zeros(len(ids), dtype=bool)
-    known[place] = True
-    covered = min(1.0, float(np.exp(values).sum()))
-    count = 0 if tokens.is_full else vocab_size - len(place)
-    kth = float(max(tokens.log_p[tokens.listed - 1], NEVER))
-    outside = _outside(covered, count * math.exp(kth))
-    log_p = np.full(len(ids), min(kth, _log(outside[1])))
-    log_p[place] = values
-    listed = inside & (np.arange(len(inside)) < tokens.listed)
-    rank, listed_count = _ranks(np.searchsorted(ids, tokens.ids[listed]), log_p)
+def _places(
+    raw: Int64[np.ndarray, "raw rows"], vocab_size: int
+) -> tuple[Int64[np.ndarray, "raw rows"], Counts]:
+    """Where every entry stands among the ids of its row, ascending; and the number of ids.
+
+    Entries that are left out have the place after the last that there can be.
+    """
+    order = raw.argsort(0)
+    ranked = np.take_along_axis(raw, order, 0)
+    is_new = np.ones(raw.shape, bool)
+    is_new[1:] = ranked[1:] != ranked[:-1]
+    is_new &= ranked < vocab_size
+    numbered = is_new.cumsum(0)
+    numbers = np.where(ranked < vocab_size, numbered - 1, len(raw))
+    place = np.empty_like(raw)
+    np.put_along_axis(place, order, numbers, 0)
+    return place, numbered[-1]
+
+
+def _side(
+    lists: Sequence[TokenList],
+    place: Int64[np.ndarray, "entries rows"],
+    present: Mask,
+    vocab_size: int,
+    temperature: float,
+) -> Side:
+    """One model. `place`: of every entry of its lists among the ids."""
+    values = np.maximum(np.array([each.log_p for each in lists]).T, NEVER)
+    length = np.array([each.listed for each in lists])
+    inside = place < len(present)
+    covered = np.minimum(1.0, sum_of(np.where(inside, np.exp(values), 0.0)))
+    is_full = np.array([each.is_full for each in lists])
+    count = np.where(is_full, 0, vocab_size - inside.sum(0))
+    kth = values[length - 1, np.arange(len(lists))]
+    outside = _outside(covered, count * np.exp(kth))
+    most = np.minimum(kth, _log(outside[1]))
+    log_p = np.where(present, most, NEVER)
+    known, listed = ~present, np.zeros_like(present)
+    is_listed = np.arange(len(values))[:, None] < length
+    for to, what in ((log_p, values), (known, inside), (listed, is_listed)):
+        _put(to, place, what)
     return Side(
         log_p=np.maximum(log_p / temperature, NEVER),
         known=known,
-        rank=rank,
-        listed=listed_count,
-        count=vocab_size - listed_count,
-        least=max(NEVER, kth / temperature),
+        listed=listed,
+        vocab_size=vocab_size,
+        least=np.maximum(NEVER, kth / temperature),
+        most=np.maximum(NEVER, most / temperature),
         rest=_rest(outside, count, kth, 1 / temperature),
         covered=covered,
         outside=outside[1],
@@ -144,41 +235,41 @@ def _side(tokens: TokenList, ids: np.ndarray, vocab_size: int, temperature: floa
     )
 
 
-def _outside(covered: float, most: float) -> tuple[float, float]:
+def _put(to: np.ndarray, place: np.ndarray, what: np.ndarray) -> None:
+    """Write [entries, rows] to their places in [ids, rows]; those beyond are left out."""
+    entry, row = np.nonzero(place < len(to))
+    to[place[entry, row], row] = what[entry, row]
+
+
+def _outside(covered: PerRow, most: PerRow) -> tuple[PerRow, PerRow]:
     """Bounds on the mass outside of a list, of which no more than `most` can be there.
 
     Servers give numbers of float32: what a list leaves of 1 is right to _ROUNDING only.
     """
-    left = max(0.0, 1.0 - covered)
-    return min(max(0.0, left - _ROUNDING), most), min(left + _ROUNDING, most)
-
-
-def _ranks(place: Int64[np.ndarray, " k"], log_p: Logs) -> tuple[Int64[np.ndarray, " ids"], int]:
-    """By falling log p, of equals the smaller id first, as `keep_largest` has it."""
-    order = np.lexsort((place, -log_p[place]))
-    rank = np.full(len(log_p), len(place))
-    rank[place[order]] = np.arange(len(place))
-    return rank, len(place)
+    left = np.maximum(0.0, 1.0 - covered)
+    least = np.maximum(0.0, left - _ROUNDING)
+    return np.minimum(least, most), np.minimum(left + _ROUNDING, most)
 
 
 def _rest(
-    outside: tuple[float, float], count: int, kth: float, power: float
-) -> tuple[float, float]:
+    outside: tuple[PerRow, PerRow], count: Counts, kth: PerRow, power: float
+) -> tuple[PerRow, PerRow]:
     """Bounds on log sum p^power over `count` ids that have p <= exp(kth) and a sum in `outside`.
 
     Between the sum over equal ids and p^(power - 1) <= exp(kth)^(power - 1), or the reverse.
     """
-    bounds = [_rest_of(mass, count, kth, power) for mass in outside]
-    return min(bounds[0]), max(bounds[1])
+    least, most = (_rest_of(mass, count, kth, power) for mass in outside)
+    return np.minimum(*least), np.maximum(*most)
 
 
-def _rest_of(outside: float, count: int, kth: float, power: float) -> tuple[float, float]:
-    if outside <= 0:
-        return NEVER, NEVER
-    kth = max(kth, math.log(outside / count))  # less is rounding, of a list with all of the mass
-    equal = power * math.log(outside) + (1 - power) * math.log(count)
-    steep = math.log(outside) + (power - 1) * kth
-    return equal, steep
+def _rest_of(outside: PerRow, count: Counts, kth: PerRow, power: float) -> tuple[PerRow, PerRow]:
+    is_any = outside > 0
+    mass = np.log(np.where(is_any, outside, 1.0))
+    log_count = np.log(np.maximum(count, 1))
+    kth = np.maximum(kth, mass - log_count)  # less is rounding, of a list with all of the mass
+    equal = power * mass + (1 - power) * log_count
+    steep = mass + (power - 1) * kth
+    return np.where(is_any, equal, NEVER), np.where(is_any, steep, NEVER)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,69 +280,99 @@ class Support:
     """Ids that lie in S."""
     possible: Mask
     """Ids that may lie in S."""
-    rest: float
+    rest: PerRow
     """log of the most mass that the teacher has in S outside of its list."""
-    least_mass: float
+    least_mass: PerRow
     """log of the least mass that the teacher has in S."""
 
     @property
-    def is_known(self) -> bool:
-        """Whether the list says which ids S has."""
-        return self.rest <= NEVER and bool((self.certain == self.possible).all())
+    def is_known(self) -> Flags:
+        """Rows whose list says which ids S has."""
+        known: Flags = (self.rest <= NEVER) & (self.certain == self.possible).all(0)
+        return known
 
 
-def find_support(teacher: Side, mixture: MixtureConfig) -> Support | None:
-    """What the list says of `distribution.teacher_support` of the whole row; None: S is all ids.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ranked:
+    """The teacher's listed ids, likeliest first; of equals the smaller id, as in `keep_largest`."""
+
+    rank: Int64[np.ndarray, "ids rows"]
+    """Place of every id; those that are not listed come last."""
+    log_p: Logs
+    """By rank; NEVER beyond the list."""
+    within: Logs
+    """log of the mass of the first 1, 2, ..."""
+    length: Counts
+
+    @classmethod
+    def of(cls, teacher: Side) -> _Ranked:
+        order = np.where(teacher.listed, -teacher.log_p, np.inf).argsort(0, kind="stable")
+        listed = np.where(teacher.listed, teacher.log_p, NEVER)
+        log_p = np.take_along_axis(listed, order, 0)
+        rank = order.argsort(0)
+        return cls(rank, log_p, np.logaddexp.accumulate(log_p), teacher.listed_count)
+
+    def first(self, number: Counts) -> Mask:
+        """The first ids of the list, a number of them in every row."""
+        found: Mask = self.rank < np.minimum(number, self.length)
+        return found
+
+
+def find_support(union: Union, mixture: MixtureConfig) -> Support | None:
+    """What the lists say of `distribution.teacher_support` of the whole rows; None: S is all ids.
 
     S is the first ids of the list, a certain and a possible number of them; and where it may reach
     beyond the list, any others.
     """
     if not mixture.has_support:
         return None
-    order = np.argsort(teacher.rank, kind="stable")[: teacher.listed]
-    ranked = teacher.log_p[order]
+    teacher = union.teacher
+    ranked = _Ranked.of(teacher)
     top_k, top_p = mixture.teacher_support_top_k, mixture.teacher_support_top_p
-    most = top_k if top_k > 0 else teacher.listed + teacher.count
+    most = top_k if top_k > 0 else teacher.vocab_size
     pool, rest = _pool(teacher, ranked, most)
-    lengths = [most, most]
-    reaches = most > len(ranked)
+    certain = possible = np.full(len(ranked.length), most)
+    reaches = most > ranked.length
     if top_p < 1:
-        lengths, missing = _nucleus(ranked, pool, top_p)
-        reaches = reaches and missing > NEVER
-        rest = min(rest, float(np.logaddexp(missing, teacher.least)))
+        (certain, possible), missing = _nucleus(ranked, pool, top_p)
+        reaches = reaches & (missing > NEVER)
+        rest = np.minimum(rest, np.logaddexp(missing, teacher.least))
     if mixture.support_min_p > 0:
-        threshold = ranked[0] + math.log(mixture.support_min_p)
-        lengths.append(int((ranked >= threshold).sum()))
-        reaches = reaches and teacher.least >= threshold
-    certain = np.zeros(len(teacher.rank), dtype=bool)
-    certain[order[: min(lengths)]] = True
-    possible = np.full(len(certain), reaches) & (teacher.rank >= teacher.listed)
-    possible[order[: min(lengths[1:])]] = True
-    least_mass = log_sum(teacher.log_p[certain])
-    return Support(certain, possible, rest if reaches else NEVER, least_mass)
+        threshold = ranked.log_p[0] + np.log(mixture.support_min_p)
+        likely = (ranked.log_p >= threshold).sum(0)
+        certain, possible = np.minimum(certain, likely), np.minimum(possible, likely)
+        reaches = reaches & (teacher.least >= threshold)
+    certainly = ranked.first(certain)
+    others = ~teacher.listed & reaches & union.present
+    least_mass = log_sum(np.where(certainly, teacher.log_p, NEVER))
+    rest = np.where(reaches, rest, NEVER)
+    return Support(certainly, ranked.first(possible) | others, rest, least_mass)
 
 
-def _nucleus(ranked: Logs, pool: tuple[float, float], top_p: float) -> tuple[list[int], float]:
+def _nucleus(
+    ranked: _Ranked, pool: tuple[PerRow, PerRow], top_p: float
+) -> tuple[tuple[Counts, Counts], PerRow]:
     """The certain and the possible number of likeliest ids whose share of the pool reaches `top_p`,
     and the log of the most mass that the list lacks for it.
     """
-    before = np.array([log_sum(ranked[:end]) for end in range(len(ranked))])
-    wanted = [each + math.log(top_p) for each in pool]
-    lengths = [max(1, int((before < each).sum())) for each in wanted]
-    missing = math.exp(wanted[1]) - math.exp(log_sum(ranked))
-    return lengths, _log(missing)
+    low, high = (each + np.log(top_p) for each in pool)
+    is_before = np.arange(len(ranked.within) - 1)[:, None] < ranked.length - 1
+    certain, possible = (
+        1 + ((ranked.within[:-1] < wanted) & is_before).sum(0) for wanted in (low, high)
+    )
+    return (certain, possible), _log(np.exp(high) - np.exp(ranked.within[-1]))
 
 
-def _pool(teacher: Side, ranked: Logs, most: int) -> tuple[tuple[float, float], float]:
+def _pool(teacher: Side, ranked: _Ranked, most: int) -> tuple[tuple[PerRow, PerRow], PerRow]:
     """Bounds on the log of the mass of the teacher's `most` likeliest ids, and the log of the most
     that those of them have which the list does not.
     """
-    if most <= len(ranked):
-        mass = log_sum(ranked[:most])
-        return (mass, mass), NEVER
     low, high = teacher.total
-    others = math.log(most - len(ranked)) + teacher.least
-    if most < len(ranked) + teacher.count:
-        low = log_sum(ranked)
-        high = min(high, float(np.logaddexp(low, others)))
-    return (low, high), min(teacher.rest[1], others)
+    others = np.log(np.maximum(most - ranked.length, 1)) + teacher.least
+    if most < teacher.vocab_size:
+        low = ranked.within[-1]
+        high = np.minimum(high, np.logaddexp(low, others))
+    is_listed = most <= ranked.length
+    mass = ranked.within[min(most, len(ranked.within)) - 1]
+    pool = np.where(is_listed, mass, low), np.where(is_listed, mass, high)
+    return pool, np.where(is_listed, NEVER, np.minimum(teacher.rest[1], others))
