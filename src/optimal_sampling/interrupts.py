@@ -23,6 +23,9 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _USUAL: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 _SAME_WISH = 1.0
 _SOON = 0.02
+_LONGEST_IMPORT = 1.0
+"""Seconds after which an import is interrupted all the same."""
+_IMPORT = "<frozen importlib._bootstrap>"
 
 
 class Interrupt(KeyboardInterrupt):
@@ -61,65 +64,83 @@ if _is_command(sys.argv[0] if sys.argv else "", sys.orig_argv):
 
 @contextmanager
 def signals_interrupt(last_words: Callable[[], str]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt; a later one ends the process at once, and
-    `last_words` are printed.
+    """Ctrl-C and SIGTERM raise Interrupt; a later one ends the process at once, and `last_words`
+    are printed.
 
     One that comes within `_SAME_WISH` seconds of the first says the same again: a key that was
     pressed twice, or a program that passes on what the terminal has sent to all.
     """
-    later: dict[int, Any] = dict.fromkeys(_NUMBERS, signal.SIG_DFL)
-    first: list[float] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if not first:
-            first.append(time.monotonic())
-            raise Interrupt
-        if time.monotonic() - first[0] > _SAME_WISH:
-            # not by `print`, in the middle of which this may be
-            os.write(2, last_words().encode())
-            signal.signal(number, later[number])
-            os.kill(os.getpid(), number)
-
+    handler = _Handler(last_words)
     try:
-        before: dict[int, Any] = {each: signal.signal(each, interrupt) for each in _NUMBERS}
+        before: dict[int, Any] = {each: signal.signal(each, handler) for each in _NUMBERS}
     except ValueError:  # signals belong to the main thread, and this is another
         yield
         return
     usual = {each: _USUAL[each] if old is _end else old for each, old in before.items()}
     try:
-        with _never_ignored():
+        with _raised_again(handler):
             yield
     except (ImportError, SystemError) as error:  # what some extension modules make of it
-        if first:
+        if handler.first is not None:
             raise Interrupt from error
         raise
     finally:
-        later.update(usual)
-        for number, handler in usual.items():
-            if not first:  # else a second key stroke may still come, while the process ends
-                signal.signal(number, handler)
+        handler.later.update(usual)
+        for number, old in usual.items():
+            if handler.first is None:  # else a second key stroke may still come, during the end
+                signal.signal(number, old)
+
+
+class _Handler:
+    """Raises Interrupt once, and not in the middle of an import.
+
+    What imports run would ignore it (callbacks of weak references), catch it, make another error
+    of it, or end the process by it (extension modules).
+    """
+
+    def __init__(self, last_words: Callable[[], str]) -> None:
+        self.last_words = last_words
+        self.later: dict[int, Any] = dict.fromkeys(_NUMBERS, signal.SIG_DFL)
+        self.first: float | None = None
+        """When the first signal came, by `time.monotonic()`."""
+        self._is_raised = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal, or the alarm after which an earlier one is handled again."""
+        now = time.monotonic()
+        self.first = now if self.first is None else self.first
+        if number in self.later and now - self.first > _SAME_WISH:
+            # not by `print`, in the middle of which this may be
+            os.write(2, self.last_words().encode())
+            signal.signal(number, self.later[number])
+            os.kill(os.getpid(), number)
+        if self._is_raised:
+            return
+        if _is_importing(frame) and now - self.first < _LONGEST_IMPORT:
+            self.again()
+            return
+        self._is_raised = True
+        raise Interrupt
+
+    def again(self) -> None:
+        """Raise Interrupt a little later."""
+        self._is_raised = False
+        signal.signal(signal.SIGALRM, self)
+        signal.setitimer(signal.ITIMER_REAL, _SOON)
 
 
 @contextmanager
-def _never_ignored() -> Iterator[None]:
-    """A KeyboardInterrupt that Python ignores is raised again.
-
-    It ignores what is raised in callbacks of weak references, of which every import has one, and in
-    finalizers: the signal would be lost, and the process would go on.
-    """
+def _raised_again(handler: _Handler) -> Iterator[None]:
+    """An Interrupt that Python ignores, in a callback of a weak reference or in a finalizer, is
+    raised again: the signal would be lost, and the process would go on."""
     show = sys.unraisablehook
     alarm = signal.getsignal(signal.SIGALRM) or signal.SIG_DFL
 
-    def raise_again(number: int, frame: FrameType | None) -> None:
-        raise Interrupt
-
     def hook(ignored: Any) -> None:
-        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+        if issubclass(ignored.exc_type, Interrupt):
+            handler.again()  # what is raised in this function would be ignored too
+        else:
             show(ignored)
-            return
-        # what is raised in this function would be ignored too
-        signal.signal(signal.SIGALRM, raise_again)
-        signal.setitimer(signal.ITIMER_REAL, _SOON)
 
     sys.unraisablehook = hook
     try:
@@ -128,3 +149,11 @@ def _never_ignored() -> Iterator[None]:
         sys.unraisablehook = show
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, alarm)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORT:
+            return True
+        frame = frame.f_back
+    return False
