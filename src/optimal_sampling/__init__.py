@@ -7,10 +7,12 @@ none.
 
 from __future__ import annotations
 
+import optimal_sampling.interrupts  # noqa: F401 - before all that takes time
+
+# isort: split
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import optimal_sampling.interrupts  # noqa: F401 - before all that takes time
 from optimal_sampling.config import GenerateConfig
 from optimal_sampling.engines import load
 from optimal_sampling.generate import generate

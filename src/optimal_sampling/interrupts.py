@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM of the command `optimal-sampling`, from its first import to its exit code.
 
 The package imports this first: where the process is that command, a signal during the other imports
-ends it with a line. In any other program nothing is done. Imports nothing heavy.
+ends it with a line. In any other program nothing is done.
 """
 
 from __future__ import annotations
@@ -9,31 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 __all__ = ["PROGRAM", "signals_interrupt"]
 
 PROGRAM = "optimal-sampling"
 
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _USUAL: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-_SAME_WISH = 1.0
-_SOON = 0.02
-_LONGEST_IMPORT = 1.0
-"""Seconds after which an import is interrupted all the same."""
-_IMPORT = "<frozen importlib._bootstrap>"
-
-
-class Interrupt(KeyboardInterrupt):
-    """What a signal raises.
-
-    For a plain KeyboardInterrupt in code that was a string, such as dataclasses make, Python takes
-    itself down by SIGINT at its end, also where it was caught; the exit code is then not 130.
-    """
 
 
 def _is_command(argument: str, words: Sequence[str]) -> bool:
@@ -60,6 +41,27 @@ def _end_during_imports() -> None:
 
 if _is_command(sys.argv[0] if sys.argv else "", sys.orig_argv):
     _end_during_imports()
+
+import time  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
+from types import FrameType  # noqa: E402
+from typing import Any  # noqa: E402
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_SAME_WISH = 1.0
+_SOON = 0.02
+_LONGEST_IMPORT = 1.0
+"""Seconds after which an import is interrupted all the same."""
+_IMPORT = "<frozen importlib._bootstrap>"
+
+
+class Interrupt(KeyboardInterrupt):
+    """What a signal raises.
+
+    For a plain KeyboardInterrupt in code that was a string, such as dataclasses make, Python takes
+    itself down by SIGINT at its end, also where it was caught; the exit code is then not 130.
+    """
 
 
 @contextmanager
