@@ -221,6 +221,8 @@ class _Retries(Generic[T]):
         self.started = time.monotonic()
         self.failed_at = 0.0
         """When the first attempt failed."""
+        self.failures: dict[str, AttemptFailed] = {}
+        """The latest of each server."""
 
     async def run(self) -> T:
         """The reply. Raises ServerError, and EngineError where no other request could go on."""
@@ -246,8 +248,9 @@ class _Retries(Generic[T]):
         replica = self.model.next_replica(self.among, self.tried)
         try:
             answer = await replica.attempt(self.call)
-        except AttemptFailed:
+        except AttemptFailed as failure:
             self.failed_at = self.failed_at or time.monotonic()
+            self.failures[replica.url] = failure
             self.tried.append(replica)
             raise
         self.model.answered_at = time.monotonic()
@@ -256,14 +259,12 @@ class _Retries(Generic[T]):
     async def _error(self, failure: AttemptFailed) -> ServerError | EngineError:
         """The error after the last attempt."""
         advice = _ADVICE[failure.kind]
+        texts = "; ".join(map(_text, self.failures.values()))
         if self._are_left_out:
-            texts = [_text(each.left_out) for each in self.among if each.left_out]
-            servers = "No server of this model can be used"
-            return EngineError(f"{'; '.join(texts)}. {servers}; {advice}. {_GO_ON}")
-        text = _text(failure)
-        if failure.may_take_long and await self._is_lost(failure.kind):
-            return EngineError(f"{text}. No server of this model answers; {advice}")
-        return ServerError(f"{text}; {advice}", failure.kind)
+            return EngineError(f"{texts}. No server of this model can be used; {advice}. {_GO_ON}")
+        if self._may_take_long(failure) and await self._is_lost(failure.kind):
+            return EngineError(f"{texts}. No server of this model answers; {advice}")
+        return ServerError(f"{_text(failure)}; {advice}", failure.kind)
 
     @property
     def _are_left_out(self) -> bool:
