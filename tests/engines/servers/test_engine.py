@@ -191,6 +191,35 @@ def test_longer_lists_are_asked_for_until_the_bound_is_small():
     engine.close()
 
 
+class Watched(TableModel):
+    """A table that counts how many lists of one token are asked for at once."""
+
+    now = most = 0
+
+    async def next_tokens(self, prefix, top_k, extra_ids=()):
+        """Counted."""
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            return await super().next_tokens(prefix, top_k, extra_ids)
+        finally:
+            self.now -= 1
+
+
+def test_longer_lists_of_a_draft_are_asked_for_at_once():
+    """Guards: a round trip for every token of a draft whose bound is too large."""
+    table = np.where(np.eye(40, k=1) + np.eye(40, k=-39) > 0, 6.0, 0.0)
+    models = {role: Watched(table, seconds=0.002) for role in ("student", "teacher")}
+    engine = engine_over(
+        models, None, 40, NO_STOP, server_top_k=3, draft_tokens=6, tv_tolerance=0.01
+    )
+    [done] = engine.generate([Request("a", 0, 0, (1,), (2, 1), 30)])
+    assert engine.rounds < 15
+    assert engine.counts.asked_again >= len(done.token_ids)
+    assert min(model.most for model in models.values()) >= 5
+    engine.close()
+
+
 def test_the_trace_says_what_the_lists_cover():
     """Guards: a run whose error is not recorded."""
     engine = engine_over(table_models(40), vocab=40, server_top_k=10)

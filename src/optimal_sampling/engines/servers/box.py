@@ -194,21 +194,22 @@ def _in_proportion(most: Numbers, others: Numbers, among: Masks, total: PerRow) 
 
     `among`: the columns that are so; the others are as in `most`.
     """
-    largest, shares = np.where(among, most, NEVER), np.where(among, others, NEVER)
+    largest = np.where(among, most, NEVER)
     is_within = log_sum(largest) <= total
     if is_within.all():
         return most
     order = np.where(among, most - others, np.inf).argsort(0, kind="stable")  # first at their most
+    shares = np.where(among, others, -np.inf)  # less than NEVER, of which an open id may have all
     largest, shares = (np.take_along_axis(each, order, 0) for each in (largest, shares))
     scale = np.where(total > NEVER, total, 0.0)
     caps = np.exp(largest - scale)
     open_mass = np.maximum(1 - np.cumsum(caps, 0) + caps, 0)
     beyond = np.logaddexp.accumulate(shares[::-1])[::-1]
-    with np.errstate(divide="ignore"):
-        levels = np.log(open_mass) - beyond
     count = among.sum(0)
     is_open = np.arange(len(most))[:, None] < count
-    fits = (levels + shares <= largest - scale) & is_open
+    with np.errstate(divide="ignore", invalid="ignore"):
+        levels = np.log(open_mass) - beyond
+        fits = (levels + shares <= largest - scale) & is_open
     first = np.where(fits.any(0), fits.argmax(0), np.maximum(count - 1, 0))
     level = np.take_along_axis(levels, first[None], 0)
     spread = np.minimum(most, level + others + scale)
