@@ -43,8 +43,15 @@ try:
 except BaseException:
     pass
 """
+TAKES_LONG = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(30)
+"""
 IN_AN_IMPORT = """
     import module_that_catches_all"""
+IN_A_LONG_IMPORT = """
+    import module_that_takes_long"""
 IN_A_STRING = """
     exec("os.kill(os.getpid(), signal.SIGTERM)")"""
 
@@ -89,16 +96,22 @@ def test_a_signal_while_modules_are_imported(number, delay):
         assert said.strip() == "optimal-sampling: interrupted; nothing had been started"
 
 
-@pytest.mark.parametrize("where", [BY_CALLBACK, BY_AN_IMPORT, IN_AN_IMPORT, IN_A_STRING])
+@pytest.mark.parametrize(
+    "where", [BY_CALLBACK, BY_AN_IMPORT, IN_AN_IMPORT, IN_A_LONG_IMPORT, IN_A_STRING]
+)
 def test_a_signal_ends_the_command_wherever_it_comes(where, tmp_path):
     """Guards: a command that goes on after SIGTERM, because the KeyboardInterrupt was raised in a
     callback of a weak reference, as every import has, in an extension module, or where an import
-    catches all errors; and the exit code -2, because it was raised in code that was a string."""
+    catches all errors; an abort of an extension module; and the exit code -2, because it was raised
+    in code that was a string."""
     (tmp_path / "module_that_catches_all.py").write_text(CATCHES_ALL)
+    (tmp_path / "module_that_takes_long.py").write_text(TAKES_LONG)
     (tmp_path / "command.py").write_text(IGNORED.format(signal=where.strip()))
     words = [sys.executable, "-m", "command"]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert "interrupted; nothing had been started" in ended(process)
+    said = ended(process)
+    assert "interrupted; nothing had been started" in said or where == IN_A_LONG_IMPORT
+    assert "optimal-sampling: interrupted; " in said
 
 
 @pytest.mark.parametrize(

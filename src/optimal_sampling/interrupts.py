@@ -35,13 +35,15 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def _end_during_imports() -> None:
     for number, usual in _USUAL.items():
-        if signal.getsignal(number) == usual:  # neither ignored, nor somebody's own
-            signal.signal(number, _end)
+        before = signal.signal(number, _end)
+        if before != usual:  # ignored, or somebody's own
+            signal.signal(number, before)
 
 
 if _is_command(sys.argv[0] if sys.argv else "", sys.orig_argv):
     _end_during_imports()
 
+import inspect  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
@@ -52,7 +54,8 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _SAME_WISH = 1.0
 _SOON = 0.02
 _LONGEST_IMPORT = 1.0
-"""Seconds after which an import is interrupted all the same."""
+"""Seconds after which the process is ended in the middle of an import, where an exception could
+make extension modules abort."""
 _IMPORT = "<frozen importlib._bootstrap>"
 
 
@@ -106,6 +109,8 @@ class _Handler:
         self.first: float | None = None
         """When the first signal came, by `time.monotonic()`."""
         self._is_raised = False
+        self._outer_imports = _imports(inspect.currentframe())
+        """Of a program that runs the command while it is imported."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal, or the alarm after which an earlier one is handled again."""
@@ -118,7 +123,10 @@ class _Handler:
             os.kill(os.getpid(), number)
         if self._is_raised:
             return
-        if _is_importing(frame) and now - self.first < _LONGEST_IMPORT:
+        if _imports(frame) > self._outer_imports:
+            if now - self.first > _LONGEST_IMPORT:
+                os.write(2, self.last_words().encode())
+                os._exit(130)
             self.again()
             return
         self._is_raised = True
@@ -153,9 +161,10 @@ def _raised_again(handler: _Handler) -> Iterator[None]:
         signal.signal(signal.SIGALRM, alarm)
 
 
-def _is_importing(frame: FrameType | None) -> bool:
+def _imports(frame: FrameType | None) -> int:
+    """Number of frames of imports in progress."""
+    count = 0
     while frame is not None:
-        if frame.f_code.co_filename == _IMPORT:
-            return True
+        count += frame.f_code.co_filename == _IMPORT
         frame = frame.f_back
-    return False
+    return count
