@@ -244,6 +244,12 @@ class _Coder:
         self.stop_ids = frozenset().union(*(each.stop_ids for each in facts))
         self.size = min([each.vocab_size for each in facts if each.vocab_size] or [self.size])
 
+    def rows(self) -> dict[str, int | None]:
+        """Number of ids of the models that may have more than the vocabulary; None: unknown."""
+        if self.size == _UNKNOWN_VOCABULARY:
+            return {}
+        return {role: model.facts.vocab_size for role, model in self.models.items()}
+
     async def encode(self, role: str, text: str) -> tuple[int, ...]:
         """Ids of a prompt."""
         try:
@@ -359,7 +365,7 @@ class EnhancedDualVLLMCoordinator:
         can_draft = student.can_draft and teacher.scoring is not None
         return ServedPair(
             models=self._models,
-            mixer=ListMixer(self.config.mixture, "mixture", coder.size),
+            mixer=ListMixer(self.config.mixture, "mixture", coder.size, coder.rows()),
             top_k=options.server_top_k,
             tolerance=options.tv_tolerance,
             stop_ids=coder.stop_ids,

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from optimal_sampling.config import MixtureConfig
 from optimal_sampling.distribution import log_q, make_pair, solve
 from optimal_sampling.engines.servers.bounds import alpha_interval
 from optimal_sampling.engines.servers.box import Limits, box_of
-from optimal_sampling.engines.servers.mixing import ListMixer
+from optimal_sampling.engines.servers.mixing import ListMixer, Place
+from optimal_sampling.engines.servers.replies import token_list as reply_list
 from optimal_sampling.engines.servers.table_model import token_list
 from optimal_sampling.engines.servers.union import find_support, join
 from optimal_sampling.types import LIST_FIELDS, TRACE_FIELDS
@@ -112,10 +114,10 @@ def exact(student, teacher, mixture):
     return log_q(solved)[0].double().exp().numpy(), float(solved.alpha[0])
 
 
-def of_lists(lists, mixture):
+def of_lists(lists, mixture, rows=MappingProxyType({})):
     """q over the vocabulary, and the bound."""
-    mixer = ListMixer(mixture, "mixture", VOCAB)
-    union = joined(lists, mixture.temperature)
+    mixer = ListMixer(mixture, "mixture", VOCAB, rows)
+    union = mixer.join(*([each] for each in lists))
     q = np.zeros(VOCAB)
     solved = mixer.solve(union, torch.tensor([0]))
     ids = union.ids[:, 0]
@@ -237,6 +239,31 @@ def test_a_list_is_right_to_the_rounding_of_a_server():
         assert np.abs(q - exact(*rows, MIXTURES[name])[0]).sum() / 2 <= bound + ROUNDING
 
 
+@pytest.mark.parametrize("more", [9, None])
+@pytest.mark.parametrize("name", ["kl_symmetry", "clamped", "top-p", "all supports", "hot top-p"])
+def test_ids_that_one_model_has_alone_may_have_a_part_of_the_mass(name, more):
+    """Guards: mass of padding, which is no part of q, counted as that of ids that a list lacks."""
+    mixture, rng = MIXTURES[name], np.random.default_rng(2)
+    wrong = 0
+    for share in (0.0, 0.3, 0.9, 1.1) * 6:
+        student, teacher = (np.sort(row)[::-1] for row in language(rng))
+        teacher[20:] -= 9
+        wide = normalised(np.append(teacher, np.full(9, teacher[19] + np.log(share + 1e-9))))
+        top = np.argsort(-wide, kind="stable")[:20]
+        lists = [
+            token_list(normalised(student), 20, range(40)),
+            reply_list({int(token): float(wide[token]) for token in top}, 20, VOCAB),
+        ]
+        assert lists[1].left_out == pytest.approx(np.exp(wide[top[top >= VOCAB]]).sum())
+        truth = exact(normalised(student), normalised(teacher), mixture)[0]
+        rows = {"teacher": None if more is None else VOCAB + more}
+        q, bound = of_lists(lists, mixture, rows)
+        assert np.abs(q - truth).sum() / 2 <= bound + ROUNDING
+        q, bound = of_lists(lists, mixture)
+        wrong += np.abs(q - truth).sum() / 2 > bound + ROUNDING
+    assert wrong > 0 or "top-p" not in name  # others have room enough
+
+
 def test_alpha_lies_in_its_interval():
     """Guards: a shift of alpha that the bound does not hold."""
     rng = np.random.default_rng(3)
@@ -286,7 +313,7 @@ def test_values_that_a_list_lacks_are_nan():
     lists = [token_list(student, 1), token_list(teacher, 1)]
     mixer = ListMixer(MIXTURES["clamped"], "mixture", 4)
     for key in range(20):
-        [drawn] = mixer.draw([lists], key, 0)
+        [drawn] = mixer.draw([Place(lists, key, 0)])
         trace = dict(zip(TRACE_FIELDS + LIST_FIELDS, drawn.trace, strict=True))
         assert drawn.token in (0, 2)
         assert np.isnan(trace["log_p_teacher"]) == (drawn.token == 0)

@@ -15,7 +15,6 @@ from optimal_sampling.engines.local.loading import load_model
 from optimal_sampling.engines.servers.engine import LoopThread, ServersEngine
 from optimal_sampling.engines.servers.mixing import ListMixer
 from optimal_sampling.engines.servers.table_model import LogitsModel, token_list
-from optimal_sampling.engines.servers.union import join
 from optimal_sampling.toy_pair.problems import synthetic_rows
 from optimal_sampling.types import Request
 from optimal_sampling.vocabulary import resolve_model
@@ -159,7 +158,7 @@ def measure_lists(count, most, mixture, top_k, chosen):
                     token_list(each, top_k, other.ids)
                     for each, other in zip(log_p, lists[::-1], strict=True)
                 ]
-            union = join(*([each] for each in lists), len(exact), mixture.temperature)
+            union = mixer.join(*([each] for each in lists))
             mixed = mixer.solve(union, position)
             ids = union.ids[:, 0]
             q = np.zeros(len(exact))

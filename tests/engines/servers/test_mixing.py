@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from optimal_sampling.config import MixtureConfig
-from optimal_sampling.engines.servers.mixing import ListMixer
+from optimal_sampling.engines.servers.mixing import ListMixer, Place
 from optimal_sampling.engines.servers.model import TokenList
 from optimal_sampling.engines.servers.table_model import token_list
 from optimal_sampling.engines.servers.union import ROLES, join
@@ -60,9 +60,10 @@ def test_a_place_has_the_same_bits_whatever_places_are_beside_it(name, mode):
     """Guards: a token, or a bound, that changes with how far a draft went."""
     mixer = ListMixer(MIXTURES[name], mode, VOCAB)
     lists = [[each[ROLES.index(role)] for role in mixer.roles] for each in places(0)]
-    together = mixer.draw(lists, 7, 0)
-    alone = [mixer.draw([each], 7, place)[0] for place, each in enumerate(lists)]
-    some = [*mixer.draw(lists[:5], 7, 0), *mixer.draw(lists[5:], 7, 5)]
+    asked = [Place(each, 7 + place // 20, place % 20) for place, each in enumerate(lists)]
+    together = mixer.draw(asked)
+    alone = [mixer.draw([place])[0] for place in asked]
+    some = [*mixer.draw(asked[:5]), *mixer.draw(asked[5:])]
     assert repr(together) == repr(alone) == repr(some)  # NaN is not equal to itself
     assert len({each.token for each in together}) > 5
 
@@ -76,7 +77,7 @@ def test_drafts_of_many_places_are_those_of_each(name):
     alone = [mixer.draft([each], 9, 3 + place)[0] for place, each in enumerate(lists)]
     assert drafted == alone
     student = ListMixer(MIXTURES[name], "student", VOCAB)
-    drawn = student.draw([[each] for each in lists], 9, 3)
+    drawn = student.draw([Place([each], 9, 3 + place) for place, each in enumerate(lists)])
     assert drafted == [each.token for each in drawn]
 
 

@@ -17,10 +17,9 @@ from optimal_sampling.config import (
 from optimal_sampling.distribution import gumbel, keys_tensor
 from optimal_sampling.distribution.naive import naive_step
 from optimal_sampling.engines.servers.launch import ServersCommand, server_processes, started
-from optimal_sampling.engines.servers.mixing import ListMixer
+from optimal_sampling.engines.servers.mixing import ListMixer, Place
 from optimal_sampling.engines.servers.probe import check_tokenizers, scoring_times
 from optimal_sampling.engines.servers.server_process import free_port
-from optimal_sampling.engines.servers.union import join
 from optimal_sampling.prompts import PromptRenderer
 from optimal_sampling.toy_pair.problems import synthetic_rows
 from optimal_sampling.types import Request, prompt_id
@@ -206,7 +205,7 @@ def test_full_vocabulary_is_the_local_engine(engine, local, asked):
         lists = engine.thread.run(scored(engine.models, request, tokens, SIZE + 8))
         for place, (token, *pair) in enumerate(zip(tokens, *lists, strict=True)):
             total += 1
-            [drawn] = mixer.draw([pair], request.noise_key, place)
+            [drawn] = mixer.draw([Place(pair, request.noise_key, place)])
             if drawn.token != token:
                 ties.setdefault(request.key, []).append(margin(pair, request, place))
     print(f"{total} tokens, near ties: {ties}")
@@ -224,7 +223,7 @@ def test_full_vocabulary_is_the_local_engine(engine, local, asked):
 )
 def test_short_lists_stay_within_their_bound(engine, local, vocabulary, texts):
     """Guards: a bound on the total variation that a token of real models exceeds."""
-    mixer = ListMixer(MixtureConfig(), "mixture", SIZE)
+    mixer = ListMixer(MixtureConfig(), "mixture", SIZE, {"teacher": SIZE + 8})
     found = {5: [], 20: []}
     for completion in local.generate(requests_for(vocabulary, texts)):
         request, tokens = completion.request, completion.token_ids
@@ -254,7 +253,7 @@ def total_variation(mixer, full, short, place):
     """(measured, bound) of the total variation of q of short lists to that of whole rows."""
     rows = [each.log_p[each.ids.argsort()].tolist() for each in full]
     exact = np.exp(naive_step(*rows, [0.0] * SIZE, place, MixtureConfig()).log_drawn)
-    union = join(*([each] for each in short), SIZE, 1.0)
+    union = mixer.join(*([each] for each in short))
     mixed = mixer.solve(union, torch.tensor([place]))
     q, ids = np.zeros(SIZE), union.ids[:, 0]
     q[ids] = mixed.q[0, : len(ids)]

@@ -276,12 +276,17 @@ class ServersEngine(Engine):
         self.counts = PairCounts()
         return ServedPair(
             models=models,
-            mixer=ListMixer(self.mixture, self.mode, self.vocab_size),
+            mixer=ListMixer(
+                self.mixture,
+                self.mode,
+                self.vocab_size,
+                {role: self._rows(role) for role in models},
+            ),
             top_k=self.options.server_top_k,
             tolerance=self.options.tv_tolerance,
             stop_ids=self.stop_ids,
             contexts={role: self._context(role) for role in models},
-            rows={role: self._rows(role) for role in models},
+            rows={role: self._rows(role) or self.vocab_size for role in models},
             width=self._width,
             counts=self.counts,
         )
@@ -292,9 +297,10 @@ class ServersEngine(Engine):
         known = [each for each in (self.models[role].facts.context_length, own) if each is not None]
         return min(known, default=None)
 
-    def _rows(self, role: str) -> int:
-        own = getattr(self.vocabulary, f"{role}_rows", None)
-        return own or self.models[role].facts.vocab_size or self.vocab_size
+    def _rows(self, role: str) -> int | None:
+        """Number of ids of a model, padding included; None: unknown."""
+        own: int | None = getattr(self.vocabulary, f"{role}_rows", None)
+        return own or self.models[role].facts.vocab_size
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """As in `Engine`."""

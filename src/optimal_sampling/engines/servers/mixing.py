@@ -8,8 +8,10 @@ worked on in one call, as one row each: a call for one row takes nearly as long.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -47,12 +49,12 @@ from optimal_sampling.engines.servers.union import (
 from optimal_sampling.errors import ConfigError
 from optimal_sampling.types import LIST_FIELDS, TRACE_FIELDS, Mode
 
-__all__ = ["DrawnToken", "ListMixer", "MixedLists", "check_mixture"]
+__all__ = ["DrawnToken", "ListMixer", "MixedLists", "Place", "check_mixture"]
 
 _SHARE = 0.25  # of the most that an id outside of a list can have: what is taken for it
 _LEAST_ALPHA = 0.05  # and as far from 1: nearer, an id may have anything
-_MOST_NUMBERS = 8192
-"""Entries of lists that are worked on together."""
+_MOST_NUMBERS = 2048
+"""Entries of lists that are worked on together: what is made of them stays near the cache."""
 
 _OF_TOKEN = {
     "student": ("log_p_student", "log_p_student_restricted"),
@@ -66,6 +68,18 @@ Shares = tuple[PerRow | float, PerRow | float]
 """Of the student and the teacher."""
 Lists = Sequence[TokenList]
 """One per row, of equal lengths."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a token is to be drawn."""
+
+    lists: Sequence[TokenList]
+    """One per role."""
+    noise_key: int
+    """Of the text."""
+    position: int
+    """In the completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,36 +124,54 @@ class MixedLists:
 
 
 class ListMixer:
-    """Draws from lists. `vocab_size`: ids that both models share."""
+    """Draws from lists. `vocab_size`: ids that both models share.
 
-    def __init__(self, mixture: MixtureConfig, mode: Mode, vocab_size: int) -> None:
+    `rows`: by role, how many ids a model has, which may give the ids beyond a mass too; None:
+    unknown. A role that is not named has the shared ids.
+    """
+
+    def __init__(
+        self,
+        mixture: MixtureConfig,
+        mode: Mode,
+        vocab_size: int,
+        rows: Mapping[str, int | None] = MappingProxyType({}),
+    ) -> None:
         self.mixture = mixture
         self.roles = ROLES if mode == "mixture" else (mode,)
         self.vocab_size = vocab_size
         self._whole = replace(mixture, top_k=-1, top_p=1.0)
+        sizes = [rows.get(role, vocab_size) for role in (self.roles[0], self.roles[-1])]
+        student, teacher = (math.inf if size is None else size - vocab_size for size in sizes)
+        self._more_ids = (max(0, student), max(0, teacher))
 
-    def draw(
-        self, lists: Sequence[Sequence[TokenList]], noise_key: int, position: int
-    ) -> list[DrawnToken]:
-        """A token for every place of a text from `position` on, from one list per role.
+    def draw(self, places: Sequence[Place]) -> list[DrawnToken]:
+        """A token for every place.
 
         What a place gives has the same bits whatever places are beside it.
         """
         drawn: dict[int, DrawnToken] = {}
-        for places in self._batches(lists):
-            by_role = [*zip(*(lists[place] for place in places), strict=True)]
-            found = self._draw(by_role, _noise(noise_key, position, places))
-            drawn |= zip(places, found, strict=True)
-        return [drawn[place] for place in range(len(lists))]
+        for indices in self._batches([place.lists for place in places]):
+            some = [places[index] for index in indices]
+            by_role = [*zip(*(place.lists for place in some), strict=True)]
+            keys = keys_tensor([place.noise_key for place in some])
+            noise = NoiseKeys(keys, torch.tensor([place.position for place in some]))
+            drawn |= zip(indices, self._draw(by_role, noise), strict=True)
+        return [drawn[index] for index in range(len(places))]
 
     def draft(self, lists: Sequence[TokenList], noise_key: int, position: int) -> list[int]:
         """What one model alone would draw with this noise at every place, of its list's ids."""
         drafted: dict[int, int] = {}
         for places in self._batches([[each] for each in lists]):
-            noise = _noise(noise_key, position, places)
+            keys = keys_tensor([noise_key] * len(places))
+            noise = NoiseKeys(keys, torch.tensor(places) + position)
             found = self._draft([lists[place] for place in places], noise)
             drafted |= zip(places, found, strict=True)
         return [drafted[place] for place in range(len(lists))]
+
+    def join(self, student: Lists, teacher: Lists) -> Union:
+        """The union of both models' lists; of one model, twice its own."""
+        return join(student, teacher, self.vocab_size, self.mixture.temperature, self._more_ids)
 
     def solve(self, union: Union, position: Positions) -> MixedLists:
         """q over the rows of a union, and the bound. `position`: of tokens in their completions."""
@@ -177,7 +209,7 @@ class ListMixer:
         """A token for every row of lists, which come by role."""
         if all(self._is_whole(side[0]) for side in lists):
             return self._draw_exactly([self._whole_rows(side) for side in lists], noise)
-        union = join(lists[0], lists[-1], self.vocab_size, self.mixture.temperature)
+        union = self.join(lists[0], lists[-1])
         if len(self.roles) == 1:
             mixed, sides = self._alone(union), [union.student]
         else:
@@ -276,11 +308,6 @@ class ListMixer:
         student, teacher = (_logits(side, union, share) for side, share in sides)
         pair = make_pair(student, teacher, self._whole, drawn)
         return solve(pair, position, self._whole, ess=ess)
-
-
-def _noise(noise_key: int, position: int, places: Sequence[int]) -> NoiseKeys:
-    """Of the places of a text from `position` on."""
-    return NoiseKeys(keys_tensor([noise_key] * len(places)), torch.tensor(places) + position)
 
 
 def _logits(side: Side, union: Union, share: PerRow | float) -> Float64[Tensor, "rows columns"]:

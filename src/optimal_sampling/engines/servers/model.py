@@ -29,6 +29,8 @@ class TokenList:
     `log_p[listed - 1]`."""
     is_full: bool = False
     """All ids of the vocabulary, without padding, normalised."""
+    left_out: float = 0.0
+    """Mass of ids that the server listed and that are left out here: padding."""
 
 
 @dataclass(frozen=True, slots=True)

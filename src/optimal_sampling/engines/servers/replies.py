@@ -140,11 +140,12 @@ def token_list(
         _check_others(total, values[top_k - 1], vocab_size)
     is_known = np.ones(len(ids), bool) if vocab_size is None else ids < vocab_size
     listed = int(is_known[:top_k].sum())
+    left_out = float(np.exp(values[~is_known]).sum())
     ids, values = ids[is_known], values[is_known]
     if rows is None:
         if top_k and not listed:
             raise BadReply("all tokens of a list are padding; ask for more tokens")
-        return TokenList(ids, values, listed)
+        return TokenList(ids, values, listed, left_out=left_out)
     if len(ids) != (vocab_size or rows):
         raise BadReply(f"asked for all {vocab_size or rows} tokens, got {len(ids)}")
     largest = values[0]
@@ -173,7 +174,7 @@ def with_chosen(listed: TokenList, chosen: Mapping[int, float]) -> TokenList:
     extra = {token: value for token, value in chosen.items() if token not in known}
     ids = np.concatenate([listed.ids, np.fromiter(extra, np.int64, len(extra))])
     values = np.concatenate([listed.log_p, np.fromiter(extra.values(), np.float64, len(extra))])
-    return TokenList(ids, values, listed.listed, listed.is_full)
+    return TokenList(ids, values, listed.listed, listed.is_full, listed.left_out)
 
 
 def _checked(value: Any) -> float:

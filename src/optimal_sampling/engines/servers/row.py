@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeVar
 
 from optimal_sampling.engines.base import prompt_problem
 from optimal_sampling.engines.servers.drafting import DraftWidth
-from optimal_sampling.engines.servers.mixing import DrawnToken, ListMixer
+from optimal_sampling.engines.servers.draw_queue import DrawQueue
+from optimal_sampling.engines.servers.mixing import DrawnToken, ListMixer, Place
 from optimal_sampling.engines.servers.model import DraftedToken, ServedModel, TokenList
 from optimal_sampling.engines.servers.replicas import AFFINITY
 from optimal_sampling.errors import EngineError, ServerError
@@ -81,6 +82,10 @@ class ServedPair:
     """By role, ids that prompts may have lie below."""
     width: DraftWidth
     counts: PairCounts = field(default_factory=PairCounts)
+    draws: DrawQueue = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.draws = DrawQueue(self.mixer)
 
     def problem(self, request: Request) -> str:
         """Why a request cannot be served; "" if it can."""
@@ -219,7 +224,8 @@ class TextRow:
 
         From longer lists where the bound is above the tolerance: all places are asked for at once.
         """
-        drawn = self.pair.mixer.draw(lists, self.request.noise_key, len(self.tokens))
+        places = [self._place(each, before) for before, each in enumerate(lists)]
+        drawn = await self.pair.draws.draw(places)
         wanted: dict[int, Mapping[str, _Wanted]] = {}
         while True:
             count = _agreed(drawn, expected) + 1
@@ -247,9 +253,13 @@ class TextRow:
         """A token from longer lists, after tokens that are not part of the text yet."""
         models = self.pair.models
         asked = [self._longer(role, before, wanted[role]) for role in models]
-        lists = await _together(*asked)
-        place = len(self.tokens) + len(before)
-        return self.pair.mixer.draw([lists], self.request.noise_key, place)[0]
+        place = self._place(await _together(*asked), len(before))
+        [drawn] = await self.pair.draws.draw([place])
+        return drawn
+
+    def _place(self, lists: Sequence[TokenList], before: int) -> Place:
+        """The place after some tokens that are not part of the text yet."""
+        return Place(lists, self.request.noise_key, len(self.tokens) + before)
 
     async def _longer(self, role: str, before: Sequence[int], wanted: _Wanted) -> TokenList:
         model, text = self.pair.models[role], [*self._text(role), *before]

@@ -9,6 +9,7 @@ that a row's bits depend neither on the rows beside it nor on the ids that these
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -160,10 +161,12 @@ def join(
     teacher: Sequence[TokenList],
     vocab_size: int,
     temperature: float = 1.0,
+    more_ids: tuple[float, float] = (0, 0),
 ) -> Union:
     """The union of two lists for every row. All rows have lists of the same lengths.
 
-    Ids from `vocab_size` on, which one model has alone, are left out.
+    Ids from `vocab_size` on, which one model has alone, are left out. `more_ids`: how many of them
+    the student and the teacher have; infinity: unknown.
     """
     lists = [np.array([each.ids for each in side], np.int64).T for side in (student, teacher)]
     raw = np.concatenate(lists)
@@ -174,8 +177,8 @@ def join(
     present = np.arange(max(1, count.max()))[:, None] < count
     places = np.split(place, [len(lists[0])])
     sides = [
-        _side(each, found, present, vocab_size, temperature)
-        for each, found in zip((student, teacher), places, strict=True)
+        _side(each, found, present, (vocab_size, more), temperature)
+        for each, found, more in zip((student, teacher), places, more_ids, strict=True)
     ]
     return Union(ids[: len(present)], count, most_ids, *sides)
 
@@ -203,18 +206,25 @@ def _side(
     lists: Sequence[TokenList],
     place: Int64[np.ndarray, "entries rows"],
     present: Mask,
-    vocab_size: int,
+    sizes: tuple[int, float],
     temperature: float,
 ) -> Side:
-    """One model. `place`: of every entry of its lists among the ids."""
+    """One model. `place`: of every entry of its lists among the ids; `sizes`: of the vocabulary,
+    and how many more ids the model has.
+    """
+    vocab_size, more_ids = sizes
     values = np.maximum(np.array([each.log_p for each in lists]).T, NEVER)
     length = np.array([each.listed for each in lists])
     inside = place < len(present)
-    covered = np.minimum(1.0, sum_of(np.where(inside, np.exp(values), 0.0)))
+    mass = np.exp(values)
+    covered = np.minimum(1.0, sum_of(np.where(inside, mass, 0.0)))
+    left_out = sum_of(np.where(inside, 0.0, mass)) + np.array([each.left_out for each in lists])
     is_full = np.array([each.is_full for each in lists])
     count = np.where(is_full, 0, vocab_size - inside.sum(0))
     kth = values[length - 1, np.arange(len(lists))]
-    outside = _outside(covered, count * np.exp(kth))
+    left = np.maximum(0.0, 1.0 - covered - left_out)
+    more = left if more_ids == math.inf else more_ids * np.exp(kth)
+    outside = _outside(left, count * np.exp(kth), more)
     most = np.minimum(kth, _log(outside[1]))
     log_p = np.where(present, most, NEVER)
     known, listed = ~present, np.zeros_like(present)
@@ -241,13 +251,13 @@ def _put(to: np.ndarray, place: np.ndarray, what: np.ndarray) -> None:
     to[place[entry, row], row] = what[entry, row]
 
 
-def _outside(covered: PerRow, most: PerRow) -> tuple[PerRow, PerRow]:
-    """Bounds on the mass outside of a list, of which no more than `most` can be there.
+def _outside(left: PerRow, most: PerRow, more: PerRow) -> tuple[PerRow, PerRow]:
+    """Bounds on the mass of the ids of the vocabulary that a list lacks, of the mass that it lacks.
 
-    Servers give numbers of float32: what a list leaves of 1 is right to _ROUNDING only.
+    `most`, `more`: what these ids can have at most, and the ids beyond the vocabulary. Servers give
+    numbers of float32: what a list leaves of 1 is right to _ROUNDING only.
     """
-    left = np.maximum(0.0, 1.0 - covered)
-    least = np.maximum(0.0, left - _ROUNDING)
+    least = np.maximum(0.0, left - _ROUNDING - more)
     return np.minimum(least, most), np.minimum(left + _ROUNDING, most)
 
 
