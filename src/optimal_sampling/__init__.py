@@ -7,6 +7,9 @@ none.
 
 from __future__ import annotations
 
+import optimal_sampling.interrupts  # noqa: F401 - before all that takes time
+
+# isort: split
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -11,13 +11,10 @@ import inspect
 import os
 import shlex
 import shutil
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -35,12 +32,11 @@ from optimal_sampling.config import (
 )
 from optimal_sampling.errors import ConfigError, OptimalSamplingError, did_you_mean
 from optimal_sampling.generate.recipes import Recipe, read_stages, recipe_stages
+from optimal_sampling.interrupts import PROGRAM, signals_interrupt
 from optimal_sampling.types import UNBOUNDED_METHODS
 from optimal_sampling.version import __version__
 
 __all__ = ["ALIASES", "EXIT_CODES", "main"]
-
-PROGRAM = "optimal-sampling"
 
 ALIASES = {
     "model-theta": "student",
@@ -70,7 +66,6 @@ EXIT_CODES = """exit codes:
 Options = TypeVar("Options")
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _UNSET = ("", "null", "~")
-_SAME_WISH = 1.0
 
 EXAMPLES = {
     "generate": f"""examples:
@@ -480,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        with _signals():
+        with signals_interrupt(_ended_at_once):
             return _dispatch(arguments)
     except OptimalSamplingError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
@@ -711,45 +706,14 @@ def _dry_run(config: GenerateConfig) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a run in good order; a later one ends it at once.
-
-    One that comes within `_SAME_WISH` seconds of the first says the same again: a key that was
-    pressed twice, or a program that passes on what the terminal has sent to all.
-    """
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    later: dict[int, Any] = dict.fromkeys(numbers, signal.SIG_DFL)
-    first: list[float] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if not first:
-            first.append(time.monotonic())
-            raise KeyboardInterrupt
-        if time.monotonic() - first[0] > _SAME_WISH:
-            # not by `print`, in the middle of which this may be
-            os.write(2, _interrupted("ended at once, and what was on the disk is safe").encode())
-            signal.signal(number, later[number])
-            os.kill(os.getpid(), number)
-
-    try:
-        before: dict[int, Any] = {each: signal.signal(each, interrupt) for each in numbers}
-    except ValueError:  # signals belong to the main thread, and this is another
-        yield
-        return
-    try:
-        yield
-    finally:
-        later.update(before)
-        for number, handler in before.items():
-            if not first:  # else a second key stroke may still come, while the process ends
-                signal.signal(number, handler)
-
-
 def _interrupted(state: str, command: str = "", advice: str = "To go on") -> str:
     """What is said of an interrupted command: what is safe, and how to go on."""
     command = command or typed_command(sys.orig_argv)
     return f"\n{PROGRAM}: interrupted; {state}. {advice}:\n  {command}\n"
+
+
+def _ended_at_once() -> str:
+    return _interrupted("ended at once, and what was on the disk is safe")
 
 
 def _say_interrupted(state: str, command: str = "", advice: str = "To go on") -> None:

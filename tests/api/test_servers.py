@@ -114,6 +114,51 @@ def test_a_stream_gives_the_text_of_the_batch(urls):
     assert "".join(cut) == whole.partition(stop)[0]
 
 
+class Bytes:
+    """A tokenizer with a token per byte of a text; a prompt is another token, and 0 is the end."""
+
+    def __init__(self, text):
+        self.pieces = [b"", *(bytes([each]) for each in text.encode()), b""]
+
+    def __call__(self, text, **options):
+        return {"input_ids": [0 if text == "</s>" else len(self.pieces) - 1]}
+
+    def decode(self, ids):
+        return b"".join(self.pieces[token] for token in ids).decode(errors="replace")
+
+
+def test_a_stop_string_is_not_found_in_half_a_character():
+    """Guards: a text that ends where the first byte of a character was drawn."""
+    text = "a你🙂\N{REPLACEMENT CHARACTER}好b"
+    tokenizer = Bytes(text)
+    size = len(tokenizer.pieces)
+    order = [size - 1, *range(1, size - 1), 0]
+    table = np.full((size, size), -50.0)
+    table[order[:-1], order[1:]] = 50.0  # both models write this text, a byte per token
+    cases = {
+        ("\ufffd", 40): "a你🙂",  # neither in the halves of 你 nor in those of 🙂
+        ("🙂\ufffd", 40): "a你",
+        ("a\ufffd", 40): text,
+        ("\ufffd好", 40): "a你🙂",
+        ("好", 40): "a你🙂\ufffd",
+        ("\ufffd", 6): "a你",  # ends with half a character, which nothing completes
+    }
+
+    async def work(coordinator):
+        found = {}
+        for stop, length in cases:
+            options = {"max_tokens": length, "stop": [stop]}
+            [whole] = await coordinator.generate_batch_dual_prompts(["p"], **options)
+            stream = coordinator.generate_stream("p", **options)
+            found[stop, length] = {whole.generated_text, "".join([each async for each in stream])}
+        return found
+
+    model = FakeModel(table, tokenizer=tokenizer)
+    with FakeServer(model) as theta, FakeServer(model) as t:
+        found = run(work, theta_url=theta.url, t_url=t.url)
+    assert found == {case: {expected} for case, expected in cases.items()}
+
+
 def test_leaving_a_stream_gives_it_up(urls):
     """Guards: a text that is generated to its end for nobody."""
 

@@ -34,6 +34,8 @@ from optimal_sampling.vocabulary import Vocabulary
 __all__ = ["CoordinatorResult", "EnhancedCoordinatorConfig", "EnhancedDualVLLMCoordinator"]
 
 _UNKNOWN_VOCABULARY = 1 << 31
+_HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+"""How the bytes of a character are decoded, where its last ones are in a token to come."""
 _HISTORIES = {
     "kl_theta_history": "kl_student_restricted",
     "kl_t_history": "kl_teacher_restricted",
@@ -281,15 +283,20 @@ class _Text:
 
     async def take(self, drawn: DrawnToken) -> bool:
         """One more token; whether the text has ended."""
-        await self.set([*self.ids, drawn.token])
+        ids = [*self.ids, drawn.token]
+        await self._set(ids, is_whole=drawn.token in self.stop_ids)
         return self.has_ended
 
-    async def set(self, ids: Sequence[int]) -> None:
-        """All tokens."""
+    async def finish(self, ids: Sequence[int]) -> None:
+        """All tokens of a text that has ended."""
+        await self._set(ids, is_whole=True)
+
+    async def _set(self, ids: Sequence[int], *, is_whole: bool) -> None:
         self.ids = [token for token in ids if token not in self.stop_ids]
         text = await self.coder.decode(self.ids) if self.ids else ""
-        places = [text.find(stop) for stop in self.stop if stop in text]
-        self.has_ended = bool(places) or len(self.ids) < len(ids)
+        known = text if is_whole else text.rstrip(_HALF_CHARACTER)
+        places = [known.find(stop) for stop in self.stop if stop in known]
+        self.has_ended = is_whole or bool(places)
         self.text = text[: min(places)] if places else text
 
     @property
@@ -297,7 +304,7 @@ class _Text:
         """What later tokens cannot change."""
         if self.has_ended:
             return self.text
-        text = self.text.rstrip("\N{REPLACEMENT CHARACTER}")
+        text = self.text.rstrip(_HALF_CHARACTER)
         longest = max(map(len, self.stop), default=1)
         for length in range(min(longest, len(text) + 1) - 1, 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self.stop):
@@ -475,9 +482,11 @@ class EnhancedDualVLLMCoordinator:
             work.cancel()
 
     def get_statistics(self) -> dict[str, Any]:
-        """Prompts, tokens, rounds, bounds; and by server requests, retries, errors, latencies."""
+        """Prompts, tokens, rounds, bounds; by model the servers that are left out, with the reason,
+        and requests, retries, errors, latencies."""
         counts = self.pair.counts
         names = {"student": "theta", "teacher": "t"}
+        models = self.pair.models.items()
         return {
             "prompts": self._prompts,
             "failed_prompts": self._failed,
@@ -490,7 +499,8 @@ class EnhancedDualVLLMCoordinator:
             "longer_lists": counts.asked_again,
             "tv_bound_mean": counts.mean_bound,
             "tv_bound_max": counts.largest_bound,
-            **{names[role]: model.figures() for role, model in self.pair.models.items()},
+            "left_out": {names[role]: model.left_out() for role, model in models},
+            **{names[role]: model.figures() for role, model in models},
         }
 
     def _count(self, prompts: int, failed: int) -> None:
@@ -505,8 +515,8 @@ class EnhancedDualVLLMCoordinator:
             ids = [await self._coder.encode(*each) for each in job.prompts.items()]
             request = Request(job.id, job.sample_index, job.seed, ids[0], ids[1], length)
             done = await self.pair.complete(request, on_token)
-            if on_token is None:
-                await text.set(done.token_ids)
+            if not text.has_ended:
+                await text.finish(done.token_ids)
         except ServerError as failure:
             return CoordinatorResult("", [], [], "error", str(failure))
         return _result(done, text.text)

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, NoReturn
 
 from optimal_sampling.config import Checked, MixtureConfig, ModelConfig, VllmOptions
@@ -69,6 +70,11 @@ def serve(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> N
         raise ConfigError(
             f"host {config.host} can be reached from elsewhere: set {KEY_VARIABLE} to an API key"
         )
+    with _ended_by_signals():
+        _serve(config, key)
+
+
+def _serve(config: ServeConfig, key: str | None) -> None:
     prepare_environment()
     threads = choose_threads(config.engine.tensor_parallel_size)
     if threads:
@@ -117,7 +123,7 @@ async def _run(namespace: Any) -> None:
     stopped = False
     with contextlib.closing(listener):
         async with contextlib.AsyncExitStack() as stack:
-            with reason_passed_on(), _ended_by_signals():
+            with reason_passed_on():
                 client = await stack.enter_async_context(build_async_engine_client(namespace))
             shutdown = client.shutdown
 
@@ -138,17 +144,23 @@ async def _run(namespace: Any) -> None:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """A signal ends this process at once.
+    """A signal ends this process at once, until vLLM has handlers in the event loop.
 
-    vLLM goes on after a KeyboardInterrupt while its engine starts, and waits ten minutes for it.
+    A KeyboardInterrupt can be lost in what vLLM imports, and while its engine starts vLLM goes on
+    after one, and waits ten minutes for the engine.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: _end_at_once()) for number in numbers]
+    import psutil  # noqa: F401 - for the handler, which may run in the middle of an import
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        _end_at_once()
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        for number, handler in before.items():
+            if signal.getsignal(number) is end:
+                signal.signal(number, handler)
 
 
 def _end_at_once() -> NoReturn:

@@ -183,6 +183,9 @@ class _Handler(BaseHTTPRequestHandler):
     def server_error(self, content):
         self.send(500, b"Internal Server Error")
 
+    def forbidden(self, content):
+        self.send(403, b'{"error": {"message": "not this text"}}')
+
     def unavailable(self, content):
         self.send(503, b"")
 

@@ -136,8 +136,8 @@ def _total_variation(mixer, full, short, place):
     """(measured, bound) of the total variation of q of short lists to that of whole rows."""
     rows = [each.log_p[each.ids.argsort()].tolist() for each in full]
     exact = np.exp(naive_step(*rows, [0.0] * SIZE, place, MixtureConfig()).log_drawn)
-    union = mixer.join(*([each] for each in short))
-    mixed = mixer.solve(union, torch.tensor([place]))
+    union = mixer.solver.join(*([each] for each in short))
+    mixed = mixer.solver.solve(union, torch.tensor([place]))
     q, ids = np.zeros(SIZE), union.ids[:, 0]
     q[ids] = mixed.q[0, : len(ids)]
     return np.abs(q - exact).sum() / 2, mixed.bound[0]

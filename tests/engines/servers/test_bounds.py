@@ -117,9 +117,9 @@ def exact(student, teacher, mixture):
 def of_lists(lists, mixture, rows=MappingProxyType({})):
     """q over the vocabulary, and the bound."""
     mixer = ListMixer(mixture, "mixture", VOCAB, rows)
-    union = mixer.join(*([each] for each in lists))
+    union = mixer.solver.join(*([each] for each in lists))
     q = np.zeros(VOCAB)
-    solved = mixer.solve(union, torch.tensor([0]))
+    solved = mixer.solver.solve(union, torch.tensor([0]))
     ids = union.ids[:, 0]
     q[ids] = solved.q[0, : len(ids)]
     return q, float(solved.bound[0])

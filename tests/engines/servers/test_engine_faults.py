@@ -12,6 +12,7 @@ from optimal_sampling.config import MixtureConfig, ServersOptions
 from optimal_sampling.engines.servers.access import Access
 from optimal_sampling.engines.servers.engine import LoopThread, ServersEngine, start_models
 from optimal_sampling.engines.servers.replicas import ReplicatedModel
+from optimal_sampling.errors import EngineError
 from optimal_sampling.types import Request
 from tests.engines.servers.proxy import Proxy
 from tests.engines.servers.serving import SIZE
@@ -160,3 +161,24 @@ def test_servers_that_are_killed_and_started_again():
     assert tokens_of(done) == expected
     assert len(done) == len(asked)
     assert sum(each.get("errors_refused", 0) for each in figures) > 0
+
+
+def test_a_server_that_is_gone_fails_no_text():
+    """Guards: a failed text for every one that was in flight when its server went for good."""
+    done = []
+
+    def work(engine, process):
+        for completion in engine.generate(requests(400, tokens=8)):
+            done.append(completion)
+            if len(done) == 20:
+                process.kill()
+                process.wait()
+
+    with (
+        started() as (process, urls),
+        engine_at(urls, 16, retry_seconds=1.5) as engine,
+        pytest.raises(EngineError, match=r"server .*No server of this model answers"),
+    ):
+        work(engine, process)
+    assert 20 <= len(done) < 60
+    assert not [each.error for each in done if each.error]

@@ -158,8 +158,8 @@ def measure_lists(count, most, mixture, top_k, chosen):
                     token_list(each, top_k, other.ids)
                     for each, other in zip(log_p, lists[::-1], strict=True)
                 ]
-            union = mixer.join(*([each] for each in lists))
-            mixed = mixer.solve(union, position)
+            union = mixer.solver.join(*([each] for each in lists))
+            mixed = mixer.solver.solve(union, position)
             ids = union.ids[:, 0]
             q = np.zeros(len(exact))
             q[ids] = mixed.q[0, : len(ids)]

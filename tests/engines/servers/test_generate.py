@@ -22,6 +22,7 @@ from optimal_sampling.errors import (
     RunFolderError,
     TokenizerMismatchError,
 )
+from optimal_sampling.generate.progress import Progress
 from optimal_sampling.records import load
 from optimal_sampling.vocabulary import resolve_model
 
@@ -139,6 +140,45 @@ def test_no_key_is_written(models, tmp_path, monkeypatch):
     monkeypatch.delenv("OUR_KEY")
     with pytest.raises(ConfigError, match="variable OUR_KEY holds no API key"):
         generate(config_of(tmp_path, urls, **keys))
+
+
+class AfterOne(Progress):
+    """Calls `change` when a record is written."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def update(self, tally):
+        if tally.done:
+            self.change()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"api_key": KEY}, "unauthorized: status 401"),
+        ({"name": "other"}, "wrong_model: it is not what it was when the run began: its name"),
+    ],
+)
+def test_a_run_whose_server_refuses_it_goes_on_later(servers, models, tmp_path, changes, reason):
+    """Guards: all rows that are left recorded as failed, three times over, because a key was
+    revoked or a server started again with another model."""
+    config = config_of(tmp_path, servers, batch_size=2)
+    config = replace(config, data=DataConfig(num_examples=8))
+    with FakeServer(models[1]) as teacher:
+        config = replace(config, engine=replace(config.engine, teacher_url=(teacher.url,)))
+
+        def refuse():
+            teacher._http.model = replace(models[1], **changes)
+
+        with pytest.raises(EngineError, match=rf"^the teacher's server {teacher.url}: {reason}"):
+            generate(config, AfterOne(refuse))
+        records = list(load(tmp_path, failed=True))
+        assert 1 <= len(records) < 8
+        assert not [record["error"] for record in records if record["error"]]
+        teacher._http.model = models[1]
+        summary = generate(config)
+    assert (summary.good, summary.already_good, summary.failed) == (8, len(records), 0)
 
 
 def test_another_tokenizer_is_found_at_the_start(servers, models, tmp_path):

@@ -86,6 +86,15 @@ def started(tmp_path, *command):
     return ServerProcess("student", words, f"http://127.0.0.1:{port}", tmp_path / "log")
 
 
+def wait_until_ended(pid):
+    """A process that was sent a signal that ends it needs a moment for it."""
+    deadline = time.monotonic() + 10
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != "zombie":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def test_a_started_server_ends_with_its_children(tmp_path):
     """Guards: an engine that keeps the GPU after its server was ended."""
 
@@ -99,7 +108,7 @@ def test_a_started_server_ends_with_its_children(tmp_path):
         child = int(process.log.read_text().split()[0])
         run(ask, process.url)
     assert not psutil.pid_exists(pid)
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
+    wait_until_ended(child)
 
 
 def test_a_server_ends_when_its_starter_is_killed(tmp_path):
@@ -118,10 +127,46 @@ def test_a_server_ends_when_its_starter_is_killed(tmp_path):
     with starter:
         pid = int(starter.stdout.readline())
         starter.kill()
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_ended(pid)
+
+
+INTERRUPTED = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from optimal_sampling.engines.servers.server_process import ServerProcess
+from optimal_sampling.interrupts import signals_interrupt
+
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        print(self.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)  # before anybody knows of the process
+
+subprocess.Popen = Popen
+words = [sys.executable, "-c", "import time; time.sleep(600)"]
+try:
+    with signals_interrupt(str), ServerProcess("student", words, "", Path(sys.argv[1])) as process:
+        process.start()
+        time.sleep(600)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_signal_while_a_server_is_started_leaves_none(tmp_path):
+    """Guards: a server that nobody ends, because the signal came before its number was known; and
+    one that has signals blocked, as they are while it is started."""
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as starter:
+        try:
+            pid = int(starter.stdout.readline())
+            begin = time.monotonic()
+            assert starter.stdout.readline() == "interrupted\n"
+            assert time.monotonic() - begin < 10  # less than what SIGTERM is given to be obeyed
+            assert not psutil.pid_exists(pid)
+        finally:
+            starter.kill()
 
 
 def test_a_server_that_ends_says_why(tmp_path):

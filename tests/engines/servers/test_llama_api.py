@@ -15,7 +15,7 @@ from optimal_sampling.engines.servers.dialect import AFFINITY
 from optimal_sampling.engines.servers.llama_api import LlamaDialect
 from optimal_sampling.engines.servers.model import ServedFacts
 from optimal_sampling.engines.servers.pool import ClientPool
-from optimal_sampling.engines.servers.probe import probe
+from optimal_sampling.engines.servers.probe import change_since, probe
 from optimal_sampling.engines.servers.replicas import ReplicatedModel
 from optimal_sampling.engines.servers.replies import BadReply
 from optimal_sampling.engines.servers.scoring import ScoringTime, ScoringTimes
@@ -223,8 +223,11 @@ def test_a_full_cache_means_fewer_requests():
     assert failed.value.may_take_long
 
 
-def facts_of(card, props):
-    """What the start finds at a server that says so of itself, with all tokens equally likely."""
+ACCESS = Access(("http://a",), vocab_size=264)
+
+
+def asker(card, props):
+    """A server that says so of itself, with all tokens equally likely."""
 
     async def ask(call):
         body = call.body or {}
@@ -242,8 +245,12 @@ def facts_of(card, props):
             return call.read([{**reply, "index": place} for place in range(len(prompt))])
         return call.read(reply)
 
-    access = Access(("http://a",), vocab_size=264)
-    return asyncio.run(probe(ask, access, "http://a"))
+    return ask
+
+
+def facts_of(card, props):
+    """What the start finds."""
+    return asyncio.run(probe(asker(card, props), ACCESS, "http://a"))
 
 
 def test_the_context_is_that_of_a_slot():
@@ -254,6 +261,18 @@ def test_the_context_is_that_of_a_slot():
     assert (found.dialect.slots, found.dialect.whole) == (4, 97)
     assert found.facts.can_choose_ids
     assert found.times.ways.keys() == {"one_slot"}
+
+
+def test_a_server_with_another_context_is_another_one():
+    """Guards: a server that is taken for another one, as /v1/models lacks its context, and one that
+    was started again with a shorter context, which is not noticed.
+    """
+    found = facts_of(CARD, PROPS)
+    shorter = {**PROPS, "default_generation_settings": {"n_ctx": 256}}
+    changes = [
+        asyncio.run(change_since(found, asker(CARD, props), ACCESS)) for props in (PROPS, shorter)
+    ]
+    assert changes == ["", "its context length is 256, and was 512"]
 
 
 def test_a_server_that_does_not_say_what_it_has():

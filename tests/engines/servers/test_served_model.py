@@ -204,7 +204,7 @@ def test_a_redirect_is_named_and_not_followed():
             with pytest.raises(ServerError, match="leads to https://other/v1/models") as error:
                 await served(url, key=ApiKey("sk-secret")).__aenter__()
             server.shutdown()
-        assert error.value.kind == "rejected"
+        assert error.value.kind == "redirected"
 
     run(main)
 
@@ -318,15 +318,15 @@ def test_texts_stay_with_their_server():
     async def main():
         with fake() as one, fake() as two:
             async with served(one.url, two.url) as model:
-                connections = model._connections
+                connections = model.replicas
                 for number in range(4):
                     AFFINITY.set(number)
-                    chosen = {model.next_connection(connections, []).url for _ in range(5)}
+                    chosen = {model.next_replica(connections, []).url for _ in range(5)}
                     assert chosen == {connections[number % 2].url}
                 AFFINITY.set(0)
-                connections[0].limit.in_flight = 32  # full
-                assert model.next_connection(connections, []) is connections[1]
-                connections[0].limit.in_flight = 0
+                connections[0].connection.limit.in_flight = 32  # full
+                assert model.next_replica(connections, []) is connections[1]
+                connections[0].connection.limit.in_flight = 0
 
     run(main)
 

@@ -12,6 +12,7 @@ How servers are asked:
     access          addresses, API key, deadlines
     dialect         what a kind of server is asked: vllm_api, llama_api; replies reads them strictly
     pool  connection  limit   HTTP: one attempt, and how many at once
+    replica         one server: attempts, and whether it still is what it was at the start
     replicas        several servers of a model: retries, load balancing, fail-over
     probe  scoring  what a server offers; the fastest way to score a draft
     statistics      what is counted

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optimal_sampling.engines.servers.access import Access
 from optimal_sampling.engines.servers.dialect import Call
 from optimal_sampling.engines.servers.limit import AdaptiveLimit
-from optimal_sampling.engines.servers.pool import ClientPool
+from optimal_sampling.engines.servers.pool import KEEP_ALIVE, ClientPool
 from optimal_sampling.engines.servers.replies import BadReply, FailureKind, decoded, shown
 from optimal_sampling.engines.servers.statistics import ServerStatistics
 from optimal_sampling.errors import ConfigError, UserError
@@ -28,13 +30,30 @@ T = TypeVar("T")
 _MOST_IDLE_CUTS = 5
 """In a row; a server that closes more connections is failing."""
 
-_FINAL: frozenset[FailureKind] = frozenset({"tls", "unauthorized", "not_found", "rejected"})
+_SURELY_KEPT = 0.9 * KEEP_ALIVE
+"""Seconds after which an idle connection is still used, unless the server has closed it."""
+
+_FINAL: frozenset[FailureKind] = frozenset(
+    {"tls", "redirected", "unauthorized", "not_found", "rejected"}
+)
 """What a further attempt cannot change."""
+_OF_SERVER: frozenset[FailureKind] = frozenset(
+    {"tls", "redirected", "unauthorized", "not_found", "wrong_model"}
+)
+"""What all requests to the same server meet, if it is not of the one request."""
 _DOWN: frozenset[FailureKind] = frozenset({"refused", "reset", "timeout", "unavailable"})
-"""What other requests to the same server would meet too."""
+"""What other requests to the same server would meet too, for a while."""
+_LOST_SIGHT: frozenset[FailureKind] = frozenset({"refused", "reset", "truncated", "unavailable"})
+"""After which the server may be another process."""
+_BAD_REPLY: frozenset[FailureKind] = frozenset(
+    {"server_error", "truncated", "malformed", "invalid", "wrong_model"}
+)
+"""What another attempt may well be answered without."""
 _OVERLOAD: frozenset[FailureKind] = frozenset({"timeout", "rate_limited", "unavailable"})
 _OF_STATUS: dict[int, FailureKind] = {
+    **dict.fromkeys((301, 302, 303, 307, 308), "redirected"),
     401: "unauthorized",
+    402: "unauthorized",
     403: "unauthorized",
     404: "not_found",
     408: "timeout",
@@ -61,11 +80,29 @@ class AttemptFailed(Exception):
         self.reason = reason
         self.retry_after = retry_after
         """Seconds that the server asks to wait."""
+        self.of_server = False
+        """Whether the server was found to fail every request likewise."""
 
     @property
     def is_final(self) -> bool:
-        """Whether a further attempt would fail likewise."""
-        return self.kind in _FINAL
+        """Whether a further attempt would fail likewise. One that the server fails for all may
+        not: a key or a model is put right, or another server is asked."""
+        return self.kind in _FINAL and not self.of_server
+
+    @property
+    def may_be_of_server(self) -> bool:
+        """Whether the server may fail every request likewise."""
+        return self.kind in _OF_SERVER
+
+    @property
+    def is_bad_reply(self) -> bool:
+        """Whether a reply came, and cannot be used."""
+        return self.kind in _BAD_REPLY
+
+    @property
+    def is_lost_sight(self) -> bool:
+        """Whether what answers next may be another process."""
+        return self.kind in _LOST_SIGHT
 
     @property
     def is_down(self) -> bool:
@@ -81,12 +118,15 @@ class AttemptFailed(Exception):
 class _Trace:
     """What happened to a request on its way, as httpcore tells it."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_connect: Callable[[], None]) -> None:
         self.connected = False
         self.answered = False
+        self._on_connect = on_connect
 
     async def __call__(self, event: str, info: Mapping[str, Any]) -> None:
-        self.connected |= event == "connection.connect_tcp.started"
+        if event == "connection.connect_tcp.started":
+            self.connected = True
+            self._on_connect()
         self.answered |= event.endswith("receive_response_headers.complete")
 
     @property
@@ -103,13 +143,22 @@ class Connection:
     ) -> None:
         self.url = url
         self.limit = AdaptiveLimit(most=access.most_in_flight)
+        self.answered = 0
+        self.on_open: Callable[[bool], None] = _nothing
+        """Called when a connection is opened; True: in place of an idle one that the server has
+        closed."""
+        self._kept_until: weakref.WeakKeyDictionary[httpx.AsyncClient, float]
+        self._kept_until = weakref.WeakKeyDictionary()
         self._pool = pool
         self._deadline = access.deadline
         self._key = access.key
         self._statistics = statistics
 
-    async def attempt(self, call: Call[T]) -> T:
-        """The reply to one request, in one attempt. Raises AttemptFailed."""
+    async def attempt(self, call: Call[T], *, is_counted: bool = True) -> T:
+        """The reply to one request, in one attempt. Raises AttemptFailed.
+
+        `is_counted`: whether the statistics count it where it is answered.
+        """
         async with self.limit:
             started = time.monotonic()
             try:
@@ -120,7 +169,9 @@ class Connection:
                 if failure.kind in _OVERLOAD:
                     self.limit.overloaded(started)
                 raise
-            self._statistics.answered(time.monotonic() - started)
+            if is_counted:
+                self._statistics.answered(time.monotonic() - started)
+            self.answered += 1
             self.limit.answered()
             return answer
 
@@ -129,11 +180,16 @@ class Connection:
         import httpx
 
         for cuts in range(_MOST_IDLE_CUTS + 1):
-            trace = _Trace()
+            # httpcore opens a connection anew without a word, where it sees the end of an idle one
+            was_kept = time.monotonic() < self._kept_until.get(client, 0.0)
+            trace = _Trace(partial(self.on_open, was_kept))
             request = self._request(call, client, trace)
             try:
                 async with asyncio.timeout(self._deadline):
-                    return await client.send(request)
+                    reply = await client.send(request)
+                is_kept = reply.headers.get("Connection", "").lower() != "close"
+                self._kept_until[client] = time.monotonic() + _SURELY_KEPT if is_kept else 0.0
+                return reply
             except TimeoutError as error:
                 reason = f"no whole reply within {self._deadline:g} s"
                 raise self._failed("timeout", reason) from error
@@ -196,6 +252,10 @@ class Connection:
         self, kind: FailureKind, reason: str, retry_after: float | None = None
     ) -> AttemptFailed:
         return AttemptFailed(self.url, kind, self._without_key(reason), retry_after)
+
+
+def _nothing(was_closed: bool) -> None:
+    """Nobody asked."""
 
 
 def _kind_of(error: httpx.RequestError, trace: _Trace) -> FailureKind:

@@ -365,6 +365,8 @@ class ServersEngine(Engine):
                 notes[f"{role}_lists"] = f"of {most} tokens, the most that the server gives"
             if self.counts.rounds:
                 notes[f"{role}_requests"] = figures_text(model.figures())
+            if left_out := model.left_out():
+                notes[f"{role}_left_out"] = f"not used any more: {'; '.join(left_out)}"
         return notes | self._count_notes()
 
     def _count_notes(self) -> dict[str, str]:

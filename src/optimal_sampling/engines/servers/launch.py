@@ -239,8 +239,8 @@ def _run_fakes(command: ServersCommand, say: Say) -> None:
             )
             stack.enter_context(FakeServer(model, command.port(role), command.host))
         say(f"both fake servers answer; Ctrl-C ends them. In another terminal:\n{_usage(command)}")
-        while True:
-            time.sleep(3600)
+        while True:  # a signal that comes just before a sleep is seen after it
+            time.sleep(1)
 
 
 def _watch(processes: Sequence[ServerProcess]) -> None:

@@ -119,6 +119,10 @@ class ServedModel(ABC):
         """Requests, retries, errors by kind, latencies ..., by name, since `start`."""
         return {}
 
+    def left_out(self) -> list[str]:
+        """Servers whose replies are not used, each with the reason."""
+        return []
+
     @abstractmethod
     async def aclose(self) -> None:
         """Give up what is in flight and close connections. Closing twice is safe."""

@@ -28,6 +28,7 @@ __all__ = [
     "PROBE_TEXTS",
     "Ask",
     "Probed",
+    "change_since",
     "check_tokenizers",
     "probe",
     "scoring_times",
@@ -69,6 +70,9 @@ _REPEATS = 3
 _SAME = 0.05
 """By how much log-probabilities of equal weights may differ, in nats: of half precision."""
 _PROBE_LENGTH = 128
+_LONGEST_COMPARED = 1024
+"""Tokens of the list that is asked for, to compare a server with itself: it may have other
+limits."""
 
 
 class Ask(Protocol):
@@ -85,15 +89,16 @@ class Probed:
     url: str
     facts: ServedFacts
     dialect: Dialect
+    prefix: Sequence[int]
     first: TokenList
     """The list after `prefix`, to compare servers by."""
     times: ScoringTimes
     """Of each way to score a draft that is offered."""
 
-    def difference(self, other: Probed) -> str:
-        """How another server's list differs by more than rounding; "" if it does not."""
+    def difference(self, other: TokenList) -> str:
+        """How another list after `prefix` differs by more than rounding; "" if it does not."""
         ours = dict(zip(self.first.ids.tolist(), self.first.log_p.tolist(), strict=True))
-        theirs = zip(other.first.ids.tolist(), other.first.log_p.tolist(), strict=True)
+        theirs = zip(other.ids.tolist(), other.log_p.tolist(), strict=True)
         pairs = [(token, ours[token], value) for token, value in theirs if token in ours]
         if len(pairs) < min(2, len(ours)):
             return "the likeliest tokens of a text are not the same"
@@ -106,10 +111,9 @@ class Probed:
 async def probe(ask: Ask, access: Access, url: str) -> Probed:
     """All that a run has to know about one server. Raises ServerError, ConfigError."""
     card, names = await ask(Call("/v1/models", lambda reply: _card(reply, access.model)))
+    context, slots = await _limits(ask, card, url)
     dialect: Dialect = VllmDialect(card["id"], names, access.vocab_size)
-    context = _context(card)
-    if card.get("owned_by") == "llamacpp":
-        context, slots = await ask(Call("/props", lambda reply: _slots(reply, url)))
+    if _kind(card) == LlamaDialect.kind:
         llama = LlamaDialect(card["id"], names, access.vocab_size, slots=slots)
         whole = await ask(llama.tokenize(_WHOLE))
         dialect = replace(llama, whole=next(iter(whole), None))
@@ -131,7 +135,31 @@ async def probe(ask: Ask, access: Access, url: str) -> Probed:
         can_draft=await _offers(ask, dialect.draft(prefix, 2, 1, 0.0, 0)),
     )
     times = await scoring_times(ask, dialect, prefix, min(20, facts.max_top_k))
-    return Probed(url, replace(facts, scoring=times.general()), dialect, first, times)
+    facts = replace(facts, scoring=times.general())
+    return Probed(url, facts, dialect, prefix, first, times)
+
+
+async def change_since(found: Probed, ask: Ask, access: Access) -> str:
+    """How a server differs from what was found at the start; "" if it does not.
+
+    Two requests, three to llama.cpp's server. Where log-probabilities differ they are asked for
+    again: under load, those of half precision vary. `ask` raises what its attempt does.
+    """
+    try:
+        card, _ = await ask(Call("/v1/models", lambda reply: _card(reply, access.model)))
+        context, _ = await _limits(ask, card, found.url)
+    except ConfigError as error:
+        return str(error)
+    now = {"kind": _kind(card), "name": card["id"], "context_length": context}
+    for name, value in now.items():
+        if value != (before := getattr(found.facts, name)):
+            return f"its {name.replace('_', ' ')} is {value}, and was {before}"
+    call = found.dialect.next_tokens(found.prefix, min(_LONGEST_COMPARED, found.facts.max_top_k))
+    for _ in range(_REPEATS):
+        change = found.difference(await ask(call))
+        if not change:
+            return ""
+    return f"{change}, then and now"
 
 
 async def check_tokenizers(models: Mapping[str, ServedModel]) -> None:
@@ -193,10 +221,23 @@ def _card(reply: Any, wanted: str | None) -> tuple[Mapping[str, Any], frozenset[
     return cards[name], frozenset(names)
 
 
+def _kind(card: Mapping[str, Any]) -> str:
+    """Kind of server. An unknown one is taken for vLLM's."""
+    kinds = {"llamacpp": LlamaDialect.kind, "optimal-sampling": "fake"}
+    return kinds.get(card.get("owned_by", ""), VllmDialect.kind)
+
+
 def _context(card: Mapping[str, Any]) -> int | None:
     """Most tokens of a text, by vLLM's name."""
     value = card.get("max_model_len")
     return value if isinstance(value, int) and value > 0 else None
+
+
+async def _limits(ask: Ask, card: Mapping[str, Any], url: str) -> tuple[int | None, int]:
+    """Most tokens of a text, and how many texts the server keeps at once."""
+    if _kind(card) != LlamaDialect.kind:
+        return _context(card), 1
+    return await ask(Call("/props", lambda reply: _slots(reply, url)))
 
 
 def _slots(reply: Any, url: str) -> tuple[int, int]:
@@ -248,10 +289,9 @@ def _llama_facts(card: Mapping[str, Any], context: int | None) -> ServedFacts:
 async def _vllm_facts(
     ask: Ask, card: Mapping[str, Any], prefix: Sequence[int], url: str
 ) -> ServedFacts:
-    kind = "fake" if card.get("owned_by") == "optimal-sampling" else VllmDialect.kind
     return ServedFacts(
         name=card["id"],
-        kind=kind,
+        kind=_kind(card),
         context_length=_context(card),
         max_top_k=await _most_logprobs(ask, card["id"], prefix, url),
         vocab_size=None,

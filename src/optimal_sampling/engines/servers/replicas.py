@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Coroutine, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from optimal_sampling.engines.servers.model import (
 )
 from optimal_sampling.engines.servers.pool import ClientPool
 from optimal_sampling.engines.servers.probe import Probed, probe
+from optimal_sampling.engines.servers.replica import Replica
 from optimal_sampling.engines.servers.replies import with_chosen
 from optimal_sampling.engines.servers.statistics import ServerStatistics
 from optimal_sampling.engines.servers.vllm_api import MOST_CHOSEN_IDS
@@ -42,8 +42,9 @@ _SHORTEST_WAIT = 0.1
 _LONGEST_WAIT = 10.0
 _WAIT_FOR_BETTER = 1.0
 """Longest, after a reply that was bad."""
-_REST = 1.0
-"""Seconds in which a server that did not answer is left alone, where there are others."""
+_ON_THEIR_WAY = 1.0
+"""Seconds after the first failure of a request in which replies to others may have been sent before
+it."""
 _MORE_LOAD = 0.5
 """How much more load a text's own server may have than the one with the least."""
 
@@ -58,49 +59,57 @@ _ADVICE = {
     "truncated": "the server or a proxy breaks off its replies; see its log",
     "malformed": "is it the server's own address, and no other service?",
     "invalid": "is it one of the servers that docs/servers.md names?",
-    "wrong_model": "another model is served at this address; start the right one",
+    "wrong_model": "another model, or one with other limits, is served at this address; start the "
+    "right one",
     "not_found": "the server does not know this path or model; see /v1/models",
-    "unauthorized": "give its API key, by environment variable or file (--student-api-key-env, "
-    "--teacher-api-key-file ...)",
+    "redirected": "is it the server's own address?",
+    "unauthorized": "give its API key, one that it accepts, by environment variable or file "
+    "(--student-api-key-env, --teacher-api-key-file ...)",
     "rejected": "the server does not take this request",
 }
+
+
+_GO_ON = "What is finished is safe, and the same call then goes on with the rest"
 
 
 class ReplicatedModel(ServedModel):
     """The model at the servers of an `Access`. See `ServedModel`.
 
     A request fails with EngineError where no server has answered any request for as long as the
-    request was tried: no other could go on.
+    request was tried, or all refuse every request: no other could go on.
     """
 
     def __init__(self, access: Access) -> None:
         self.access = access
         self.statistics = ServerStatistics()
-        self._connections: list[Connection] = []
+        self.replicas: list[Replica] = []
         self.answered_at = 0.0
         """When a server has answered last, by `time.monotonic()`."""
-        self._resting: dict[str, float] = {}
         self._dialect: Dialect | None = None
 
     async def start(self) -> None:
         """As in `ServedModel`. All servers have to answer, and to serve the same model."""
         self._pool = ClientPool()
-        self._connections = [
-            Connection(url, self._pool, self.access, self.statistics) for url in self.access.urls
-        ]
-        found = [await self._probed(connection) for connection in self._connections]
+        self.replicas = [self._replica(url) for url in self.access.urls]
+        found = [await self._probed(replica) for replica in self.replicas]
         for other in found[1:]:
             _check_same(found[0], other)
         self.facts: ServedFacts = found[0].facts
         self._dialect = found[0].dialect
         self._times = found[0].times
+        for replica, each in zip(self.replicas, found, strict=True):
+            replica.watch(each)
         self.statistics.clear()  # what the start has tried is none of the run
 
-    async def _probed(self, connection: Connection) -> Probed:
+    def _replica(self, url: str) -> Replica:
+        connection = Connection(url, self._pool, self.access, self.statistics)
+        return Replica(connection, self.access, self.statistics)
+
+    async def _probed(self, replica: Replica) -> Probed:
         """What one server offers. Raises ServerError, ConfigError."""
         seconds = min(self.access.start_seconds, self.access.retry_seconds)
-        ask = partial(self._retried, among=[connection], seconds=seconds)
-        return await probe(ask, self.access, connection.url)
+        ask = partial(self._retried, among=[replica], seconds=seconds)
+        return await probe(ask, self.access, replica.url)
 
     async def next_tokens(
         self, prefix: Sequence[int], top_k: int, extra_ids: Sequence[int] = ()
@@ -177,9 +186,13 @@ class ReplicatedModel(ServedModel):
         """As in `ServedModel`."""
         return self.statistics.figures()
 
+    def left_out(self) -> list[str]:
+        """As in `ServedModel`."""
+        return [str(each.left_out) for each in self.replicas if each.left_out]
+
     async def aclose(self) -> None:
         """As in `ServedModel`."""
-        if self._connections:
+        if self.replicas:
             await self._pool.aclose()
 
     @property
@@ -189,50 +202,48 @@ class ReplicatedModel(ServedModel):
         return self._dialect
 
     async def _retried(
-        self, call: Call[T], among: Sequence[Connection] = (), seconds: float | None = None
+        self, call: Call[T], among: Sequence[Replica] = (), seconds: float | None = None
     ) -> T:
         """The reply to a request, at whichever server gives it. Raises ServerError.
 
         `seconds`: how long to try where none answers; None: `Access.retry_seconds`.
         """
         longest = self.access.retry_seconds if seconds is None else seconds
-        return await _Retries(self, call, among or self._connections, longest).run()
+        return await _Retries(self, call, among or self.replicas, longest).run()
 
-    def next_connection(
-        self, among: Sequence[Connection], tried: Sequence[Connection]
-    ) -> Connection:
+    def next_replica(self, among: Sequence[Replica], tried: Sequence[Replica]) -> Replica:
         """The server for the next attempt: one that was not tried, that answers, with room."""
         now = time.monotonic()
         rest = [each for each in among if each not in tried] or [*among]
-        well = [each for each in rest if self._resting.get(each.url, 0.0) <= now] or rest
-        idlest = min(well, key=lambda each: each.limit.load)
+        well = [each for each in rest if each.rests_until <= now] or rest
+        idlest = min(well, key=lambda each: each.connection.limit.load)
         number = AFFINITY.get()
         if number < 0:
             return idlest
         own = among[number % len(among)]
-        has_room = own.limit.load <= idlest.limit.load + _MORE_LOAD
+        has_room = own.connection.limit.load <= idlest.connection.limit.load + _MORE_LOAD
         return own if own in well and has_room else idlest
-
-    def note_down(self, connection: Connection) -> None:
-        """Leave a server alone for a while."""
-        self._resting[connection.url] = time.monotonic() + _REST
 
 
 class _Retries(Generic[T]):
     """The attempts of one request."""
 
     def __init__(
-        self, model: ReplicatedModel, call: Call[T], among: Sequence[Connection], seconds: float
+        self, model: ReplicatedModel, call: Call[T], among: Sequence[Replica], seconds: float
     ) -> None:
         self.model = model
         self.call = call
         self.among = among
         self.seconds = seconds
-        self.tried: list[Connection] = []
+        self.tried: list[Replica] = []
         self.started = time.monotonic()
+        self.failed_at = 0.0
+        """When the first attempt failed."""
+        self.failures: dict[str, AttemptFailed] = {}
+        """The latest of each server."""
 
     async def run(self) -> T:
-        """The reply. Raises ServerError, and EngineError where all servers are gone."""
+        """The reply. Raises ServerError, and EngineError where no other request could go on."""
         import tenacity
 
         self.backoff = tenacity.wait_random_exponential(_SHORTEST_WAIT, _LONGEST_WAIT)
@@ -249,31 +260,41 @@ class _Retries(Generic[T]):
             return await retrying(self._attempt)
         except AttemptFailed as failure:
             self.model.statistics.failed += 1
-            text = f"server {failure.url}: {failure.kind}: {failure.reason}"
-            advice = _ADVICE[failure.kind]
-            if failure.is_down and await self._is_lost():
-                raise EngineError(f"{text}. No server of this model answers; {advice}") from failure
-            raise ServerError(f"{text}; {advice}", failure.kind) from failure
+            raise await self._error(failure) from failure
 
     async def _attempt(self) -> T:
-        connection = self.model.next_connection(self.among, self.tried)
+        replica = self.model.next_replica(self.among, self.tried)
         try:
-            answer = await connection.attempt(self.call)
+            answer = await replica.attempt(self.call)
         except AttemptFailed as failure:
-            if failure.is_down:
-                self.model.note_down(connection)
-            self.tried.append(connection)
+            self.failed_at = self.failed_at or time.monotonic()
+            self.failures[replica.url] = failure
+            self.tried.append(replica)
             raise
         self.model.answered_at = time.monotonic()
         return answer
 
-    async def _is_lost(self) -> bool:
-        """Whether no server has answered anything since this request began, nor does now."""
-        if self.model.answered_at > self.started:
+    async def _error(self, failure: AttemptFailed) -> ServerError | EngineError:
+        """The error after the last attempt."""
+        advice = _ADVICE[failure.kind]
+        texts = "; ".join(map(_text, self.failures.values()))
+        if self._are_left_out:
+            return EngineError(f"{texts}. No server of this model can be used; {advice}. {_GO_ON}")
+        if self._may_take_long(failure) and await self._is_lost(failure.kind):
+            return EngineError(f"{texts}. No server of this model answers; {advice}")
+        return ServerError(f"{_text(failure)}; {advice}", failure.kind)
+
+    @property
+    def _are_left_out(self) -> bool:
+        """Whether every server refuses all requests, or has another model."""
+        return all(each.left_out for each in self.among)
+
+    async def _is_lost(self, kind: str) -> bool:
+        """Whether no server has answered anything since this request failed, nor does now."""
+        if self.model.answered_at > self.failed_at + _ON_THEIR_WAY:
             return False
-        for connection in self.among:
-            with contextlib.suppress(AttemptFailed):
-                await connection.attempt(Call("/v1/models", lambda reply: reply))
+        for replica in self.among:
+            if replica.left_out is None and await replica.answers(kind):
                 return False
         return True
 
@@ -284,19 +305,23 @@ class _Retries(Generic[T]):
         self.tried.clear()
         failure = _failure(state)
         longest = min(_LONGEST_WAIT, self.seconds / _MOST_ATTEMPTS)
-        if not failure.may_take_long:
+        if not self._may_take_long(failure):
             longest = min(longest, _WAIT_FOR_BETTER)
         return (failure.retry_after or 0.0) + min(longest, float(self.backoff(state)))
 
     def _is_last(self, state: RetryCallState) -> bool:
         failure = _failure(state)
         if (failure.retry_after or 0.0) > self.seconds:
-            return True
-        if failure.may_take_long:
+            return not self.tried  # else there is a server that was not asked
+        if self._may_take_long(failure):
             seconds = time.monotonic() - self.started + state.upcoming_sleep
             has_waited = seconds >= self.seconds
             return has_waited and state.attempt_number >= _FEWEST_ATTEMPTS
         return state.attempt_number >= _MOST_ATTEMPTS
+
+    def _may_take_long(self, failure: AttemptFailed) -> bool:
+        """Whether to wait as for a server that is started again."""
+        return failure.may_take_long or (failure.of_server and not self._are_left_out)
 
     def _count(self, state: RetryCallState) -> None:
         self.model.statistics.retries += 1
@@ -319,6 +344,11 @@ def _failure(state: RetryCallState) -> AttemptFailed:
     return failure
 
 
+def _text(failure: AttemptFailed) -> str:
+    asked = f" (wait {failure.retry_after:.0f} s)" if failure.retry_after else ""
+    return f"server {failure.url}: {failure.kind}: {failure.reason}{asked}"
+
+
 def _check_same(first: Probed, other: Probed) -> None:
     """Raises ConfigError where two servers do not serve the same model."""
     for name in ("kind", "name", "context_length", "max_top_k", "vocab_size"):
@@ -328,7 +358,7 @@ def _check_same(first: Probed, other: Probed) -> None:
                 f"servers of one model differ: {name} is {one} at {first.url} "
                 f"and {two} at {other.url}"
             )
-    if difference := first.difference(other):
+    if difference := first.difference(other.first):
         raise ConfigError(
             f"servers of one model differ: {difference} at {first.url} and {other.url}; "
             "do they have the same weights?"

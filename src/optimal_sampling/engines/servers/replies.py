@@ -36,6 +36,7 @@ FailureKind = Literal[
     "invalid",
     "wrong_model",
     "not_found",
+    "redirected",
     "unauthorized",
     "rejected",
 ]

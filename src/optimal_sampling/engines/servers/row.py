@@ -281,8 +281,9 @@ class TextRow:
 
     def _path(self, drafted: Sequence[DraftedToken]) -> list[DraftedToken]:
         """What the drafter alone would draw, as far as it drafted that."""
-        lists = [each.choices for each in drafted[: self.limit - len(self.tokens)]]
-        tokens = self.pair.mixer.draft(lists, self.request.noise_key, len(self.tokens))
+        listed = enumerate(drafted[: self.limit - len(self.tokens)])
+        places = [self._place([each.choices], before) for before, each in listed]
+        tokens = self.pair.mixer.draft(places)
         path: list[DraftedToken] = []
         for token, each in zip(tokens, drafted, strict=False):
             path.append(DraftedToken(token, each.choices))

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -24,6 +25,7 @@ __all__ = ["ServerProcess", "check_port", "free_port"]
 _GRACE = 15.0
 """Seconds between the signal that ends a server and the one that ends it at once."""
 _PR_SET_PDEATHSIG = 1
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 _TAIL = 1500
 
 
@@ -41,9 +43,12 @@ class ServerProcess:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
-        """Start it, in a process group of its own. It ends when this process does."""
+        """Start it, in a process group of its own. It ends when this process does.
+
+        A signal that comes meanwhile is handled after it: `stop` has to know of the process.
+        """
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
+        with self.log.open("wb") as log, _signals_wait():
             self.process = subprocess.Popen(
                 self.command,
                 env={**os.environ, **self.environment},
@@ -51,7 +56,7 @@ class ServerProcess:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=partial(_prepare, os.getpid()),
             )
         return self
 
@@ -80,12 +85,19 @@ class ServerProcess:
         """End it and its children."""
         if self.process is None:
             return
-        for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, number)
+        try:
+            self._signal_all(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(patience)
+                self.process.wait(_GRACE)
+        finally:
+            self._signal_all(signal.SIGKILL)
+        self.process.wait()
         self.process = None
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
 
     def __enter__(self) -> Self:
         return self
@@ -138,6 +150,21 @@ def check_port(host: str, port: int, option: str) -> None:
             ) from error
 
 
-def _end_with_parent() -> None:
-    """SIGTERM when the parent dies, also where it is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are held back while the block lasts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _prepare(parent: int) -> None:
+    """Let signals through again, and have SIGTERM sent when the parent dies, also where it is
+    killed. Runs in the new process."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it has died before that
+            os.kill(os.getpid(), signal.SIGTERM)

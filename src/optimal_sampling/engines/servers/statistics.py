@@ -49,6 +49,11 @@ class ServerStatistics:
     """Idle connections that a server had closed, noticed on use. Sent again at once."""
     failed: int = 0
     """Requests that failed for good."""
+    comparisons: int = 0
+    """Of a server with what it was at the start, after it was lost sight of; those that were
+    answered."""
+    left_out: int = 0
+    """Times that a server was left out: it refused all requests, or had another model."""
     errors: Counter[str] = field(default_factory=Counter)
     """Failed attempts by kind."""
     latencies: Latencies = field(default_factory=Latencies)
@@ -70,6 +75,8 @@ class ServerStatistics:
             "retries": self.retries,
             "idle_cuts": self.idle_cuts,
             "failed": self.failed,
+            "comparisons": self.comparisons,
+            "left_out": self.left_out,
         }
         figures |= {f"errors_{kind}": count for kind, count in sorted(self.errors.items())}
         if self.requests:
