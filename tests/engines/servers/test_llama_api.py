@@ -91,6 +91,19 @@ def test_replies_are_read():
     assert LLAMA.ends_text([49], 51).read({**GOOD, "stop_type": "eos"})
 
 
+def test_a_list_says_how_far_its_sum_may_be_off():
+    """Guards: a bound that takes 1 minus the sum of a list as exact, where the server has added up
+    all tokens in float32, one by one: what is below 6e-8 of the sum is lost.
+    """
+    large = LlamaDialect("toy", vocab_size=151_936, rows=151_936)
+    found = large.next_tokens([49], 2).read(GOOD)
+    probabilities = np.full(151_936, 2e-8, np.float32)
+    probabilities[0] = 1
+    lost = probabilities.astype(np.float64).sum() / np.cumsum(probabilities)[-1] - 1
+    assert 1e-3 < lost < found.sum_error < 0.01
+    assert LLAMA.next_tokens([49], 2).read(GOOD).sum_error < 2e-5
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_reply_is_refused(name):
     """Guards: a reply that is not what was asked for, and is drawn from all the same."""

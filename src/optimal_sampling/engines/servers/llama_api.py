@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from optimal_sampling.engines.servers.dialect import AFFINITY, Call, Dialect, prefixes
@@ -22,6 +22,8 @@ _SURELY = 1e5
 """Bias of a logit that makes its token the one drawn."""
 _RAISED = 50.0
 """Bias that makes tokens likelier than all others, and leaves their float32 right to 4e-6."""
+_HALF_ULP = 2.0**-24
+"""Of 1 in float32: the error of each addition, as the server adds up a vocabulary one by one."""
 _FIELDS = ("index", "model", "tokens", "stop_type", "completion_probabilities")
 
 
@@ -183,4 +185,6 @@ class LlamaDialect(Dialect):
             raise BadReply(f"an id occurs twice in a list: {shown(entries)}")
         if self.rows is not None and top_k >= self.rows:
             return token_list(row, 0, self.vocab_size, self.rows)
-        return token_list(row, top_k, self.vocab_size)
+        tokens = token_list(row, top_k, self.vocab_size)
+        error = tokens.sum_error + (self.rows or 0) * _HALF_ULP
+        return replace(tokens, sum_error=error)

@@ -31,6 +31,9 @@ class TokenList:
     """All ids of the vocabulary, without padding, normalised."""
     left_out: float = 0.0
     """Mass of ids that the server listed and that are left out here: padding."""
+    sum_error: float = 2e-6
+    """By how much the mass of the list may be off, in float32: twice the error of a log-probability
+    from logits below 32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -174,7 +175,7 @@ def with_chosen(listed: TokenList, chosen: Mapping[int, float]) -> TokenList:
     extra = {token: value for token, value in chosen.items() if token not in known}
     ids = np.concatenate([listed.ids, np.fromiter(extra, np.int64, len(extra))])
     values = np.concatenate([listed.log_p, np.fromiter(extra.values(), np.float64, len(extra))])
-    return TokenList(ids, values, listed.listed, listed.is_full, listed.left_out)
+    return replace(listed, ids=ids, log_p=values)
 
 
 def _checked(value: Any) -> float:

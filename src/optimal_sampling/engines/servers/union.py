@@ -42,7 +42,6 @@ NEVER = -1e8
 """Stands for log 0: its multiples by 0 are 0, and exp((1 - alpha) NEVER) is 0 for alpha near 1."""
 
 _LEAST_MASS = 1e-12  # of the tail, where rounding leaves none
-_ROUNDING = 2e-6  # of the sum of a list: twice that of a log-probability from logits below 32
 
 Logs: TypeAlias = Float64[np.ndarray, "ids rows"]
 Mask: TypeAlias = Bool[np.ndarray, "ids rows"]
@@ -224,7 +223,8 @@ def _side(
     kth = values[length - 1, np.arange(len(lists))]
     left = np.maximum(0.0, 1.0 - covered - left_out)
     more = left if more_ids == math.inf else more_ids * np.exp(kth)
-    outside = _outside(left, count * np.exp(kth), more)
+    error = np.array([each.sum_error for each in lists])
+    outside = _outside(left, count * np.exp(kth), more, error)
     most = np.minimum(kth, _log(outside[1]))
     log_p = np.where(present, most, NEVER)
     known, listed = ~present, np.zeros_like(present)
@@ -251,14 +251,14 @@ def _put(to: np.ndarray, place: np.ndarray, what: np.ndarray) -> None:
     to[place[entry, row], row] = what[entry, row]
 
 
-def _outside(left: PerRow, most: PerRow, more: PerRow) -> tuple[PerRow, PerRow]:
+def _outside(left: PerRow, most: PerRow, more: PerRow, error: PerRow) -> tuple[PerRow, PerRow]:
     """Bounds on the mass of the ids of the vocabulary that a list lacks, of the mass that it lacks.
 
-    `most`, `more`: what these ids can have at most, and the ids beyond the vocabulary. Servers give
-    numbers of float32: what a list leaves of 1 is right to _ROUNDING only.
+    `most`, `more`: what these ids can have at most, and the ids beyond the vocabulary. `error`:
+    what a list leaves of 1 is right to that only.
     """
-    least = np.maximum(0.0, left - _ROUNDING - more)
-    return np.minimum(least, most), np.minimum(left + _ROUNDING, most)
+    least = np.maximum(0.0, left - error - more)
+    return np.minimum(least, most), np.minimum(left + error, most)
 
 
 def _rest(
