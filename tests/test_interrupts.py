@@ -69,6 +69,11 @@ def ended(process):
     return said
 
 
+def without_ignored_signals():
+    """Where these tests run in the background of a shell, they ignore Ctrl-C, and so do children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def wait_for_handler(process, number):
     """Wait until the process has a handler of its own for a signal."""
     status = Path(f"/proc/{process.pid}/status")
@@ -86,7 +91,9 @@ def test_a_signal_while_modules_are_imported(number, delay):
     """Guards: a traceback of the module that was being imported, or a signal that is lost."""
     ports = ["--student-port", str(free_port()), "--teacher-port", str(free_port())]
     words = [sys.executable, "-m", "optimal_sampling", "servers", "--fake", *ports]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, preexec_fn=without_ignored_signals
+    )
     wait_for_handler(process, signal.SIGTERM)
     time.sleep(delay)
     process.send_signal(number)
