@@ -70,7 +70,7 @@ def ended(process):
 
 
 def without_ignored_signals():
-    """Where these tests run in the background of a shell, they ignore Ctrl-C, and so do children."""
+    """In the background of a shell these tests ignore Ctrl-C, and so would their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
