@@ -31,6 +31,7 @@ __all__ = [
     "OptimalSamplingError",
     "PromptError",
     "RunFolderError",
+    "ServedModelError",
     "ServerError",
     "StorageError",
     "TokenizerMismatchError",
@@ -85,6 +86,10 @@ class StorageError(OptimalSamplingError):
 
 class EngineError(OptimalSamplingError):
     """The engine cannot go on."""
+
+
+class ServedModelError(EngineError):
+    """No server of a model can be used any more: all refuse requests, or have another model."""
 
 
 class ServerError(OptimalSamplingError):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from optimal_sampling.engines.fleet.worker_main import _broken
-from optimal_sampling.errors import ConfigError
+from optimal_sampling.errors import ConfigError, EngineError, ServedModelError
 
 WATCH = """
 import os, time
@@ -110,3 +110,11 @@ def test_a_request_is_not_taken_for_the_users_error():
     assert _broken(error, is_serving=False).kind == "ConfigError"
     served = _broken(error, is_serving=True)
     assert (served.kind, served.cause) == ("", "it raised ConfigError: why")
+
+
+@pytest.mark.parametrize("is_serving", [False, True])
+def test_a_worker_whose_served_model_was_replaced_is_not_started_again(is_serving):
+    """Guards: a new worker that takes another model for the one that the run began with."""
+    broken = _broken(ServedModelError("the teacher's server: wrong_model"), is_serving=is_serving)
+    assert broken.kind == "ServedModelError"
+    assert not _broken(EngineError("out of memory"), is_serving=is_serving).kind

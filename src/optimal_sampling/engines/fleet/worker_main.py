@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from optimal_sampling.engines.fleet.channel import WorkerEnd
 from optimal_sampling.engines.fleet.messages import Broken, Event, Progress, Setup
-from optimal_sampling.errors import UserError
+from optimal_sampling.errors import ServedModelError, UserError
 
 if TYPE_CHECKING:
     from optimal_sampling.engines.fleet.serving import EngineServer
@@ -81,10 +81,12 @@ def _end_with(lifeline: socket.socket) -> None:
 def _broken(error: BaseException, *, is_serving: bool) -> Broken:
     """Why the worker ends; with the class of the error where only the user can help.
 
-    While requests are served, one of them may be the reason, and the others go on.
+    While requests are served, one of them may be the reason, and the others go on; but a worker
+    that is started again would take another served model for the one that the run began with.
     """
     name = type(error).__name__
-    if isinstance(error, UserError) and not is_serving:
+    is_of_request = is_serving and not isinstance(error, ServedModelError)
+    if isinstance(error, UserError | ServedModelError) and not is_of_request:
         return Broken(str(error), name)
     text = str(error).strip()
     return Broken(f"it raised {name}: {text}" if text else f"it raised {name}")

@@ -24,7 +24,7 @@ from optimal_sampling.engines.servers.replica import Replica
 from optimal_sampling.engines.servers.replies import with_chosen
 from optimal_sampling.engines.servers.statistics import ServerStatistics
 from optimal_sampling.engines.servers.vllm_api import MOST_CHOSEN_IDS
-from optimal_sampling.errors import ConfigError, EngineError, ServerError
+from optimal_sampling.errors import ConfigError, EngineError, ServedModelError, ServerError
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -279,7 +279,8 @@ class _Retries(Generic[T]):
         advice = _ADVICE[failure.kind]
         texts = "; ".join(map(_text, self.failures.values()))
         if self._are_left_out:
-            return EngineError(f"{texts}. No server of this model can be used; {advice}. {_GO_ON}")
+            text = f"{texts}. No server of this model can be used; {advice}. {_GO_ON}"
+            return ServedModelError(text)
         if self._may_take_long(failure) and await self._is_lost(failure.kind):
             return EngineError(f"{texts}. No server of this model answers; {advice}")
         return ServerError(f"{_text(failure)}; {advice}", failure.kind)

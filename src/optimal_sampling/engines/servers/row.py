@@ -345,7 +345,7 @@ async def _of(role: str, request: Awaitable[T]) -> T:
     except ServerError as failure:
         raise ServerError(f"the {role}'s {failure}", failure.kind) from failure
     except EngineError as failure:
-        raise EngineError(f"the {role}'s {failure}") from failure
+        raise type(failure)(f"the {role}'s {failure}") from failure
 
 
 async def _together(*requests: Awaitable[Any]) -> list[Any]:
